@@ -1,0 +1,206 @@
+"""The config of a pipeline run: one YAML file, checked whole before anything starts."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from schemas.methods import Method
+from schemas.stage import Strict
+from schemas.training import Training
+
+Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
+
+
+class Scratch(Strict):
+    """A small Llama with random weights and a tokenizer of the demo's words."""
+
+    hidden_size: int = Field(96, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(256, ge=8)
+    max_length: int = Field(128, ge=16)
+
+
+class ModelConfig(Strict):
+    """The base model: a local folder, a Hub name, a GGUF file, or `scratch`. Stage `base` publishes it."""
+
+    path: str | None = None
+    """Local folder, Hub name, GGUF file, or `package:NAME` for the GGUF inside an installed Python package."""
+    revision: str | None = None
+    """Commit of the Hub model; required for a Hub name, so that the same config means the same weights."""
+    scratch: Scratch | None = None
+    chat_template: str | None = None
+    """Jinja text or a file of it; default is the tokenizer's own, else the messages' text, one after the other."""
+    system_prompt: str | None = None
+    """Put before prompts that bring no system message."""
+
+
+class DataConfig(Strict):
+    """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
+
+    path: str
+    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
+    kind: Kind
+    revision: str | None = None
+    """Commit of the Hugging Face dataset."""
+    split: str = "train"
+    columns: dict[str, str] = {}
+    """Our column name -> the file's."""
+    limit: int | None = Field(None, ge=1)
+    """Take the first so many rows."""
+    eval_fraction: float = Field(0.1, ge=0, le=1)
+    """Share of prompts held out for evaluation, chosen by the prompt's hash."""
+    gold_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the training prompts kept for the gold reward model, which judges and never trains a policy."""
+    max_bad: float = Field(0.1, ge=0, le=1)
+    """Share of quarantined rows above which the flow stops."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens of prompt and answer together above which a row is quarantined."""
+
+
+class PipelineData(Strict):
+    """The data of a pipeline. What is left out is derived from the others where that is possible."""
+
+    sft: DataConfig | None = None
+    """Default: the preferred answers of `preference`."""
+    preference: DataConfig | None = None
+    """Pairs or rankings. Left out when `generate` makes them."""
+    feedback: DataConfig | None = None
+    """Thumbs for KTO. Default: derived from `preference`."""
+    prompt: DataConfig | None = None
+    """Prompts for PPO and `generate`. Default: those of `preference`, else of `sft`."""
+    evaluation: DataConfig | None = None
+    """Prompts to evaluate on, all of them. Default: the held-out ones of `prompt`."""
+
+
+class RuleJudge(Strict):
+    """A programmatic score: the demo's ground truth."""
+
+    judge: Literal["rule"] = "rule"
+
+
+class SentimentJudge(Strict):
+    """vaderSentiment's compound score of the answer, in [-1, 1]."""
+
+    judge: Literal["sentiment"] = "sentiment"
+
+
+class RewardJudge(Strict):
+    """A reward model: `gold` is trained by the pipeline on rows of its own, else a model folder."""
+
+    judge: Literal["reward"] = "reward"
+    model: str = "gold"
+
+
+class EndpointJudge(Strict):
+    """A model behind an OpenAI-compatible endpoint, asked which of two answers is better, in both orders."""
+
+    judge: Literal["endpoint"] = "endpoint"
+    url: str
+    model: str
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself stands nowhere."""
+    timeout: float = Field(60.0, gt=0)
+    concurrency: int = Field(4, ge=1)
+
+
+_JUDGES = {"rule": RuleJudge, "sentiment": SentimentJudge, "reward": RewardJudge, "endpoint": EndpointJudge}
+
+
+def _choose_judge(value: Any) -> Any:
+    if isinstance(value, str):
+        value = {"judge": value}
+    if isinstance(value, dict):
+        if value.get("judge") not in _JUDGES:
+            raise ValueError(f"judge {value.get('judge')!r} is not known. Mend: use one of {', '.join(_JUDGES)}")
+        return _JUDGES[value["judge"]].model_validate(value)
+    return value
+
+
+Judge = Annotated[RuleJudge | SentimentJudge | RewardJudge | EndpointJudge, BeforeValidator(_choose_judge)]
+
+
+class BaseParams(ModelConfig):
+    """Stage `base`."""
+
+
+class ValidateParams(DataConfig):
+    """Stage `validate`."""
+
+
+class SFTConfig(Training):
+    """Supervised fine-tuning."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+
+
+class RewardConfig(Training):
+    """Reward model, from pairs or K-way rankings (Ouyang et al. 2022)."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    rows: Literal["train", "gold"] = "train"
+    """Which part of the preference data to train on; the pipeline sets it."""
+    margin: bool = False
+    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2)."""
+
+
+class GenerateConfig(Strict):
+    """Sample K answers per prompt from the SFT model and let a judge rank them."""
+
+    answers: int = Field(4, ge=2)
+    """Answers per prompt (K)."""
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    judge: Judge | None = RuleJudge()
+    """None exports the answers as JSONL for people to rank."""
+    noise: float = Field(0.0, ge=0)
+    """Temperature of Bradley-Terry label noise: answer i beats j with probability sigmoid((s_i - s_j) / noise)."""
+    limit: int | None = Field(None, ge=1)
+    """Take the first so many prompts."""
+
+
+class EvaluateConfig(Strict):
+    """Every model answers the same held-out prompts under the same seeds; the judge scores the answers."""
+
+    judge: Judge = SentimentJudge()
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    limit: int | None = Field(None, ge=1)
+    """Take the first so many prompts."""
+    min_prompts: int = Field(100, ge=1)
+    """Refuse to evaluate on fewer prompts."""
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples over prompts for the 95 % interval of the win rate."""
+
+
+def _name_methods(value: Any) -> Any:
+    """`align: {dpo: {}}` means `align: {dpo: {method: dpo}}`."""
+    if isinstance(value, dict):
+        return {k: {"method": k, **(v or {})} if v is None or isinstance(v, dict) else v for k, v in value.items()}
+    return value
+
+
+class PipelineConfig(Strict):
+    """A whole run: base model, data, and the stages with their settings."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the MLflow experiment."""
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: PipelineData
+    sft: SFTConfig | None = SFTConfig()
+    """None: the base model is an SFT model already."""
+    generate: GenerateConfig | None = None
+    """When set, preference data is sampled from the SFT model."""
+    reward: RewardConfig | None = RewardConfig()
+    reward_model: str | None = None
+    """Folder of a reward model of your own; stage `reward` is skipped."""
+    gold: RewardConfig | None = None
+    """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
+    align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
+    """Name in tables and pictures -> method. `method` defaults to the name."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    devices: int = Field(1, ge=1)
+    """Devices per training stage; more than one runs under torchrun."""
+    parallel: int = Field(1, ge=1)
+    """Stages that may run side by side."""

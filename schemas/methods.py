@@ -1,0 +1,90 @@
+"""The configs of the alignment methods and their union. A new method adds its class here and to `AnyMethod`."""
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from schemas.training import Training
+
+
+class MethodConfig(Training):
+    """What every alignment method has. `needs` names the inputs that must be there before training starts."""
+
+    needs: ClassVar[frozenset[str]]
+    method: str
+    learning_rate: float = Field(1e-6, gt=0)
+
+
+class DPO(MethodConfig):
+    """Direct preference optimisation (Rafailov et al. 2023) and its variants, on pairs."""
+
+    needs = frozenset({"preference"})
+    method: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference model."""
+    loss: Literal["sigmoid", "ipo_sum", "ipo_mean", "hinge", "robust"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels taken to be flipped: cDPO with `sigmoid`, the unbiased estimate with `robust`."""
+
+
+class KTO(MethodConfig):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024), on thumbs up or down per answer."""
+
+    needs = frozenset({"feedback"})
+    method: Literal["kto"] = "kto"
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference model."""
+    desirable_weight: float | None = Field(None, gt=0)
+    """Weight of thumbs up; default from the class counts, so that both classes weigh the same."""
+    undesirable_weight: float | None = Field(None, gt=0)
+    """Weight of thumbs down; default as above."""
+
+
+class PPO(MethodConfig):
+    """Proximal policy optimisation (Schulman et al. 2017) of the reward model's score."""
+
+    needs = frozenset({"prompt", "reward"})
+    method: Literal["ppo"] = "ppo"
+    iterations: int = Field(50, ge=1)
+    """Rounds of: sample answers, score them, update."""
+    rollout_size: int = Field(64, ge=1)
+    """Answers sampled per iteration. `batch_size` is the rows of one optimizer step within it."""
+    ppo_epochs: int = Field(4, ge=1)
+    """Passes over each rollout."""
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    kl_coef: float = Field(0.05, ge=0)
+    """Coefficient of the per-token KL penalty; the start value when `kl_target` is set."""
+    kl_target: float | None = Field(None, gt=0)
+    """Nats per answer. When set, the coefficient adapts to reach it (Ziegler et al. 2019)."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Answers over which the adaptive coefficient reacts."""
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coef: float = Field(0.1, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    missing_end_penalty: float = Field(1.0, ge=0)
+    """Taken off the score of an answer that does not end by itself."""
+    value_trunk: Literal["separate", "shared"] = "separate"
+    """`shared` puts the value head on the policy's trunk: faster, less memory."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    adam_eps: float = Field(1e-5, gt=0)
+
+
+AnyMethod = DPO | KTO | PPO
+CONFIGS: dict[str, type[MethodConfig]] = {c.model_fields["method"].default: c for c in get_args(AnyMethod)}
+
+
+def _choose(value: Any) -> Any:
+    """Pick the class by `method`, so that an error speaks of one class and not of every one in the union."""
+    if isinstance(value, dict):
+        name = value.get("method")
+        if name not in CONFIGS:
+            raise ValueError(f"method {name!r} is not known. Mend: use one of {', '.join(CONFIGS)}")
+        return CONFIGS[name].model_validate(value)
+    return value
+
+
+Method = Annotated[AnyMethod, BeforeValidator(_choose)]

@@ -1,0 +1,111 @@
+"""What a stage is asked and what it answers: names and versions, Request, Result, and the key of reuse."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+# Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
+STAGES: dict[str, int] = {
+    "base": 1,
+    "validate": 1,
+    "sft": 1,
+    "generate": 1,
+    "reward": 1,
+    "align": 1,
+    "evaluate": 1,
+    "compare": 1,
+}
+ENGINE_VERSION = 1
+
+# Parameters that change no result: how often to save and to log.
+NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every"}
+
+Status = Literal["done", "refused", "diverged", "preempted", "failed"]
+EXIT_CODES: dict[Status, int] = {"done": 0, "refused": 65, "diverged": 70, "preempted": 75, "failed": 1}
+
+
+class Strict(BaseModel):
+    """A model that refuses unknown fields and cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Artifact(Strict):
+    """A folder that a stage has published: where it lies, and the digest of its content."""
+
+    uri: str
+    sha256: str
+
+
+class Problem(Strict):
+    """Why a stage stopped, for a person: what is wrong, with which field and value, and how to mend it."""
+
+    kind: str
+    message: str
+    field: str | None = None
+    value: str | None = None
+    mend: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.field} = {self.value}: " if self.field else ""
+        return f"{where}{self.message}" + (f" Mend: {self.mend}" if self.mend else "")
+
+
+class Placement(Strict):
+    """Where a stage runs. It changes no result, so it is no part of the key."""
+
+    devices: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
+
+
+class Request(Strict):
+    """All that a stage needs. `params` is the dump of the stage's config model, flat at its first level."""
+
+    stage: str
+    version: int
+    params: dict[str, JsonValue]
+    inputs: dict[str, Artifact] = {}
+    seed: int = 0
+    name: str | None = None
+    """The model's name in the pipeline (sft, dpo, ...); a label for MLflow, not part of the key."""
+    pipeline_run: str | None = None
+    placement: Placement = Placement()
+    tags: dict[str, str] = {}
+    """More MLflow tags, such as data.version; not part of the key."""
+    about: dict[str, str] = {}
+    """More MLflow parameters: on an evaluation, those of the training behind the model. Not part of the key."""
+
+    def key(self) -> str:
+        """sha256 over what decides the result: never paths, pools, threads or run ids."""
+        decides = {
+            "stage": self.stage,
+            "version": self.version,
+            "engine": ENGINE_VERSION,
+            "params": {k: v for k, v in self.params.items() if k not in NEUTRAL},
+            "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+class Result(Strict):
+    """What a stage answers; written as `result.json` beside the request."""
+
+    status: Status
+    key: str
+    run_id: str | None = None
+    outputs: dict[str, Artifact] = {}
+    metrics: dict[str, float] = {}
+    error: Problem | None = None
+    reused: bool = False
+
+
+class StageError(Exception):
+    """Raised inside a stage to end it with a status and a problem that a person can act on."""
+
+    def __init__(self, message: str, *, status: Status = "refused", kind: str = "input", **where: Any) -> None:
+        self.status: Status = status
+        self.problem = Problem(kind=kind, message=message, **{k: None if v is None else str(v) for k, v in where.items()})
+        super().__init__(str(self.problem))

@@ -1,0 +1,46 @@
+"""The contract between a training method and the loop: SFT, reward model, DPO, KTO and PPO all fit it.
+
+An online method is an offline method whose batches come from its own model, so the loop need not know which it runs.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+Micro = TypeVar("Micro")
+
+Totals = dict[str, Tensor]
+"""Denominators of one optimizer step. Scalars; the loop adds them up over all ranks."""
+
+Metrics = dict[str, Tensor]
+"""Scalars that add up over micro-batches and ranks to the step's value: already divided by the totals."""
+
+
+class Method(Protocol[Micro]):
+    """What the loop calls, in this order, for every optimizer step."""
+
+    model: nn.Module
+    """What is trained. The loop replaces it by Accelerate's wrapper; call it, don't reach into it."""
+
+    def batches(self, start: int) -> Iterator[list[Micro]]:
+        """This rank's micro-batches, one list per optimizer step, from step `start` on. A function of (seed, step)."""
+        ...
+
+    def prepare(self, micros: list[Micro]) -> Totals:
+        """This rank's part of the step's denominators (tokens, pairs, KTO's z0 by a no-grad pass)."""
+        ...
+
+    def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
+        """The micro-batch's summand of the step's loss, divided by `totals`, with its metrics' summands."""
+        ...
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Called with the step's metrics, whole; returns more to log (PPO's KL coefficient)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `batches` and `loss` need to go on exactly, beyond model and step: tensors and JSON values only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
