@@ -14,11 +14,11 @@ Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
 class Scratch(Strict):
     """A small Llama with random weights and a tokenizer of the demo's words."""
 
-    hidden_size: int = Field(96, ge=8)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(256, ge=8)
-    max_length: int = Field(128, ge=16)
+    hidden_size: int = Field(default=96, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    intermediate_size: int = Field(default=256, ge=8)
+    max_length: int = Field(default=128, ge=16)
 
 
 class ModelConfig(Strict):
@@ -39,22 +39,23 @@ class DataConfig(Strict):
     """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
 
     path: str
-    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
+    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset;
+    `demo:sft` or `demo:prompt`."""
     kind: Kind
     revision: str | None = None
     """Commit of the Hugging Face dataset."""
     split: str = "train"
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take the first so many rows."""
-    eval_fraction: float = Field(0.1, ge=0, le=1)
+    eval_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of prompts held out for evaluation, chosen by the prompt's hash."""
-    gold_fraction: float = Field(0.0, ge=0, lt=1)
+    gold_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training prompts kept for the gold reward model, which judges and never trains a policy."""
-    max_bad: float = Field(0.1, ge=0, le=1)
+    max_bad: float = Field(default=0.1, ge=0, le=1)
     """Share of quarantined rows above which the flow stops."""
-    max_length: int = Field(1024, ge=8)
+    max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
 
 
@@ -100,8 +101,8 @@ class EndpointJudge(Strict):
     model: str
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself stands nowhere."""
-    timeout: float = Field(60.0, gt=0)
-    concurrency: int = Field(4, ge=1)
+    timeout: float = Field(default=60.0, gt=0)
+    concurrency: int = Field(default=4, ge=1)
 
 
 _JUDGES = {"rule": RuleJudge, "sentiment": SentimentJudge, "reward": RewardJudge, "endpoint": EndpointJudge}
@@ -131,13 +132,13 @@ class ValidateParams(DataConfig):
 class SFTConfig(Training):
     """Supervised fine-tuning."""
 
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
 
 
 class RewardConfig(Training):
     """Reward model, from pairs or K-way rankings (Ouyang et al. 2022)."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     rows: Literal["train", "gold"] = "train"
     """Which part of the preference data to train on; the pipeline sets it."""
     margin: bool = False
@@ -147,15 +148,15 @@ class RewardConfig(Training):
 class GenerateConfig(Strict):
     """Sample K answers per prompt from the SFT model and let a judge rank them."""
 
-    answers: int = Field(4, ge=2)
+    answers: int = Field(default=4, ge=2)
     """Answers per prompt (K)."""
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
     judge: Judge | None = RuleJudge()
     """None exports the answers as JSONL for people to rank."""
-    noise: float = Field(0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
     """Temperature of Bradley-Terry label noise: answer i beats j with probability sigmoid((s_i - s_j) / noise)."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take the first so many prompts."""
 
 
@@ -163,13 +164,13 @@ class EvaluateConfig(Strict):
     """Every model answers the same held-out prompts under the same seeds; the judge scores the answers."""
 
     judge: Judge = SentimentJudge()
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    limit: int | None = Field(None, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    limit: int | None = Field(default=None, ge=1)
     """Take the first so many prompts."""
-    min_prompts: int = Field(100, ge=1)
+    min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
-    bootstrap: int = Field(2000, ge=100)
+    bootstrap: int = Field(default=2000, ge=100)
     """Resamples over prompts for the 95 % interval of the win rate."""
 
 
@@ -185,7 +186,7 @@ class PipelineConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the MLflow experiment."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: ModelConfig
     data: PipelineData
     sft: SFTConfig | None = SFTConfig()
@@ -200,7 +201,7 @@ class PipelineConfig(Strict):
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    devices: int = Field(1, ge=1)
+    devices: int = Field(default=1, ge=1)
     """Devices per training stage; more than one runs under torchrun."""
-    parallel: int = Field(1, ge=1)
+    parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""

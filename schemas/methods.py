@@ -12,7 +12,7 @@ class MethodConfig(Training):
 
     needs: ClassVar[frozenset[str]]
     method: str
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
 
 
 class DPO(MethodConfig):
@@ -20,10 +20,10 @@ class DPO(MethodConfig):
 
     needs = frozenset({"preference"})
     method: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference model."""
     loss: Literal["sigmoid", "ipo_sum", "ipo_mean", "hinge", "robust"] = "sigmoid"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of labels taken to be flipped: cDPO with `sigmoid`, the unbiased estimate with `robust`."""
 
 
@@ -32,11 +32,11 @@ class KTO(MethodConfig):
 
     needs = frozenset({"feedback"})
     method: Literal["kto"] = "kto"
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference model."""
-    desirable_weight: float | None = Field(None, gt=0)
+    desirable_weight: float | None = Field(default=None, gt=0)
     """Weight of thumbs up; default from the class counts, so that both classes weigh the same."""
-    undesirable_weight: float | None = Field(None, gt=0)
+    undesirable_weight: float | None = Field(default=None, gt=0)
     """Weight of thumbs down; default as above."""
 
 
@@ -45,32 +45,32 @@ class PPO(MethodConfig):
 
     needs = frozenset({"prompt", "reward"})
     method: Literal["ppo"] = "ppo"
-    iterations: int = Field(50, ge=1)
+    iterations: int = Field(default=50, ge=1)
     """Rounds of: sample answers, score them, update."""
-    rollout_size: int = Field(64, ge=1)
+    rollout_size: int = Field(default=64, ge=1)
     """Answers sampled per iteration. `batch_size` is the rows of one optimizer step within it."""
-    ppo_epochs: int = Field(4, ge=1)
+    ppo_epochs: int = Field(default=4, ge=1)
     """Passes over each rollout."""
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    kl_coef: float = Field(0.05, ge=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """Coefficient of the per-token KL penalty; the start value when `kl_target` is set."""
-    kl_target: float | None = Field(None, gt=0)
+    kl_target: float | None = Field(default=None, gt=0)
     """Nats per answer. When set, the coefficient adapts to reach it (Ziegler et al. 2019)."""
-    kl_horizon: int = Field(10_000, ge=1)
+    kl_horizon: int = Field(default=10_000, ge=1)
     """Answers over which the adaptive coefficient reacts."""
-    clip: float = Field(0.2, gt=0)
-    value_clip: float = Field(0.2, gt=0)
-    value_coef: float = Field(0.1, ge=0)
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    missing_end_penalty: float = Field(1.0, ge=0)
+    clip: float = Field(default=0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0)
+    value_coef: float = Field(default=0.1, ge=0)
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    missing_end_penalty: float = Field(default=1.0, ge=0)
     """Taken off the score of an answer that does not end by itself."""
     value_trunk: Literal["separate", "shared"] = "separate"
     """`shared` puts the value head on the policy's trunk: faster, less memory."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = Field(0.0, ge=0, lt=1)
-    adam_eps: float = Field(1e-5, gt=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-5, gt=0)
 
 
 AnyMethod = DPO | KTO | PPO

@@ -56,8 +56,8 @@ class Problem(Strict):
 class Placement(Strict):
     """Where a stage runs. It changes no result, so it is no part of the key."""
 
-    devices: int = Field(1, ge=1)
-    threads: int | None = Field(None, ge=1)
+    devices: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
 
 class Request(Strict):
@@ -107,5 +107,6 @@ class StageError(Exception):
 
     def __init__(self, message: str, *, status: Status = "refused", kind: str = "input", **where: Any) -> None:
         self.status: Status = status
-        self.problem = Problem(kind=kind, message=message, **{k: None if v is None else str(v) for k, v in where.items()})
+        texts = {k: None if v is None else str(v) for k, v in where.items()}
+        self.problem = Problem(kind=kind, message=message, **texts)
         super().__init__(str(self.problem))

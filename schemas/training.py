@@ -10,9 +10,9 @@ from schemas.stage import Strict
 class LoRA(Strict):
     """Low-rank adapters (Hu et al. 2021) through peft; the published model has them merged."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target: str = "all-linear"
     """Modules that get an adapter: peft's word `all-linear`, or a regular expression."""
 
@@ -20,32 +20,32 @@ class LoRA(Strict):
 class Training(Strict):
     """One optimizer step sees `batch_size` rows; how they are cut into micro-batches changes no result."""
 
-    epochs: float | None = Field(1.0, gt=0)
+    epochs: float | None = Field(default=1.0, gt=0)
     """Passes over the data. PPO counts iterations instead."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps, whatever `epochs` says."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Rows (pairs, prompts with their answers) per optimizer step, over all devices."""
-    tokens_per_micro_batch: int = Field(4096, ge=16)
+    tokens_per_micro_batch: int = Field(default=4096, ge=16)
     """Tokens of one forward pass: a bound on memory that changes no result."""
-    max_length: int = Field(1024, ge=8)
+    max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together; longer rows are quarantined or left out, and counted."""
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: float32 weights, bfloat16 autocast."""
     gradient_checkpointing: bool = False
     layout: Literal["shared", "packed", "padded"] = "shared"
     """How a batch lies in memory: answers hang off one prompt, sequences end to end, or rows with padding."""
     lora: LoRA | None = None
-    checkpoint_minutes: float = Field(10.0, gt=0)
-    checkpoint_steps: int | None = Field(None, ge=1)
-    log_every: int = Field(1, ge=1)
+    checkpoint_minutes: float = Field(default=10.0, gt=0)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=1, ge=1)
     """Optimizer steps between two logged points."""

@@ -1,0 +1,49 @@
+"""Shared fixtures: a home of its own for every test, and the real data and model beside the checkout, where there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Set before anything imports Prefect, MLflow or torch, also for the processes that tests start. Nothing calls home;
+# nothing is fetched from the Hub; tiny models are fastest on one thread.
+os.environ.update(
+    {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+    }
+)
+for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "ALIGNFLOW_HOME", "ALIGNFLOW_EXPERIMENT"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ALIGNFLOW_HOME, set for this test and the processes that it starts."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data (`data/`) and a real tiny model (`models/tinystories-260k`)."""
+    folder = Path(os.environ.get("ALIGNFLOW_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data at {folder}: set ALIGNFLOW_SHARED to a folder with data/ and models/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinystories(shared: Path) -> Path:
+    """The folder of the 260k-parameter TinyStories model."""
+    return shared / "models" / "tinystories-260k"
