@@ -14,7 +14,9 @@ Totals = dict[str, Tensor]
 """Denominators of one optimizer step. Scalars; the loop adds them up over all ranks."""
 
 Metrics = dict[str, Tensor]
-"""Scalars that add up over micro-batches and ranks to the step's value: already divided by the totals."""
+"""Scalars that add up over micro-batches and ranks to the step's value: already divided by the totals.
+
+Those under `compute/` (tokens seen) are added up over all steps as well; the loop adds `train/loss` itself."""
 
 
 class Method(Protocol[Micro]):

@@ -1,0 +1,150 @@
+"""Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+KEEP = 2
+
+
+def split_state(state: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Move the tensors out of a nested state into `tensors`; the JSON that is left names them by `{"tensor": path}`."""
+    if isinstance(state, Tensor):
+        tensors[path] = state.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
+        return {"tensor": path}
+    if isinstance(state, dict):
+        return {"dict": {k: split_state(v, tensors, f"{path}/{k}") for k, v in state.items()}}
+    if isinstance(state, list | tuple):
+        return {"list": [split_state(v, tensors, f"{path}/{i}") for i, v in enumerate(state)]}
+    return {"value": state}
+
+
+def join_state(state: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `split_state`."""
+    ((kind, content),) = state.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: join_state(v, tensors) for k, v in content.items()}
+    if kind == "list":
+        return [join_state(v, tensors) for v in content]
+    return content
+
+
+def write_state(folder: Path, name: str, state: Any) -> None:
+    """Write a nested state of tensors and JSON values as `name.safetensors` and `name.json`."""
+    tensors: dict[str, Tensor] = {}
+    rest = split_state(state, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(rest))
+
+
+def read_state(folder: Path, name: str) -> Any:
+    """Read what `write_state` wrote."""
+    return join_state(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
+    """Turn a folder of written files into a checkpoint: manifest, fsync, rename. Then prune what is older."""
+    files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(draft.iterdir())}
+    (draft / MANIFEST).write_text(json.dumps({"key": key, "step": step, "files": files}, indent=1))
+    for path in draft.iterdir():
+        _sync(path)
+    _sync(draft)
+    if target.exists():  # the same step, saved twice
+        shutil.rmtree(target)
+    draft.rename(target)
+    _sync(target.parent)
+    for old in list(_newest_first(target.parent))[KEEP:]:
+        shutil.rmtree(old)
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def fault(checkpoint: Path, key: str) -> str | None:
+    """What is wrong with a checkpoint, or None: a missing, cut or altered file, or another run's key."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if manifest["key"] != key:
+            return f"it belongs to another run ({manifest['key'][:12]})"
+        for name, expected in manifest["files"].items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if (checkpoint / name).stat().st_size != expected["size"] or _sha256(checkpoint / name) != expected["sha256"]:
+                return f"{name} was altered or cut"
+        present = {p.name for p in checkpoint.iterdir()}
+        extra = present - set(manifest["files"]) - {MANIFEST}
+        return f"{', '.join(sorted(extra))} is not in the manifest" if extra else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+
+
+def newest(folder: Path, key: str) -> Path | None:
+    """The newest checkpoint that verifies. Bad ones are moved to `bad/`, with the reason in the log."""
+    for checkpoint in _newest_first(folder):
+        reason = fault(checkpoint, key)
+        if reason is None:
+            return checkpoint
+        bad = folder / "bad"
+        bad.mkdir(exist_ok=True)
+        attempt = sum(1 for p in bad.glob(f"{checkpoint.name}*"))
+        checkpoint.rename(bad / (checkpoint.name if not attempt else f"{checkpoint.name}.{attempt}"))
+        log.warning("checkpoint %s was moved to %s: %s", checkpoint.name, bad, reason)
+    return None
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training changes, by name; tied ones once. The rest is rebuilt from the base model."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def model_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Trainable weights and, per weight, the optimizer's state."""
+    parameters = trainable(model)
+    return {
+        "model": dict(parameters),
+        "optimizer": {name: dict(optimizer.state.get(p, {})) for name, p in parameters.items()},
+    }
+
+
+def load_model_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `model_state`, in place. Raises ValueError when names or shapes differ."""
+    parameters = trainable(model)
+    if set(parameters) != set(state["model"]):
+        odd = sorted(set(parameters) ^ set(state["model"]))
+        raise ValueError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != state["model"][name].shape:
+                raise ValueError(f"{name} has shape {tuple(state['model'][name].shape)} in the checkpoint")
+            parameter.copy_(state["model"][name])
+            optimizer.state[parameter] = {
+                k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in state["optimizer"][name].items()
+            }

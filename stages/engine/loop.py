@@ -1,0 +1,257 @@
+"""The training loop, the only one: optimizer step, clipping, logging, checkpoint, resume. It knows no method.
+
+Order and randomness are functions of (seed, step), so a run that was cut goes on as if it had not been.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from schemas.stage import StageError
+from schemas.training import Training
+from stages.engine import checkpoint
+from stages.engine.method import Method, Metrics
+from stages.tracking import StageRun
+
+
+@functools.lru_cache(maxsize=4)  # a step asks for its epoch's order anew
+def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation of range(n): a function of its arguments only."""
+    rows = list(range(n))
+    random.Random(f"order/{seed}/{epoch}").shuffle(rows)
+    return tuple(rows)
+
+
+def steps_for(rows: int, training: Training) -> int:
+    """Optimizer steps of a run over `rows` rows. Raises StageError when neither epochs nor max_steps bounds it."""
+    if training.epochs is None:
+        if training.max_steps is None:
+            raise StageError("training has no end", field="epochs", value=None, mend="set epochs or max_steps")
+        return training.max_steps
+    steps = max(1, math.ceil(rows * training.epochs / training.batch_size))
+    return min(steps, training.max_steps or steps)
+
+
+def step_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """The rows of one optimizer step: the epochs' permutations end to end, cut into batches."""
+    start = step * batch_size
+    epochs = range(start // n, (start + batch_size - 1) // n + 1)
+    line = [row for epoch in epochs for row in order(n, seed, epoch)]
+    offset = start - epochs[0] * n
+    return line[offset : offset + batch_size]
+
+
+def learning_rate(training: Training, step: int, total_steps: int) -> float:
+    """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the step."""
+    warmup = math.ceil(training.warmup * total_steps)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return training.learning_rate * factor[training.schedule]
+
+
+def optimizer_for(model: torch.nn.Module, training: Training) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
+
+
+@contextlib.contextmanager
+def _catch_sigterm() -> Iterator[list[int]]:
+    """Collect SIGTERMs in a list, so that the step in progress can end."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Loop:
+    """One training run of a method. `train` below is the way to call it."""
+
+    def __init__(self, method: Method[Any], training: Training, total_steps: int, run: StageRun, seed: int) -> None:
+        self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
+        self.accelerator = Accelerator(kwargs_handlers=[ddp])
+        self.optimizer = optimizer_for(method.model, training)
+        method.model, self.optimizer = self.accelerator.prepare(method.model, self.optimizer)
+        method.model.train()
+        self.raw = self.accelerator.unwrap_model(method.model)
+        self.folder = run.work / "checkpoints"
+        self.step = 0
+        self.compute: dict[str, float] = {"compute/seconds": 0.0}
+        self.last: dict[str, float] = {}
+        self.saved_at = time.monotonic()
+
+    # --- one optimizer step ---
+
+    def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add up scalars over all ranks, in one message."""
+        if not values or self.accelerator.num_processes == 1:
+            return values
+        names = sorted(values)
+        stacked = torch.stack([values[n].detach().float().to(self.accelerator.device) for n in names])
+        summed = self.accelerator.reduce(stacked, "sum")
+        assert isinstance(summed, Tensor)
+        return dict(zip(names, summed.unbind(), strict=True))
+
+    def backward(self, micros: list[Any]) -> Metrics:
+        """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
+        if not micros:
+            raise StageError(
+                "a device got no rows in this step",
+                field="batch_size",
+                value=self.training.batch_size,
+                mend=f"set it to at least the number of devices ({self.accelerator.num_processes})",
+            )
+        totals = self.reduce(self.method.prepare(micros))
+        summed: Metrics = {}
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.method.model):
+                summand, metrics = self.method.loss(micro, totals)
+                # DDP averages over the ranks; the summands' denominators are global already.
+                self.accelerator.backward(summand * self.accelerator.num_processes)
+            for name, value in {"train/loss": summand, **metrics}.items():
+                summed[name] = summed.get(name, torch.zeros(())) + value.detach().float().cpu()
+        return summed
+
+    def one_step(self, micros: list[Any]) -> dict[str, float]:
+        """Update the model once; returns the step's metrics. Raises StageError when anything is not finite."""
+        torch.manual_seed(hash((self.seed, self.step, self.accelerator.process_index)) % 2**63)  # dropout
+        rate = learning_rate(self.training, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = {name: float(v) for name, v in self.reduce(self.backward(micros)).items()}
+        norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)
+        metrics |= {"train/grad_norm": float(norm or 0.0), "train/learning_rate": rate}
+        self.check_finite(metrics)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics | self.method.after_step(metrics)
+
+    def check_finite(self, metrics: dict[str, float]) -> None:
+        """Stop before a non-finite loss or gradient reaches the weights; the tracker shows the value as it is."""
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self.run.metrics(metrics, step=self.step)
+                raise StageError(
+                    f"{name} is {metrics[name]} at step {self.step}",
+                    status="diverged",
+                    kind="diverged",
+                    field="learning_rate",
+                    value=self.training.learning_rate,
+                    mend="lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
+                )
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that decides the future."""
+        draft, rank = self.folder / f".draft-{self.step}", self.accelerator.process_index
+        if self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            checkpoint.write_state(draft, "model", checkpoint.model_state(self.raw, self.optimizer.optimizer))
+            loop = {"step": self.step, "compute": self.compute, "last": self.last}
+            checkpoint.write_state(draft, "loop", loop)
+        self.accelerator.wait_for_everyone()
+        checkpoint.write_state(draft, f"method-{rank}", self.method.state_dict())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            checkpoint.seal(draft, self.folder / f"step-{self.step}", key=self.run.key, step=self.step)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies, if there is one."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".draft-*"):
+                shutil.rmtree(leftover)
+            checkpoint.newest(self.folder, self.run.key)  # moves bad ones aside, before the other ranks look
+        self.accelerator.wait_for_everyone()
+        found = checkpoint.newest(self.folder, self.run.key)
+        if found is None:
+            return
+        checkpoint.load_model_state(self.raw, self.optimizer.optimizer, checkpoint.read_state(found, "model"))
+        self.method.load_state_dict(checkpoint.read_state(found, f"method-{self.accelerator.process_index}"))
+        state = checkpoint.read_state(found, "loop")
+        self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due by steps or by minutes."""
+        if self.training.checkpoint_steps and self.step % self.training.checkpoint_steps == 0:
+            return True
+        return time.monotonic() - self.saved_at > 60 * self.training.checkpoint_minutes
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """True where any rank says so: ranks must stop and save together."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        reduced = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))
+        assert isinstance(reduced, Tensor)
+        return [bool(v) for v in reduced]
+
+    # --- the run ---
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Count compute, log the step, show progress."""
+        for name in [n for n in metrics if n.startswith("compute/")]:
+            self.compute[name] = self.compute.get(name, 0.0) + metrics.pop(name)
+        self.last = metrics
+        if self.step % self.training.log_every == 0 or self.step == self.total_steps:
+            self.run.metrics(metrics, step=self.step)
+        what = self.run.request.name or self.run.request.stage
+        self.run.progress(self.step, self.total_steps, f"{what}: loss {metrics['train/loss']:.4f}")
+
+    def __call__(self) -> dict[str, float]:
+        self.resume()
+        with _catch_sigterm() as stopped:
+            batches = self.method.batches(self.step)
+            while self.step < self.total_steps:
+                began = time.monotonic()
+                metrics = self.one_step(next(batches))
+                self.step += 1
+                self.compute["compute/seconds"] += time.monotonic() - began
+                self.note(metrics)
+                stop, due = self.agree(bool(stopped), self.due())
+                if stop or due or self.step == self.total_steps:
+                    self.save()
+                if stop and self.step < self.total_steps:
+                    message = f"stopped by SIGTERM after step {self.step} of {self.total_steps}; the checkpoint is saved"
+                    raise StageError(message, status="preempted", kind="preempted", mend="run again to go on")
+        return {**self.last, **self.compute}
+
+
+def train(
+    method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int
+) -> dict[str, float]:
+    """Train `method.model` in place for `total_steps` optimizer steps; returns the last step's metrics and the cost.
+
+    Resumes from `run.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not finite,
+    and `preempted` after a SIGTERM, once the step in progress is done and saved.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loop = Loop(method, training, total_steps, run, seed)
+    metrics = loop()
+    method.model = loop.raw
+    return metrics
