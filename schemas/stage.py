@@ -71,6 +71,8 @@ class Request(Strict):
     name: str | None = None
     """The model's name in the pipeline (sft, dpo, ...); a label for MLflow, not part of the key."""
     pipeline_run: str | None = None
+    experiment: str | None = None
+    """MLflow experiment; default ALIGNFLOW_EXPERIMENT, else `alignflow`."""
     placement: Placement = Placement()
     tags: dict[str, str] = {}
     """More MLflow tags, such as data.version; not part of the key."""
@@ -78,12 +80,16 @@ class Request(Strict):
     """More MLflow parameters: on an evaluation, those of the training behind the model. Not part of the key."""
 
     def key(self) -> str:
-        """sha256 over what decides the result: never paths, pools, threads or run ids."""
+        """sha256 over what decides the result: never paths, pools, threads or run ids.
+
+        A path in `params` gives way to the input `source`, the digest of what lies there.
+        """
+        neutral = NEUTRAL | ({"path"} if "source" in self.inputs else set())
         decides = {
             "stage": self.stage,
             "version": self.version,
             "engine": ENGINE_VERSION,
-            "params": {k: v for k, v in self.params.items() if k not in NEUTRAL},
+            "params": {k: v for k, v in self.params.items() if k not in neutral},
             "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
             "seed": self.seed,
         }

@@ -1,0 +1,188 @@
+"""Run one stage in this process: `python -m stages NAME request.json`.
+
+Writes `result.json` beside the request and exits with the code of its status (schemas/stage.py). With more than one
+device in the request's placement it turns itself into torchrun, which starts it again once per device.
+"""
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from pydantic import ValidationError
+
+from schemas.stage import EXIT_CODES, STAGES, Problem, Request, Result, StageError
+from stages import tracking
+from stages.tracking import StageRun
+
+log = logging.getLogger("alignflow")
+
+# Imported only when run, so that `validate` does not wait for torch.
+MODULES = {name: f"stages.{name}" for name in STAGES}
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, and leave when it has died already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    expected = os.environ.get("ALIGNFLOW_PARENT")
+    if expected and "RANK" not in os.environ and os.getppid() != int(expected):
+        sys.exit(EXIT_CODES["preempted"])
+
+
+def preempt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", mend="start it again: it goes on")
+
+
+class Lines(logging.Formatter):
+    """One plain line per record; the level is said from warnings up."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def set_up_log(rank: int) -> None:
+    """Log to stderr; the other ranks say errors only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
+    logging.getLogger("alignflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def read_request(name: str, path: Path) -> Request:
+    """The request, checked against the stage that is asked for.
+
+    Raises:
+        StageError: it cannot be read, or asks for another stage or version.
+    """
+    try:
+        request = Request.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise StageError(f"the request cannot be read: {error}", kind="request", field="request", value=path) from error
+    if name not in MODULES or request.stage != name:
+        known = ", ".join(MODULES)
+        raise StageError(f"asked to run {name!r}.", kind="request", field="stage", value=request.stage, mend=known)
+    if request.version != STAGES[name]:
+        mend = f"this code has version {STAGES[name]}; make the request with the same code"
+        raise StageError("another version.", kind="request", field="version", value=request.version, mend=mend)
+    return request
+
+
+def become_torchrun(request: Request, argv: list[str]) -> None:
+    """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    os.execv(sys.executable, [*module, f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv])
+
+
+def verdict_file(work: Path) -> Path:
+    """Where rank 0 tells the other ranks of this start whether there is work to do."""
+    return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
+
+
+def follow(request: Request) -> None:
+    """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
+    verdict = verdict_file(tracking.work_folder(request.key()))
+    while not verdict.exists():
+        time.sleep(0.05)
+    if not json.loads(verdict.read_text())["reused"]:
+        with StageRun(request) as run:
+            importlib.import_module(MODULES[request.stage]).run(request, run)
+
+
+def lead(request: Request) -> Result:
+    """Rank 0: under the key's lock, take a finished result or do the work."""
+    key = request.key()
+    work = tracking.work_folder(key)
+    verdict = verdict_file(work)
+    with tracking.lock(work / "lock"):
+        found = tracking.find(key)
+        if "RANK" in os.environ:
+            tracking.write_whole(verdict, json.dumps({"reused": found is not None}))
+        if found is not None:
+            tracking.note_reuse(found, request.pipeline_run)
+            return found
+        try:
+            result = execute(request)
+        finally:
+            verdict.unlink(missing_ok=True)
+        if result.status == "done":
+            tracking.clear_work(key)
+        return result
+
+
+def execute(request: Request) -> Result:
+    """Run the stage under an MLflow run. A stage's end, good or bad, becomes a result."""
+    run = StageRun(request)
+    try:
+        with run:
+            try:
+                metrics = importlib.import_module(MODULES[request.stage]).run(request, run)
+                return run.finish(metrics)
+            except BaseException as error:
+                run.fail(problem_of(error), None if isinstance(error, StageError) else traceback.format_exc())
+                raise
+    except Exception as error:
+        return stopped(error, run.key, run.run_id or None, run.request.params)
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What a person needs to know of an error."""
+    if isinstance(error, StageError):
+        return error.problem
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        field = "params." + ".".join(str(part) for part in first["loc"])
+        return Problem(kind="params", message=first["msg"], field=field, value=str(first["input"])[:200])
+    return Problem(kind=type(error).__name__, message=str(error) or type(error).__name__)
+
+
+def stopped(error: Exception, key: str, run_id: str | None, params: object = None) -> Result:
+    """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
+    status = error.status if isinstance(error, StageError) else "failed"
+    if status == "failed":
+        log.error("%s", "".join(traceback.format_exception(error)))
+    problem = problem_of(error)
+    log.error("%s: %s", status, problem)
+    return Result(status=status, key=key, run_id=run_id, error=problem)
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage that the command line names; returns the exit code."""
+    if len(argv) != 2:
+        print(f"usage: python -m stages NAME request.json\n\nNAME is one of {', '.join(MODULES)}", file=sys.stderr)
+        return 2
+    die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_log(rank)
+    signal.signal(signal.SIGTERM, preempt)
+    path = Path(argv[1])
+    key = ""
+    try:
+        request = read_request(argv[0], path)
+        key = request.key()
+        if request.placement.devices > 1 and "RANK" not in os.environ:
+            become_torchrun(request, argv)
+        if rank > 0:
+            follow(request)
+            return 0
+        result = lead(request)
+    except Exception as error:
+        result = stopped(error, key, None)
+    if rank == 0:
+        tracking.write_whole(path.with_name("result.json"), result.model_dump_json(indent=2))
+    return EXIT_CODES[result.status]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

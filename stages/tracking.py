@@ -1,0 +1,702 @@
+"""Where runs, metrics and artifacts are kept: the one place that talks to MLflow.
+
+`StageRun` is what a stage sees of it. Training never waits here: metrics go to a journal file, and a side thread ships
+them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both check its digest.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import unquote, urlparse
+
+from schemas.stage import Artifact, Problem, Request, Result, StageError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("alignflow")
+
+# MLflow reads these when it is imported: no telemetry, no progress bars, no git, short waits on a server that is away.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+SHIP_SECONDS = 2.0
+METRICS_PER_BATCH = 1000
+ENTRIES_PER_BATCH = 100
+RETRY_SECONDS = 90.0
+PROGRESS_SECONDS = 5.0
+# MLflow's own limits, in characters.
+PARAM_LENGTH = 6000
+TAG_LENGTH = 5000
+KEY_LENGTH = 250
+
+T = TypeVar("T")
+
+
+# --- Places -----------------------------------------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """Folder of everything that is kept here: ALIGNFLOW_HOME, else `.alignflow` in the working directory."""
+    return Path(os.environ.get("ALIGNFLOW_HOME") or ".alignflow").absolute()
+
+
+def work_folder(key: str) -> Path:
+    """Folder of a stage's lock, checkpoints and journal; it outlives a crash."""
+    return home() / "work" / key
+
+
+def clear_work(key: str) -> None:
+    """Drop the checkpoints and journals of a stage that is done. ALIGNFLOW_KEEP_WORK=1 keeps them."""
+    if os.environ.get("ALIGNFLOW_KEEP_WORK") == "1":
+        return
+    for path in work_folder(key).iterdir():
+        if path.is_dir() and path.name != "asks":
+            shutil.rmtree(path)
+        elif path.name.startswith("metrics-"):
+            path.unlink()
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file under `home()`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file. The kernel frees it when the holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+# --- MLflow's client --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _entities() -> Any:
+    """MLflow's value classes. Imported late: MLflow takes over a second, and much of this module needs none of it."""
+    import mlflow.entities
+
+    return mlflow.entities
+
+
+@cache
+def _client_for(uri: str) -> "MlflowClient":
+    """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow.exceptions import MlflowException  # late for the same reason as above
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    with lock(database.with_suffix(".lock")):
+        if not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer don't lock each other out
+        client = MlflowClient(uri)
+        try:
+            client.search_experiments(max_results=1)
+        except MlflowException as error:
+            if "out-of-date" not in str(error):
+                raise
+            log.info("migrating %s to this version of MLflow", database)
+            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
+        return MlflowClient(uri)
+
+
+def client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`."""
+    return _client_for(tracking_uri())
+
+
+def setup() -> None:
+    """Make the database, or bring it up to date."""
+    client()
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again can help: a locked database, a server that is away."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    text = str(error).lower()
+    signs = ("database is locked", "database table is locked", "max retries", "connection", "timed out", "503", "502")
+    return any(sign in text for sign in signs)
+
+
+def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
+    """The call's answer, tried again for so many seconds while its error is a passing one."""
+    end, pause = time.monotonic() + seconds, 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not _passing(error) or time.monotonic() + pause > end:
+                raise
+            log.warning("MLflow: %s; trying again", str(error).splitlines()[0][:200])
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def experiment_name(request: Request) -> str:
+    """The MLflow experiment of a request: its own, else ALIGNFLOW_EXPERIMENT, else `alignflow`."""
+    return request.experiment or os.environ.get("ALIGNFLOW_EXPERIMENT") or "alignflow"
+
+
+def experiment(name: str) -> str:
+    """Id of the experiment, made when it does not exist."""
+    found = retrying(lambda: client().get_experiment_by_name(name))
+    if found is not None:
+        return found.experiment_id
+    # With a server, the server says where artifacts lie; alone, they lie beside the database.
+    location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
+    try:
+        return retrying(lambda: client().create_experiment(name, artifact_location=location))
+    except Exception:
+        found = client().get_experiment_by_name(name)  # another process was quicker
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+# --- Artifacts --------------------------------------------------------------------------------------------------------
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's content, or of a folder's sorted relative paths and contents.
+
+    Raises:
+        StageError: there is no such file or folder.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise StageError(f"{path} does not exist.", kind="artifact", mend="give the path of a file or folder")
+    total = hashlib.sha256()
+    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{inner.relative_to(path).as_posix()}\0{digest(inner)}\n".encode())
+    return total.hexdigest()
+
+
+def _location(uri: str) -> str:
+    """Where the files of an artifact really lie: a path, or the address in an artifact store."""
+    if uri.startswith("runs:/"):
+        run_id, _, inner = uri.removeprefix("runs:/").partition("/")
+        run = retrying(lambda: client().get_run(run_id))
+        return f"{run.info.artifact_uri}/{inner}".rstrip("/")
+    if uri.startswith("models:/m-"):
+        return retrying(lambda: client().get_logged_model(uri.removeprefix("models:/"))).artifact_location
+    return uri
+
+
+def _local(location: str) -> Path | None:
+    """The path behind a location on this machine's disk, else None."""
+    parsed = urlparse(location)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return Path(location) if parsed.scheme == "" else None
+
+
+def _download(location: str, sha256: str) -> Path:
+    """A copy of a remote artifact, kept by its digest."""
+    target = home() / "cache" / "artifacts" / sha256
+    with lock(target.with_suffix(".lock")):
+        if target.exists() and digest(target) == sha256:
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+        from mlflow.artifacts import download_artifacts  # late: see _entities
+
+        beside = target.with_suffix(".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        got = retrying(
+            lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
+        )
+        Path(got).replace(target)
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def fetch(artifact: Artifact) -> Path:
+    """Local folder of an artifact, its digest verified. The uri is `runs:/`, `models:/`, a path or a store's address.
+
+    Raises:
+        StageError: the artifact is gone or has been altered.
+    """
+    mend = "run the pipeline again: the stage that makes it notices and makes it anew"
+    try:
+        location = _location(artifact.uri)
+        folder = _local(location) or _download(location, artifact.sha256)
+    except StageError:
+        raise
+    except Exception as error:
+        if _passing(error):
+            raise
+        raise StageError(
+            f"the artifact is gone ({error}).", kind="artifact", field="uri", value=artifact.uri, mend=mend
+        )
+    if not folder.exists():
+        raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
+    found = digest(folder)
+    if found != artifact.sha256:
+        message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
+    return folder
+
+
+def _intact(artifact: Artifact) -> bool:
+    """Whether a published artifact is still what it was. One in a remote store is verified when it is fetched."""
+    try:
+        if _local(_location(artifact.uri)) is not None:
+            fetch(artifact)
+    except StageError as error:
+        log.info("%s", error)
+        return False
+    except Exception as error:
+        if _passing(error):
+            raise
+        log.info("%s is gone: %s", artifact.uri, error)
+        return False
+    return True
+
+
+# --- Reuse ------------------------------------------------------------------------------------------------------------
+
+
+def _runs_with(key: str, condition: str) -> "list[Run]":
+    """Runs of a stage key that fit a condition on their attributes, newest first, in any experiment."""
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"tags.`stage.key` = '{key}' and {condition}"
+    return list(retrying(lambda: client().search_runs(experiments, query, order_by=["attributes.start_time DESC"])))
+
+
+def _result_of(run_id: str) -> Result | None:
+    """The result that a finished run has left, else None."""
+    location = _location(f"runs:/{run_id}/result.json")
+    path = _local(location)
+    if path is not None:
+        return Result.model_validate_json(path.read_text()) if path.exists() else None
+    if not any(file.path == "result.json" for file in retrying(lambda: client().list_artifacts(run_id))):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        got = retrying(lambda: client().download_artifacts(run_id, "result.json", folder))
+        return Result.model_validate_json(Path(got).read_text())
+
+
+def find(key: str) -> Result | None:
+    """A finished run of this key whose outputs still exist with their digests, else None."""
+    for run in _runs_with(key, "attributes.status = 'FINISHED'"):
+        result = _result_of(run.info.run_id)
+        if result is not None and all(_intact(artifact) for artifact in result.outputs.values()):
+            return result.model_copy(update={"reused": True})
+    return None
+
+
+def note_reuse(result: Result, pipeline_run: str | None) -> None:
+    """Say on a reused run which pipeline run took it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
+    if not pipeline_run or not result.run_id:
+        return
+    run_id = result.run_id
+    tags = retrying(lambda: client().get_run(run_id)).data.tags
+    if tags.get("pipeline.run") == pipeline_run:
+        return
+    others = [name for name in tags.get("pipeline.reused_by", "").split() if name != pipeline_run]
+    value = " ".join([*others, pipeline_run])
+    while len(value) > TAG_LENGTH:
+        value = value.partition(" ")[2]  # forget the oldest
+    retrying(lambda: client().set_tag(run_id, "pipeline.reused_by", value))
+
+
+# --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
+
+
+def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Nested settings as flat names with dots: {"a": {"b": 1}} -> {"a.b": "1"}."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{before}{name}.")
+        else:
+            flat[f"{before}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def acceptable_name(name: str) -> str:
+    """A name that MLflow takes: other characters become `_`, and a long one ends in a digest."""
+    clean = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII).strip("/") or "_"
+    return shortened(clean, KEY_LENGTH)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its start and a digest of the whole when it is longer than the limit."""
+    if len(text) <= limit:
+        return text
+    end = f"...{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    return text[: limit - len(end)] + end
+
+
+# --- The journal of metrics -------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
+
+    Each line holds its timestamp, so that shipping a line twice (after a crash, or when an answer got lost) leaves one
+    point in MLflow. A point that is already there, from before a resume, is not written again.
+    """
+
+    def __init__(self, path: Path, run_id: str) -> None:
+        self.run_id = run_id
+        self._seen: set[tuple[str, int]] = set()
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._guard = threading.Lock()
+        self._closing = threading.Event()
+        self._error: Exception | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._read(path)
+        self._file = path.open("a", buffering=1)
+        self._thread = threading.Thread(target=self._ship_on, name="metrics", daemon=True)
+        self._thread.start()
+
+    def _read(self, path: Path) -> None:
+        """Take up what an earlier process has left; a last line cut short by its death is dropped."""
+        if not path.exists():
+            return
+        text = path.read_text()
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            write_whole(path, text)
+        for line in text.splitlines():
+            name, value, step, when = json.loads(line)
+            self._waiting.append((name, float(value), step, when))
+            self._seen.add((name, step))
+
+    def add(self, values: Mapping[str, float], step: int | None) -> None:
+        """Write values down; `step` None is a final value, of which the last one counts."""
+        when = time.time_ns() // 1_000_000
+        with self._guard:
+            for name, value in values.items():
+                point = (acceptable_name(name), float(value), step or 0, when)
+                if step is not None and point[::2] in self._seen:
+                    continue
+                self._seen.add((point[0], point[2]))
+                # repr: NaN and infinity are no JSON numbers
+                self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
+                self._waiting.append(point)
+
+    def _ship_on(self) -> None:
+        while not self._closing.wait(SHIP_SECONDS):
+            try:
+                self._ship()
+                self._error = None
+            except Exception as error:  # kept and tried again; `close` raises what remains
+                if self._error is None:
+                    log.warning("metrics wait, MLflow does not answer: %s", str(error).splitlines()[0][:200])
+                self._error = error
+
+    def _ship(self) -> None:
+        while batch := self._waiting[:METRICS_PER_BATCH]:
+            client().log_batch(self.run_id, metrics=[self._metric(point) for point in batch])
+            with self._guard:
+                del self._waiting[: len(batch)]
+
+    def _metric(self, point: tuple[str, float, int, int]) -> "Metric":
+        name, value, step, when = point
+        return _entities().Metric(name, value, when, step)
+
+    def close(self) -> None:
+        """Ship what is left. Raises MLflow's error when it stays away; the journal is kept for the next start."""
+        self._closing.set()
+        self._thread.join()
+        retrying(self._ship)
+        self._file.close()
+
+
+# --- A stage's run ----------------------------------------------------------------------------------------------------
+
+
+class StageRun:
+    """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
+
+    Leaving the block closes the MLflow run: FINISHED, KILLED on a preemption, FAILED on any other error.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.key = request.key()
+        self.work = work_folder(self.key)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.run_id = ""
+        self.outputs: dict[str, Artifact] = {}
+        self.result: Result | None = None
+        self._fetched: dict[str, Path] = {}
+        self._started = time.monotonic()
+        self._last_progress = (0.0, -1)
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def label(self) -> str:
+        """Short name for people: `sft`, `dpo`, `eval dpo`."""
+        name = self.request.name
+        if self.request.stage == "evaluate":
+            return f"eval {name}" if name else "eval"
+        return name or self.request.stage
+
+    def __enter__(self) -> Self:
+        if self.rank == 0:
+            self._open()
+            self._journal = Journal(self.work / f"metrics-{self.run_id}.jsonl", self.run_id)
+            self._describe()
+        return self
+
+    def _open(self) -> None:
+        """Continue the run that a stopped process has left for this key, else start one."""
+        left = _runs_with(self.key, "attributes.status != 'FINISHED'")
+        if left:
+            self.run_id = left[0].info.run_id
+            log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
+            retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+            return
+        name = experiment(experiment_name(self.request))
+        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
+        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+
+    def _describe(self) -> None:
+        """Tags, parameters and the full config."""
+        request = self.request
+        tags = {
+            "stage": request.stage,
+            "stage.version": str(request.version),
+            "stage.key": self.key,
+            "pipeline.run": request.pipeline_run,
+            "method": request.params.get("method") if request.stage == "align" else None,
+            "model": request.name,
+        } | request.tags
+        self._tags({name: value for name, value in tags.items() if value is not None})
+        self.text(request.model_dump_json(indent=2), "config.json")
+        self.params({**request.params, "seed": request.seed, **request.about})
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.rank > 0:
+            return
+        status = "FINISHED"
+        if error is not None:
+            preempted = isinstance(error, StageError) and error.status == "preempted"
+            status = "KILLED" if preempted or isinstance(error, KeyboardInterrupt) else "FAILED"
+        try:
+            self._journal.close()
+        finally:
+            retrying(lambda: client().set_terminated(self.run_id, status))
+
+    def finish(self, metrics: Mapping[str, float]) -> Result:
+        """Log the final metrics and leave the result where `find` looks for it."""
+        self.metrics(dict(metrics))
+        self.result = Result(
+            status="done", key=self.key, run_id=self.run_id, outputs=self.outputs, metrics=dict(metrics)
+        )
+        self.text(self.result.model_dump_json(indent=2), "result.json")
+        return self.result
+
+    def fail(self, problem: Problem, trace: str | None = None) -> None:
+        """Write down on the run why the stage stops."""
+        self.tag("problem", str(problem))
+        if trace:
+            self.text(trace, "traceback.txt")
+
+    def has(self, name: str) -> bool:
+        """Whether the request brings an input of that name."""
+        return name in self.request.inputs
+
+    def input(self, name: str) -> Path:
+        """Local folder of an input, verified once.
+
+        Raises:
+            StageError: the request has no such input, or the artifact is gone or altered.
+        """
+        if name not in self.request.inputs:
+            have = ", ".join(sorted(self.request.inputs)) or "none"
+            message = f"stage {self.request.stage} needs the input {name!r}; the request has {have}."
+            raise StageError(
+                message, kind="input", field=f"inputs.{name}", value="missing", mend="add it to the request"
+            )
+        if name not in self._fetched:
+            self._fetched[name] = fetch(self.request.inputs[name])
+        return self._fetched[name]
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics at a step, or without one as final. Returns at once; NaN and infinity are logged as such."""
+        if self.rank == 0:
+            self._journal.add(values, step)
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""
+        if self.rank > 0:
+            return
+        known = retrying(lambda: client().get_run(self.run_id)).data.params
+        flat = {acceptable_name(name): value for name, value in flatten(values).items()}
+        param = _entities().Param
+        new = [param(name, shortened(value, PARAM_LENGTH)) for name, value in flat.items() if name not in known]
+        for start in range(0, len(new), ENTRIES_PER_BATCH):
+            batch = new[start : start + ENTRIES_PER_BATCH]
+            retrying(lambda batch=batch: client().log_batch(self.run_id, params=batch))
+
+    def tag(self, name: str, value: object) -> None:
+        """Set a tag of the run."""
+        if self.rank == 0:
+            self._tags({name: value})
+
+    def _tags(self, values: Mapping[str, object]) -> None:
+        tag = _entities().RunTag
+        tags = [tag(acceptable_name(name), shortened(str(value), TAG_LENGTH)) for name, value in values.items()]
+        retrying(lambda: client().log_batch(self.run_id, tags=tags))
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Log a file as an artifact of the run, in a folder of it."""
+        if self.rank == 0:
+            retrying(lambda: client().log_artifact(self.run_id, str(path), folder or None))
+
+    def text(self, text: str, name: str) -> None:
+        """Log a text as an artifact file of that name."""
+        if self.rank == 0:
+            clean = text.encode(errors="replace").decode()  # a lone surrogate cannot be written
+            retrying(lambda: client().log_text(self.run_id, clean, name))
+
+    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
+        """Log a table that MLflow's UI shows side by side across runs, e.g. as `eval/samples.json`.
+
+        Written here and not by MLflow's `log_table`, which appends to what a killed process has left.
+        """
+        if self.rank > 0:
+            return
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.text(json.dumps({"columns": list(columns), "data": rows}), name)
+        self._tables = [*getattr(self, "_tables", []), {"path": name, "type": "table"}]
+        self.tag("mlflow.loggedArtifacts", json.dumps(self._tables))
+
+    def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
+        """Log which data the run has seen, with a sha256 of all of it (MLflow's own looks at the first rows only)."""
+        if self.rank > 0:
+            return
+        entities = _entities()
+        dataset = entities.Dataset(
+            name=shortened(name, 500),
+            digest=digest[:36],
+            source_type="local",
+            source=json.dumps({"uri": path}),
+            profile=json.dumps({"num_rows": rows, "sha256": digest}),
+        )
+        context = [entities.InputTag("mlflow.data.context", self.request.stage)]
+        logged = [entities.DatasetInput(dataset=dataset, tags=context)]
+        retrying(lambda: client().log_inputs(self.run_id, datasets=logged))
+
+    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
+        """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
+        if self.rank > 0:
+            return Artifact(uri="", sha256="")
+        sha256 = digest(folder)
+        uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
+        self.outputs[name] = Artifact(uri=uri, sha256=sha256)
+        if not _intact(self.outputs[name]):
+            message = f"{folder} changed while it was published."
+            raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+        return self.outputs[name]
+
+    def _publish_folder(self, name: str, folder: Path) -> str:
+        place, number = name, 1
+        while retrying(lambda: client().list_artifacts(self.run_id, place)):
+            number += 1
+            place = f"{name}-{number}"  # a killed process has left part of it
+        retrying(lambda: client().log_artifacts(self.run_id, str(folder), place))
+        return f"runs:/{self.run_id}/{place}"
+
+    def _publish_model(self, folder: Path, sha256: str) -> str:
+        entities, request = _entities(), self.request
+        run = retrying(lambda: client().get_run(self.run_id))
+        model = retrying(
+            lambda: client().create_logged_model(
+                run.info.experiment_id,
+                name=re.sub(r"[^\w\-. ]", "_", self.label),
+                source_run_id=self.run_id,
+                tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
+                params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
+                model_type=request.stage,
+            )
+        )
+        try:
+            retrying(lambda: client().log_model_artifacts(model.model_id, str(folder)))
+        except BaseException:
+            client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
+            raise
+        retrying(lambda: client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY))
+        output = [entities.LoggedModelOutput(model.model_id, 0)]
+        retrying(lambda: client().log_outputs(self.run_id, output))
+        return f"models:/{model.model_id}"
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Say on stderr, every few seconds and at the end, how far the stage is: `sft  120/400 steps  0:34 left`."""
+        if self.rank > 0:
+            return
+        now = time.monotonic()
+        last, last_done = self._last_progress
+        if done < last_done:  # a new piece of work begins
+            self._started, last = now, 0.0
+        if done >= total or now - last >= PROGRESS_SECONDS:
+            spent = now - self._started
+            left = f"  {_clock(spent / done * (total - done))} left" if 0 < done < total else ""
+            sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
+            sys.stderr.flush()
+            last = now
+        self._last_progress = (last, done)
+
+
+def _clock(seconds: float) -> str:
+    whole = math.ceil(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
