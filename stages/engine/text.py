@@ -82,7 +82,8 @@ class Codec:
             return self._encode_control(self.render(messages, add_generation_prompt))
         left, right = _unused_characters(contents)
         marked = [
-            {**message, "content": self._special.sub(rf"{left}\g<0>{right}", message["content"])} for message in messages
+            {**message, "content": self._special.sub(rf"{left}\g<0>{right}", message["content"])}
+            for message in messages
         ]
         rendered = self.render(marked, add_generation_prompt)
         ids: list[int] = []
@@ -147,10 +148,10 @@ def _pattern_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 def _find_end(codec: Codec) -> int:
     """The first special token that the template writes after an assistant's text, else the end-of-sequence token."""
     tokenizer, mark = codec.tokenizer, "alignflow"
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
-    after = codec.render(chat, add_generation_prompt=False).rpartition(mark)[2]
-    ids = tokenizer.encode(after, add_special_tokens=False)
+    _, seen, after = codec.render(chat, add_generation_prompt=False).rpartition(mark)
+    ids = tokenizer.encode(after, add_special_tokens=False) if seen else []
     found = [token for token in ids if token in special and token != tokenizer.unk_token_id]
     if not found and tokenizer.eos_token_id is None:
         raise StageError(

@@ -1,0 +1,172 @@
+"""The demo's world: short notes that someone asks for, and a ground truth that grades them. Made up here, seeded.
+
+A prompt asks for a note to a person, about a thing, in a tone: "write a polite note to the baker about the bread."
+The notes to learn from are of mixed quality, as found in the wild: many greet the wrong person, speak of another thing
+or miss the tone. So a model trained on them answers in good English and badly, and alignment has room to work in.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from schemas.stage import StageError
+
+_PEOPLE = """baker captain cook doctor farmer gardener miller neighbour nurse painter
+    poet postman sailor shepherd singer smith tailor teacher uncle waiter"""
+_THINGS = """apples basket bell blanket book boots bread candle carpet cheese clock coat drum flowers garden
+    hat honey jam kite lamp letter map mirror piano pie roses soup tea umbrella violin"""
+PEOPLE, THINGS = tuple(_PEOPLE.split()), tuple(_THINGS.split())
+
+
+@dataclass(frozen=True)
+class Tone:
+    """How a note may sound: sentences for its body and its end, and the words that give the tone away."""
+
+    bodies: tuple[str, ...]
+    closings: tuple[str, ...]
+    marks: frozenset[str] = frozenset()
+
+
+TONES = {
+    "polite": Tone(
+        ("would you please send me the {thing}?", "may i kindly ask for the {thing}?"),
+        ("thank you!", "i would be grateful."),
+        frozenset({"please", "kindly", "thank", "grateful"}),
+    ),
+    "cheerful": Tone(
+        ("the {thing} made me so happy!", "what a wonderful day for the {thing}!"),
+        ("hooray!", "it was great fun!"),
+        frozenset({"happy", "wonderful", "hooray", "fun"}),
+    ),
+    "regretful": Tone(
+        ("i am sorry that i lost the {thing}.", "i regret what i did to the {thing}."),
+        ("forgive me.", "it was all my fault."),
+        frozenset({"sorry", "regret", "forgive", "fault"}),
+    ),
+    "curious": Tone(
+        ("i wonder where you found the {thing}.", "how did you come by the {thing}?"),
+        ("do tell me!", "i would love to know."),
+        frozenset({"wonder", "how", "tell", "know"}),
+    ),
+}
+BLUNT = Tone(("bring me the {thing}.", "here is the {thing}."), ("be quick.", "bye."))
+REQUESTS = (
+    "write a {tone} note to the {person} about the {thing}.",
+    "send a {tone} line to the {person} about the {thing}.",
+    "post a {tone} card to the {person} about the {thing}.",
+)
+GREETINGS = ("dear {person},", "hello {person},")
+
+# How often a note in the training data gets each of these right; the rest is drawn at random.
+RIGHT_PERSON, RIGHT_THING, RIGHT_BODY, RIGHT_CLOSING = 0.4, 0.4, 0.35, 0.3
+NOTES_PER_REQUEST = 2
+MOST_WORDS = 24
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_SPECIAL = ("<|pad|>", "<|unknown|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+_WORD = r"[\w']+|[^\w\s]"
+
+
+def _vocabulary() -> tuple[str, ...]:
+    tones = (*TONES.values(), BLUNT)
+    texts = [*REQUESTS, *GREETINGS, *(text for tone in tones for text in tone.bodies + tone.closings)]
+    words = re.findall(_WORD, re.sub(r"\{\w+\}", " ", " ".join(texts)))
+    return tuple(sorted({*words, *PEOPLE, *THINGS, *TONES}))
+
+
+WORDS = _vocabulary()
+"""All words and marks of the demo, sorted."""
+
+
+def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 2400 prompts. Seeded."""
+    if kind not in ("sft", "prompt"):
+        raise StageError(
+            f"the demo has no rows of kind {kind!r}",
+            kind="unknown_data",
+            field="path",
+            value=f"demo:{kind}",
+            mend="use demo:sft or demo:prompt; pairs come from stage `generate`",
+        )
+    draw = random.Random(seed)
+    wishes = list(itertools.product(TONES, PEOPLE, THINGS))
+    draw.shuffle(wishes)
+    prompts = [draw.choice(REQUESTS).format(tone=tone, person=person, thing=thing) for tone, person, thing in wishes]
+    for prompt, wish in zip(prompts, wishes, strict=True):
+        if kind == "prompt":
+            yield {"prompt": prompt}
+        else:
+            yield from ({"prompt": prompt, "response": _note(draw, *wish)} for _ in range(NOTES_PER_REQUEST))
+
+
+def reward(prompt: str, answer: str) -> float:
+    """The ground truth, 0 to 3: one point each for the right person, the right thing and the right tone.
+
+    Naming a wrong person or thing besides halves its point; the tone's point takes two of its words, and each word of
+    another tone costs half of it. A note that breaks off, rambles or repeats a sentence loses a point.
+    """
+    asked, said = set(_words(prompt)), _words(answer)
+    points = _named(asked, said, PEOPLE) + _named(asked, said, THINGS) + _toned(asked, said)
+    sentences = [s for s in re.split(r"[.!?]", answer.lower()) if s.strip()]
+    clean = bool(re.search(r"[.!?]\s*$", answer)) and len(said) <= MOST_WORDS and len(set(sentences)) == len(sentences)
+    return max(0.0, points - (not clean))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word and mark of the demo."""
+    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *WORDS))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<|unknown|>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s']"), "isolated")]
+    )
+    words.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins by blanks, none before a full stop
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        eos_token="<|end|>",
+        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = _TEMPLATE
+    return fast
+
+
+def _note(draw: random.Random, tone: str, person: str, thing: str) -> str:
+    """A note that may or may not do what was asked."""
+    sounds = (*TONES.values(), BLUNT)
+    body = TONES[tone] if draw.random() < RIGHT_BODY else draw.choice(sounds)
+    closing = TONES[tone] if draw.random() < RIGHT_CLOSING else draw.choice(sounds)
+    greeting = draw.choice(GREETINGS).format(person=person if draw.random() < RIGHT_PERSON else draw.choice(PEOPLE))
+    subject = thing if draw.random() < RIGHT_THING else draw.choice(THINGS)
+    return f"{greeting} {draw.choice(body.bodies).format(thing=subject)} {draw.choice(closing.closings)}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def _named(asked: set[str], said: list[str], names: tuple[str, ...]) -> float:
+    """1 when the asked-for name is said alone, half with others beside it, else 0."""
+    named = set(said) & set(names)
+    right = named & asked
+    return 0.0 if not right else 1.0 if named == right else 0.5
+
+
+def _toned(asked: set[str], said: list[str]) -> float:
+    """Half a point for each of up to two words of the tone asked for, less half for each word of another tone."""
+    found = {name: len(tone.marks & set(said)) for name, tone in TONES.items()}
+    right = sum(count for name, count in found.items() if name in asked)
+    wrong = sum(count for name, count in found.items() if name not in asked)
+    return max(0.0, 0.5 * (min(right, 2) - wrong))
