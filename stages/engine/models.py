@@ -119,21 +119,31 @@ class Policy(_Trunk):
             head.load_state_dict({name: torch.zeros_like(value) for name, value in head.state_dict().items()})
             self.value_head = head
 
-    def forward(self, batch: Batch, *, value: bool = False, entropy: bool = False) -> Output:
-        """log pi of every answer token, float32; the value before it and the entropy there (no gradient) if asked."""
+    def forward(
+        self, batch: Batch, *, value: bool = False, entropy: bool = False, temperature: float = 1.0
+    ) -> Output:
+        """log pi of every answer token, float32; the value before it and the entropy there (no gradient) if asked.
+
+        pi is the model's distribution at `temperature`.
+        """
         with self.autocast():
-            logps_N, entropy_N, hidden_ND = self._logps(batch, value, entropy)
+            logps_N, entropy_N, hidden_ND = self._logps(batch, value, entropy, temperature)
         return Output(logps_N, self._values(hidden_ND) if value else None, entropy_N)
 
-    def _logps(self, batch: Batch, value: bool, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _logps(
+        self, batch: Batch, value: bool, entropy: bool, temperature: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The head works at `predict_N` alone; models with more than a linear head make their own logits."""
         head = self.plain.get_output_embeddings()
         if type(head) is nn.Linear and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
-            logps_N, entropy_N = linear_logps(hidden_ND, head.weight, head.bias, batch.labels_N, entropy=entropy)
+            bias_V = None if head.bias is None else head.bias / temperature
+            scaled_ND = hidden_ND / temperature
+            logps_N, entropy_N = linear_logps(scaled_ND, head.weight, bias_V, batch.labels_N, entropy=entropy)
             return logps_N, entropy_N, hidden_ND
         out = self.hf(**self.inputs(batch), output_hidden_states=value)
-        log_probs_NV = out.logits.flatten(0, 1).index_select(0, batch.predict_N).float().log_softmax(-1)
+        logits_NV = out.logits.flatten(0, 1).index_select(0, batch.predict_N).float()
+        log_probs_NV = (logits_NV / temperature).log_softmax(-1)
         logps_N = log_probs_NV.gather(-1, batch.labels_N[:, None]).squeeze(-1)
         entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1).detach() if entropy else None
         hidden_ND = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.predict_N) if value else logps_N
