@@ -1,0 +1,27 @@
+"""Stage `align`: train the SFT model on preferences with one of the methods. A new method is one more entry here."""
+
+from typing import Any
+
+from schemas.methods import CONFIGS
+from schemas.stage import Request
+from stages.align.dpo import DPO
+from stages.align.kto import KTO
+from stages.align.ppo import PPO
+from stages.engine.loop import train
+from stages.engine.offline import publish_policy
+from stages.engine.rows import rank
+from stages.tracking import StageRun
+
+METHODS: dict[str, type[Any]] = {"dpo": DPO, "kto": KTO, "ppo": PPO}
+"""Name -> class, built as `Class(config, run, seed)`: a `Method` with `policy`, `codec`, `total_steps`, `finish()`."""
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Train, measure what the method measures at its end, and publish the model."""
+    config = CONFIGS[str(request.params["method"])].model_validate(request.params)
+    method = METHODS[config.method](config, run, request.seed)
+    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
+    if rank() == 0:
+        metrics |= method.finish()
+        publish_policy(method.policy, method.codec, run)
+    return metrics

@@ -1,0 +1,185 @@
+"""The reward model: Bradley-Terry scores from pairs and rankings (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
+
+Left out of the paper's method, or changed:
+1. Ties are no comparison: they are left out, as in the paper's labelling.
+2. Scores are shifted to mean 0 on answers of the reference policy, and scaled to standard deviation 1 too.
+
+Suffixes: A answers of a batch, P comparisons of a batch.
+"""
+
+import logging
+from collections.abc import Sequence
+from itertools import accumulate
+from statistics import fmean, pstdev
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from schemas.config import RewardConfig
+from schemas.stage import Request, StageError
+from stages.engine.batch import Batch, Tree
+from stages.engine.loop import order, train
+from stages.engine.method import Metrics, Totals
+from stages.engine.models import load_policy, load_scorer, save_scorer
+from stages.engine.offline import Micro, OfflineMethod
+from stages.engine.rollout import sample, seed_of
+from stages.engine.rows import Example, Row, encode, longest, rank, read, read_if_there
+from stages.engine.text import Codec
+from stages.tracking import StageRun
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 256  # answers of the reference policy that set the scores' mean and standard deviation
+SAMPLE_TOKENS = 128  # at most; else the longest answer of the data
+BINS = 10
+
+
+def reward_loss(difference: Tensor, margin: Tensor) -> Tensor:
+    """-log sigmoid(r_winner - r_loser - margin) per comparison: eq. 1 of the paper; the margin is Llama 2's eq. 2."""
+    return -F.logsigmoid(difference - margin)
+
+
+def calibration_error(differences: Sequence[float]) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 3) of sigmoid(|r_winner - r_loser|) as the chance to be right.
+
+    `BINS` equal bins over [1/2, 1]; a tie is half right.
+    """
+    confidence = torch.tensor(differences, dtype=torch.float64).abs().sigmoid()
+    right = torch.tensor([_right(d) for d in differences], dtype=torch.float64)
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
+    return float(gaps.abs().sum() / len(differences))
+
+
+def _right(difference: float) -> float:
+    return 0.5 if difference == 0 else float(difference > 0)
+
+
+def _answers(row: Row) -> list[str]:
+    return row["responses"]
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold a comparison: those with ties alone say nothing."""
+    return [row for row in rows if row["winners"]]
+
+
+class Reward(OfflineMethod):
+    """Learns from all comparisons of a prompt together, one forward per answer."""
+
+    def __init__(self, config: RewardConfig, run: StageRun, seed: int) -> None:
+        rows = read(run.input("data"), config.rows, "ranking")
+        codec = Codec.load(run.input("model"))
+        self.scorer = load_scorer(run.input("model"), config, seed=seed)
+        super().__init__(self.scorer, codec, _examples(rows, config, codec), config, run, seed)
+        self.margin = config.margin
+
+    def differences(self, scores_A: Tensor, rows: Sequence[Row]) -> Tensor:
+        """r_winner - r_loser of every comparison of the rows, in order, P."""
+        starts = [0, *accumulate(len(row["responses"]) for row in rows)]
+        winners = [start + i for start, row in zip(starts, rows, strict=False) for i in row["winners"]]
+        losers = [start + i for start, row in zip(starts, rows, strict=False) for i in row["losers"]]
+        return scores_A[winners] - scores_A[losers]
+
+    def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
+        rows = [self.examples[row].row for row in micro.rows]
+        difference = self.differences(self.model(micro.batch), rows)
+        margin = difference.new_tensor([m for row in rows for m in self.margins(row)])
+        weight = difference.new_tensor([1 / len(row["winners"]) for row in rows for _ in row["winners"]])
+        right = (difference > 0) + 0.5 * (difference == 0)
+        metrics = {
+            "train/accuracy": (weight * right).sum() / totals["rows"],
+            "train/margin": (weight * difference.detach()).sum() / totals["rows"],
+            "compute/train_tokens": self.scalar(micro.batch.tokens),
+        }
+        return (weight * reward_loss(difference, margin)).sum() / totals["rows"], metrics
+
+    def margins(self, row: Row) -> list[float]:
+        """What each comparison's difference must exceed; 0 where margins are not asked for or not given."""
+        given = (row.get("margins") if self.margin else None) or [0.0] * len(row["winners"])
+        return [margin or 0.0 for margin in given]
+
+    def scores(self, batch: Batch) -> Tensor:
+        return self.model(batch)
+
+    def finish(self) -> dict[str, float]:
+        """Accuracy and calibration on the held-out comparisons."""
+        rows = comparable(read_if_there(self.run.input("data"), "eval", "ranking"))
+        examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
+        scores = self.per_answer(self.scores, [example.tree for example in examples])
+        pairs = [
+            score[winner] - score[loser]
+            for score, example in zip(scores, examples, strict=True)
+            for winner, loser in zip(example.row["winners"], example.row["losers"], strict=True)
+        ]
+        if not pairs:
+            return {}
+        accuracy = fmean(map(_right, pairs))
+        return {"eval/accuracy": accuracy, "eval/calibration": calibration_error(pairs), "eval/pairs": len(pairs)}
+
+
+def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[Example]:
+    """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
+    kept = comparable(rows)
+    if not kept:
+        raise StageError(
+            "every row is a tie.",
+            kind="data",
+            field="data.preference",
+            value=f"{len(rows)} rows",
+            mend="give rows in which one answer is better than another",
+        )
+    if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
+        raise StageError(
+            "no row has a margin.",
+            kind="data",
+            field="reward.margin",
+            value=True,
+            mend="set it to false, or name the column of the margins in data.preference.columns",
+        )
+    return encode(kept, _answers, codec)
+
+
+def reference_scores(method: Reward, run: StageRun) -> list[float]:
+    """Scores of answers that the reference policy (the stage's `model`) gives to training prompts."""
+    policy = load_policy(run.input("model"), method.training, trainable=False)
+    new = min(SAMPLE_TOKENS, max(len(answer) for tree in method.trees for answer in tree.answers))
+    prompts = list(dict.fromkeys(t.prompt for t in method.trees if len(t.prompt) + new <= method.limit))
+    chosen = [prompts[i] for i in order(len(prompts), method.seed, epoch=0)[:SAMPLES]]
+    answers = sample(
+        policy,
+        chosen,
+        max_new_tokens=new,
+        temperature=1.0,
+        seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
+        stop_ids=method.codec.stop_ids,
+        pad_id=method.codec.pad_id,
+        progress=lambda done, total: run.progress(done, total, "answers to set the scores' scale"),
+    )
+    trees = [Tree(prompt, (tuple(answer),)) for prompt, answer in zip(chosen, answers, strict=True)]
+    return [score for scores in method.per_answer(method.scores, trees) for score in scores]
+
+
+def publish(method: Reward, run: StageRun) -> dict[str, float]:
+    """Set the scores' mean and standard deviation and publish the model. Returns what they were before."""
+    scores = reference_scores(method, run)
+    mean, std = fmean(scores), pstdev(scores)
+    if std < 1e-6:
+        log.warning("the reward model gives all %d sampled answers the same score: it is not scaled", len(scores))
+        std = 1.0
+    folder = run.work / "model"
+    save_scorer(method.scorer, method.codec, folder, mean=mean, std=std)
+    run.publish("model", folder, model=True)
+    return {"data/score_mean": mean, "data/score_std": std}
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Train on rankings (pairs are rankings of two), measure on held-out ones, publish with scaled scores."""
+    config = RewardConfig.model_validate(request.params)
+    method = Reward(config, run, request.seed)
+    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
+    if rank() == 0:
+        metrics |= method.finish()
+        metrics |= publish(method, run)
+    return metrics

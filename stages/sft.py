@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: maximum likelihood of the answer and the token that ends it, given the prompt.
+
+The prompt is read and not learned. A step's loss is the mean over all its answer tokens, however it is cut.
+"""
+
+import math
+
+from torch import Tensor
+
+from schemas.config import SFTConfig
+from schemas.stage import Request
+from stages.engine.loop import train
+from stages.engine.method import Metrics, Totals
+from stages.engine.offline import Micro, PolicyMethod, publish_policy
+from stages.engine.rows import Row, rank
+from stages.tracking import StageRun
+
+
+def sft_loss(logps_N: Tensor, tokens: Tensor) -> Tensor:
+    """Summand of the step's mean negative log-prob per answer token, in nats; `tokens` counts the whole step's."""
+    return -logps_N.sum() / tokens
+
+
+class SFT(PolicyMethod):
+    """Learns from single answers."""
+
+    kind = "sft"
+
+    @staticmethod
+    def answers(row: Row) -> list[str]:
+        return [row["response"]]
+
+    def prepare(self, micros: list[Micro]) -> Totals:
+        """This rank's answer tokens of the step."""
+        return {"tokens": self.scalar(sum(len(micro.batch.labels_N) for micro in micros))}
+
+    def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
+        logps_N = self.model(micro.batch).logps_N
+        return sft_loss(logps_N, totals["tokens"]), {"compute/train_tokens": self.scalar(micro.batch.tokens)}
+
+    def finish(self) -> dict[str, float]:
+        """Mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity."""
+        trees = self.held_out()
+        if not trees:
+            return {}
+        total = sum(value for values in self.per_answer(self.logps, trees) for value in values)
+        loss = -total / sum(len(tree.answers[0]) for tree in trees)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Train on the data's `sft` rows, measure on its held-out ones, publish the merged model."""
+    config = SFTConfig.model_validate(request.params)
+    method = SFT(config, run, request.seed)
+    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
+    if rank() == 0:
+        metrics |= method.finish()
+        publish_policy(method.policy, method.codec, run)
+    return metrics
