@@ -1,0 +1,304 @@
+"""Stage `evaluate`: one model answers the held-out prompts, a judge scores the answers, and the numbers are published.
+
+All models get the same prompts and the same seeds, so differences come from the models. What each number means stands
+in stages/engine/metrics.py.
+"""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.config import EvaluateConfig
+from schemas.stage import Request, StageError
+from stages.engine import metrics
+from stages.engine.batch import Tree
+from stages.engine.endpoint import EndpointJudge
+from stages.engine.evaluation import Evaluation, Sample, check_comparable, text_of
+from stages.engine.judges import Judge, RewardJudge, judge_for
+from stages.engine.models import Policy, choose_layout, load_policy
+from stages.engine.reference import ReferenceCache
+from stages.engine.rollout import context_length, sample, seed_of
+from stages.engine.rows import encode, fitting, read
+from stages.engine.text import Codec
+from stages.tracking import StageRun
+
+log = logging.getLogger("alignflow")
+
+TOKENS_PER_BATCH = 8192  # of one forward pass that computes log-probs
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers: token ids with the stop token where one was reached, and their text."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    ended: list[bool]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens without the end token."""
+        return [len(ids) - ended for ids, ended in zip(self.ids, self.ended, strict=True)]
+
+
+class Evaluator:
+    """The model under evaluation beside the reference, with what both need to be asked."""
+
+    def __init__(self, run: StageRun, config: EvaluateConfig) -> None:
+        self.run, self.config = run, config
+        self.codec = Codec.load(run.input("model"))
+        self.policy = load_policy(run.input("model"), trainable=False)
+        self.itself = run.request.inputs["model"].sha256 == run.request.inputs["reference"].sha256
+        self.reference = self.policy if self.itself else load_policy(run.input("reference"), trainable=False)
+        self.generated_tokens = 0
+
+    def prompts(self) -> list[Messages]:
+        """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
+        rows = read(self.run.input("data"), "eval", "prompt")
+        first: dict[str, Messages] = {}
+        for row in rows:
+            first.setdefault(row["prompt_id"], row["prompt"])
+        distinct = list(first.values())
+        room = (context_length(self.policy.hf) or math.inf) - self.config.max_new_tokens
+        kept = [prompt for prompt in distinct if len(self.codec.prompt(prompt)) <= room]
+        if len(kept) < len(distinct):
+            log.warning(
+                "%d of %d prompts leave no room for an answer: left out", len(distinct) - len(kept), len(distinct)
+            )
+        kept = kept[: self.config.limit]
+        if len(kept) < self.config.min_prompts:
+            raise StageError(
+                f"only {len(kept)} held-out prompts to evaluate on.",
+                kind="too_few_prompts",
+                field="evaluate.min_prompts",
+                value=self.config.min_prompts,
+                mend="hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
+            )
+        return kept
+
+    def answer(self, prompts: Sequence[Messages], temperature: float) -> Answers:
+        """One answer per prompt; the seed is a function of the request's seed and the prompt's place."""
+        ids = sample(
+            self.policy,
+            [self.codec.prompt(prompt) for prompt in prompts],
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=temperature,
+            seeds=[seed_of("evaluate", self.run.request.seed, i) for i in range(len(prompts))],
+            stop_ids=self.codec.stop_ids,
+            pad_id=self.codec.pad_id,
+            progress=lambda done, total: self.run.progress(done, total, "answers"),
+        )
+        self.generated_tokens += sum(map(len, ids))
+        return Answers(ids, [self.codec.text(i) for i in ids], [i[-1] in self.codec.stop_ids for i in ids])
+
+    def logps(self, trees: Sequence[Tree]) -> tuple[list[list[float]], list[list[float]]]:
+        """log pi and log pi_sft of every answer, at temperature 1: a list per tree, a number per answer.
+
+        Both come from the same cache, keyed by the weights: equal weights give equal numbers, to the last bit.
+        """
+        return self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
+
+    def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
+        cache = ReferenceCache(self.run.request.inputs[name].sha256, "fp32")
+        layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
+        return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
+
+    def answer_logps(self, prompts: Sequence[Messages], answers: Answers) -> tuple[list[float], list[float]]:
+        """log pi and log pi_sft of one answer per prompt."""
+        trees = [
+            Tree(tuple(self.codec.prompt(prompt)), (tuple(ids),))
+            for prompt, ids in zip(prompts, answers.ids, strict=True)
+        ]
+        policy, reference = self.logps(trees)
+        return [own for (own,) in policy], [own for (own,) in reference]
+
+    def preference_accuracy(self, folder: Path) -> float:
+        """On the held-out pairs of a data folder."""
+        examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
+        limit = context_length(self.policy.hf)
+        trees = [example.tree for example in (examples if limit is None else fitting(examples, limit))]
+        policy, reference = self.logps(trees)
+        ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
+        return metrics.preference_accuracy([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Evaluate the input `model` and publish `evaluation`; returns the final metrics.
+
+    Inputs: model, reference, data, and where there: judge, reward, pairs, baseline (the SFT model's evaluation).
+    """
+    config = EvaluateConfig.model_validate(request.params)
+    started = time.monotonic()
+    check_judge(request)
+    judge = judge_for(config.judge, run)  # first, so that a missing key or package costs no sampling
+    evaluator = Evaluator(run, config)
+    prompts = evaluator.prompts()
+    settings = settings_of(request, config)
+    baseline = read_baseline(run, settings, prompts, evaluator.itself)
+
+    answers = evaluator.answer(prompts, config.temperature)
+    logps, reference_logps = evaluator.answer_logps(prompts, answers)
+    kl = metrics.kl_to_reference(logps, reference_logps)
+    if config.temperature != 1:  # the KL is that of the model itself, so it takes answers of its own
+        kl = metrics.kl_to_reference(*evaluator.answer_logps(prompts, evaluator.answer(prompts, 1.0)))
+    rewards = RewardJudge(run.input("reward")).score(prompts, answers.texts) if run.has("reward") else None
+    verdicts = judge_answers(judge, prompts, answers.texts, baseline)
+    samples = put_together(prompts, answers, baseline, verdicts, logps, reference_logps, rewards)
+
+    final = summary(samples, resamples=config.bootstrap, seed=request.seed)
+    final["eval/kl_to_reference"], final["eval/kl_to_reference_se"] = kl
+    final["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
+    if run.has("pairs"):
+        final["eval/preference_accuracy"] = evaluator.preference_accuracy(run.input("pairs"))
+    if isinstance(judge, EndpointJudge):
+        final["judge/inconsistent"] = judge.inconsistent / len(samples)
+        final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
+    final["compute/generated_tokens"] = float(evaluator.generated_tokens)
+    final["compute/seconds"] = time.monotonic() - started
+    publish(run, Evaluation(final, samples, settings))
+    return final
+
+
+def check_judge(request: Request) -> None:
+    """The reward model that a policy was trained on must not be the one that judges it."""
+    judge, reward = request.inputs.get("judge"), request.inputs.get("reward")
+    if judge is not None and reward is not None and judge.sha256 == reward.sha256:
+        raise StageError(
+            "the judge is the reward model that the policy was trained on, so it cannot judge it.",
+            kind="config",
+            field="evaluate.judge",
+            value="reward",
+            mend="train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
+        )
+
+
+def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
+    """The conditions of this evaluation; only what decides its result, and no model's name."""
+    judge = request.inputs.get("judge")
+    return {
+        **config.model_dump(mode="json"),
+        "seed": request.seed,
+        "judge_model": judge.sha256 if judge is not None else None,
+    }
+
+
+def read_baseline(
+    run: StageRun, settings: dict[str, Any], prompts: Sequence[Messages], itself: bool
+) -> list[Sample] | None:
+    """The SFT model's answers; None when the model is the SFT model itself, which is then its own baseline."""
+    if itself:
+        return None
+    if not run.has("baseline"):
+        raise StageError(
+            "the model differs from the reference, so its answers need the SFT model's to be held against.",
+            kind="missing_input",
+            field="inputs.baseline",
+            value="missing",
+            mend="evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
+        )
+    baseline = Evaluation.load(run.input("baseline"))
+    check_comparable("this model", settings, prompts, "the baseline", baseline)
+    return baseline.samples
+
+
+def judge_answers(
+    judge: Judge, prompts: Sequence[Messages], answers: Sequence[str], baseline: Sequence[Sample] | None
+) -> list[tuple[float, float, float]]:
+    """(score, the baseline's score, win) per prompt. Raises StageError when a score is no number.
+
+    A judge that only compares gives the win as score, and its complement to the baseline. Without a baseline the model
+    is its own: every prompt is a tie.
+    """
+    if baseline is None:
+        scores = _finite(judge.score(prompts, answers))
+        return list(zip(scores, scores, metrics.wins(scores, scores), strict=True))
+    if isinstance(judge, EndpointJudge):
+        won = judge.wins(prompts, answers, [row.answer for row in baseline])
+        return [(win, 1 - win, win) for win in won]
+    scores, others = _finite(judge.score(prompts, answers)), [row.score for row in baseline]
+    return list(zip(scores, others, metrics.wins(scores, others), strict=True))
+
+
+def _finite(scores: list[float]) -> list[float]:
+    bad = sum(not math.isfinite(score) for score in scores)
+    if bad:
+        raise StageError(
+            f"the judge gave {bad} of {len(scores)} answers no finite score.",
+            kind="judge",
+            field="evaluate.judge",
+            value=next(score for score in scores if not math.isfinite(score)),
+            mend="look at the training of the judging reward model: it may have diverged",
+        )
+    return scores
+
+
+def put_together(
+    prompts: Sequence[Messages],
+    answers: Answers,
+    baseline: Sequence[Sample] | None,
+    verdicts: Sequence[tuple[float, float, float]],
+    logps: Sequence[float],
+    reference_logps: Sequence[float],
+    rewards: Sequence[float] | None,
+) -> list[Sample]:
+    """One record per prompt."""
+    samples = []
+    for i, prompt in enumerate(prompts):
+        score, sft_score, win = verdicts[i]
+        samples.append(
+            Sample(
+                prompt=prompt,
+                answer=answers.texts[i],
+                score=score,
+                sft_answer=answers.texts[i] if baseline is None else baseline[i].answer,
+                sft_score=sft_score,
+                win=win,
+                length=answers.lengths[i],
+                sft_length=answers.lengths[i] if baseline is None else baseline[i].length,
+                ended=answers.ended[i],
+                kl=logps[i] - reference_logps[i],
+                reward_score=None if rewards is None else rewards[i],
+            )
+        )
+    return samples
+
+
+def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
+    """The metrics that follow from the records alone."""
+    won = [row.win for row in samples]
+    low, high = metrics.bootstrap_interval(won, resamples=resamples, seed=seed)
+    values = {
+        "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
+        "win_rate_vs_sft": metrics.win_rate(won),
+        "win_rate_vs_sft_low": low,
+        "win_rate_vs_sft_high": high,
+        "length_controlled_win_rate": metrics.length_controlled_win_rate(
+            won, [row.length - row.sft_length for row in samples]
+        ),
+        "length": metrics.mean_and_error([row.length for row in samples])[0],
+        "distinct_2": metrics.distinct_2([row.answer for row in samples]),
+        "empty": metrics.share([not row.answer.strip() for row in samples]),
+        "ended": metrics.share([row.ended for row in samples]),
+        "prompts": float(len(samples)),
+    }
+    rewards = [row.reward_score for row in samples if row.reward_score is not None]
+    if rewards:
+        values["reward_score"] = metrics.mean_and_error(rewards)[0]
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+def publish(run: StageRun, evaluation: Evaluation) -> None:
+    """The folder `evaluation`, and the answers beside the SFT model's as a table for MLflow's UI."""
+    columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
+    table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in evaluation.samples]}
+    table |= {name: [getattr(row, name) for row in evaluation.samples] for name in columns}
+    run.table(table, "eval/samples.json")
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation.save(Path(folder))
+        run.publish("evaluation", Path(folder))

@@ -1,0 +1,401 @@
+"""How a comparison is shown: as text, as a picture, and as one HTML file that needs no network. No torch.
+
+Texts come from models and data, so everything that enters the page is escaped, and the page's own policy forbids
+scripts and network besides.
+"""
+
+import base64
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
+"""One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
+
+COLOURS = {"base": "#9aa1ac", "sft": "#64748b", "dpo": "#3b82f6", "kto": "#f59e0b", "ppo": "#10b981"}
+SPARE_COLOURS = ["#ec4899", "#8b5cf6", "#ef4444", "#14b8a6", "#a16207", "#6366f1"]
+MARKERS = {"base": "s", "sft": "D"}
+STARTING_POINTS = ("base", "sft")
+SAMPLES, OPEN_SAMPLES = 20, 3
+Z95 = 1.96  # standard errors to each side of a 95 % interval
+OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest other would squeeze them together
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report shows. `answers`: model -> its samples, one per prompt, in one order for all models."""
+
+    table: Sequence[Row]
+    prompts: Sequence[str]
+    answers: Mapping[str, Sequence[Mapping[str, Any]]]
+    judge: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: how its cell reads, and what it means in one line."""
+
+    title: str
+    cell: Callable[[Row], str]
+    meaning: str
+
+
+def number(key: str, digits: int) -> Callable[[Row], str]:
+    """Writes row[key] with so many decimals, `-` where there is none."""
+    return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+
+def percent(key: str) -> Callable[[Row], str]:
+    """Writes row[key] as a percentage, `-` where there is none."""
+    return lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.0f} %"
+
+
+def _win_rate(row: Row) -> str:
+    if row.get("win_rate_vs_sft") is None:
+        return "-"
+    low, high = row["win_rate_vs_sft_low"], row["win_rate_vs_sft_high"]
+    return f"{100 * row['win_rate_vs_sft']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _kl(row: Row) -> str:
+    if row.get("kl_to_reference") is None:
+        return "-"
+    return f"{row['kl_to_reference']:.2f} ± {row['kl_to_reference_se']:.2f}"
+
+
+COLUMNS = [
+    Column("Judge score", number("judge_score", 2), "Mean score that the judge gave the answers; higher is better."),
+    Column(
+        "Win rate vs SFT",
+        _win_rate,
+        "Share of prompts on which the judge prefers this model's answer to the SFT model's, ties counted half, with "
+        "its 95 % interval. 50 % means no difference; an interval that keeps clear of 50 % is a real one.",
+    ),
+    Column(
+        "At equal length",
+        percent("length_controlled_win_rate"),
+        "The win rate that is left when the effect of longer or shorter answers is taken out.",
+    ),
+    Column(
+        "KL to SFT",
+        _kl,
+        "How far the model has moved from the SFT model, in nats per answer (mean ± standard error). "
+        "Equal gains at a smaller distance are the better bargain.",
+    ),
+    Column("Length", number("length", 1), "Mean length of an answer in tokens."),
+    Column(
+        "Distinct-2",
+        number("distinct_2", 2),
+        "Share of word pairs that are unique over all answers; a sharp fall means the model repeats itself.",
+    ),
+    Column(
+        "Reference NLL",
+        number("reference_nll", 2),
+        "How surprising the answers are to the SFT model, in nats per token; a sharp rise hints at broken language.",
+    ),
+    Column(
+        "Preference acc.",
+        percent("preference_accuracy"),
+        "Share of held-out pairs on which the model raised the preferred answer more than the other one, ties half.",
+    ),
+    Column(
+        "Reward score",
+        number("reward_score", 2),
+        "Mean score by the reward model that PPO was trained on. Rising while the judge's falls means it was gamed.",
+    ),
+]
+
+
+def shown_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns in which at least one model has a value."""
+    return [column for column in COLUMNS if any(column.cell(row) != "-" for row in table)]
+
+
+def render_text(table: Sequence[Row]) -> str:
+    """The table for a terminal, in plain characters."""
+    columns = shown_columns(table)
+    lines = [["Model", *(column.title for column in columns)]]
+    lines += [[str(row["model"]), *(column.cell(row) for column in columns)] for row in table]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def colours(models: Sequence[str]) -> dict[str, str]:
+    """A colour per model, the same one in picture and table: fixed for the known names, then the spare ones in turn."""
+    spare = [model for model in models if model not in COLOURS]
+    return {m: COLOURS.get(m) or SPARE_COLOURS[spare.index(m) % len(SPARE_COLOURS)] for m in models}
+
+
+def verdict(row: Row) -> str:
+    """`better`, `worse` or `level`: which side of 1/2 the interval of the win rate lies on."""
+    if row["win_rate_vs_sft_low"] > 0.5:
+        return "better"
+    return "worse" if row["win_rate_vs_sft_high"] < 0.5 else "level"
+
+
+# --- the picture ---
+
+
+def draw(table: Sequence[Row], dark: bool = False) -> bytes:
+    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals."""
+    # Imported here: it takes a second, and whoever wants only the text should not wait for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ink, paper, faint = ("#e5e7eb", "#16181d", "#3a3f49") if dark else ("#1f2937", "#ffffff", "#e5e7eb")
+    figure = Figure(figsize=(8.2, 4.6), dpi=150, facecolor=paper)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=paper)
+    inside, outside = _split_far(table)
+    colour = colours([row["model"] for row in table])
+    for row in inside:
+        _point(axes, row, colour[row["model"]], ink)
+    axes.grid(color=faint, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.1, 0.14)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(faint)
+    axes.tick_params(colors=ink, length=0)
+    axes.set_xlabel("distance from the SFT model: KL, nats per answer", color=ink)
+    axes.set_ylabel("judge score", color=ink)
+    axes.set_title("Judge score against distance from the SFT model", color=ink, loc="left", fontsize=12, pad=12)
+    for i, row in enumerate(outside):
+        note = f"off the picture: {row['model']} at KL {row['kl_to_reference']:.1f}, score {row['judge_score']:.2f}"
+        axes.text(0.99, 0.02 + 0.06 * i, note, transform=axes.transAxes, ha="right", color=ink, fontsize=9, alpha=0.8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=paper, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows to draw, and a base model too far away to be drawn to scale."""
+    rows = [row for row in table if _finite(row, "judge_score") and _finite(row, "kl_to_reference")]
+    reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
+    far = [row for row in rows if row["model"] == "base" and row["kl_to_reference"] > OFF_PICTURE * max(reach, 0.1)]
+    return [row for row in rows if row not in far], far
+
+
+def _finite(row: Row, key: str) -> bool:
+    return row.get(key) is not None and math.isfinite(row[key])
+
+
+def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:
+    x, y = row["kl_to_reference"], row["judge_score"]
+    across, up = (Z95 * row[k] if _finite(row, k) else 0.0 for k in ("kl_to_reference_se", "judge_score_se"))
+    marker = MARKERS.get(row["model"], "o")
+    axes.errorbar(x, y, up, across, fmt=marker, color=colour, markersize=9, elinewidth=1.6, capsize=3, zorder=3)
+    # No mathtext: a `$` in a model's name is a character like any other.
+    axes.annotate(
+        row["model"], (x, y), (9, 7), textcoords="offset points", color=ink, fontsize=11, parse_math=False, zorder=4
+    )
+
+
+# --- the page ---
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --paper: #ffffff; --card: #f7f8fa; --line: #e3e6eb;
+  --good: #067a54; --bad: #b42318; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --soft: #a0a8b5; --paper: #16181d; --card: #1e2128;
+  --line: #333842; --good: #4fd1a1; --bad: #ff8f85; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 40px 24px 80px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
+h2 { font-size: 19px; margin: 44px 0 12px; }
+p { max-width: 72ch; margin: 8px 0; }
+.soft { color: var(--soft); }
+.finding { font-size: 18px; margin: 18px 0; max-width: 68ch; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 10px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
+thead th { font-weight: 600; font-size: 13px; color: var(--soft); background: var(--card); vertical-align: bottom;
+  white-space: normal; line-height: 1.3; }
+th:first-child { text-align: left; }
+td svg { display: block; margin: 4px 0 0 auto; }
+.better { color: var(--good); } .worse { color: var(--bad); }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
+picture img { width: 100%; max-width: 820px; height: auto; display: block; border: 1px solid var(--line);
+  border-radius: 10px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 8px 20px; font-size: 15px; margin: 0; }
+dt { font-weight: 600; } dd { margin: 0; color: var(--soft); max-width: 72ch; }
+@media (max-width: 640px) { dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 10px; } }
+details { border: 1px solid var(--line); border-radius: 10px; margin: 10px 0; }
+summary { cursor: pointer; padding: 12px 16px; font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px; padding: 0 16px 16px; }
+.card { background: var(--card); border-radius: 8px; border-top: 4px solid; padding: 10px 12px; min-width: 0; }
+.card header { display: flex; justify-content: space-between; gap: 8px; font-size: 13.5px; margin-bottom: 6px; }
+.card pre { margin: 0; font: inherit; font-size: 14.5px; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 18em; overflow-y: auto; unicode-bidi: isolate; }
+""".strip()
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+# Control characters, lone surrogates, and the characters that reorder text around them.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape(value: object) -> str:
+    """Text for the page: markup escaped, and characters that could hide or reorder it made visible."""
+    return html.escape(UNSEEN.sub("\ufffd", str(value)), quote=True)
+
+
+def render_html(comparison: Comparison) -> str:
+    """The whole report as one page: findings, table, picture, what each number means, answers side by side."""
+    names = ", ".join(str(row["model"]) for row in comparison.table)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>Alignment report: {escape(names)}</title>
+<style>
+{STYLE}
+</style>
+</head>
+<body>
+<main>
+<h1>Which alignment method did better?</h1>
+{_intro(comparison)}
+{_findings(comparison.table)}
+<h2>The models side by side</h2>
+{_table(comparison.table)}
+<h2>What was gained, and at what distance</h2>
+<p class="soft">Higher is better; farther right is farther from the SFT model. Bars are 95 % intervals. The best
+place is the upper left: much gained, little lost of what the model was before.</p>
+{_picture(comparison.table)}
+<h2>What the numbers mean</h2>
+{_meanings(comparison.table)}
+<h2>Answers to the same prompts</h2>
+<p class="soft">The first {min(SAMPLES, len(comparison.prompts))} of {len(comparison.prompts)} prompts, in the order
+of the data: none was picked by hand.</p>
+{_samples(comparison)}
+</main>
+</body>
+</html>
+"""
+
+
+def _intro(comparison: Comparison) -> str:
+    settings = " · ".join(f"{escape(name)}: {escape(value)}" for name, value in comparison.settings.items())
+    return (
+        "<p>Every aligned model below started from the same fine-tuned model, called SFT, and was then taught from "
+        f"preferences by another method. All models answered the same {len(comparison.prompts)} prompts, which none of "
+        "them had trained on, under the same random seeds. Judge of the answers: "
+        f"{escape(comparison.judge)}.</p>" + (f'<p class="soft">{settings}</p>' if settings else "")
+    )
+
+
+def _findings(table: Sequence[Row]) -> str:
+    """One sentence on the best model, and one on how many beat SFT."""
+    aligned = [row for row in table if row["model"] not in STARTING_POINTS]
+    if not aligned:
+        return '<p class="finding">No aligned model is among these yet.</p>'
+    best = max(aligned, key=lambda row: row["win_rate_vs_sft"])
+    better = [row["model"] for row in aligned if verdict(row) == "better"]
+    count = f"{len(better)} of {len(aligned)} aligned model{'s' if len(aligned) > 1 else ''}"
+    low, high = best["win_rate_vs_sft_low"], best["win_rate_vs_sft_high"]
+    first = (
+        f"<strong>{escape(best['model'])}</strong> does best: the judge prefers its answers to SFT's on "
+        f"<strong>{100 * best['win_rate_vs_sft']:.0f} %</strong> of the prompts (95 % interval "
+        f"{100 * low:.0f} to {100 * high:.0f} %), at a distance of {number('kl_to_reference', 1)(best)} nats."
+    )
+    return f'<p class="finding">{first} {count} {"is" if len(better) == 1 else "are"} clearly better than SFT.</p>'
+
+
+def _table(table: Sequence[Row]) -> str:
+    columns = shown_columns(table)
+    colour = colours([row["model"] for row in table])
+    head = "".join(f'<th scope="col" title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns)
+    body = "\n".join(
+        f'<tr><th scope="row">{_name(row["model"], colour)}</th>'
+        + "".join(_cell(column, row, colour[row["model"]]) for column in columns)
+        + "</tr>"
+        for row in table
+    )
+    return (
+        f'<div class="scroll"><table>\n<thead><tr><th scope="col">Model</th>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _name(model: str, colour: Mapping[str, str]) -> str:
+    return f'<span class="swatch" style="background:{colour[model]}"></span>{escape(model)}'
+
+
+def _cell(column: Column, row: Row, colour: str) -> str:
+    text = escape(column.cell(row))
+    if column.cell is not _win_rate or text == "-":
+        return f"<td>{text}</td>"
+    if row["model"] in STARTING_POINTS:
+        return f"<td>{text}{_interval(row, colour)}</td>"
+    found = verdict(row)
+    note = {"better": "clearly better than SFT", "worse": "clearly worse than SFT"}.get(
+        found, "no clear difference from SFT"
+    )
+    return f'<td title="{note}"><span class="{found}">{text}</span>{_interval(row, colour)}</td>'
+
+
+def _interval(row: Row, colour: str) -> str:
+    """The win rate and its interval drawn on a line from 0 to 100 %, with a mark at 50 %."""
+    low, mid, high = (2 + 116 * row[key] for key in ("win_rate_vs_sft_low", "win_rate_vs_sft", "win_rate_vs_sft_high"))
+    return (
+        '<svg width="120" height="10" viewBox="0 0 120 10" aria-hidden="true">'
+        '<path d="M2 5H118M60 1V9" stroke="currentColor" stroke-opacity=".25"/>'
+        f'<path d="M{low:.1f} 5H{high:.1f}" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>'
+        f'<circle cx="{mid:.1f}" cy="5" r="4" fill="{colour}"/></svg>'
+    )
+
+
+def _picture(table: Sequence[Row]) -> str:
+    light, dark = (base64.b64encode(draw(table, dark=dark)).decode() for dark in (False, True))
+    points = "; ".join(f"{r['model']}: score {number('judge_score', 2)(r)}, KL {_kl(r)}" for r in table)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img src="data:image/png;base64,{light}" alt="Judge score against KL. {escape(points)}"></picture>'
+    )
+
+
+def _meanings(table: Sequence[Row]) -> str:
+    lines = (f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in shown_columns(table))
+    return "<dl>\n" + "\n".join(lines) + "\n</dl>"
+
+
+def _samples(comparison: Comparison) -> str:
+    models = [row["model"] for row in comparison.table]
+    colour = colours(models)
+    blocks = []
+    for i, prompt in enumerate(comparison.prompts[:SAMPLES]):
+        cards = "\n".join(_card(model, comparison.answers[model][i], colour) for model in models)
+        opened = " open" if i < OPEN_SAMPLES else ""
+        blocks.append(
+            f'<details{opened}><summary dir="auto">{escape(prompt)}</summary>\n'
+            f'<div class="cards">\n{cards}\n</div></details>'
+        )
+    return "\n".join(blocks)
+
+
+def _card(model: str, sample: Mapping[str, Any], colour: Mapping[str, str]) -> str:
+    answer = sample["answer"]
+    text = escape(answer) if answer.strip() else '<em class="soft">(empty)</em>'
+    notes = f"score {sample['score']:.2f} · {sample['length']} tokens"
+    return (
+        f'<article class="card" style="border-color:{colour[model]}"><header><strong>{escape(model)}</strong>'
+        f'<span class="soft">{notes}</span></header><pre dir="auto">{text}</pre></article>'
+    )
