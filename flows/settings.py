@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from schemas.config import DataConfig, EvaluateConfig, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
+from flows.plan import plan
+from schemas.config import DataConfig, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.methods import PPO
 from schemas.stage import Problem, StageError
 from schemas.training import Training
@@ -54,6 +55,10 @@ def load(source: str, overrides: Sequence[str] = ()) -> PipelineConfig:
         apply(raw, override)
     config = validate(raw)
     problems = list(check(config))
+    try:
+        plan(config)
+    except StageError as error:
+        problems.append(error.problem)
     if problems:
         raise refusal(problems)
     return config
@@ -209,17 +214,16 @@ def _named(member: Any, key: str | int, raw: Any) -> bool:
 
 
 def check(config: PipelineConfig) -> Iterator[Problem]:
-    """What would stop the run later: missing files, unpinned Hub names, a method without the data it needs."""
+    """What would stop the run later: missing files and packages, Hub names without a revision."""
     yield from _check_model(config.model)
     for slot in ("sft", "preference", "feedback", "prompt", "evaluation"):
         data = getattr(config.data, slot)
         if data is not None:
             yield from _check_data(f"data.{slot}", data)
-            yield from _check_kind(slot, data)
     if config.reward_model is not None:
         yield from _check_folder("reward_model", config.reward_model)
-    yield from _check_judge("evaluate.judge", config.evaluate, config)
-    yield from _check_needs(config)
+    yield from _check_judge("evaluate.judge", config.evaluate.judge)
+    yield from _check_judge("generate.judge", config.generate.judge if config.generate else None)
     yield from _check_training(config)
 
 
@@ -280,63 +284,11 @@ def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
         yield problem("no such file.", f"{field}.path", data.path, near)
 
 
-# What a slot can be derived from; `prompt` and `evaluation` take any kind.
-_SLOTS = {
-    "sft": ("sft", "preference", "ranking", "feedback"),
-    "preference": ("preference", "ranking"),
-    "feedback": ("feedback", "preference", "ranking"),
-}
-
-
-def _check_kind(slot: str, data: DataConfig) -> Iterator[Problem]:
-    if data.kind not in _SLOTS.get(slot, (data.kind,)):
-        yield problem(f"cannot serve as {slot}.", f"data.{slot}.kind", data.kind, f"give {' or '.join(_SLOTS[slot])}")
-
-
-def _check_judge(field: str, evaluate: EvaluateConfig, config: PipelineConfig) -> Iterator[Problem]:
-    judge = evaluate.judge
+def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
     if isinstance(judge, SentimentJudge) and find_spec("vaderSentiment") is None:
         yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
     if isinstance(judge, RewardJudge) and judge.model != "gold":
         yield from _check_folder(f"{field}.model", judge.model)
-    elif isinstance(judge, RewardJudge):
-        if config.gold is None:
-            yield problem("no gold reward model is trained.", field, "gold", "set gold: {} to train one")
-        if config.data.preference is None or config.data.preference.gold_fraction == 0:
-            value = config.data.preference and config.data.preference.gold_fraction
-            mend = "set it, for example to 0.4; those rows train the judge and no policy"
-            yield problem("the gold reward model has no rows.", "data.preference.gold_fraction", value, mend)
-
-
-def _check_needs(config: PipelineConfig) -> Iterator[Problem]:
-    """Which kinds of rows the config leads to, against what its stages need."""
-    has = _kinds(config)
-    if config.generate is not None:
-        if "prompt" not in has:
-            yield problem("there are no prompts to answer.", "generate", "set", "set data.prompt or data.sft")
-        has |= {"preference", "feedback"}
-    if config.sft is not None and "sft" not in has:
-        yield problem("there are no rows to train on.", "sft", "set", "set data.sft, or sft: null for a tuned model")
-    if config.reward_model is not None or (config.reward is not None and "preference" in has):
-        has.add("reward")
-    mends = {
-        "preference": "set data.preference (pairs or rankings), or generate",
-        "feedback": "set data.feedback, data.preference or generate",
-        "prompt": "set data.prompt",
-        "reward": "set reward with data.preference, or reward_model",
-    }
-    for name, method in config.align.items():
-        for need in sorted(method.needs - has):
-            yield problem(f"{method.method} needs {need}, which nothing gives.", f"align.{name}", "set", mends[need])
-
-
-def _kinds(config: PipelineConfig) -> set[str]:
-    """Which needs the sources meet; pairs and rankings also give answers, thumbs and prompts."""
-    data = config.data
-    has = {"preference", "feedback", "sft", "prompt"} if data.preference else set()
-    has |= {"sft", "prompt"} if data.sft else set()
-    has |= {"feedback"} if data.feedback else set()
-    return has | ({"prompt"} if data.prompt else set())
 
 
 def _check_training(config: PipelineConfig) -> Iterator[Problem]:
