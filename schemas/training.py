@@ -1,10 +1,11 @@
 """How a model is trained: optimizer, schedule, length, precision, LoRA, checkpoints. Shared by all training stages."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
-from schemas.stage import Strict
+from schemas.stage import StageError, Strict
 
 
 class LoRA(Strict):
@@ -49,3 +50,13 @@ class Training(Strict):
     checkpoint_steps: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between two logged points."""
+
+
+def steps_for(rows: int, training: Training) -> int:
+    """Optimizer steps of a run over `rows` rows. Raises StageError when neither epochs nor max_steps bounds it."""
+    if training.epochs is None:
+        if training.max_steps is None:
+            raise StageError("training has no end", field="epochs", value=None, mend="set epochs or max_steps")
+        return training.max_steps
+    steps = max(1, math.ceil(rows * training.epochs / training.batch_size))
+    return min(steps, training.max_steps or steps)

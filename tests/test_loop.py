@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.stage import Request, StageError
-from schemas.training import Training
+from schemas.training import Training, steps_for
 from stages.engine import loop
 from stages.engine.method import Metrics, Totals
 
@@ -95,10 +95,10 @@ def test_learning_rate_schedules_by_hand() -> None:
 
 
 def test_steps_for() -> None:
-    assert loop.steps_for(100, Training(epochs=1.5, batch_size=32)) == math.ceil(150 / 32)
-    assert loop.steps_for(100, Training(epochs=3, batch_size=32, max_steps=4)) == 4
+    assert steps_for(100, Training(epochs=1.5, batch_size=32)) == math.ceil(150 / 32)
+    assert steps_for(100, Training(epochs=3, batch_size=32, max_steps=4)) == 4
     with pytest.raises(StageError, match="epochs"):
-        loop.steps_for(100, Training(epochs=None))
+        steps_for(100, Training(epochs=None))
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:

@@ -34,16 +34,6 @@ def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def steps_for(rows: int, training: Training) -> int:
-    """Optimizer steps of a run over `rows` rows. Raises StageError when neither epochs nor max_steps bounds it."""
-    if training.epochs is None:
-        if training.max_steps is None:
-            raise StageError("training has no end", field="epochs", value=None, mend="set epochs or max_steps")
-        return training.max_steps
-    steps = max(1, math.ceil(rows * training.epochs / training.batch_size))
-    return min(steps, training.max_steps or steps)
-
-
 def step_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
     """The rows of one optimizer step: the epochs' permutations end to end, cut into batches."""
     start = step * batch_size
@@ -220,8 +210,7 @@ class Loop:
         self.last = metrics
         if self.step % self.training.log_every == 0 or self.step == self.total_steps:
             self.run.metrics(metrics, step=self.step)
-        what = self.run.request.name or self.run.request.stage
-        self.run.progress(self.step, self.total_steps, f"{what}: loss {metrics['train/loss']:.4f}")
+        self.run.progress(self.step, self.total_steps, f"steps  loss {metrics['train/loss']:.4f}")
 
     def __call__(self) -> dict[str, float]:
         self.resume()

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from schemas.methods import MethodConfig
-from schemas.training import Training
+from schemas.training import Training, steps_for
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
-from stages.engine.loop import step_rows, steps_for
+from stages.engine.loop import step_rows
 from stages.engine.method import Metrics, Totals
 from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums
 from stages.engine.reference import ReferenceCache
