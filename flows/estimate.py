@@ -20,12 +20,12 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from flows.runner import source_file
 from schemas.config import ModelConfig, PipelineConfig, Scratch
-from schemas.methods import PPO, MethodConfig
-from schemas.training import Training
+from schemas.methods import PPO
+from schemas.training import Training, steps_for
 
 CHUNK = 2**23
 """Logits that the head computes at once."""
@@ -51,12 +51,12 @@ def model_sizes(model: ModelConfig) -> Sizes | None:
     if model.scratch is not None:
         return scratch_sizes(model.scratch)
     path = model.path or ""
-    if path.startswith("package:"):
-        return gguf_sizes(_inside_package(path.removeprefix("package:")))
-    if path.endswith(".gguf"):
-        return gguf_sizes(Path(path).expanduser())
-    folder = Path(path).expanduser()
-    return folder_sizes(folder) if (folder / "config.json").is_file() else None
+    file = source_file(path, needed=False)
+    if file is None or not file.exists():
+        return None
+    if file.suffix == ".gguf":
+        return gguf_sizes(file)
+    return folder_sizes(file) if (file / "config.json").is_file() else None
 
 
 def scratch_sizes(scratch: Scratch, vocabulary: int = SCRATCH_VOCABULARY) -> Sizes:
@@ -107,16 +107,6 @@ def gguf_sizes(file: Path) -> Sizes:
     return _sizes(
         shapes, number("block_count"), number("embedding_length"), number("feed_forward_length"), embedding[-1]
     )
-
-
-def _inside_package(name: str) -> Path:
-    """The GGUF file in an installed package, which is not imported: it may want libraries of its own."""
-    spec = find_spec(name.replace("-", "_"))
-    folders = (spec.submodule_search_locations if spec else None) or []
-    found = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
-    if not found:
-        raise FileNotFoundError(f"no GGUF file in the package {name}")
-    return found[0]
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]], layers: int, hidden: int, intermediate: int, vocabulary: int) -> Sizes:
@@ -171,20 +161,11 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
 def steps(training: Training, rows: int | None) -> int | None:
     """Optimizer steps over so many rows; None when that is not known yet. PPO needs no rows to know."""
     if isinstance(training, PPO):
-        return training.iterations * training.ppo_epochs * math.ceil(training.rollout_size / training.batch_size)
-    if training.epochs is None:
-        return training.max_steps
-    if rows is None:
+        wanted = training.iterations * training.ppo_epochs * math.ceil(training.rollout_size / training.batch_size)
+        return min(wanted, training.max_steps or wanted)
+    if rows is None and training.epochs is not None:
         return None
-    wanted = max(1, math.ceil(rows * training.epochs / training.batch_size))
-    return min(wanted, training.max_steps or wanted)
-
-
-def rows_needed(training: Training) -> str:
-    """Which kind of rows a training stage counts."""
-    if isinstance(training, MethodConfig):
-        return next(iter(sorted(training.needs)))
-    return "sft"
+    return steps_for(rows or 0, training)
 
 
 def readable(number: int) -> str:

