@@ -73,6 +73,13 @@ class Codec:
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer and its template; plain transformers reads them."""
+        for name in (
+            "is_local",
+            "local_files_only",
+            "auto_map",
+            "gguf_file",
+        ):  # where it came from, which is no content
+            self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.save_pretrained(str(folder))
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
@@ -134,7 +141,7 @@ def with_system_prompt(template: str, system_prompt: str) -> str:
         "{% if messages[0]['role'] != 'system' %}"
         # Jinja reads Python's string literals, so `repr` is the escape.
         f"{{% set messages = [{{'role': 'system', 'content': {system_prompt!r}}}] + messages %}}"
-        "{% endif %}" + template
+        "{% endif %}\n" + template  # the newline goes, and the template still begins at the start of a line
     )
 
 

@@ -1,0 +1,367 @@
+"""Stage `base`: the base model as a plain transformers folder, wherever it comes from.
+
+A local folder, a Hub name with its commit, a GGUF file (alone or inside an installed Python package), or a small Llama
+with random weights. Chat template and system prompt are written into the tokenizer, so that all later stages, and plain
+transformers, need nothing but the folder. No pickle is read and no code from a model folder is run.
+"""
+
+import contextlib
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from schemas.config import BaseParams, Scratch
+from schemas.stage import Request, StageError
+from stages.engine import demo
+from stages.engine.text import Codec, load_tokenizer, with_system_prompt
+from stages.tracking import StageRun
+
+# What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_GREETING = [{"role": "user", "content": "hello"}]
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Publish `model`. Returns the number of its parameters."""
+    params = BaseParams.model_validate(request.params)
+    folder = run.work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    count = build(params, request.seed, folder)
+    run.publish("model", folder, model=True)
+    return {"model/parameters": float(count)}
+
+
+def build(params: BaseParams, seed: int, folder: Path) -> int:
+    """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a mend."""
+    if (params.scratch is None) == (params.path is None):
+        raise StageError(
+            "a base model is either a path or made from scratch",
+            kind="config",
+            field="model.path",
+            value=params.path,
+            mend="set exactly one of model.path and model.scratch",
+        )
+    if params.scratch is not None:
+        tokenizer = demo.tokenizer()
+        model: PreTrainedModel = from_scratch(params.scratch, tokenizer, seed)
+    else:
+        source = find(str(params.path), params.revision)
+        if source.is_file():
+            model, tokenizer = read_gguf(source)
+        elif is_reward_model(source):
+            return copy_reward_model(source, folder)
+        else:
+            model, tokenizer = read_folder(source)
+    write(model, set_template(tokenizer, params), folder)
+    return int(model.num_parameters())
+
+
+# --- Where the model is -----------------------------------------------------------------------------------------------
+
+
+def find(path: str, revision: str | None) -> Path:
+    """The local folder or GGUF file that `model.path` means."""
+    if path.startswith("package:"):
+        return find_in_package(path.removeprefix("package:"))
+    place = Path(path).expanduser()
+    if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+        return place.absolute()
+    if place.is_file():
+        raise _refused("the file is not a GGUF file", path, "give a model folder or a file that ends in .gguf")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in "./" and place.suffix != ".gguf":
+        return download(path, revision)
+    raise _refused("there is no such model folder or file", path, "check the path, or give a Hub name as owner/name")
+
+
+def find_in_package(name: str) -> Path:
+    """The one GGUF file of an installed package, found without importing the package."""
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise _refused("the package is not installed", f"package:{name}", f"pip install {module.replace('_', '-')}")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    if len(files) != 1:
+        raise _refused(f"the package holds {len(files)} GGUF files, not one", f"package:{name}", "give the file's path")
+    return files[0]
+
+
+def download(name: str, revision: str | None) -> Path:
+    """A Hub model at one commit, from the local cache where it is there."""
+    # Imported here: only a Hub name needs them.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise StageError(
+            f"{name} is no local folder, and as a Hub name it needs the commit that is meant",
+            kind="missing_revision",
+            field="model.revision",
+            value=revision,
+            mend=f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        mend = "connect to the network (and unset HF_HUB_OFFLINE), or download it elsewhere and give the folder"
+        raise _refused("the Hub cannot be reached and the model is not in the local cache", name, mend) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        mend = "check name and revision; for a gated model set HF_TOKEN"
+        raise _refused(f"the Hub does not give the model: {first_line}", name, mend) from error
+
+
+# --- Reading it -------------------------------------------------------------------------------------------------------
+
+
+def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A small Llama with random weights that are a function of `seed`."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.hidden_size,
+        intermediate_size=scratch.intermediate_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        max_position_embeddings=scratch.max_length,
+        initializer_range=scratch.hidden_size**-0.5,  # the usual 0.02 is for wide models; small ones then learn slowly
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer from a folder of safetensors."""
+    check_folder(folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return load_whole(AutoModelForCausalLM, folder), read_tokenizer(folder)
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
+    if importlib.util.find_spec("gguf") is None:
+        raise _refused("reading a GGUF file needs the package gguf", file, "pip install gguf")
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise _refused(f"the GGUF file cannot be read: {error}", file, "check that it is whole") from error
+    model = load_whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
+    # What is saved is no longer quantized, and must not say so.
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and "<|endoftext|>" in tokenizer.added_tokens_encoder:
+        tokenizer.pad_token = "<|endoftext|>"
+        model.config.pad_token_id = None
+    return model, tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; one without tokenizer.json is converted where transformers can."""
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises all sorts here; each means the same to the user
+        mend = "put the model's tokenizer.json into the folder"
+        raise _refused(f"the folder has no tokenizer that can be read: {error}", folder, mend) from error
+    if not tokenizer.is_fast:
+        raise _refused("the tokenizer has no tokenizer.json", folder, "put one into the folder")
+    return tokenizer
+
+
+def load_whole(auto: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """`auto.from_pretrained`, which must find every weight. No pickle is read and no code of the folder is run."""
+    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
+    with _quiet():
+        try:
+            model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise _refused(f"the model cannot be loaded: {error}", folder, "load it in plain transformers") from error
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        mend = "give a folder whose weights are whole and fit its config.json"
+        raise _refused(f"{len(info['missing_keys'])} weights are missing: {names}", folder, mend)
+    return model
+
+
+def check_folder(folder: Path, known: Any) -> None:
+    """Refuse what cannot or must not be read: no config, an unknown type, packed weights, pickles."""
+    config = _config(folder)
+    kind = config.get("model_type")
+    if kind not in known:
+        why = (
+            "needs code from its folder, which is never run" if "auto_map" in config else "is not one of transformers'"
+        )
+        raise _refused(f"the model type {kind!r} {why}", folder, "give a model of a type that transformers knows")
+    if "quantization_config" in config:
+        raise _refused("the weights are quantized", folder, "give the model's plain weights (or a GGUF file)")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
+        what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
+        raise _refused(what, folder, "save the model as safetensors: model.save_pretrained(folder) does")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise _refused("the folder has no config.json", folder, "give a transformers model folder")
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise _refused(f"config.json cannot be read: {error}", folder, "mend the file") from error
+
+
+# --- Reward models ----------------------------------------------------------------------------------------------------
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether the folder holds a sequence classifier."""
+    return any("SequenceClassification" in name for name in _config(folder).get("architectures") or [])
+
+
+def copy_reward_model(source: Path, folder: Path) -> int:
+    """A reward model of the user's own, checked and copied as it is: its scores belong to its own template."""
+    check_folder(source, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    load_tokenizer(source)
+    model = load_whole(AutoModelForSequenceClassification, source)
+    if model.config.num_labels != 1:
+        mend = "give a classifier with one label, whose logit is the score"
+        raise _refused(f"a reward model has one score, this one has {model.config.num_labels}", source, mend)
+    folder.mkdir(parents=True)
+    for pattern in MODEL_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    return int(model.num_parameters())
+
+
+# --- Template and writing ---------------------------------------------------------------------------------------------
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Codec:
+    """Write the config's chat template and system prompt into the tokenizer, and try them."""
+    if isinstance(tokenizer.chat_template, dict):  # some models bring several, for tools and the like
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if params.chat_template is not None:
+        tokenizer.chat_template = template_text(params.chat_template)
+    codec = _try(tokenizer, params.chat_template)
+    if params.system_prompt is None:
+        return codec
+    tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), params.system_prompt)
+    if params.system_prompt.strip() not in _try(tokenizer, params.chat_template).render(_GREETING):
+        raise StageError(
+            "the chat template leaves the system prompt out",
+            kind="chat_template",
+            field="model.system_prompt",
+            value=params.system_prompt,
+            mend="set model.chat_template to one that writes system messages",
+        )
+    return Codec(tokenizer)
+
+
+def template_text(given: str) -> str:
+    """The template itself, or the text of the file that is named."""
+    if "{" in given:
+        return given
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise StageError(
+            "this is no Jinja text, and there is no such file",
+            kind="chat_template",
+            field="model.chat_template",
+            value=given,
+            mend="give the path of a file with a Jinja template, or the template's text",
+        )
+    return file.read_text()
+
+
+def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
+    """Save model and tokenizer, with end and padding set as the codec has them."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(codec.tokenizer) > rows:
+        what = f"the tokenizer has {len(codec.tokenizer)} tokens, the model only {rows}"
+        raise _refused(what, folder, "give the tokenizer that belongs to the model")
+    if "auto_map" in vars(model.config):
+        del model.config.auto_map  # code that nobody shall run
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = codec.pad_id
+    model.generation_config = generation_config(model, codec)
+    with _quiet():
+        model.save_pretrained(folder)
+    codec.save(folder)
+
+
+def generation_config(model: PreTrainedModel, codec: Codec) -> GenerationConfig:
+    """The model's own, with the codec's ends and padding; fresh where its own contradicts itself."""
+    config = model.generation_config or GenerationConfig()
+    try:
+        config.validate(strict=True)
+    except ValueError:  # transformers would refuse to save it
+        config = GenerationConfig(do_sample=True)
+    own = config.eos_token_id
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    ends = list(dict.fromkeys([codec.end_id, *listed]))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    config.pad_token_id = codec.pad_id
+    return config
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
+    """The codec, once its template has rendered a conversation."""
+    try:
+        codec = Codec(tokenizer)
+        codec.prompt(_GREETING)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise StageError(
+            f"the chat template fails: {error}",
+            kind="chat_template",
+            field="model.chat_template",
+            value=template,
+            mend="mend the template, or leave it out to use the model's own",
+        ) from error
+    return codec
+
+
+def _refused(message: str, path: object, mend: str) -> StageError:
+    return StageError(message, kind="model", field="model.path", value=path, mend=mend)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what matters in them is checked here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
