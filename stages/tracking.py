@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, urlencode, urlparse
 
 from schemas.stage import Artifact, Problem, Request, Result, StageError
 
@@ -55,6 +55,12 @@ PROGRESS_SECONDS = 5.0
 PARAM_LENGTH = 6000
 TAG_LENGTH = 5000
 KEY_LENGTH = 250
+
+# What the errors say of a locked database, and of a server that is away or busy.
+PASSING = (
+    r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
+    r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
+)
 
 T = TypeVar("T")
 
@@ -165,9 +171,11 @@ def _passing(error: Exception) -> bool:
     """Whether trying again can help: a locked database, a server that is away."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    text = str(error).lower()
-    signs = ("database is locked", "database table is locked", "max retries", "connection", "timed out", "503", "502")
-    return any(sign in text for sign in signs)
+    return re.search(PASSING, str(error), re.IGNORECASE) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
@@ -179,7 +187,7 @@ def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
         except Exception as error:
             if not _passing(error) or time.monotonic() + pause > end:
                 raise
-            log.warning("MLflow: %s; trying again", str(error).splitlines()[0][:200])
+            log.warning("MLflow: %s; trying again", _first_line(error))
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
 
@@ -279,9 +287,8 @@ def fetch(artifact: Artifact) -> Path:
     except Exception as error:
         if _passing(error):
             raise
-        raise StageError(
-            f"the artifact is gone ({error}).", kind="artifact", field="uri", value=artifact.uri, mend=mend
-        )
+        message = f"the artifact is gone ({error})."
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend) from error
     if not folder.exists():
         raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
     found = digest(folder)
@@ -289,6 +296,52 @@ def fetch(artifact: Artifact) -> Path:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
     return folder
+
+
+def locate(uri: str) -> Path:
+    """Local folder of what a person names: a path, `runs:/ID/model`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        StageError: there is no such folder, run or model.
+    """
+    path = Path(uri).expanduser()
+    if path.exists():
+        return path.absolute()
+    mend = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
+    try:
+        location = _location(registered(uri))
+        folder = _local(location) or _copied(location)
+    except StageError:
+        raise
+    except Exception as error:
+        if _passing(error):
+            raise
+        message = f"MLflow has no such model ({error})."
+        raise StageError(message, kind="artifact", field="uri", value=uri, mend=mend) from error
+    if not folder.exists():
+        raise StageError("there is no such model.", kind="artifact", field="uri", value=uri, mend=mend)
+    return folder
+
+
+def registered(uri: str) -> str:
+    """The source behind `models:/NAME@ALIAS` and `models:/NAME/VERSION`; other uris as they are."""
+    name = uri.removeprefix("models:/")
+    if not uri.startswith("models:/") or name.startswith("m-"):
+        return uri
+    if "@" in name:
+        found = retrying(lambda: client().get_model_version_by_alias(*name.rsplit("@", 1)))
+    else:
+        found = retrying(lambda: client().get_model_version(*name.rsplit("/", 1)))
+    return str(found.source)
+
+
+def _copied(location: str) -> Path:
+    """A copy of a remote folder whose digest is not known, kept by its address."""
+    target = home() / "cache" / "located" / hashlib.sha256(location.encode()).hexdigest()
+    from mlflow.artifacts import download_artifacts  # late: see _entities
+
+    target.mkdir(parents=True, exist_ok=True)
+    return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(target))))
 
 
 def _intact(artifact: Artifact) -> bool:
@@ -352,6 +405,20 @@ def note_reuse(result: Result, pipeline_run: str | None) -> None:
     while len(value) > TAG_LENGTH:
         value = value.partition(" ")[2]  # forget the oldest
     retrying(lambda: client().set_tag(run_id, "pipeline.reused_by", value))
+    # For "the last comparison": a run that is taken again counts as new.
+    retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
+
+
+def compare_link(run_ids: list[str]) -> str | None:
+    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it."""
+    if not run_ids:
+        return None
+    runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
+    experiments = sorted({run.info.experiment_id for run in runs})
+    uri = tracking_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)})
+    return f"{server}/#/compare-runs?{query}" + ("" if uri.startswith("http") else "  (start `alignflow ui`)")
 
 
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
@@ -438,7 +505,7 @@ class Journal:
                 self._error = None
             except Exception as error:  # kept and tried again; `close` raises what remains
                 if self._error is None:
-                    log.warning("metrics wait, MLflow does not answer: %s", str(error).splitlines()[0][:200])
+                    log.warning("metrics wait, MLflow does not answer: %s", _first_line(error))
                 self._error = error
 
     def _ship(self) -> None:
@@ -649,10 +716,10 @@ class StageRun:
         return self.outputs[name]
 
     def _publish_folder(self, name: str, folder: Path) -> str:
-        place, number = name, 1
-        while retrying(lambda: client().list_artifacts(self.run_id, place)):
-            number += 1
-            place = f"{name}-{number}"  # a killed process has left part of it
+        taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}
+        place = name
+        while place in taken:
+            place += "-again"  # a killed process has left part of it
         retrying(lambda: client().log_artifacts(self.run_id, str(folder), place))
         return f"runs:/{self.run_id}/{place}"
 
