@@ -44,6 +44,8 @@ class DataConfig(Strict):
     kind: Kind
     revision: str | None = None
     """Commit of the Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset that has several (`main` of gsm8k)."""
     split: str = "train"
     columns: dict[str, str] = {}
     """Our column name -> the file's."""

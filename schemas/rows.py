@@ -1,0 +1,210 @@
+"""What a clean row of each data kind looks like: pandera models on polars, and the names of what can be wrong with one.
+
+A check's name is the `reason` that stands in quarantine files and reports. The models check types, emptiness and what
+columns owe to each other; what needs a tokenizer or other rows is checked by stage `validate`.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+import pandera.polars as pa
+import polars as pl
+from pandera.errors import SchemaError, SchemaErrors
+from pandera.polars import PolarsData
+
+from schemas.config import Kind
+
+Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+Strings = pl.List(pl.String)
+Indices = pl.List(pl.Int64)
+Numbers = pl.List(pl.Float64)
+
+# Blank: nothing but white space and invisible characters (controls, zero-width marks, lone combining formats).
+_BLANK = r"^[\s\p{Cc}\p{Cf}]*$"
+_NUL = "\x00"
+# An optional system message, then user and assistant in turn, the user last.
+_TURNS = r"^(system )?user( assistant user)*$"
+
+
+def _contents(column: str) -> pl.Expr:
+    return pl.col(column).list.eval(pl.element().struct.field("content"))
+
+
+def _no_text(column: str, wrong: pl.Expr) -> pl.Expr:
+    """True where no element of a list of texts is wrong."""
+    return ~pl.col(column).list.eval(wrong).list.any()
+
+
+class PromptRow(pa.DataFrameModel):
+    """A prompt to answer: messages that end with the user's. Every other kind has these columns too."""
+
+    row: pl.Int64 = pa.Field(ge=0)
+    """Number of the source row, from 0."""
+    prompt: Messages  # type: ignore[valid-type]
+    prompt_id: pl.String = pa.Field(str_matches=r"^[0-9a-f]{16}$")
+    """`prompt_id()` of the messages: equal for prompts that differ in case, marks and white space only."""
+
+    class Config:
+        strict = True
+
+    @pa.check("prompt", name="empty")
+    def prompt_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
+        """Every message says something."""
+        blank = pl.element().struct.field("content").str.contains(_BLANK)
+        return data.lazyframe.select(_no_text(str(data.key), blank))
+
+    @pa.check("prompt", name="contains_nul")
+    def prompt_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
+        """No message holds a NUL character."""
+        nul = pl.element().struct.field("content").str.contains(_NUL, literal=True)
+        return data.lazyframe.select(_no_text(str(data.key), nul))
+
+    @pa.check("prompt", name="roles_out_of_order")
+    def prompt_in_turns(cls, data: PolarsData) -> pl.LazyFrame:
+        """System first if at all, then user and assistant in turn, the user last."""
+        roles = pl.col(str(data.key)).list.eval(pl.element().struct.field("role")).list.join(" ")
+        return data.lazyframe.select(roles.str.contains(_TURNS))
+
+
+class _Answer(PromptRow):
+    """Checks that every answer's text column shares."""
+
+    @pa.check(r"^(response|chosen|rejected|completion)$", regex=True, name="empty")
+    def answer_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
+        """The answer says something."""
+        return data.lazyframe.select(~pl.col(str(data.key)).str.contains(_BLANK))
+
+    @pa.check(r"^(response|chosen|rejected|completion)$", regex=True, name="contains_nul")
+    def answer_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
+        """The answer holds no NUL character."""
+        return data.lazyframe.select(~pl.col(str(data.key)).str.contains(_NUL, literal=True))
+
+
+class SFTRow(_Answer):
+    """A prompt and the answer to imitate."""
+
+    response: pl.String
+
+
+class PreferenceRow(_Answer):
+    """A prompt and two answers, of which people preferred the first."""
+
+    chosen: pl.String
+    rejected: pl.String
+    margin: pl.Float64 = pa.Field(nullable=True, ge=0)
+    """How much better `chosen` is, on the annotators' scale; null where they did not say."""
+
+    @pa.check("margin", name="not_finite")
+    def margin_finite(cls, data: PolarsData) -> pl.LazyFrame:
+        """NaN and infinity are no margins."""
+        return data.lazyframe.select(pl.col(str(data.key)).is_finite())
+
+    @pa.dataframe_check(name="chosen_equals_rejected")
+    def two_answers(cls, data: PolarsData) -> pl.LazyFrame:
+        """The answers differ by more than the white space around them."""
+        chosen, rejected = (pl.col(name).str.strip_chars() for name in ("chosen", "rejected"))
+        return data.lazyframe.select(chosen != rejected)
+
+
+class RankingRow(PromptRow):
+    """A prompt, K different answers, and which of them beat which."""
+
+    responses: Strings  # type: ignore[valid-type]
+    winners: Indices  # type: ignore[valid-type]
+    """Per comparison, the index of the better answer in `responses`. Ties have no entry."""
+    losers: Indices  # type: ignore[valid-type]
+    margins: Numbers = pa.Field(nullable=True)  # type: ignore[valid-type]
+    """Per comparison, the difference of the scores; null where there are none."""
+
+    @pa.check("responses", name="empty")
+    def answers_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
+        """Every answer says something."""
+        return data.lazyframe.select(_no_text(str(data.key), pl.element().str.contains(_BLANK)))
+
+    @pa.check("responses", name="contains_nul")
+    def answers_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
+        """No answer holds a NUL character."""
+        return data.lazyframe.select(_no_text(str(data.key), pl.element().str.contains(_NUL, literal=True)))
+
+    @pa.dataframe_check(name="comparisons_do_not_fit")
+    def indices_fit(cls, data: PolarsData) -> pl.LazyFrame:
+        """As many winners as losers (and margins), all of them indices of answers."""
+        winners, losers, margins = (pl.col(name) for name in ("winners", "losers", "margins"))
+        most = pl.max_horizontal(winners.list.max(), losers.list.max()).fill_null(0)
+        least = pl.min_horizontal(winners.list.min(), losers.list.min()).fill_null(0)
+        pairs, answers = winners.list.len(), pl.col("responses").list.len()
+        fits = (pairs == losers.list.len()) & (least >= 0) & ((most < answers) | (pairs == 0))
+        return data.lazyframe.select(fits & (margins.is_null() | (margins.list.len() == pairs)))
+
+
+class FeedbackRow(_Answer):
+    """A prompt, an answer, and a thumb up (true) or down (false)."""
+
+    completion: pl.String
+    label: pl.Boolean
+
+
+ROWS: dict[Kind, type[PromptRow]] = {
+    "sft": SFTRow,
+    "preference": PreferenceRow,
+    "ranking": RankingRow,
+    "feedback": FeedbackRow,
+    "prompt": PromptRow,
+}
+
+
+def problems(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
+    """What is wrong with a frame of rows: (`index` into the frame, `column`, `reason`), one line per failed check.
+
+    Raises pandera's SchemaError when the frame has other columns or types than the kind: that is a bug, not bad data.
+    """
+    found: list[pl.DataFrame] = []
+    try:
+        ROWS[kind].validate(frame, lazy=True)
+    except SchemaErrors as errors:
+        found = [_failures(kind, error) for error in errors.schema_errors]
+    empty = pl.DataFrame(schema={"index": pl.Int64, "column": pl.String, "reason": pl.String})
+    return pl.concat([empty, *found])
+
+
+# pandera's own names of checks -> ours.
+_REASONS = {"not_nullable": "missing", "greater_than_or_equal_to": "negative"}
+# A check of the whole row -> the column to name.
+_COLUMNS = {"chosen_equals_rejected": "rejected", "comparisons_do_not_fit": "winners"}
+
+
+def _failures(kind: Kind, error: SchemaError) -> pl.DataFrame:
+    check = error.check if isinstance(error.check, str) else str(error.check.name)
+    if error.check_output is None:
+        raise error
+    passed = error.check_output.get_column("check_output")
+    reason = _REASONS.get(check, check)
+    return pl.DataFrame({"index": (~passed).arg_true().cast(pl.Int64)}).with_columns(
+        column=pl.lit(_COLUMNS.get(check, error.schema.name)), reason=pl.lit(reason)
+    )
+
+
+def normalise(text: str) -> str:
+    """The text without what makes look-alikes differ: NFKC, casefolded, every run of non-word characters one space."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return re.sub(r"\W+", " ", text.casefold()).strip()
+
+
+def text_id(text: str) -> str:
+    """First 16 hex digits of the sha256 of the normalised text; of the text itself where nothing is left of it."""
+    return hashlib.sha256((normalise(text) or text).encode()).hexdigest()[:16]
+
+
+def prompt_id(messages: Iterable[Mapping[str, str]]) -> str:
+    """`text_id` of all the messages' contents. Decides on which side of the train/eval split a prompt stands."""
+    return text_id("\n".join(message["content"] for message in messages))
+
+
+def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with column `prompt_id` after `prompt`."""
+    texts = frame.select(_contents("prompt").list.join("\n")).to_series().to_list()
+    ids = pl.Series("prompt_id", [text_id(text) for text in texts], dtype=pl.String)
+    return frame.insert_column(frame.columns.index("prompt") + 1, ids)

@@ -1,0 +1,102 @@
+"""Derives further kinds of data from one, so that one data set can feed every method.
+
+ranking -> preference, feedback, sft, prompt        preference -> ranking, feedback, sft, prompt
+feedback -> sft, prompt                             sft -> prompt
+"""
+
+import polars as pl
+
+from schemas.config import Kind
+from schemas.rows import Numbers
+
+_HEAD = ["row", "prompt", "prompt_id"]
+
+
+def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
+    """Every kind that these rows give, the source kind too. Frames may be empty; exact repetitions are left out.
+
+    A ranking without any comparison (all answers tied) gives its prompt only.
+    """
+    kinds: dict[Kind, pl.DataFrame] = {
+        "prompt": frame.select(_HEAD).unique("prompt", keep="first", maintain_order=True)
+    }
+    if kind == "ranking":
+        kinds |= _from_ranking(frame.filter(pl.col("winners").list.len() > 0))
+    elif kind == "preference":
+        kinds |= _from_preference(frame)
+    elif kind == "feedback":
+        kinds |= {"feedback": frame, "sft": _liked(frame)}
+    elif kind == "sft":
+        kinds |= {"sft": frame}
+    return kinds
+
+
+def _from_preference(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
+    ranking = frame.select(
+        *_HEAD,
+        responses=pl.concat_list("chosen", "rejected"),
+        winners=pl.concat_list(pl.lit(0, pl.Int64)),
+        losers=pl.concat_list(pl.lit(1, pl.Int64)),
+        margins=pl.when(pl.col("margin").is_not_null()).then(pl.concat_list("margin")).cast(Numbers),
+    )
+    up = frame.select(*_HEAD, completion="chosen", label=pl.lit(True))
+    down = frame.select(*_HEAD, completion="rejected", label=pl.lit(False))
+    feedback = _distinct(pl.concat([up, down]).sort("row", maintain_order=True))
+    return {"preference": frame, "ranking": ranking, "feedback": feedback, "sft": _liked(feedback)}
+
+
+def _from_ranking(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
+    return {
+        "ranking": frame,
+        "preference": _distinct(_pairs(frame)),
+        "feedback": _distinct(_thumbs(frame)),
+        "sft": _distinct(_best(frame)),
+    }
+
+
+def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
+    """One row for every comparison."""
+    nothing = pl.col("winners").list.eval(pl.lit(None, pl.Float64))
+    pairs = frame.with_columns(margins=pl.col("margins").fill_null(nothing)).explode("winners", "losers", "margins")
+    return pairs.select(
+        *_HEAD,
+        chosen=pl.col("responses").list.get(pl.col("winners")),
+        rejected=pl.col("responses").list.get(pl.col("losers")),
+        margin="margins",
+    )
+
+
+def _net_wins(frame: pl.DataFrame) -> pl.DataFrame:
+    """(row, answer, net): for every answer that was compared, its comparisons won less those lost."""
+    sides = [frame.select("row", answer=side, net=pl.lit(sign)).explode("answer") for side, sign in _SIGNS]
+    return pl.concat(sides).group_by("row", "answer").agg(pl.col("net").sum()).sort("row", "answer")
+
+
+_SIGNS = (("winners", 1), ("losers", -1))
+
+
+def _thumbs(frame: pl.DataFrame) -> pl.DataFrame:
+    """Thumbs up for answers that won more often than they lost, down for the reverse; none for those in the middle."""
+    judged = _net_wins(frame).filter(pl.col("net") != 0).join(frame, on="row", maintain_order="left")
+    return judged.select(*_HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
+
+
+def _best(frame: pl.DataFrame) -> pl.DataFrame:
+    """The answer with the most wins less losses; of equals the first."""
+    best = _net_wins(frame).sort("row", "net", "answer", descending=[False, True, False])
+    first = best.unique("row", keep="first", maintain_order=True).join(frame, on="row", maintain_order="left")
+    return first.select(*_HEAD, response=_text_of("answer"))
+
+
+def _text_of(answer: str) -> pl.Expr:
+    return pl.col("responses").list.get(pl.col(answer))
+
+
+def _liked(feedback: pl.DataFrame) -> pl.DataFrame:
+    return _distinct(feedback.filter("label").select(*_HEAD, response="completion"))
+
+
+def _distinct(frame: pl.DataFrame) -> pl.DataFrame:
+    """The first of equal rows, whatever their number."""
+    content = [name for name in frame.columns if name != "row"]
+    return frame.unique(content, keep="first", maintain_order=True)

@@ -1,0 +1,549 @@
+"""Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and derives further kinds.
+
+In this order, each step seeing only what the ones before it left: reading (sources.py), form (forms.py), the pandera
+models (schemas/rows.py), repetitions, the tokenizer's checks (tokens.py), leaks into the evaluation prompts.
+
+    python -m stages.validate PATH --kind preference --out DIR --json      # alone, without MLflow
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, get_args
+
+import polars as pl
+from pydantic import ValidationError
+
+from schemas.config import Kind, ValidateParams
+from schemas.rows import problems
+from schemas.stage import EXIT_CODES, Request, StageError, Strict
+from stages import forms
+from stages.derive import derive
+from stages.sources import Record, records
+from stages.tokens import ANSWERS, Progress, Tokens, too_many_characters
+
+if TYPE_CHECKING:
+    from stages.engine.text import Codec  # these two take seconds to import, and a check alone does without
+    from stages.tracking import StageRun
+
+PARTS = ("train", "eval", "gold")
+_CHUNK = 20_000
+_CUT = 200
+
+
+class Report(Strict):
+    """What came of the rows; written as report.json."""
+
+    source: str
+    kind: Kind
+    rows: int = 0
+    """Rows read, the broken ones too."""
+    kept: int = 0
+    quarantined: int = 0
+    """Rows with at least one entry in quarantine.jsonl. rows = kept + quarantined."""
+    reasons: dict[str, int] = {}
+    """Reason -> rows."""
+    checks: dict[str, int] = {}
+    """`column: reason` -> rows, the most frequent first."""
+    notes: dict[str, int] = {}
+    """What is odd and was kept -> rows."""
+    noted: dict[str, list[int]] = {}
+    """The same -> numbers of the first such rows."""
+    parts: dict[str, dict[str, int]] = {}
+    """Part -> kind -> rows written."""
+    longest: int | None = None
+    """Tokens of the longest kept row; null when no tokenizer was at hand."""
+    columns: list[str] = []
+    """The file's columns."""
+    sha256: str = ""
+    """Digest of all rows read, in order."""
+    quarantine: str
+    """The quarantine file."""
+    error: str | None = None
+    """Why the data was refused."""
+
+
+class Quarantine:
+    """Writes bad rows as JSON lines and counts them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: set[int] = set()
+        self.checks: Counter[tuple[str, str]] = Counter()
+        self._reasons: dict[str, set[int]] = {}
+
+    def __enter__(self) -> "Quarantine":
+        self._stream = self.file.open("w", encoding="utf-8", errors="backslashreplace")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+
+    def add(self, row: int, column: str, reason: str, value: object, line: int | None = None) -> None:
+        """Put a row aside. `column` is empty when the row as a whole is broken."""
+        entry = {"row": row, "column": column, "reason": reason, "value": _cut(value)}
+        if line is not None:
+            entry["line"] = line
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.rows.add(row)
+        self.checks[column, reason] += 1
+        self._reasons.setdefault(reason, set()).add(row)
+
+    def reasons(self) -> dict[str, int]:
+        """Reason -> rows, the most frequent first."""
+        return dict(sorted(((name, len(rows)) for name, rows in self._reasons.items()), key=lambda pair: -pair[1]))
+
+    def summary(self) -> dict[str, int]:
+        """`column: reason` -> entries, the most frequent first."""
+        return {f"{column}: {reason}" if column else reason: n for (column, reason), n in self.checks.most_common()}
+
+
+def _cut(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text[:_CUT]
+
+
+@dataclass
+class _Tally:
+    """What is counted on the way."""
+
+    rows: int = 0
+    kept: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    noted: dict[str, list[int]] = field(default_factory=dict)
+    digest: Any = field(default_factory=hashlib.sha256)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    longest: int | None = None
+
+    def note(self, name: str, rows: Iterable[int]) -> None:
+        rows = list(rows)
+        if rows:
+            self.notes[name] += len(rows)
+            first = self.noted.setdefault(name, [])
+            first += rows[: 20 - len(first)]
+
+
+def check(
+    params: ValidateParams,
+    out: Path,
+    codec: "Codec | None" = None,
+    evaluation: Path | None = None,
+    rows: Path | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Check, split and derive; write everything to `out`. Needs no MLflow.
+
+    `evaluation`: a data folder whose evaluation prompts must not be trained on. `rows`: folder of stage `generate`.
+    Raises StageError (refused) when the data cannot be used; quarantine.jsonl and report.json are written even then.
+    """
+    _clear(out)
+    tally, error = _Tally(), None
+    with Quarantine(out / "quarantine.jsonl") as bad:
+        try:
+            _refuse_unknown_columns(params)
+            frame = _clean(params, _read(params, rows, seed, tally, bad), codec, tally, bad, progress)
+            frame = _without_leaks(_with_parts(params, frame), evaluation, bad)
+            _refuse(params, frame, tally, bad)
+            _write(params.kind, frame, out, tally)
+        except StageError as refusal:
+            error = refusal
+    report = Report(
+        source=params.path,
+        kind=params.kind,
+        rows=tally.rows,
+        kept=tally.kept if error is None else max(0, tally.rows - len(bad.rows)),
+        quarantined=len(bad.rows),
+        reasons=bad.reasons(),
+        checks=bad.summary(),
+        notes=dict(tally.notes),
+        noted=tally.noted,
+        parts=tally.parts,
+        longest=tally.longest,
+        columns=list(tally.columns),
+        sha256=tally.digest.hexdigest(),
+        quarantine=str(bad.file),
+        error=None if error is None else str(error),
+    )
+    (out / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if error is not None:
+        raise error
+    return report
+
+
+def _clear(out: Path) -> None:
+    """Take away what an earlier check left, so that nothing stale is read."""
+    out.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        for kind in get_args(Kind):
+            (out / part / f"{kind}.parquet").unlink(missing_ok=True)
+
+
+# --- reading
+
+
+def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Tally, bad: Quarantine) -> pl.DataFrame:
+    """All rows that have the form of their kind, as one frame."""
+    source = records(params, rows, seed)
+    frames = [forms.to_frame(params.kind, [], [])]
+    while chunk := list(islice(source, _CHUNK)):
+        frames.append(_parse(params, chunk, tally, bad))
+    if not tally.rows:
+        raise StageError("the file holds no rows", kind="empty_file", field="path", value=params.path)
+    _refuse_columns(params, tally, bad)
+    return pl.concat(frames)
+
+
+def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quarantine) -> pl.DataFrame:
+    numbers: list[int] = []
+    parsed: list[forms.Parsed] = []
+    for number, record in enumerate(chunk, tally.rows):
+        tally.digest.update(record.raw + b"\n")
+        if record.row is None:
+            bad.add(number, "", record.reason, record.raw.decode(errors="backslashreplace"), record.line)
+            continue
+        tally.columns.update(dict.fromkeys(record.row))
+        try:
+            parsed.append(_form(params, record.row))
+            numbers.append(number)
+        except forms.Bad as problem:
+            bad.add(number, problem.column, problem.reason, problem.value, record.line)
+    tally.rows += len(chunk)
+    for name in {name for row in parsed for name in row.get("notes", ())}:
+        tally.note(name, [n for n, row in zip(numbers, parsed, strict=True) if name in row["notes"]])
+    return forms.to_frame(params.kind, numbers, parsed)
+
+
+def _form(params: ValidateParams, row: forms.Row) -> forms.Parsed:
+    if params.path == "input:rows" and params.kind == "ranking":
+        return forms.generated(row)
+    if params.columns:
+        row = {**row, **{ours: row.get(theirs) for ours, theirs in params.columns.items()}}
+    return forms.parse(params.kind, row)
+
+
+def _refuse_unknown_columns(params: ValidateParams) -> None:
+    known = forms.KNOWN[params.kind]
+    for name in params.columns:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise StageError(
+                f"kind {params.kind} has no column `{name}`; it has {', '.join(sorted(known))}",
+                kind="unknown_column",
+                field="columns",
+                value=name,
+                mend=f"did you mean `{near[0]}`? Write our name first: {{{near[0]}: {params.columns[name]}}}",
+            )
+
+
+def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> None:
+    """Stop when the file has not the columns of its kind, or not those that the config names."""
+    there = list(tally.columns)
+    for ours, theirs in params.columns.items():
+        if theirs not in tally.columns and there:
+            raise StageError(
+                f"{params.path} has no column `{theirs}` to take `{ours}` from; it has {', '.join(there)}",
+                kind="missing_column",
+                field=f"columns.{ours}",
+                value=theirs,
+                mend=f"did you mean `{difflib.get_close_matches(theirs, there, n=1, cutoff=0)[0]}`?",
+            )
+    named = {*there, *params.columns}
+    ways = forms.COLUMNS[params.kind]
+    # Chosen and rejected alone will do, but only as conversations that hold their prompts.
+    without_prompt = bad.checks["prompt", "missing"] == tally.rows and "prompt" not in named
+    if there and (without_prompt or not any(named.issuperset(way) for way in ways)):
+        raise _wrong_columns(params, there, named, ways[:1] if without_prompt else ways)
+
+
+def _wrong_columns(
+    params: ValidateParams, there: list[str], named: set[str], ways: tuple[tuple[str, ...], ...]
+) -> StageError:
+    missing = min(([name for name in way if name not in named] for way in ways), key=len)
+    near = [f"{name}: {m[0]}" for name in missing if (m := difflib.get_close_matches(name, there, n=1, cutoff=0.5))]
+    fits = [kind for kind in forms.fitting_kinds(named) if kind != params.kind]
+    hints = [
+        f"map the columns, such as {{{', '.join(near)}}}" if near else "",
+        f"read it as kind {' or '.join(fits)}" if fits else "",
+    ]
+    lacks = " and no ".join(f"`{name}`" for name in missing)
+    return StageError(
+        f"{params.path} cannot be read as {params.kind}: it has no column {lacks}. "
+        f"It has {', '.join(there)}. Kind {params.kind} needs {', or '.join(' + '.join(way) for way in ways)}.",
+        kind="wrong_columns",
+        field="kind",
+        value=params.kind,
+        mend=", or ".join(hint for hint in hints if hint) or f"map the columns: {{{missing[0]}: COLUMN OF THE FILE}}",
+    )
+
+
+# --- checking
+
+
+def _clean(
+    params: ValidateParams,
+    frame: pl.DataFrame,
+    codec: "Codec | None",
+    tally: _Tally,
+    bad: Quarantine,
+    progress: Progress | None,
+) -> pl.DataFrame:
+    """The frame without the rows that a check finds bad."""
+    for index, column, reason in problems(params.kind, frame).rows():
+        bad.add(frame["row"][index], column, reason, _value(frame, index, column))
+    frame = _without(frame, bad)
+    for row, first in _repetitions(frame):
+        bad.add(row, (*ANSWERS[params.kind], "prompt")[0], "duplicate", f"same as row {first}")
+    frame = _without(frame, bad)
+    tokens = None if codec is None else Tokens(codec, params.max_length)
+    long = (
+        too_many_characters(params.kind, frame, params.max_length)
+        if tokens is None
+        else tokens.findings(params.kind, frame, progress)
+    )
+    for index, column, reason, value in long:
+        bad.add(frame["row"][index], column, reason, value)
+    frame = _without(frame, bad)
+    tally.note("look_alike", _look_alikes(params.kind, frame))
+    if tokens is not None:
+        tally.longest = tokens.longest
+        tally.notes["prompt_tokens_differ"] += tokens.differ(params.kind, frame)
+    return frame
+
+
+def _value(frame: pl.DataFrame, index: int, column: str) -> object:
+    value = frame[column][index]
+    return value.to_list() if isinstance(value, pl.Series) else value
+
+
+def _without(frame: pl.DataFrame, bad: Quarantine) -> pl.DataFrame:
+    return frame.filter(~pl.col("row").is_in(list(bad.rows))) if bad.rows else frame
+
+
+def _repetitions(frame: pl.DataFrame) -> Iterator[tuple[int, int]]:
+    """(row, first row) of every row that repeats an earlier one in all it says."""
+    content = [name for name in frame.columns if name not in ("row", "prompt_id")]
+    again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
+    if again.height:
+        firsts = frame.unique(content, keep="first", maintain_order=True).select(*content, first="row")
+        yield from again.join(firsts, on=content, nulls_equal=True, maintain_order="left").select("row", "first").rows()
+
+
+def _look_alikes(kind: Kind, frame: pl.DataFrame) -> list[int]:
+    """Rows that differ from an earlier one in case, marks, white space or compatible characters only."""
+    plain = [_plain(pl.col(name)) for name in ANSWERS[kind] if name != "responses"]
+    if kind == "ranking":
+        plain = [_plain(pl.col("responses").list.join("\n")).alias("responses")]
+    labels = [name for name in ("label", "winners") if name in frame.columns]
+    keys = frame.select("prompt_id", *plain, *labels)
+    return frame.filter(~keys.select(pl.struct(pl.all()).is_first_distinct()).to_series())["row"].to_list()
+
+
+def _plain(text: pl.Expr) -> pl.Expr:
+    """schemas.rows.normalise, near enough, at the speed of columns."""
+    return text.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+
+
+def _with_parts(params: ValidateParams, frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with column `part`, told by `prompt_id` alone: the same prompt is on the same side in all data."""
+    held, gold = params.eval_fraction, params.gold_fraction
+    draw = pl.col("prompt_id").str.slice(0, 8).str.to_integer(base=16) / 2**32
+    part = pl.when(draw < held).then(pl.lit("eval"))
+    if held < 1:
+        part = part.when((draw - held) / (1 - held) < gold).then(pl.lit("gold"))
+    return frame.with_columns(part=part.otherwise(pl.lit("train")))
+
+
+def _without_leaks(frame: pl.DataFrame, evaluation: Path | None, bad: Quarantine) -> pl.DataFrame:
+    """The frame without the rows to train on whose prompts are evaluation prompts elsewhere."""
+    file = None if evaluation is None else evaluation / "eval" / "prompt.parquet"
+    if file is None or not file.is_file():
+        return frame
+    asked = pl.read_parquet(file, columns=["prompt_id"])["prompt_id"].unique()
+    leaks = frame.filter((pl.col("part") != "eval") & pl.col("prompt_id").is_in(asked.to_list()))
+    for row, prompt in leaks.select("row", "prompt").iter_rows():
+        bad.add(row, "prompt", "leaks_into_evaluation", prompt[-1]["content"])
+    return _without(frame, bad)
+
+
+def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Quarantine) -> None:
+    """Stop when too much is bad, or nothing is left to learn from."""
+    share = len(bad.rows) / tally.rows
+    usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
+    if share <= params.max_bad and usable.height:
+        return
+    most = ", ".join(f"{name} ({n})" for name, n in list(bad.summary().items())[:3])
+    counts = f"{params.path}: {len(bad.rows)} of {tally.rows} rows ({share:.1%}) are bad"
+    if not frame.height:
+        what = f"{counts}: nothing is left"
+    elif not usable.height:
+        what = f"{counts}, and all answers of the other {frame.height} are tied: nothing is left"
+    else:
+        what = f"{counts}, more than max_bad = {params.max_bad:.1%}"
+    found = f"most frequent: {most}. They lie in {bad.file}" if most else "no check failed"
+    raise StageError(
+        f"{what}; {found}.",
+        kind="bad_data" if usable.height else "nothing_left",
+        mend="mend the rows, map the right columns, or raise max_bad"
+        if usable.height
+        else "mend the rows or map the right columns",
+    )
+
+
+def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Tally) -> None:
+    """Parquet of every part and kind that has rows."""
+    tally.kept = frame.height
+    for part in PARTS:
+        rows = frame.filter(pl.col("part") == part).drop("part")
+        kinds = {name: table for name, table in derive(kind, rows).items() if table.height}
+        tally.parts[part] = {name: table.height for name, table in kinds.items()}
+        for name, table in kinds.items():
+            (out / part).mkdir(exist_ok=True)
+            table.write_parquet(out / part / f"{name}.parquet")
+
+
+# --- as a stage
+
+
+def run(request: Request, run: "StageRun") -> dict[str, float]:
+    """Inputs: model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
+    from stages.engine.text import Codec
+
+    params = ValidateParams.model_validate(request.params)
+    _refuse_moving_dataset(params)
+    out = run.work / "data"
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        check(
+            params,
+            out,
+            Codec.load(run.input("model")) if run.has("model") else None,
+            run.input("evaluation") if run.has("evaluation") else None,
+            run.input("rows") if run.has("rows") else None,
+            seed=request.seed,
+            progress=run.progress,
+        )
+    finally:
+        metrics = _log(run, out)
+    run.publish("data", out)
+    return metrics
+
+
+def _refuse_moving_dataset(params: ValidateParams) -> None:
+    name = params.path.removeprefix("hub:")
+    if name != params.path and params.revision is None and not Path(name).expanduser().exists():
+        raise StageError(
+            "a dataset of the Hub changes with time",
+            kind="no_revision",
+            field="path",
+            value=params.path,
+            mend="set `revision` to the commit you want, so that the same config means the same rows",
+        )
+
+
+def _log(run: "StageRun", out: Path) -> dict[str, float]:
+    """Log the report, if it was written; returns its counts as metrics."""
+    if not (out / "report.json").is_file():
+        return {}
+    report = Report.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
+    metrics = {"data/rows": report.rows, "data/kept": report.kept, "data/quarantined": report.quarantined}
+    metrics |= {f"data/quarantined/{reason}": n for reason, n in report.reasons.items()}
+    metrics |= {f"data/{part}/{kind}": n for part, kinds in report.parts.items() for kind, n in kinds.items()}
+    values = {name: float(value) for name, value in metrics.items()}
+    run.metrics(values)
+    run.tag("data.version", report.sha256)
+    run.dataset(report.source, out, report.sha256, report.rows)
+    run.file(out / "report.json", "data")
+    run.file(out / "quarantine.jsonl", "data")
+    return values
+
+
+# --- alone
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m stages.validate`: returns 0, or 65 when the data is refused."""
+    options = _options().parse_args(arguments)
+    error = None
+    try:
+        params = _params(options)
+        codec = None
+        if options.model:
+            from stages.engine.text import Codec
+
+            codec = Codec.load(options.model)
+        check(params, options.out, codec, options.evaluation)
+    except StageError as refusal:
+        error = refusal
+    _print(options, error)
+    return 0 if error is None else EXIT_CODES[error.status]
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("stages.validate", description="Check rows, split them and derive further kinds.")
+    add = parser.add_argument
+    add("path", help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME")
+    add("--kind", required=True, choices=get_args(Kind))
+    add("--out", required=True, type=Path, help="folder for Parquet, quarantine.jsonl and report.json")
+    add("--columns", nargs="*", action="extend", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    add("--max-bad", type=float, help="share of bad rows above which the data is refused")
+    add("--model", type=Path, help="model folder whose tokenizer tells what is too long")
+    add("--evaluation", type=Path, help="data folder whose evaluation prompts must not be trained on")
+    for name, kind in (("limit", int), ("max-length", int), ("eval-fraction", float), ("gold-fraction", float)):
+        add(f"--{name}", type=kind)
+    for name in ("revision", "subset", "split"):
+        add(f"--{name}", help="of a Hugging Face dataset")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _params(options: argparse.Namespace) -> ValidateParams:
+    given = {name: value for name, value in vars(options).items() if name in ValidateParams.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        given["columns"] = dict(pair.split("=", 1) for pair in options.columns)
+        return ValidateParams.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StageError(first["msg"], kind="config", field=where, value=first["input"]) from error
+    except ValueError as error:
+        raise StageError(
+            "a pair of column names is expected",
+            kind="config",
+            field="columns",
+            value=options.columns,
+            mend="write OURS=THEIRS",
+        ) from error
+
+
+def _print(options: argparse.Namespace, error: StageError | None) -> None:
+    file = options.out / "report.json"
+    fresh = error is None or error.problem.kind not in ("config", "missing_model", "missing_tokenizer", "no_end_token")
+    found = {"rows": 0, "kept": 0, "quarantined": 0, "reasons": {}}
+    if fresh and file.is_file():
+        found |= json.loads(file.read_text(encoding="utf-8"))
+    found["error"] = None if error is None else str(error)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{options.path}: {found['rows']} rows, {found['kept']} kept, {found['quarantined']} quarantined")
+    for name, count in [*found.get("checks", {}).items(), *found.get("notes", {}).items()]:
+        print(f"  {count:8d}  {name}")
+    if error is not None:
+        print(f"refused: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
