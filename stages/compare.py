@@ -95,7 +95,8 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """table.json, reward_kl.png and report.html."""
+    """table.json, table.txt (the same for people), reward_kl.png and report.html."""
     (folder / "table.json").write_text(json.dumps(list(comparison.table), indent=2), encoding="utf-8")
+    (folder / "table.txt").write_text(render_text(comparison.table) + "\n", encoding="utf-8")
     (folder / "reward_kl.png").write_bytes(draw(comparison.table))
     (folder / "report.html").write_text(render_html(comparison), encoding="utf-8")
