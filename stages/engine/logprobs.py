@@ -14,14 +14,23 @@ CHUNK = 2**23
 
 
 def linear_logps(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, *, entropy: bool = False
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    *,
+    entropy: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T + bias) at the labels, float32, and where asked the entropy (without gradient).
+    """log softmax((hidden @ weight.T + bias) / temperature) at the labels, float32; the entropy too, if asked.
 
-    Products run in autocast's type where autocast is on; softmax, sums and the weight's gradient in float32.
+    No gradient flows through the entropy. Products run in autocast's type where autocast is on; softmax, sums and the
+    weight's gradient in float32.
     """
     kind = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    if temperature != 1:
+        hidden_ND, bias_V = hidden_ND / temperature, None if bias_V is None else bias_V / temperature
     with torch.autocast(kind, enabled=False):
         logps_N, entropy_N = _LinearLogps.apply(hidden_ND, weight_VD, bias_V, labels_N, dtype, entropy)
     return logps_N, entropy_N if entropy else None
@@ -66,7 +75,8 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_N = grad_outputs[0]
         hidden_ND, weight_VD, bias_V, labels_N, normaliser_N = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         low_ND, low_VD = hidden_ND.to(ctx.dtype), weight_VD.to(ctx.dtype)

@@ -119,9 +119,7 @@ class Policy(_Trunk):
             head.load_state_dict({name: torch.zeros_like(value) for name, value in head.state_dict().items()})
             self.value_head = head
 
-    def forward(
-        self, batch: Batch, *, value: bool = False, entropy: bool = False, temperature: float = 1.0
-    ) -> Output:
+    def forward(self, batch: Batch, *, value: bool = False, entropy: bool = False, temperature: float = 1.0) -> Output:
         """log pi of every answer token, float32; the value before it and the entropy there (no gradient) if asked.
 
         pi is the model's distribution at `temperature`.
@@ -179,7 +177,7 @@ class Scorer(_Trunk):
         with self.autocast():
             hidden = self.hidden(batch).index_select(0, index)
         with torch.autocast(self.device.type, enabled=False):
-            raw = self.plain.score(hidden.float()).squeeze(-1)
+            raw = self.plain.get_submodule("score")(hidden.float()).squeeze(-1)
         return (raw - self.mean) / self.std
 
 
@@ -267,13 +265,14 @@ def load_scorer(
     path = Path(folder)
     fresh = not _is_scorer(path)
     names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    hf = _load(path, AutoModelForSequenceClassification, names, fresh=("score.weight",) if fresh else (), num_labels=1)
-    if not isinstance(getattr(hf, "score", None), nn.Linear):
-        raise _unusable(path, "its head is not a linear layer named `score`", "use a decoder-only reward model")
+    changes = {"fresh": ("score.weight",), "num_labels": 1} if fresh else {}
+    hf = _load(path, AutoModelForSequenceClassification, names, **changes)
+    if hf.config.num_labels != 1 or not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise _unusable(path, "its head is not one linear score", "use a decoder-only reward model")
     if fresh:
+        weight = hf.get_parameter("score.weight")
         generator = torch.Generator().manual_seed(seed)
-        deviation = 1 / math.sqrt(hf.score.in_features + 1)  # Huang et al. 2024, detail 5
-        hf.score.weight.data.normal_(0.0, deviation, generator=generator)
+        weight.data.normal_(0.0, 1 / math.sqrt(weight.shape[1] + 1), generator=generator)  # Huang et al. 2024
     scorer = Scorer(hf, precision=training.precision if training else "fp32")
     return _prepare(scorer, training, trainable, seed)
 
@@ -297,7 +296,7 @@ def _load(
     config = _config(folder, names, **kwargs)
     implementation = attention.NAME if why_padded(config) is None else None
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # missing weights are our own check, below
+    transformers_logging.set_verbosity_error()  # missing and misshapen weights are refused below
     transformers_logging.disable_progress_bar()
     try:
         hf, found = auto.from_pretrained(
@@ -308,6 +307,7 @@ def _load(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             attn_implementation=implementation,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -366,16 +366,23 @@ def _dropouts(config: PretrainedConfig) -> dict[str, float]:
 
 def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: int) -> ModelT:
     """Adapters, gradient checkpointing, frozen or not, device."""
-    model.dropouts = _dropouts(AutoConfig.from_pretrained(model.plain.name_or_path, trust_remote_code=False))
+    model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         return model.requires_grad_(False).eval().to(device())
     if training and training.lora:
         model.hf = _adapted(model.plain, training.lora, seed)
         if isinstance(model, Scorer):
-            model.plain.score.requires_grad_(True)
+            model.plain.get_submodule("score").requires_grad_(True)
     if training and training.gradient_checkpointing:
-        model.plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model.plain)
     return model.to(device())
+
+
+def checkpoint_layers(hf: PreTrainedModel) -> None:
+    """Keep one tensor per layer for the backward pass and compute the rest again (in training mode)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # for 5.3
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _adapted(hf: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
@@ -441,7 +448,8 @@ def _merged(plain: PreTrainedModel) -> dict[str, Tensor]:
     state = {k.replace(".base_layer.", "."): v for k, v in plain.state_dict().items() if ".lora_" not in k}
     for name, module in plain.named_modules():
         if isinstance(module, LoraLayer):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default").detach()
+            product = module.get_delta_weight("default")  # type: ignore[operator]  # each kind of layer has its own
+            state[f"{name}.weight"] = state[f"{name}.weight"] + product.detach()
     return state
 
 
