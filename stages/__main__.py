@@ -45,11 +45,13 @@ def preempt(signum: int, frame: FrameType | None) -> None:
 
 
 class Lines(logging.Formatter):
-    """One plain line per record; the level is said from warnings up."""
+    """Plain lines; from warnings up each begins with its level, by which the flow's log knows it."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        if record.levelno < logging.WARNING:
+            return text
+        return "\n".join(f"{record.levelname.lower()}: {line}" for line in text.splitlines())
 
 
 def set_up_log(rank: int) -> None:
@@ -81,7 +83,8 @@ def read_request(name: str, path: Path) -> Request:
 
 def become_torchrun(request: Request, argv: list[str]) -> None:
     """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
-    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    safe = ["-P"] if sys.flags.safe_path else []
+    module = [sys.executable, *safe, "-m", "torch.distributed.run", "--standalone"]
     os.execv(sys.executable, [*module, f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv])
 
 

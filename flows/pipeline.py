@@ -1,0 +1,260 @@
+"""The pipeline as a Prefect flow: a config's nodes as tasks, each in its own process, in the order of their needs."""
+
+import contextlib
+import logging
+import os
+import queue
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_LOGGING_LEVEL,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_LOGGING_LEVEL,
+    temporary_settings,
+)
+from prefect.states import Completed, Failed, State
+
+from flows import runner
+from flows.plan import Node, plan
+from schemas.config import PipelineConfig
+from schemas.stage import STAGES, Placement, Request, Result, StageError
+from stages import tracking
+
+log = logging.getLogger("alignflow")
+
+
+# --- From a node to a request -----------------------------------------------------------------------------------------
+
+
+def request_for(
+    node: Node, config: PipelineConfig, results: Mapping[str, Result], pipeline_run: str | None = None
+) -> Request:
+    """The request of a node whose needs are all done.
+
+    Raises:
+        StageError: a file that the config names is missing.
+    """
+    inputs = {name: results[source].outputs[output] for name, (source, output) in node.inputs.items()}
+    request = Request(
+        stage=node.stage,
+        version=STAGES[node.stage],
+        params=node.params,
+        inputs=inputs,
+        seed=node.seed,
+        name=node.label,
+        pipeline_run=pipeline_run,
+        experiment=config.name,
+        placement=Placement(devices=node.devices, threads=threads(config)),
+        tags=node.tags | data_version(node, results),
+        about=node.about | training_behind(node, results),
+    )
+    return runner.with_sources(request, config_field(node))
+
+
+def threads(config: PipelineConfig) -> int | None:
+    """Threads per stage when several run side by side."""
+    return max(1, (os.cpu_count() or 1) // config.parallel) if config.parallel > 1 else None
+
+
+def config_field(node: Node) -> str:
+    """Where the config names the files of a node, for messages."""
+    if node.stage == "validate":
+        return node.name.replace(" ", ".")
+    return "model" if node.name == "base" else node.name
+
+
+def data_version(node: Node, results: Mapping[str, Result]) -> dict[str, str]:
+    """The tag data.version: the digest of the data folder that a node reads."""
+    if "data" not in node.inputs:
+        return {}
+    source, output = node.inputs["data"]
+    return {"data.version": results[source].outputs[output].sha256[:16]}
+
+
+def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]:
+    """On an evaluation: the key and the MLflow run of the stage that made the model."""
+    if node.stage != "evaluate":
+        return {}
+    made = results[node.inputs["model"][0]]
+    return {"model.key": made.key, "train.run_id": made.run_id or ""}
+
+
+# --- The flow ---------------------------------------------------------------------------------------------------------
+
+
+@task(name="stage", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
+def run_node(name: str, request: Request) -> Result | State[Any]:
+    """One stage. When it stops, the task fails with the stage's problem."""
+    result = runner.run_stage(request, get_run_logger())
+    if result.status == "done":
+        return result
+    error = problem_of(name, result)
+    return Failed(message=str(error), data=error)
+
+
+def problem_of(name: str, result: Result) -> StageError:
+    """A stopped stage's problem as an exception that carries its exit code."""
+    problem = result.error
+    assert problem is not None
+    where = problem.model_dump(exclude={"message"})
+    return StageError(f"{name}: {problem.message}", status=result.status, **where)
+
+
+@flow(name="pipeline", flow_run_name="{config.name}", persist_result=False)
+def pipeline(config: PipelineConfig) -> State[Any]:
+    """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
+    nodes = plan(config)
+    try:
+        results, errors = run_nodes(nodes, config, str(flow_run.id))
+    except BaseException:
+        runner.stop_all()
+        raise
+    report(nodes, results, config)
+    if errors:
+        first = next(iter(errors.values()))
+        return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
+    reused = sum(result.reused for result in results.values())
+    return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
+
+
+def run_nodes(
+    nodes: list[Node], config: PipelineConfig, pipeline_run: str
+) -> tuple[dict[str, Result], dict[str, StageError]]:
+    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs."""
+    results: dict[str, Result] = {}
+    errors: dict[str, StageError] = {}
+    waiting = by_urgency(nodes)
+    running: set[str] = set()
+    ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    while True:
+        ready = [node for node in waiting if node.needs <= results.keys()]
+        for node in ready[: config.parallel - len(running)]:
+            waiting.remove(node)
+            try:
+                request = request_for(node, config, results, pipeline_run)
+            except StageError as error:
+                errors[node.name] = error
+                continue
+            future = run_node.submit(node.name, request)
+            running.add(node.name)
+            future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
+        if not running:
+            return results, errors
+        name, future = ended.get()
+        running.remove(name)
+        outcome = future.result(raise_on_failure=False)
+        if isinstance(outcome, Result):
+            results[name] = outcome
+        else:
+            errors[name] = outcome if isinstance(outcome, StageError) else as_bug(name, outcome)
+
+
+def as_bug(name: str, error: object) -> StageError:
+    """An exception that no stage has made a problem of."""
+    return StageError(f"{name}: {error!r}", status="failed", kind=type(error).__name__)
+
+
+def by_urgency(nodes: list[Node]) -> list[Node]:
+    """Nodes with the longest chain of others behind them first; else in the plan's order."""
+    depth = {node.name: 0 for node in nodes}
+    for node in reversed(nodes):
+        for need in node.needs:
+            depth[need] = max(depth[need], depth[node.name] + 1)
+    return sorted(nodes, key=lambda node: -depth[node.name])
+
+
+def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineConfig) -> None:
+    """Log what was reused, the table of the comparison, and where MLflow shows the models side by side."""
+    logger = get_run_logger()
+    reused = [node.name for node in nodes if node.name in results and results[node.name].reused]
+    if reused:
+        logger.info("reused %d of %d stages: %s", len(reused), len(nodes), ", ".join(reused))
+    skipped = [node.name for node in nodes if node.name not in results]
+    if skipped:
+        logger.warning("not done: %s", ", ".join(skipped))
+    if "compare" in results:
+        table = tracking.fetch(results["compare"].outputs["comparison"]) / "table.txt"
+        if results["compare"].reused and table.exists():  # a stage that ran has said it
+            logger.info("\n%s", table.read_text().rstrip())
+        logger.info("report: %s", table.with_name("report.html"))
+    runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
+    link = tracking.compare_link([run for run in runs if run])
+    if link:
+        logger.info("compare the models in MLflow: %s", link)
+
+
+# --- Running it from here ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def local_prefect() -> Iterator[None]:
+    """Prefect's settings for a run from this process. Where no server is set, it starts one under `home()` and ends it.
+
+    Prefect starts that server by itself with the first request; the lock keeps two from making one database at once.
+    """
+    logging.getLogger("prefect").setLevel(logging.WARNING)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if PREFECT_API_URL.value():
+        yield
+        return
+    folder = tracking.home() / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[Any, Any] = {
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        PREFECT_LOGGING_LEVEL: "WARNING",
+        PREFECT_SERVER_LOGGING_LEVEL: "WARNING",
+    }
+    if "PREFECT_HOME" not in os.environ:
+        settings[PREFECT_HOME] = folder
+    with temporary_settings(settings):
+        with tracking.lock(folder / "start.lock"), get_client(sync_client=True) as client:
+            client.hello()
+        yield
+
+
+def run(config: PipelineConfig) -> dict[str, Result]:
+    """Run the pipeline from this process and wait for it: node name -> Result.
+
+    Raises:
+        StageError: a stage stopped, with its problem and status; or the config lacks something.
+    """
+    plan(config)  # what is missing is said before a server starts
+    with local_prefect():
+        return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+
+
+# --- What a run would do ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would do with a node. `unknown`: its inputs will be made anew, so its key is not known yet."""
+
+    node: Node
+    state: Literal["reused", "run", "unknown"]
+    result: Result | None = None
+
+
+def dry_run(config: PipelineConfig) -> list[Outlook]:
+    """For each node in order: would it be reused, or run? Starts nothing."""
+    results: dict[str, Result] = {}
+    outlooks = []
+    for node in plan(config):
+        found = tracking.find(request_for(node, config, results).key()) if node.needs <= results.keys() else None
+        if found is not None:
+            results[node.name] = found
+            outlooks.append(Outlook(node, "reused", found))
+        else:
+            outlooks.append(Outlook(node, "run" if node.needs <= results.keys() else "unknown"))
+    return outlooks

@@ -1,0 +1,194 @@
+"""Run one stage as a process of its own, and hand back its result.
+
+The device is free when the process ends, a crash cannot take the flow with it, and the flow needs no torch. A result
+that exists is taken without starting anything.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from schemas.stage import EXIT_CODES, Artifact, Problem, Request, Result, StageError
+from stages import tracking
+
+# -P: a folder `stages` in the working directory is not ours.
+COMMAND = [sys.executable, "-P", "-m", "stages"]
+GRACE_SECONDS = 4.0
+"""Between SIGTERM and SIGKILL, for a stage that is stopped from outside."""
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+_processes: set[subprocess.Popen[str]] = set()
+_guard = threading.Lock()
+
+
+def run_stage(request: Request, log: Log | None = None) -> Result:
+    """The stage's result: one that is there already, else that of a new process. A stage that stops is no exception.
+
+    The process's lines go to `log` while it runs.
+    """
+    log = log or logging.getLogger("alignflow")
+    found = tracking.find(request.key())
+    if found is not None:
+        log.info("%s: reused, from run %s", request.name or request.stage, found.run_id)
+        tracking.note_reuse(found, request.pipeline_run)
+        return found
+    ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
+    code = run_process(request, ask / "request.json", log)
+    return read_result(ask / "result.json", request, code)
+
+
+def run_process(request: Request, path: Path, log: Log) -> int:
+    """Start `python -m stages`, pass its lines on, and return its exit code. Nothing of it outlives this call."""
+    process = subprocess.Popen(
+        [*COMMAND, request.stage, str(path)],
+        env=environment(request),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,
+    )
+    with _guard:
+        _processes.add(process)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            pass_on(line.rstrip("\n"), log)
+        return process.wait()
+    finally:
+        stop(process)
+        with _guard:
+            _processes.discard(process)
+
+
+def pass_on(line: str, log: Log) -> None:
+    """Log one line of a stage at the level that it begins with."""
+    for name, level in (("warning: ", logging.WARNING), ("error: ", logging.ERROR), ("critical: ", logging.CRITICAL)):
+        if line.startswith(name):
+            log.log(level, "%s", line.removeprefix(name))
+            return
+    if line:
+        log.info("%s", line)
+
+
+def environment(request: Request) -> dict[str, str]:
+    """The process's environment: where this code lies, its parent, and how many threads it may use."""
+    root = str(Path(tracking.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    values = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "ALIGNFLOW_HOME": str(tracking.home()),
+        "ALIGNFLOW_PARENT": str(os.getpid()),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if request.placement.threads is not None:
+        values["OMP_NUM_THREADS"] = values["MKL_NUM_THREADS"] = str(request.placement.threads)
+    return values
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process and its group: first politely, so that a training saves, then not."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the process has left behind
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def stop_all() -> None:
+    """End all stages that run for this process."""
+    with _guard:
+        running = list(_processes)
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def read_result(path: Path, request: Request, code: int) -> Result:
+    """What the stage has written, or what its death means when it has written nothing."""
+    if path.exists():
+        return Result.model_validate_json(path.read_text())
+    if code == EXIT_CODES["preempted"]:
+        problem = Problem(kind="preempted", message="the stage stopped before it began.", mend="start it again")
+        return Result(status="preempted", key=request.key(), error=problem)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    mend = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
+    problem = Problem(
+        kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", mend=mend
+    )
+    return Result(status="failed", key=request.key(), error=problem)
+
+
+# --- What lies outside the request ------------------------------------------------------------------------------------
+
+
+def with_sources(request: Request, field: str) -> Request:
+    """The request with the digests of the files that its parameters name, so that a changed file is another key.
+
+    Raises:
+        StageError: a file is missing; `field` says where the config names it.
+    """
+    params, inputs = dict(request.params), dict(request.inputs)
+    if request.stage == "base" and isinstance(params.get("chat_template"), str):
+        params["chat_template"] = template_text(str(params["chat_template"]))
+    path = params.get("path")
+    if request.stage in ("base", "validate") and isinstance(path, str):
+        file = source_file(path, needed=request.stage == "validate")
+        if file is not None:
+            inputs["source"] = Artifact(uri=str(file), sha256=source_digest(file, f"{field}.path"))
+    return request.model_copy(update={"params": params, "inputs": inputs})
+
+
+def template_text(value: str) -> str:
+    """A chat template's text: the value is Jinja, or a file of it."""
+    path = Path(value).expanduser()
+    is_file = "\n" not in value and "{" not in value and len(value) < 4096 and path.is_file()
+    return path.read_text() if is_file else value
+
+
+def source_file(path: str, needed: bool) -> Path | None:
+    """The local file or folder that a path means; None for what is pinned or made otherwise (Hub, demo, inputs)."""
+    if path.startswith(("demo:", "input:", "hub:")):
+        return None
+    if path.startswith("package:"):
+        spec = importlib.util.find_spec(path.removeprefix("package:").replace("-", "_"))
+        return next(_ggufs(list(spec.submodule_search_locations or []) if spec else []), None)
+    local = Path(path).expanduser()
+    return local.absolute() if needed or local.exists() else None
+
+
+def _ggufs(folders: list[str]) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted(Path(folder).rglob("*.gguf"))
+
+
+def source_digest(file: Path, field: str) -> str:
+    """The file's sha256. Raises StageError naming the config's field when it is missing."""
+    if not file.exists():
+        mend = f"give its path as seen from {Path.cwd()}"
+        raise StageError("there is no such file.", kind="file", field=field, value=str(file), mend=mend)
+    return tracking.digest(file)
