@@ -5,6 +5,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,16 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
+from schemas.training import LoRA, Training
+from stages.engine.models import Policy, load_policy
 from stages.engine.rollout import draw, sample, seed_of, uniforms
 
 END, PAD, VOCABULARY = 1, 0, 40
-SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": END, "pad_token_id": PAD}
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": END, "pad_token_id": PAD}
+LAYERS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES, **LAYERS, num_key_value_heads=1),
     "mistral, window of 4": lambda: MistralConfig(**SIZES, **LAYERS, num_key_value_heads=1, sliding_window=4),
@@ -36,7 +40,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def tiny(name: str = "llama") -> nn.Module:
+def tiny(name: str = "llama") -> PreTrainedModel:
     """A tiny model with large enough weights that its next-token distributions differ from the uniform one."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
@@ -54,7 +58,7 @@ def prompts(n: int, longest: int = 9) -> list[list[int]]:
 
 
 @torch.no_grad()
-def naive(model: nn.Module, prompt: list[int], seed: int, max_new_tokens: int, temperature: float) -> list[int]:
+def naive(model: PreTrainedModel, prompt: list[int], seed: int, max_new_tokens: int, temperature: float) -> list[int]:
     """One row, no padding, no cache: the whole sequence anew for every token."""
     answer: list[int] = []
     for number in uniforms(seed, max_new_tokens):
@@ -69,8 +73,8 @@ def naive(model: nn.Module, prompt: list[int], seed: int, max_new_tokens: int, t
     return answer
 
 
-def run(model: nn.Module, rows: list[list[int]], seeds: list[int], **settings: float) -> list[list[int]]:
-    whole = {"max_new_tokens": 12, "temperature": 1.0, **settings}
+def run(model: PreTrainedModel | Policy, rows: list[list[int]], seeds: list[int], **settings: Any) -> list[list[int]]:
+    whole: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, **settings}
     return sample(model, rows, seeds=seeds, stop_ids={END}, pad_id=PAD, **whole)
 
 
@@ -118,7 +122,7 @@ def test_rows_end_at_the_stop_token_or_at_the_limit() -> None:
 
 def test_every_stop_id_stops_and_a_longer_limit_goes_on_from_the_same_tokens() -> None:
     model, rows, seeds = tiny(), prompts(20), list(range(20))
-    settings = {"temperature": 1.0, "seeds": seeds, "pad_id": PAD}
+    settings: dict[str, Any] = {"temperature": 1.0, "seeds": seeds, "pad_id": PAD}
     long = sample(model, rows, max_new_tokens=12, stop_ids=set(), **settings)
     assert {len(a) for a in long} == {12}
     stopped = sample(model, rows, max_new_tokens=12, stop_ids={3, 4, 5, END}, **settings)
@@ -152,7 +156,7 @@ def test_draw_follows_the_distribution_and_never_takes_what_has_no_probability()
 
 def test_progress_counts_every_row_once() -> None:
     calls: list[tuple[int, int]] = []
-    settings = {"max_new_tokens": 5, "temperature": 1.0, "stop_ids": {END}, "pad_id": PAD}
+    settings: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0, "stop_ids": {END}, "pad_id": PAD}
     sample(tiny(), prompts(9), seeds=list(range(9)), batch_size=4, progress=lambda *c: calls.append(c), **settings)
     assert calls == [(done, 9) for done in range(1, 10)]
 
@@ -164,6 +168,17 @@ def test_training_mode_and_gradient_checkpointing_come_back() -> None:
     model.train()
     assert run(model, prompts(5), list(range(5))) == expected
     assert model.training
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window of 4", "gpt2"])
+def test_a_policy_in_training_samples_like_the_model_it_is(name: str, tmp_path: Path) -> None:
+    """With the attention for trees, adapters around the model, a value head and gradient checkpointing."""
+    model, rows, seeds = tiny(name), prompts(8), list(range(8))
+    model.save_pretrained(tmp_path)
+    training = Training(lora=LoRA(rank=2), gradient_checkpointing=True)
+    policy = load_policy(tmp_path, training, value_head=True).train()
+    assert run(policy, rows, seeds, batch_size=3) == run(model, rows, seeds)
+    assert policy.training and policy.hf.training
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:

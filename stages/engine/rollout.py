@@ -3,6 +3,7 @@
 Shapes: B rows still running, T key positions (prompt with its left padding, then answer), V vocabulary.
 """
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from stages.engine.models import Policy
 
 Progress = Callable[[int, int], None]
 """Called with (answers finished, answers in all)."""
@@ -49,7 +52,7 @@ def context_length(hf: nn.Module) -> int | None:
 class _Decoder:
     """One batch of prompts: the cache, and which rows still run."""
 
-    def __init__(self, hf: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+    def __init__(self, hf: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
         self.hf = hf
         self.device = next(hf.parameters()).device
         width = max(map(len, prompts))
@@ -124,7 +127,7 @@ def _check(hf: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
 
 @torch.no_grad()
 def sample(
-    policy: nn.Module,
+    policy: Policy | PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -137,7 +140,7 @@ def sample(
 ) -> list[list[int]]:
     """The answers' token ids, in the order of `prompts`, with the stop token where one was reached.
 
-    policy: a Policy (or a bare Hugging Face causal LM). Row i's randomness is a function of seeds[i] alone.
+    policy: a Policy, or a bare Hugging Face causal LM. Row i's randomness is a function of seeds[i] alone.
     Rows are batched by prompt length to spare padding, and leave their batch once they have ended. Temperature 0 takes
     the likeliest token. Raises ValueError when prompt and answer would exceed the model's positions.
     """
@@ -156,13 +159,15 @@ def sample(
 
     was_training = hf.training
     hf.eval()  # with gradient checkpointing a model in training mode keeps no cache
+    precision = contextlib.nullcontext() if isinstance(policy, PreTrainedModel) else policy.autocast()
     try:
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
             decoder = _Decoder(hf, [prompts[i] for i in rows], pad_id)
             numbers = [uniforms(seeds[i], max_new_tokens) for i in rows]
             uniform_BL = torch.tensor(numbers, dtype=torch.float64, device=decoder.device)
-            drawn = _sample_batch(decoder, uniform_BL, temperature, stops, finished)
+            with precision:
+                drawn = _sample_batch(decoder, uniform_BL, temperature, stops, finished)
             for i, answer in zip(rows, drawn, strict=True):
                 answers[i] = answer
     finally:

@@ -1,0 +1,450 @@
+"""Proximal policy optimisation of a reward model's score (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+As used on language models by Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), Stiennon et al. 2020 and Ouyang
+et al. 2022, with the details that Huang et al. 2024 (https://arxiv.org/abs/2403.17031) collect.
+
+Left out of the papers' method, or changed:
+1. Early stopping of the epochs by KL (an option in later code, not in the paper): clipping and `kl_coef` bound it.
+2. An entropy bonus (Schulman et al. eq. 9): the KL penalty holds entropy already; entropy is logged.
+3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not at hand.
+4. Whitening by minibatch (Ziegler's code): advantages are whitened over the whole rollout, all ranks together, so that
+   neither the batch size nor the number of devices changes an advantage, and small minibatches add no noise to it.
+   Rewards are not whitened: scores come normalised, by the reward model's own scale or else by the first rollout's.
+5. A running scale of rewards, and annealing of the clip range: the score's scale is fixed.
+6. Sampling until an answer ends (Ziegler's fixed length and truncation): an answer ends at a stop token or at
+   `max_new_tokens`; one that did not end by itself loses `missing_end_penalty` instead of getting a fixed score.
+
+Shapes: B answers of a rollout, T tokens of its longest answer, N answer tokens end to end.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from schemas import methods
+from schemas.stage import StageError
+from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
+from stages.engine.loop import order, step_rows
+from stages.engine.method import Metrics, Totals
+from stages.engine.models import Output, Policy, Scorer, choose_layout, load_policy, load_scorer
+from stages.engine.rollout import context_length, sample, seed_of
+from stages.engine.rows import Row, rank, read, share, world
+from stages.engine.text import Codec
+from stages.tracking import StageRun
+
+
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T] (Schulman et al. 2016, eq. 16; returns = advantages + values).
+
+    delta_t = r_t + gamma V_{t+1} - V_t; A_t = sum_l (gamma lam)^l delta_{t+l}. After an answer's last token the value
+    is 0: the score has been paid there. Zero where the mask is.
+    """
+    mask_BT = mask_BT.to(values_BT.dtype)
+    values_BT, rewards_BT = values_BT * mask_BT, rewards_BT * mask_BT
+    next_BT = torch.cat([values_BT[:, 1:], torch.zeros_like(values_BT[:, :1])], 1)
+    delta_BT = rewards_BT + gamma * next_BT - values_BT
+    advantages_BT = torch.zeros_like(values_BT)
+    running_B = torch.zeros_like(values_BT[:, 0])
+    for t in reversed(range(values_BT.shape[1])):
+        running_B = delta_BT[:, t] + gamma * lam * running_B
+        advantages_BT[:, t] = running_B
+    return advantages_BT, advantages_BT + values_BT
+
+
+def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean 0 and variance 1 (the biased one) over the tokens where the mask is; 0 elsewhere."""
+    mask_BT = mask_BT.to(values_BT.dtype)
+    count = mask_BT.sum().clamp(min=1)
+    centred_BT = (values_BT - (values_BT * mask_BT).sum() / count) * mask_BT
+    return centred_BT * torch.rsqrt(centred_BT.square().sum() / count + 1e-8)
+
+
+def policy_loss(logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Loss and probability ratio of every token: the negative of Schulman et al. 2017, eq. 7."""
+    ratio_N = torch.exp(logps_N - old_logps_N)
+    clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
+    return torch.maximum(-advantages_N * ratio_N, -advantages_N * clipped_N), ratio_N
+
+
+def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip: float) -> Tensor:
+    """Half the squared error of every token, values kept within `clip` of the rollout's (Huang et al. 2024, sec. 4)."""
+    clipped_N = old_values_N + (values_N - old_values_N).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values_N - returns_N).square(), (clipped_N - returns_N).square())
+
+
+def token_rewards(scores_B: Tensor, logps_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, kl_coef: float) -> Tensor:
+    """[B, T]: -kl_coef (log pi - log pi_ref) on every token, and the score on the last real one (Ziegler, eq. 2)."""
+    mask_BT = mask_BT.to(logps_BT.dtype)
+    rewards_BT = -kl_coef * (logps_BT - reference_BT) * mask_BT
+    last_B1 = mask_BT.sum(1, keepdim=True).long() - 1
+    return rewards_BT.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BT.dtype))
+
+
+def adapt_kl(kl_coef: float, kl: float, target: float, answers: int, horizon: int) -> float:
+    """The coefficient after `answers` more answers (Ziegler et al. 2019, sec. 2.2): at most 20 % error counts."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * answers / horizon)
+
+
+class ActorCritic(nn.Module):
+    """All that PPO trains, in one module with one forward: the policy, and the critic unless it shares the trunk."""
+
+    def __init__(self, policy: Policy, critic: Scorer | None) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(self, batch: Batch, *, entropy: bool = False, temperature: float = 1.0) -> Output:
+        """log pi and value of every answer token: the value is that of the state before the token."""
+        out = self.policy(batch, value=self.critic is None, entropy=entropy, temperature=temperature)
+        return out if self.critic is None else out._replace(values_N=self.critic(batch, every=True))
+
+
+@dataclass
+class Rollout:
+    """The answers of one iteration, whole on every rank. Token tensors hold the answers end to end, on the CPU."""
+
+    iteration: int
+    rows: list[int]
+    """Number of each answer's prompt."""
+    answers: list[list[int]]
+    logps_N: Tensor
+    values_N: Tensor
+    advantages_N: Tensor
+    returns_N: Tensor
+    stats: dict[str, float]
+    """What is logged of the iteration."""
+
+    def of(self, name: str, positions: Sequence[int]) -> Tensor:
+        """A token tensor's parts that belong to some answers, end to end."""
+        pieces = getattr(self, name).split([len(a) for a in self.answers])
+        return torch.cat([pieces[i] for i in positions])
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Some answers of a rollout: tokens, and what the update compares with."""
+
+    batch: Batch
+    old_logps_N: Tensor
+    old_values_N: Tensor
+    advantages_N: Tensor
+    returns_N: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What policy, critic and reference say of one answer's tokens at rollout time."""
+
+    logps_T: Tensor
+    values_T: Tensor
+    reference_T: Tensor
+    entropy_T: Tensor
+
+
+class Judge:
+    """The reward model. It may have a tokenizer and a chat template of its own: then it reads the answers' text."""
+
+    def __init__(self, folder: Path, policy_folder: Path, config: methods.PPO) -> None:
+        self.scorer = load_scorer(folder, config, trainable=False)
+        self.codec, self.policy_codec, self.config = Codec.load(folder), Codec.load(policy_folder), config
+        self.same_tokens = same_tokens(folder, policy_folder)
+        self.scaled = getattr(self.scorer.plain.config, "alignflow_score", None) is not None
+        self.layout: Layout | None = None
+
+    def tree(self, row: Row, prompt: Sequence[int], answer: Sequence[int]) -> Tree:
+        """What the reward model reads; the answer always ended, as in its training."""
+        if not self.same_tokens:
+            text = self.policy_codec.text(answer)
+            return Tree(tuple(self.codec.prompt(row["prompt"])), (tuple(self.codec.answer(text)),))
+        body = answer[:-1] if answer[-1] in self.codec.stop_ids else answer
+        return Tree(tuple(prompt), ((*body, self.codec.end_id),))
+
+    @torch.no_grad()
+    def __call__(self, trees: Sequence[Tree]) -> list[float]:
+        """One score per tree, at the last real token."""
+        if not trees:
+            return []
+        if self.layout is None:
+            self.layout = choose_layout(self.scorer, self.config.layout, trees[:8], self.codec.pad_id)
+        layout = self.layout
+        scores = [0.0] * len(trees)
+        by_size = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], layout))
+        for group in cut([tree_tokens(trees[i], layout) for i in by_size], self.config.tokens_per_micro_batch):
+            rows = [by_size[i] for i in group]
+            batch = collate([trees[i] for i in rows], layout, self.codec.pad_id).to(self.scorer.device)
+            for i, score in zip(rows, self.scorer(batch).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def set_scale(self, mean: float, std: float) -> None:
+        """Scores come out as (score - mean) / std from now on."""
+        self.scorer.mean, self.scorer.std = mean, std
+
+
+def same_tokens(one: Path, other: Path) -> bool:
+    """Whether two model folders turn the same messages into the same ids: same tokenizer file, template and end."""
+    if (one / "tokenizer.json").read_bytes() != (other / "tokenizer.json").read_bytes():
+        return False
+    a, b = Codec.load(one), Codec.load(other)
+    return (a.tokenizer.chat_template, a.end_id) == (b.tokenizer.chat_template, b.end_id)
+
+
+class PPO:
+    """Iterations of: sample answers from the policy, score them, then ppo_epochs of updates on them.
+
+    The trained module is `model`; the policy in it is `policy`.
+    """
+
+    def __init__(self, config: methods.PPO, run: StageRun, seed: int) -> None:
+        folder, reward = run.input("model"), run.input("reward")
+        self.config, self.run, self.seed = config, run, seed
+        self.codec = Codec.load(folder)
+        shared = config.value_trunk == "shared"
+        policy = load_policy(folder, config, value_head=shared, seed=seed)
+        self.judge = Judge(reward, folder, config)
+        self.critic = None if shared else self.new_critic(folder, reward)
+        self.model: nn.Module = ActorCritic(policy, self.critic)
+        self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
+        self.rows, self.prompts = self.fitting(read(run.input("data"), "train", "prompt"))
+        self.layout: Layout = self.choose_layout()
+        run.tag("layout", self.layout)
+        self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
+        self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
+        self.total_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or 2**62)
+        self.kl_coef = config.kl_coef
+        self.scale: list[float] | None = None
+        self.rollout: Rollout | None = None
+        self.new_tokens = 0
+
+    # --- setting up ---
+
+    def new_critic(self, folder: Path, reward: Path) -> Scorer:
+        """From the reward model where it reads the same tokens, else from the policy's start, with values of 0."""
+        if self.judge.same_tokens:
+            return load_scorer(reward, self.config, seed=self.seed)
+        critic = load_scorer(folder, self.config, seed=self.seed)
+        nn.init.zeros_(critic.plain.get_parameter("score.weight"))
+        return critic
+
+    @property
+    def actor_critic(self) -> ActorCritic:
+        """The module itself. Passes without gradient take it: ranks may make different numbers of them."""
+        inner = getattr(self.model, "module", self.model)
+        assert isinstance(inner, ActorCritic)
+        return inner
+
+    @property
+    def policy(self) -> Policy:
+        return self.actor_critic.policy
+
+    def fitting(self, rows: list[Row]) -> tuple[list[Row], list[list[int]]]:
+        """The rows whose prompt leaves room for an answer, and their tokens. Raises StageError when none does."""
+        config = self.config
+        models = [self.policy, self.judge.scorer, *([self.critic] if self.critic else [])]
+        limits = [config.max_length, *(context_length(m.plain) or config.max_length for m in models)]
+        room = min(limits) - config.max_new_tokens - 1
+        prompts = [self.codec.prompt(row["prompt"]) for row in rows]
+        kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        self.run.metrics({"data/rows": len(kept), "data/too_long": len(rows) - len(kept)})
+        if not kept:
+            raise StageError(
+                f"no prompt is left: none of {len(rows)} has at most {room} tokens",
+                kind="data",
+                field="max_new_tokens",
+                value=config.max_new_tokens,
+                mend="lower it, raise max_length, or give shorter prompts",
+            )
+        return [rows[i] for i in kept], [prompts[i] for i in kept]
+
+    def choose_layout(self) -> Layout:
+        """A layout in which policy and critic are exact; judged on prompts, each taken as its own answer."""
+        trees = [Tree(tuple(p), (tuple(p[: self.config.max_new_tokens]),)) for p in self.prompts[:8]]
+        layout = choose_layout(self.policy, self.config.layout, trees, self.codec.pad_id)
+        return choose_layout(self.critic, layout, trees, self.codec.pad_id) if self.critic else layout
+
+    # --- what the loop calls ---
+
+    def batches(self, start: int) -> Iterator[list[Micro]]:
+        """A new rollout whenever an iteration begins; after a resume in mid-iteration, the one of the checkpoint."""
+        for step in range(start, self.total_steps):
+            iteration, within = divmod(step, self.steps_per_iteration)
+            if self.rollout is None or self.rollout.iteration != iteration:
+                self.rollout = self.collect(iteration)
+            yield [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
+
+    def prepare(self, micros: list[Micro]) -> Totals:
+        """Answer tokens of the step: every mean is over them."""
+        return {"tokens": torch.tensor(float(sum(len(micro.old_logps_N) for micro in micros)))}
+
+    def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
+        """Clipped policy loss plus value_coef times clipped value loss, means over the step's tokens."""
+        config = self.config
+        out = self.model(micro.batch, temperature=config.temperature)
+        tokens = totals["tokens"].to(out.logps_N.device)
+        policy_N, ratio_N = policy_loss(out.logps_N, micro.old_logps_N, micro.advantages_N, config.clip)
+        value_N = value_loss(out.values_N, micro.old_values_N, micro.returns_N, config.value_clip)
+        policy, value = policy_N.sum() / tokens, value_N.sum() / tokens
+        with torch.no_grad():
+            metrics = {
+                "train/policy_loss": policy.detach(),
+                "train/value_loss": value.detach(),
+                "train/ratio_mean": ratio_N.sum() / tokens,
+                "train/clip_fraction": ((ratio_N - 1).abs() > config.clip).sum() / tokens,
+                "compute/train_tokens": torch.tensor(float(micro.batch.tokens)),
+            }
+        return policy + config.value_coef * value, metrics
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The iteration's own metrics, with every step of it; its sampled tokens once."""
+        assert self.rollout is not None
+        generated, self.new_tokens = self.new_tokens, 0
+        return {**self.rollout.stats, "compute/generated_tokens": float(generated)}
+
+    def state_dict(self) -> dict[str, Any]:
+        rollout = None if self.rollout is None else asdict(self.rollout)
+        return {"kl_coef": self.kl_coef, "scale": self.scale, "rollout": rollout}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+        if state["scale"] is not None:
+            self.set_scale(*state["scale"])
+        self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])
+
+    def finish(self) -> dict[str, float]:
+        """Nothing to measure after the loop: `evaluate` does."""
+        return {}
+
+    # --- updates ---
+
+    def tree(self, rollout_row: int, answer: Sequence[int]) -> Tree:
+        return Tree(tuple(self.prompts[rollout_row]), (tuple(answer),))
+
+    def minibatch(self, rollout: Rollout, within: int) -> list[list[int]]:
+        """This rank's answers of one optimizer step of the iteration, cut into micro-batches of like length."""
+        epoch, part = divmod(within, self.steps_per_epoch)
+        size, number = self.config.batch_size, rollout.iteration * self.config.ppo_epochs + epoch
+        line = order(len(rollout.answers), seed_of(self.seed, "minibatch"), number)
+        mine = share(line[part * size : (part + 1) * size], rank(), world())
+        sizes = {i: tree_tokens(self.tree(rollout.rows[i], rollout.answers[i]), self.layout) for i in mine}
+        mine.sort(key=lambda i: sizes[i])
+        groups = cut([sizes[i] for i in mine], self.config.tokens_per_micro_batch)
+        return [[mine[i] for i in group] for group in groups]
+
+    def batch(self, rollout: Rollout, positions: Sequence[int]) -> Batch:
+        trees = [self.tree(rollout.rows[i], rollout.answers[i]) for i in positions]
+        return collate(trees, self.layout, self.codec.pad_id).to(self.policy.device)
+
+    def micro(self, rollout: Rollout, positions: list[int]) -> Micro:
+        names = ("logps_N", "values_N", "advantages_N", "returns_N")
+        tensors = [rollout.of(name, positions).to(self.policy.device) for name in names]
+        return Micro(self.batch(rollout, positions), *tensors)
+
+    # --- rollouts ---
+
+    def collect(self, iteration: int) -> Rollout:
+        """Sample, score, and work out advantages. Every rank does its share; all get the whole."""
+        rows = step_rows(len(self.rows), iteration, self.config.rollout_size, seed_of(self.seed, "prompts"))
+        none_N = torch.zeros(0)
+        rollout = Rollout(iteration, rows, self.answer(iteration, rows), none_N, none_N, none_N, none_N, {})
+        self.new_tokens = sum(map(len, rollout.answers))
+        scores = self.score(rollout)
+        seen = self.look(rollout)
+        self.fill(rollout, torch.tensor(scores, dtype=torch.float64), seen)
+        if self.config.kl_target is not None:
+            kl, answers = rollout.stats["train/kl_to_reference"], len(rows)
+            self.kl_coef = adapt_kl(self.kl_coef, kl, self.config.kl_target, answers, self.config.kl_horizon)
+        return rollout
+
+    def answer(self, iteration: int, rows: list[int]) -> list[list[int]]:
+        """One answer per row; the seed is a function of (seed, iteration, position in the rollout)."""
+        mine = share(range(len(rows)), rank(), world())
+        answers = sample(
+            self.policy,
+            [self.prompts[rows[i]] for i in mine],
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seeds=[seed_of(self.seed, "rollout", iteration, i) for i in mine],
+            stop_ids=self.codec.stop_ids,
+            pad_id=self.codec.pad_id,
+        )
+        return whole(dict(zip(mine, answers, strict=True)))
+
+    def score(self, rollout: Rollout) -> list[float]:
+        """The reward model's normalised scores. One without a scale gets that of the first rollout: the reference's."""
+        mine = share(range(len(rollout.rows)), rank(), world())
+        rows = [(rollout.rows[i], rollout.answers[i]) for i in mine]
+        trees = [self.judge.tree(self.rows[row], self.prompts[row], answer) for row, answer in rows]
+        scores = whole(dict(zip(mine, self.judge(trees), strict=True)))
+        if self.judge.scaled or self.scale is not None:
+            return scores
+        raw_B = torch.tensor(scores, dtype=torch.float64)
+        self.set_scale(float(raw_B.mean()), float(raw_B.std(correction=0).clamp(min=1e-6)))
+        return ((raw_B - raw_B.mean()) / raw_B.std(correction=0).clamp(min=1e-6)).tolist()
+
+    def set_scale(self, mean: float, std: float) -> None:
+        """Normalise the scores of a reward model that brings no scale, and the values that began as it."""
+        self.scale = [mean, std]
+        self.judge.set_scale(mean, std)
+        if self.critic is not None and self.judge.same_tokens:
+            self.critic.mean, self.critic.std = mean, std
+
+    @torch.no_grad()
+    def look(self, rollout: Rollout) -> list[Seen]:
+        """Log-probs, values and reference log-probs, in the very micro-batches of the first epoch.
+
+        Equal inputs through the equal forward: the ratio starts at exactly 1 and, on the untrained policy, KL at 0.
+        """
+        seen: dict[int, Seen] = {}
+        for within in range(self.steps_per_epoch):
+            for positions in self.minibatch(rollout, within):
+                batch = self.batch(rollout, positions)
+                out = self.actor_critic(batch, entropy=True, temperature=self.config.temperature)
+                lengths = [len(rollout.answers[i]) for i in positions]
+                tensors = (out.logps_N, out.values_N, self.reference_logps(batch), out.entropy_N)
+                parts = [tensor.float().cpu().split(lengths) for tensor in tensors]
+                seen |= {i: Seen(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
+        return whole(seen)
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Of the SFT model: the adapters switched off, or a frozen copy."""
+        policy = self.policy if self.frozen is None else self.frozen
+        with policy.reference() if self.frozen is None else nullcontext():
+            return policy(batch, temperature=self.config.temperature).logps_N
+
+    def fill(self, rollout: Rollout, scores_B: Tensor, seen: list[Seen]) -> None:
+        """Rewards, advantages and returns of the whole rollout, in float64; and what is logged of it."""
+        config = self.config
+        ended_B = torch.tensor([answer[-1] in self.codec.stop_ids for answer in rollout.answers])
+        lengths_B = torch.tensor([len(answer) for answer in rollout.answers])
+        mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        logps_BT, values_BT, reference_BT = (
+            pad_sequence([getattr(s, name).double() for s in seen], batch_first=True)
+            for name in ("logps_T", "values_T", "reference_T")
+        )
+        paid_B = scores_B - config.missing_end_penalty * (~ended_B)
+        rewards_BT = token_rewards(paid_B, logps_BT, reference_BT, mask_BT, self.kl_coef)
+        advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, config.gamma, config.lam)
+        rollout.logps_N = torch.cat([s.logps_T for s in seen])
+        rollout.values_N = torch.cat([s.values_T for s in seen])
+        rollout.advantages_N = whiten(advantages_BT, mask_BT)[mask_BT].float()
+        rollout.returns_N = returns_BT[mask_BT].float()
+        rollout.stats = {
+            "train/score": float(scores_B.mean()),
+            "train/kl_to_reference": float((logps_BT - reference_BT).sum(1).mean()),
+            "train/kl_coef": self.kl_coef,
+            "train/entropy": float(torch.cat([s.entropy_T for s in seen]).double().mean()),
+            "train/length": float((lengths_B - ended_B.long()).double().mean()),
+            "train/ended": float(ended_B.double().mean()),
+        }
+
+
+def whole(mine: dict[int, Any]) -> list[Any]:
+    """What all ranks have worked out, keyed by position, as one list in order of position."""
+    return [value for _, value in sorted(gather_object(list(mine.items())), key=lambda item: item[0])]
