@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -44,6 +45,12 @@ def presets() -> dict[str, Path]:
     """Name -> file of the presets that come with alignflow."""
     folder = Path(str(files("deploy"))) / "presets"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def headline(file: Path) -> str:
+    """The first sentence of the comment that a preset begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("#").strip() for line in lines))[0]
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> PipelineConfig:

@@ -1,0 +1,234 @@
+"""The command line. `alignflow --help` lists the commands.
+
+Imports of Prefect, MLflow and pydantic stand inside the commands: together they take seconds, and help should not.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="alignflow",
+    help="Align a language model with PPO, DPO and KTO, and see which is better.",
+    epilog="Start with: alignflow run demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. May stand many times."
+    ),
+]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and start nothing.")] = False,
+) -> None:
+    """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
+
+    What a former run has done with the same settings and data is reused.
+
+    Examples:
+
+    - alignflow run demo
+    - alignflow run demo --set align.dpo.beta=0.2
+    - alignflow run smollm2 --set data.preference.path=pairs.jsonl --dry-run
+    - alignflow run my.yaml
+    """
+    from flows import settings
+
+    checked = settings.load(config, overrides)
+    if dry_run:
+        from flows.outlook import outlook
+
+        print(outlook(checked))
+        return
+    from flows import pipeline
+
+    pipeline.run(checked)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
+) -> None:
+    """List the presets, or print one.
+
+    Examples:
+
+    - alignflow presets
+    - alignflow presets demo > my.yaml
+    """
+    from flows import settings
+
+    if name is not None:
+        print(settings.find(name).read_text(), end="")
+        return
+    for preset, file in settings.presets().items():
+        print(f"{preset:12} {settings.headline(file)}")
+
+
+@app.command()
+def validate(
+    path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
+    kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
+    out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],  # noqa: B006
+    model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer tells what is too long.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
+    max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
+    eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
+    gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many rows.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: rows, kept, quarantined, reasons.")
+    ] = False,
+) -> None:
+    """Check a data file without training anything. Exits 0, or 65 when the data is refused.
+
+    Examples:
+
+    - alignflow validate pairs.jsonl --kind preference --out checked
+    - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
+    - alignflow validate pairs.jsonl --kind preference --out checked --json
+    """
+    named = {"kind": kind, "out": out, "columns": columns, "model": model, "evaluation": evaluation}
+    named |= {"max-bad": max_bad, "max-length": max_length, "eval-fraction": eval_fraction}
+    named |= {"gold-fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
+    forward("stages.validate", [path], named | {"json": json})
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate or compare.")],
+    request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
+) -> None:
+    """Run a single stage from its request. Writes result.json beside it.
+
+    Example:
+
+    - alignflow stage sft request.json
+    """
+    forward("stages", [name, str(request)], {})
+
+
+@app.command()
+def compare(
+    pipeline: Annotated[
+        str | None, typer.Argument(metavar="[PIPELINE_RUN]", help="A pipeline run's id, or its config's name.")
+    ] = None,
+) -> None:
+    """Print the table of the last pipeline run, and where its report lies.
+
+    Examples:
+
+    - alignflow compare
+    - alignflow compare demo
+    """
+    from flows.history import comparison
+
+    found = comparison(pipeline)
+    print(f"pipeline run {found.pipeline_run}\n")
+    print((found.folder / "table.txt").read_text())
+    print(f"report: {found.folder / 'report.html'}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A name in the last run (dpo), models:/NAME@ALIAS or runs:/ID/model.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Write a model to a folder that plain transformers loads, with a model card.
+
+    Examples:
+
+    - alignflow export dpo --out my-model
+    - alignflow export models:/assistant@champion --out my-model
+    """
+    from flows.export import export as write
+
+    print(f"{model} is in {write(model, out)}, with a model card in README.md")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A name in the last run (dpo), a uri, or a model folder.")],
+    versus: Annotated[str | None, typer.Option(help="A second model, answering beside the first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest word.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.")] = None,
+) -> None:
+    """Talk to a model, or to two side by side.
+
+    Examples:
+
+    - alignflow chat dpo
+    - alignflow chat dpo --versus sft
+    """
+    from flows.history import model as find
+
+    named: dict[str, Any] = {"model": find(model).folder, "versus": versus and find(versus).folder}
+    named |= {"system": system, "temperature": temperature, "seed": seed, "max-new-tokens": max_new_tokens}
+    forward("stages.chat", [], named)
+
+
+@app.command()
+def ui(
+    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Default 4200, or a free one.")] = None,
+) -> None:
+    """Start MLflow (models and numbers) and Prefect (runs) on this machine, until Ctrl-C.
+
+    Example:
+
+    - alignflow ui
+    """
+    from flows.servers import serve
+
+    serve(mlflow_port, prefect_port)
+
+
+def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:
+    """Run `python -m module` with the given options, and exit with its code.
+
+    A process of its own, because stages import torch, which nothing here may.
+    """
+    command = [sys.executable, "-m", module, *positional]
+    for name, value in named.items():
+        values = value if isinstance(value, list) else [value]
+        for one in values:
+            if one is True:
+                command.append(f"--{name}")
+            elif one is not None and one is not False:
+                command += [f"--{name}", str(one)]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
+    from schemas.stage import EXIT_CODES, StageError
+
+    try:
+        app()
+    except StageError as error:
+        print(f"alignflow: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODES[error.status])
+
+
+if __name__ == "__main__":
+    main()
