@@ -144,8 +144,9 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
 def reference_scores(method: Reward, run: StageRun) -> list[float]:
     """Scores of answers that the reference policy (the stage's `model`) gives to training prompts."""
     policy = load_policy(run.input("model"), method.training, trainable=False)
-    new = min(SAMPLE_TOKENS, max(len(answer) for tree in method.trees for answer in tree.answers))
-    prompts = list(dict.fromkeys(t.prompt for t in method.trees if len(t.prompt) + new <= method.limit))
+    codec, longest_answer = method.codec, max(len(answer) for tree in method.trees for answer in tree.answers)
+    new = min(SAMPLE_TOKENS, max(1, longest_answer - 1))  # the last one is the end
+    prompts = list(dict.fromkeys(tree.prompt for tree in method.trees if len(tree.prompt) + new < method.limit))
     chosen = [prompts[i] for i in order(len(prompts), method.seed, epoch=0)[:SAMPLES]]
     answers = sample(
         policy,
@@ -153,12 +154,18 @@ def reference_scores(method: Reward, run: StageRun) -> list[float]:
         max_new_tokens=new,
         temperature=1.0,
         seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
-        stop_ids=method.codec.stop_ids,
-        pad_id=method.codec.pad_id,
+        stop_ids=codec.stop_ids,
+        pad_id=codec.pad_id,
         progress=lambda done, total: run.progress(done, total, "answers to set the scores' scale"),
     )
-    trees = [Tree(prompt, (tuple(answer),)) for prompt, answer in zip(chosen, answers, strict=True)]
+    trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]
     return [score for scores in method.per_answer(method.scores, trees) for score in scores]
+
+
+def _ended(answer: Sequence[int], codec: Codec) -> tuple[int, ...]:
+    """The answer with the one end that all answers of the training had, cut or not."""
+    body = answer[:-1] if answer[-1] in codec.stop_ids else answer
+    return (*body, codec.end_id)
 
 
 def publish(method: Reward, run: StageRun) -> dict[str, float]:

@@ -1,12 +1,25 @@
 """DPO: every variant of the loss against a float64 formula worked here, and the method on a real model."""
 
+import contextlib
 import math
+import sqlite3
 from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
 
-from stages.align.dpo import dpo_loss
+from schemas import methods
+from schemas.stage import StageError
+from stages import align
+from stages.align.dpo import DPO, dpo_loss
+from stages.engine.loop import train
+from stages.engine.models import save_policy
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def softplus(x: float) -> float:
@@ -57,3 +70,118 @@ def test_robust_loss_is_unbiased_under_flipped_labels() -> None:
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         dpo_loss(torch.zeros(1), 0.1, "nonsense")
+
+
+# --- the method on a real model ---
+
+
+def config(**changes: Any) -> methods.DPO:
+    return methods.DPO(**{"batch_size": 4, "learning_rate": 1e-2, "beta": BETA, **changes})
+
+
+def make(folder: Path, training: methods.DPO, rows: Any = None, seed: int = 0, **more: Any) -> tuple[DPO, tiny.Run]:
+    model = tiny.model_folder(folder / "model")
+    data = tiny.data_folder(folder / "data", preference=rows or tiny.rows(8, *tiny.PAIRS), **more)
+    run = tiny.Run(folder / "work", training, {"model": model, "data": data})
+    return DPO(training, run, seed), run
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_first_loss_is_log_2(tmp_path: Path, layout: str, lora: Any) -> None:
+    method, _ = make(tmp_path, config(layout=layout, lora=lora))
+    loss, metrics = tiny.one_step(method)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert float(metrics["train/margin"]) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("lora", [None, tiny.LORA])
+def test_step_against_float64_log_probs(tmp_path: Path, kind: str, lora: Any) -> None:
+    """Policy moved away from the reference: loss and metrics of a step in pieces, from plain transformers' numbers."""
+    method, run = make(
+        tmp_path, config(loss=kind, label_smoothing=EPS, tokens_per_micro_batch=24, batch_size=6, lora=lora)
+    )
+    tiny.perturb(method.model)
+    save_policy(method.policy, method.codec, tmp_path / "moved")
+    micros = next(method.batches(0))
+    assert len(micros) > 1
+    losses, right, chosen = [], [], []
+    for tree in [method.trees[row] for micro in micros for row in micro.rows]:
+        policy, reference = tiny.logps(tmp_path / "moved", tree), tiny.logps(run.input("model"), tree)
+        reduce = fmean if kind == "ipo_mean" else sum
+        ratios = [reduce(p) - reduce(r) for p, r in zip(policy, reference, strict=True)]
+        losses.append(FORMULAS[kind](ratios[0] - ratios[1]))
+        right.append(ratios[0] > ratios[1])
+        chosen.append(sum(policy[0]))
+    loss, metrics = tiny.one_step(method)
+    assert loss == pytest.approx(fmean(losses), rel=1e-3)
+    assert float(metrics["train/accuracy"]) == pytest.approx(fmean(right))
+    assert float(metrics["train/chosen_logp"]) == pytest.approx(fmean(chosen), rel=1e-4)
+
+
+def test_reference_is_computed_once_for_data_and_model(tmp_path: Path, home: Path) -> None:
+    first, _ = make(tmp_path, config())
+    cache = home / "cache" / "reference.sqlite"
+    with contextlib.closing(sqlite3.connect(cache, isolation_level=None)) as database:
+        assert database.execute("SELECT count(*) FROM logps").fetchone() == (2 * 8,)
+        database.execute("UPDATE logps SET value = value - 1")
+    second, _ = make(tmp_path, config(beta=1.0, epochs=2), seed=1)
+    for a, b in zip(first.reference, second.reference, strict=True):
+        assert b == pytest.approx([value - 1 for value in a])
+
+
+def test_lora_trains_adapters_alone_and_keeps_the_reference(tmp_path: Path) -> None:
+    method, run = make(tmp_path, config(lora=tiny.LORA, epochs=10))
+    before = tiny.logps(run.input("model"), method.trees[0])
+    train(method, method.config, total_steps=method.total_steps, run=run, seed=0)
+    assert all("lora" in name for name, p in method.policy.named_parameters() if p.requires_grad)
+    with method.policy.reference():
+        after = method.per_answer(method.logps, method.trees[:1])[0]
+    assert after == pytest.approx([sum(answer) for answer in before], abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA])
+def test_stage_learns_the_preferences(tmp_path: Path, lora: Any) -> None:
+    rows = tiny.rows(24, *tiny.PAIRS)
+    _, run = make(tmp_path, config(epochs=8, lora=lora), rows[:18], eval_preference=rows[18:])
+    metrics = align.run(run.request, run)
+    assert run.steps("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["train/loss"] < 0.5
+    assert metrics["train/accuracy"] > 0.9
+    assert len(run.steps("train/rejected_logp")) == 36
+
+    # The published model against the reference, in float64, on the held-out chosen answers.
+    held_out = DPO(method_config(run), run, seed=0).test
+    changes = [
+        sum(tiny.logps(run.published["model"], tree)[0]) - sum(tiny.logps(run.input("model"), tree)[0])
+        for tree in held_out
+    ]
+    assert metrics["eval/chosen_logp_change"] == pytest.approx(fmean(changes), abs=1e-3)
+
+
+def method_config(run: tiny.Run) -> methods.DPO:
+    return methods.DPO.model_validate(run.request.params)
+
+
+def test_a_fall_of_the_chosen_log_prob_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method, _ = make(tmp_path, config(), eval_preference=tiny.rows(4, *tiny.PAIRS))
+    assert method.finish()["eval/chosen_logp_change"] == pytest.approx(0.0, abs=1e-5)
+    caplog.clear()
+    tiny.perturb(method.model, scale=1.0)
+    change = method.finish()["eval/chosen_logp_change"]
+    assert change < 0
+    assert f"fell by {-change:.2f} nats" in caplog.text
+
+
+def test_without_held_out_pairs_no_change_is_reported(tmp_path: Path) -> None:
+    assert make(tmp_path, config())[0].finish() == {}
+
+
+def test_data_without_pairs_is_refused(tmp_path: Path) -> None:
+    model = tiny.model_folder(tmp_path / "model")
+    data = tiny.data_folder(tmp_path / "data", feedback=tiny.rows(4, *tiny.THUMBS))
+    run = tiny.Run(tmp_path / "work", config(), {"model": model, "data": data})
+    with pytest.raises(StageError, match=r"no rows of kind `preference`.*only: feedback") as stopped:
+        align.run(run.request, run)
+    assert stopped.value.problem.field == "data.preference"

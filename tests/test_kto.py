@@ -1,11 +1,22 @@
 """KTO: the loss and its reference point against formulas worked here, and the method on a real model."""
 
 import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
 
-from stages.align.kto import class_weights, kto_loss, reference_point
+from schemas import methods
+from schemas.stage import StageError
+from stages import align
+from stages.align.kto import KTO, class_weights, kto_loss, partners, reference_point
+from stages.engine.batch import Tree
+from stages.engine.models import save_policy
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def sigmoid(x: float) -> float:
@@ -70,3 +81,118 @@ def test_an_empty_class_gives_no_nan(desirable: bool) -> None:
     loss.backward()
     assert math.isfinite(loss.item())
     assert ratios.grad is not None and torch.isfinite(ratios.grad).all()
+
+
+# --- the method on a real model ---
+
+
+def config(**changes: Any) -> methods.KTO:
+    return methods.KTO(**{"batch_size": 6, "learning_rate": 1e-2, "beta": 0.3, **changes})
+
+
+def make(folder: Path, training: methods.KTO, rows: Any = None, seed: int = 0) -> tuple[KTO, tiny.Run]:
+    model = tiny.model_folder(folder / "model")
+    data = tiny.data_folder(folder / "data", feedback=rows or tiny.rows(12, *tiny.THUMBS))
+    run = tiny.Run(folder / "work", training, {"model": model, "data": data})
+    return KTO(training, run, seed), run
+
+
+def test_partners_have_another_prompt_whatever_the_order() -> None:
+    prompts = ["a", "a", "a", "b", "a", "c", "a", "a", "b", "a"]
+    for seed in range(20):
+        found = partners(prompts, seed)
+        assert all(prompts[row] != prompts[other] for row, other in enumerate(found))
+        assert found == partners(prompts, seed)
+    assert len({tuple(partners(prompts, seed)) for seed in range(20)}) > 1
+    # Every answer of another prompt can be drawn.
+    assert {partners(prompts, seed)[0] for seed in range(100)} == {3, 5, 8}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_single_prompt_is_refused(tmp_path: Path, n: int) -> None:
+    rows = [tiny.row(i, "a b", completion="yes", label=bool(i % 2)) for i in range(n)]
+    with pytest.raises(StageError, match="at least two different prompts") as stopped:
+        make(tmp_path, config(), rows)
+    assert stopped.value.problem.field == "data.feedback"
+    assert stopped.value.problem.mend
+
+
+def step_by_hand(method: KTO, run: tiny.Run, moved: Path) -> tuple[float, float]:
+    """Loss and z0 of the first step in float64, from plain transformers' log-probs."""
+
+    def ratio(tree: Tree) -> float:
+        return sum(tiny.logps(moved, tree)[0]) - sum(tiny.logps(run.input("model"), tree)[0])
+
+    rows = [row for micro in next(method.batches(0)) for row in micro.rows]
+    z0 = max(0.0, fmean(ratio(method.mismatched[row]) for row in rows))
+    up, down = method.weights
+    beta, losses = method.config.beta, []
+    for row in rows:
+        r = ratio(method.trees[row])
+        losses.append(up * (1 - sigmoid(beta * (r - z0))) if method.up[row] else down * (1 - sigmoid(beta * (z0 - r))))
+    return fmean(losses), z0
+
+
+@pytest.mark.parametrize("budget", [16, 40, 4096])
+@pytest.mark.parametrize(("lora", "seed", "above"), [(None, 4, True), (None, 5, False), (tiny.LORA, 11, True)])
+def test_step_against_float64_log_probs(tmp_path: Path, budget: int, lora: Any, seed: int, above: bool) -> None:
+    """A policy moved away from the reference so that the KL estimate is above 0, or below."""
+    method, run = make(tmp_path, config(tokens_per_micro_batch=budget, lora=lora))
+    assert method.weights == pytest.approx((12 / (2 * 9), 12 / (2 * 3)))
+    tiny.perturb(method.model, seed, scale=0.2)
+    save_policy(method.policy, method.codec, tmp_path / "moved")
+    loss, z0 = step_by_hand(method, run, tmp_path / "moved")
+    assert (z0 > 0.5) is above
+    got, metrics = tiny.one_step(method)
+    assert got == pytest.approx(loss, rel=1e-4)
+    assert float(metrics["train/z0"]) == pytest.approx(z0, rel=1e-3, abs=1e-5)
+
+
+def test_reference_point_is_taken_without_gradient_over_the_whole_step(tmp_path: Path) -> None:
+    method, _ = make(tmp_path, config(tokens_per_micro_batch=16))
+    tiny.perturb(method.model)
+    micros = next(method.batches(0))
+    totals = method.prepare(micros)
+    assert len(micros) > 1
+    assert not any(total.requires_grad for total in totals.values())
+    parts = [method.prepare([micro]) for micro in micros]
+    assert float(totals["kl"]) == pytest.approx(sum(float(part["kl"]) for part in parts), rel=1e-4)
+    assert float(totals["rows"]) == 6 == float(totals["up"] + totals["down"])
+
+
+def test_mismatched_answers_are_fixed_and_rows_shuffled_over_epochs(tmp_path: Path) -> None:
+    method, _ = make(tmp_path, config(epochs=3))
+    other, _ = make(tmp_path, config(epochs=1))
+    assert method.mismatched == other.mismatched
+    epochs = [[row for micro in micros for row in micro.rows] for micros in method.batches(0)]
+    seen = [epochs[i] + epochs[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(rows) == list(range(12)) for rows in seen)
+    assert len({tuple(rows) for rows in seen}) == 3
+
+
+def test_mismatched_answers_are_cut_to_the_longest_length(tmp_path: Path) -> None:
+    rows = [
+        tiny.row(0, "a b c d e f", completion="yes", label=True),
+        tiny.row(1, "a", completion="no bad no bad no bad", label=False),
+    ]
+    method, _ = make(tmp_path, config(max_length=8), rows)
+    assert [len(tree.answers[0]) for tree in method.mismatched] == [8 - 6, 2]
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_class_alone_trains(tmp_path: Path, label: bool) -> None:
+    rows = tiny.rows(8, {"completion": "yes good", "label": label})
+    _, run = make(tmp_path, config(epochs=10, lora=tiny.LORA), rows)
+    metrics = align.run(run.request, run)
+    assert all(math.isfinite(value) for value in run.logged.values())
+    assert metrics["train/loss"] < run.steps("train/loss")[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA])
+def test_stage_learns_from_thumbs(tmp_path: Path, lora: Any) -> None:
+    thumbs = [{"completion": "yes good one", "label": True}, {"completion": "no bad", "label": False}]
+    _, run = make(tmp_path, config(epochs=20, lora=lora), tiny.rows(12, *thumbs))
+    metrics = align.run(run.request, run)
+    assert metrics["train/loss"] < run.steps("train/loss")[0] - 0.1
+    assert metrics["train/reward_desirable"] > 0 > metrics["train/reward_undesirable"]
+    assert run.published["model"].is_dir()

@@ -8,13 +8,17 @@ from typing import Any
 import polars as pl
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from schemas.stage import Artifact, Request
 from schemas.training import LoRA, Training
+from stages.engine.batch import Tree
+from stages.engine.method import Method, Metrics
 from stages.engine.text import Codec
+from stages.tracking import StageRun
 
-WORDS = "a b c d e f g h red blue green yes no good bad one two three".split()
+WORDS = [*"abcdefgh", "red", "blue", "green", "yes", "no", "good", "bad", "one", "two", "three"]
 LORA = LoRA(rank=2, alpha=4.0)
 
 
@@ -81,7 +85,7 @@ RANKINGS: list[dict[str, Any]] = [
     {"responses": ["no bad two", "yes"], "winners": [1], "losers": [0], "margins": None},
     {"responses": ["good", "good blue", "two", "bad"], "winners": [0, 1, 2], "losers": [3, 3, 3], "margins": None},
 ]
-ANSWERS: list[dict[str, Any]] = [{"response": "yes good one"}, {"response": "no"}, {"response": "blue red two green a b"}]
+ANSWERS: list[dict[str, Any]] = [{"response": text} for text in ("yes good one", "no", "blue red two green a b")]
 
 
 def data_folder(folder: Path, **kinds: Sequence[Mapping[str, Any]]) -> Path:
@@ -94,24 +98,64 @@ def data_folder(folder: Path, **kinds: Sequence[Mapping[str, Any]]) -> Path:
     return folder
 
 
-class Run:
-    """What a training stage needs of a StageRun, kept in memory."""
+def logps(folder: Path, tree: Tree) -> list[list[float]]:
+    """log pi of every answer token by plain transformers in float64: one sequence at a time, no padding."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    found = []
+    for answer in tree.answers:
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([[*tree.prompt, *answer]])).logits[0]
+        before_TV = logits_TV[len(tree.prompt) - 1 : -1].log_softmax(-1)
+        found.append([float(before_TV[t, token]) for t, token in enumerate(answer)])
+    return found
 
-    def __init__(self, work: Path, stage: str, inputs: Mapping[str, Path], training: Training, seed: int = 0) -> None:
-        self.work, self.key, self.inputs = work, "k", dict(inputs)
+
+def perturb(model: nn.Module, seed: int = 1, scale: float = 0.05) -> None:
+    """Move all trained weights a little, as some steps of training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def one_step(method: Method[Any], step: int = 0) -> tuple[float, Metrics]:
+    """Loss and metrics of one optimizer step, gradients left in the model: what the loop does on one rank."""
+    micros = next(method.batches(step))
+    totals = method.prepare(micros)
+    loss, metrics = torch.zeros(()), dict[str, Tensor]()
+    for micro in micros:
+        summand, some = method.loss(micro, totals)
+        summand.backward()
+        loss = loss + summand.detach()
+        metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in some.items()}
+    return float(loss), metrics
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """All gradients end to end; they are cleared."""
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(parts)
+
+
+class Run(StageRun):
+    """A stage's run kept in memory: no MLflow."""
+
+    def __init__(
+        self, work: Path, training: Training, inputs: Mapping[str, Path], stage: str = "align", seed: int = 0
+    ) -> None:
+        self.work, self.key, self.rank, self.folders = work, "key", 0, dict(inputs)
         self.work.mkdir(parents=True, exist_ok=True)
         artifacts = {name: Artifact(uri=str(path), sha256=str(path)) for name, path in inputs.items()}
         params = training.model_dump(mode="json")
         self.request = Request(stage=stage, version=1, params=params, inputs=artifacts, seed=seed)
         self.logged: dict[tuple[str, int | None], float] = {}
         self.tags: dict[str, object] = {}
-        self.outputs: dict[str, Path] = {}
+        self.published: dict[str, Path] = {}
 
     def input(self, name: str) -> Path:
-        return self.inputs[name]
-
-    def has(self, name: str) -> bool:
-        return name in self.inputs
+        return self.folders[name]
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         self.logged |= {(name, step): value for name, value in values.items()}
@@ -126,7 +170,7 @@ class Run:
         pass
 
     def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
-        self.outputs[name] = folder
+        self.published[name] = folder
         return Artifact(uri=str(folder), sha256="")
 
     def steps(self, name: str) -> list[float]:
