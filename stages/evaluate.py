@@ -23,7 +23,7 @@ from stages.engine.judges import Judge, RewardJudge, judge_for
 from stages.engine.models import Policy, choose_layout, load_policy
 from stages.engine.reference import ReferenceCache
 from stages.engine.rollout import context_length, sample, seed_of
-from stages.engine.rows import encode, fitting, read
+from stages.engine.rows import encode, fitting, has, read
 from stages.engine.text import Codec
 from stages.tracking import StageRun
 
@@ -118,14 +118,18 @@ class Evaluator:
         policy, reference = self.logps(trees)
         return [own for (own,) in policy], [own for (own,) in reference]
 
-    def preference_accuracy(self, folder: Path) -> float:
-        """On the held-out pairs of a data folder."""
+    def preference_accuracy(self, folder: Path) -> dict[str, float]:
+        """`eval/preference_accuracy` on the held-out pairs of a data folder; nothing where it holds out none."""
+        if not has(folder, "eval", "preference"):
+            log.warning("no pairs are held out (eval_fraction), so there is no eval/preference_accuracy")
+            return {}
         examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
         limit = context_length(self.policy.hf)
         trees = [example.tree for example in (examples if limit is None else fitting(examples, limit))]
         policy, reference = self.logps(trees)
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
-        return metrics.preference_accuracy([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
+        accuracy = metrics.preference_accuracy([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
+        return {"eval/preference_accuracy": accuracy}
 
 
 def run(request: Request, run: StageRun) -> dict[str, float]:
@@ -155,7 +159,7 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     final["eval/kl_to_reference"], final["eval/kl_to_reference_se"] = kl
     final["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
     if run.has("pairs"):
-        final["eval/preference_accuracy"] = evaluator.preference_accuracy(run.input("pairs"))
+        final |= evaluator.preference_accuracy(run.input("pairs"))
     if isinstance(judge, EndpointJudge):
         final["judge/inconsistent"] = judge.inconsistent / len(samples)
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))

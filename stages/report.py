@@ -145,6 +145,15 @@ def verdict(row: Row) -> str:
     return "worse" if row["win_rate_vs_sft_high"] < 0.5 else "level"
 
 
+# Control characters, lone surrogates, and the characters that reorder text around them.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(value: object) -> str:
+    """Text with a mark in the place of every character that could hide or reorder it."""
+    return UNSEEN.sub("\ufffd", str(value))
+
+
 # --- the picture ---
 
 
@@ -199,7 +208,14 @@ def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:
     axes.errorbar(x, y, up, across, fmt=marker, color=colour, markersize=9, elinewidth=1.6, capsize=3, zorder=3)
     # No mathtext: a `$` in a model's name is a character like any other.
     axes.annotate(
-        row["model"], (x, y), (9, 7), textcoords="offset points", color=ink, fontsize=11, parse_math=False, zorder=4
+        visible(row["model"]),
+        (x, y),
+        (9, 7),
+        textcoords="offset points",
+        color=ink,
+        fontsize=11,
+        parse_math=False,
+        zorder=4,
     )
 
 
@@ -224,7 +240,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-
 th, td { padding: 10px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
 thead th { font-weight: 600; font-size: 13px; color: var(--soft); background: var(--card); vertical-align: bottom;
-  white-space: normal; line-height: 1.3; }
+  white-space: normal; line-height: 1.3; min-width: 84px; }
 th:first-child { text-align: left; }
 td svg { display: block; margin: 4px 0 0 auto; }
 .better { color: var(--good); } .worse { color: var(--bad); }
@@ -246,13 +262,9 @@ summary { cursor: pointer; padding: 12px 16px; font-weight: 600; white-space: pr
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-# Control characters, lone surrogates, and the characters that reorder text around them.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 def escape(value: object) -> str:
-    """Text for the page: markup escaped, and characters that could hide or reorder it made visible."""
-    return html.escape(UNSEEN.sub("\ufffd", str(value)), quote=True)
+    """Text for the page: visible, and its markup escaped."""
+    return html.escape(visible(value), quote=True)
 
 
 def render_html(comparison: Comparison) -> str:

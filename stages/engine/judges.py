@@ -15,7 +15,7 @@ from schemas.stage import StageError
 from stages.engine import demo, metrics
 from stages.engine.batch import Tree, collate, cut, tree_tokens
 from stages.engine.endpoint import EndpointJudge
-from stages.engine.models import load_scorer
+from stages.engine.models import choose_layout, load_scorer
 from stages.engine.text import Codec, Message
 from stages.tracking import StageRun
 
@@ -82,7 +82,6 @@ class RewardJudge(Scoring):
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         self.codec = Codec.load(folder)
         self.scorer = load_scorer(folder, trainable=False).eval()
-        self.device = next(self.scorer.parameters()).device
         self.progress = progress
 
     @torch.no_grad()
@@ -91,11 +90,14 @@ class RewardJudge(Scoring):
             Tree(tuple(self.codec.prompt(prompt)), (tuple(self.codec.answer(answer)),))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        by_length = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], "padded"))
+        if not trees:
+            return []
+        layout = choose_layout(self.scorer, "packed", trees, self.codec.pad_id)
+        by_length = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], layout))
         scores = [math.nan] * len(trees)
-        for group in cut([tree_tokens(trees[i], "padded") for i in by_length], TOKENS_PER_BATCH):
+        for group in cut([tree_tokens(trees[i], layout) for i in by_length], TOKENS_PER_BATCH):
             rows = [by_length[i] for i in group]
-            batch = collate([trees[i] for i in rows], "padded", self.codec.pad_id).to(self.device)
+            batch = collate([trees[i] for i in rows], layout, self.codec.pad_id).to(self.scorer.device)
             for i, score in zip(rows, self.scorer(batch).tolist(), strict=True):
                 scores[i] = score
             if self.progress is not None:
