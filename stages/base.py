@@ -149,7 +149,7 @@ def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int
         initializer_range=scratch.hidden_size**-0.5,  # the usual 0.02 is for wide models; small ones then learn slowly
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=Codec(tokenizer).end_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,8 +176,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in vars(model):
             delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and "<|endoftext|>" in tokenizer.added_tokens_encoder:
         tokenizer.pad_token = "<|endoftext|>"
         model.config.pad_token_id = None
@@ -305,12 +304,11 @@ def template_text(given: str) -> str:
 
 def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     """Save model and tokenizer, with end and padding set as the codec has them."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(codec.tokenizer) > rows:
         what = f"the tokenizer has {len(codec.tokenizer)} tokens, the model only {rows}"
         raise _refused(what, folder, "give the tokenizer that belongs to the model")
-    if "auto_map" in vars(model.config):
-        del model.config.auto_map  # code that nobody shall run
+    vars(model.config).pop("auto_map", None)  # code that nobody shall run
     if model.config.pad_token_id is None:
         model.config.pad_token_id = codec.pad_id
     model.generation_config = generation_config(model, codec)

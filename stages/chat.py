@@ -140,7 +140,9 @@ def _wrapped(text: str, column: int) -> list[str]:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="alignflow chat", description=__doc__.split("\n\n")[0], epilog=HELP)
+    parser = argparse.ArgumentParser(
+        prog="alignflow chat", description="Talk to a model, or to two side by side.", epilog=HELP
+    )
     parser.add_argument("--model", required=True, help="folder, models:/NAME@ALIAS or runs:/RUN_ID/model")
     parser.add_argument("--versus", help="a second model, answering the same messages beside the first")
     parser.add_argument("--system", help="system prompt")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ SMALL = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}
 USER = [{"role": "user", "content": "write a polite note."}]
 
 
-def build(folder: Path, seed: int = 0, **params: object) -> Path:
+def build(folder: Path, seed: int = 0, **params: Any) -> Path:
     base.build(BaseParams.model_validate(params), seed, folder)
     return folder
 
 
-def refusal(folder: Path, **params: object) -> StageError:
+def refusal(folder: Path, **params: Any) -> StageError:
     with pytest.raises(StageError) as caught:
         build(folder / "out", **params)
     assert caught.value.problem.mend
@@ -196,9 +197,10 @@ def test_a_broken_gguf_file_is_told(tmp_path: Path) -> None:
 def reward_model(folder: Path, labels: int = 1) -> Path:
     tokenizer = demo.tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        num_labels=labels, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config.num_labels = labels
+    config.pad_token_id = 0
     config.alignflow_score = {"mean": 1.5, "std": 2.0}
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -240,7 +242,7 @@ def test_smollm2_from_its_package(tmp_path: Path) -> None:
     assert (config["pad_token_id"], config["dtype"]) == (0, "float32")
     codec = Codec.load(folder)
     assert (codec.pad_id, codec.end_id) == (0, 2)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([codec.prompt([{"role": "user", "content": "What is the capital of France?"}])])
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert "Paris" in codec.text(answer[0, ids.shape[1] :].tolist())

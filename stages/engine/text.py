@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -34,10 +35,10 @@ class Codec:
         self._special = _pattern_of(tokenizer)
         self.end_id: int = _find_end(self)
         """Ends an assistant's turn."""
-        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        pad, eos = _number(tokenizer.pad_token_id), _number(tokenizer.eos_token_id)
+        self.pad_id: int = self.end_id if pad is None else pad
         """Fills rows; may equal `end_id`, so masks go by length and never by id."""
-        eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self.stop_ids: frozenset[int] = frozenset([self.end_id, *eos, *stop_ids])
+        self.stop_ids: frozenset[int] = frozenset([self.end_id, *([] if eos is None else [eos]), *stop_ids])
         """Any of these ends a sampled answer."""
 
     @classmethod
@@ -160,13 +161,19 @@ def _find_end(codec: Codec) -> int:
     _, seen, after = codec.render(chat, add_generation_prompt=False).rpartition(mark)
     ids = tokenizer.encode(after, add_special_tokens=False) if seen else []
     found = [token for token in ids if token in special and token != tokenizer.unk_token_id]
-    if not found and tokenizer.eos_token_id is None:
+    end = found[0] if found else _number(tokenizer.eos_token_id)
+    if end is None:
         raise StageError(
             "the tokenizer has no token that ends an answer",
             kind="no_end_token",
             mend="set eos_token in tokenizer_config.json",
         )
-    return int(found[0] if found else tokenizer.eos_token_id)
+    return end
+
+
+def _number(token_id: Any) -> int | None:
+    """A token id of the tokenizer's, which declares them as all sorts of things."""
+    return None if token_id is None else int(token_id)
 
 
 def _stop_ids(folder: Path) -> list[int]:
