@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from schemas.config import RewardConfig
@@ -46,6 +46,12 @@ def ranking(number: int, responses: list[str], pairs: list[tuple[int, int]], mar
     return tiny.row(number, prompt, responses=responses, winners=winners, losers=losers, margins=margins)
 
 
+def head(method: reward.Reward) -> nn.Linear:
+    score = method.scorer.plain.score
+    assert isinstance(score, nn.Linear)
+    return score
+
+
 def scores(method: reward.Reward, row: int) -> list[float]:
     """A row's scores by plain transformers in float64, one sequence at a time: the score head at the last token."""
     plain = method.scorer.plain.double().eval()
@@ -54,7 +60,7 @@ def scores(method: reward.Reward, row: int) -> list[float]:
     for answer in tree.answers:
         with torch.no_grad():
             hidden_1TD = plain.base_model(input_ids=torch.tensor([[*tree.prompt, *answer]])).last_hidden_state
-            found.append(float(plain.score(hidden_1TD[0, -1])))
+            found.append(float(head(method)(hidden_1TD[0, -1])))
     plain.float()
     return found
 
@@ -131,7 +137,7 @@ def test_the_fresh_head_is_a_function_of_the_seed(tmp_path: Path) -> None:
     heads: list[Tensor] = []
     for seed in (0, 0, 1):
         method, _ = make(tmp_path, config(), tiny.rows(3, *tiny.RANKINGS), seed)
-        heads.append(method.scorer.plain.score.weight.detach().clone())
+        heads.append(head(method).weight.detach().clone())
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -185,7 +191,7 @@ def test_stage_learns_and_publishes_scores_of_mean_0_and_std_1(tmp_path: Path, l
 def test_a_constant_reward_model_is_not_scaled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     method, run = make(tmp_path, config(), tiny.rows(6, *tiny.RANKINGS))
     with torch.no_grad():
-        method.scorer.plain.score.weight.zero_()
+        head(method).weight.zero_()
     with caplog.at_level(logging.WARNING):
         assert reward.publish(method, run) == {"data/score_mean": 0.0, "data/score_std": 1.0}
     assert "the same score" in caplog.text

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from schemas.stage import Artifact, Request
-from schemas.training import LoRA, Training
+from schemas.stage import Artifact, Request, Strict
+from schemas.training import LoRA
 from stages.engine.batch import Tree
 from stages.engine.method import Method, Metrics
 from stages.engine.text import Codec
@@ -42,8 +42,8 @@ def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=vocabulary["<end>" if pad_is_end else "<pad>"],
+        eos_token_id=vocabulary["<end>"],
         bos_token_id=None,
     )
     torch.manual_seed(seed)
@@ -143,12 +143,12 @@ class Run(StageRun):
     """A stage's run kept in memory: no MLflow."""
 
     def __init__(
-        self, work: Path, training: Training, inputs: Mapping[str, Path], stage: str = "align", seed: int = 0
+        self, work: Path, config: Strict, inputs: Mapping[str, Path], stage: str = "align", seed: int = 0
     ) -> None:
         self.work, self.key, self.rank, self.folders = work, "key", 0, dict(inputs)
         self.work.mkdir(parents=True, exist_ok=True)
         artifacts = {name: Artifact(uri=str(path), sha256=str(path)) for name, path in inputs.items()}
-        params = training.model_dump(mode="json")
+        params = config.model_dump(mode="json")
         self.request = Request(stage=stage, version=1, params=params, inputs=artifacts, seed=seed)
         self.logged: dict[tuple[str, int | None], float] = {}
         self.tags: dict[str, object] = {}

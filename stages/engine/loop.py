@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
@@ -75,12 +75,23 @@ def _catch_sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def processes() -> PartialState:
+    """The processes that train together, connected. Raises RuntimeError when torchrun started more than were found."""
+    state = PartialState(cpu=not torch.cuda.is_available())  # unasked, Accelerate connects no processes on CPUs
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but {state.num_processes} are connected"
+        )
+    return state
+
+
 class Loop:
     """One training run of a method. `train` below is the way to call it."""
 
     def __init__(self, method: Method[Any], training: Training, total_steps: int, run: StageRun, seed: int) -> None:
         self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
+        processes()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.optimizer = optimizer_for(method.model, training)
         method.model, self.optimizer = self.accelerator.prepare(method.model, self.optimizer)
@@ -226,14 +237,14 @@ class Loop:
                 if stop or due or self.step == self.total_steps:
                     self.save()
                 if stop and self.step < self.total_steps:
-                    message = f"stopped by SIGTERM after step {self.step} of {self.total_steps}; the checkpoint is saved"
+                    message = (
+                        f"stopped by SIGTERM after step {self.step} of {self.total_steps}; the checkpoint is saved"
+                    )
                     raise StageError(message, status="preempted", kind="preempted", mend="run again to go on")
         return {**self.last, **self.compute}
 
 
-def train(
-    method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int
-) -> dict[str, float]:
+def train(method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int) -> dict[str, float]:
     """Train `method.model` in place for `total_steps` optimizer steps; returns the last step's metrics and the cost.
 
     Resumes from `run.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not finite,

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from schemas.methods import MethodConfig
 from schemas.training import Training, steps_for
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
-from stages.engine.loop import step_rows
+from stages.engine.loop import processes, step_rows
 from stages.engine.method import Metrics, Totals
 from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums
 from stages.engine.reference import ReferenceCache
@@ -166,7 +165,7 @@ class OfflineAlignment(PolicyMethod):
         with self.policy.reference() if self.training.lora else nullcontext():
             if world() > 1:  # each rank computes its share; then all is there to be read
                 cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id)
-                PartialState().wait_for_everyone()
+                processes().wait_for_everyone()
             return cache.logps(self.policy, trees, self.layout, budget, pad_id)
 
 
