@@ -1,0 +1,302 @@
+"""Stage `generate`: a model writes K answers to each prompt; a judge ranks them, or people do.
+
+    python -m stages.generate --model FOLDER --prompts FILE --answers 4 --out FILE      # alone, without MLflow
+
+Writes rows.jsonl, one row per prompt, which stage `validate` reads as kind `ranking`:
+
+- scored by a judge:        {"prompt": [...], "responses": [...], "scores": [...]}
+- with label noise:         {"prompt": [...], "responses": [...], "comparisons": [{"a": 0, "b": 1, "winner": 1}, ...]}
+- for people to rank:       {"prompt": [...], "responses": [...], "order": []}
+
+All K answers are written, equal ones too: how often a model repeats itself is worth knowing, and `validate` makes one
+of them and reports it. For people, a README beside the file says how to fill in `order`.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from schemas.config import GenerateConfig, ValidateParams
+from schemas.stage import EXIT_CODES, Request, StageError
+from stages import forms, sources
+from stages.engine.judges import Judge, RewardJudge, RuleJudge, SentimentJudge, judge_for
+from stages.engine.models import Policy, load_policy, threads_for
+from stages.engine.rollout import context_length, sample, seed_of, uniforms
+from stages.engine.rows import has, read
+from stages.engine.text import Codec
+from stages.tracking import StageRun
+
+log = logging.getLogger("alignflow")
+
+Messages = list[dict[str, str]]
+Progress = Callable[[int, int], None]
+
+HOW_TO_RANK = """rows.jsonl holds one prompt per line with its answers under `responses`, to be ranked by people.
+
+Fill in `order` on every line: the answers' numbers, counted from 0 in the order in which they stand, best first.
+
+    "order": [2, 0, 3, 1]       the third answer is best, then the first, the fourth, the second
+    "order": [2, [0, 3], 1]     the first and the fourth are equally good
+
+Each answer has to stand in it once. A line whose `order` stays empty is left out and counted. Change nothing else.
+The ranked file comes back as preference data, in a pipeline's config
+
+    data:
+      preference: {path: rows.jsonl, kind: ranking}
+
+or to look at it first: alignflow validate rows.jsonl --kind ranking --out ranked
+"""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """K answers to one prompt, and what the judge said of them."""
+
+    prompt: Messages
+    responses: list[str]
+    scores: list[float] | None = None
+
+
+def label(item: Generated, noise: float, seed: int) -> dict[str, Any]:
+    """One row of rows.jsonl. With noise, a function of (seed, the prompt) decides every pair of unequal answers."""
+    row: dict[str, Any] = {"prompt": item.prompt, "responses": item.responses}
+    if item.scores is None:
+        return {**row, "order": []}
+    if noise == 0:
+        return {**row, "scores": item.scores}
+    pairs = [(i, j) for i, j in combinations(range(len(item.responses)), 2) if item.responses[i] != item.responses[j]]
+    drawn = uniforms(seed_of(seed, "label", json.dumps(item.prompt)), len(pairs))
+    comparisons = [
+        {"a": i, "b": j, "winner": i if number < win_probability(item.scores[i], item.scores[j], noise) else j}
+        for (i, j), number in zip(pairs, drawn, strict=True)
+    ]
+    # All answers equal: no comparison, which as equal scores is a tie.
+    return {**row, "comparisons": comparisons} if comparisons else {**row, "scores": [0.0] * len(item.responses)}
+
+
+def win_probability(score: float, other: float, noise: float) -> float:
+    """That an answer beats another one (Bradley and Terry 1952): sigmoid of the scores' difference over `noise`."""
+    difference = (score - other) / noise
+    return 1 / (1 + exp(-difference)) if difference > -700 else 0.0
+
+
+def answer(
+    policy: Policy, codec: Codec, prompts: Sequence[Messages], config: GenerateConfig, seed: int, progress: Progress
+) -> tuple[list[Generated], int]:
+    """K answers to each prompt that leaves room for one, and the tokens sampled.
+
+    Answer k's randomness is a function of (seed, prompt, k), so neither `limit` nor a larger K changes the others.
+    """
+    room = (context_length(policy.plain) or sys.maxsize) - config.max_new_tokens
+    encoded = [(prompt, codec.prompt(prompt)) for prompt in prompts]
+    fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
+    if len(fitting) < len(prompts):
+        log.warning("%d of %d prompts leave no room for an answer: left out", len(prompts) - len(fitting), len(prompts))
+    if not fitting:
+        raise StageError(
+            f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer",
+            kind="no_prompts",
+            field="generate.max_new_tokens",
+            value=config.max_new_tokens,
+            mend="lower it, or give shorter prompts",
+        )
+    every = [(ids, seed_of(seed, "generate", json.dumps(p), k)) for p, ids in fitting for k in range(config.answers)]
+    sampled = sample(
+        policy,
+        [ids for ids, _ in every],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seeds=[own for _, own in every],
+        stop_ids=codec.stop_ids,
+        pad_id=codec.pad_id,
+        progress=progress,
+    )
+    texts = [codec.text(ids) for ids in sampled]
+    k = config.answers
+    return [Generated(p, texts[i * k : (i + 1) * k]) for i, (p, _) in enumerate(fitting)], sum(map(len, sampled))
+
+
+def score(items: Sequence[Generated], judge: Judge | None) -> list[Generated]:
+    """The items with the judge's scores; unchanged without a judge."""
+    if judge is None:
+        return list(items)
+    prompts = [item.prompt for item in items for _ in item.responses]
+    scores = iter(judge.score(prompts, [text for item in items for text in item.responses]))
+    return [Generated(item.prompt, item.responses, [next(scores) for _ in item.responses]) for item in items]
+
+
+def summary(items: Sequence[Generated], tokens: int, seconds: float) -> dict[str, float]:
+    """Counts, the share of answers that repeat another one to the same prompt, and the mean score."""
+    total = sum(len(item.responses) for item in items)
+    scores = [score for item in items for score in item.scores or ()]
+    return {
+        "generate/prompts": float(len(items)),
+        "generate/answers": float(total),
+        "generate/identical": 1 - sum(len(set(item.responses)) for item in items) / total,
+        **({"generate/score": sum(scores) / total} if scores else {}),
+        "compute/generated_tokens": float(tokens),
+        "compute/seconds": seconds,
+    }
+
+
+def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """One JSON object per line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# --- as a stage of the pipeline ---
+
+
+def read_prompts(folder: Path, limit: int | None) -> list[Messages]:
+    """The data's prompts, each once: the first `limit` to train on, and all that are held out."""
+    rows = read(folder, "train", "prompt")[:limit]
+    if has(folder, "eval", "prompt"):
+        rows += read(folder, "eval", "prompt")
+    return list({row["prompt_id"]: row["prompt"] for row in reversed(rows)}.values())[::-1]
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Answer the prompts of `data` with `model`, label the answers, publish `rows`. Input `judge` is a reward model."""
+    config = GenerateConfig.model_validate(request.params)
+    began = time.monotonic()
+    judge = None if config.judge is None else judge_for(config.judge, run)  # first: what is missing costs no sampling
+    model = run.input("model")
+    prompts = read_prompts(run.input("data"), config.limit)
+
+    def progress(done: int, total: int) -> None:
+        run.progress(done, total, "answers")
+
+    items, tokens = answer(
+        load_policy(model, trainable=False), Codec.load(model), prompts, config, request.seed, progress
+    )
+    items = score(items, judge)
+    folder = run.work / "rows"
+    shutil.rmtree(folder, ignore_errors=True)
+    write([label(item, config.noise, request.seed) for item in items], folder / "rows.jsonl")
+    if judge is None:
+        (folder / "README.txt").write_text(HOW_TO_RANK)
+    run.table(side_by_side(items[:50]), "samples.json")
+    run.publish("rows", folder)
+    return summary(items, tokens, time.monotonic() - began)
+
+
+def side_by_side(items: Sequence[Generated]) -> dict[str, list[Any]]:
+    """A table of prompts and answers, best first where they are scored."""
+    table: dict[str, list[Any]] = {"prompt": [item.prompt[-1]["content"] for item in items]}
+    for k in range(len(items[0].responses)):
+        table[f"answer {k + 1}"] = []
+    for item in items:
+        scores = item.scores or [0.0] * len(item.responses)
+        best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+        for k, i in enumerate(best_first):
+            told = "" if item.scores is None else f"[{scores[i]:.2f}] "
+            table[f"answer {k + 1}"].append(told + item.responses[i])
+    return table
+
+
+# --- alone ---
+
+
+def parser() -> argparse.ArgumentParser:
+    text = "Sample answers to prompts from a model, for a judge or for people to rank."
+    made = argparse.ArgumentParser("python -m stages.generate", description=text)
+    made.add_argument("--model", type=Path, required=True, help="a model folder")
+    made.add_argument("--prompts", required=True, help="a file with prompts: JSONL, JSONL.gz, JSON, Parquet or CSV")
+    made.add_argument("--answers", type=int, default=4, help="answers per prompt")
+    made.add_argument("--out", type=Path, required=True, help="the JSONL file to write; must not exist yet")
+    made.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer at most")
+    made.add_argument("--temperature", type=float, default=1.0)
+    made.add_argument("--limit", type=int, default=None, help="take the first so many prompts")
+    made.add_argument("--seed", type=int, default=0)
+    judges = "none (people rank), rule, sentiment, or a reward model's folder"
+    made.add_argument("--judge", default="none", help=judges)
+    made.add_argument("--noise", type=float, default=0.0, help="temperature of Bradley-Terry label noise")
+    return made
+
+
+def judge_named(name: str) -> Judge | None:
+    """The judge of the command line."""
+    if name == "none":
+        return None
+    if name in ("rule", "sentiment"):
+        return RuleJudge() if name == "rule" else SentimentJudge("--judge")
+    return RewardJudge(Path(name))
+
+
+def prompts_of(path: str, limit: int | None) -> list[Messages]:
+    """The prompts of a user's file, as messages, each once. Raises StageError at the first row that holds none."""
+    found: dict[str, Messages] = {}
+    for number, record in enumerate(sources.records(ValidateParams(path=path, kind="prompt", limit=limit))):
+        try:
+            if record.row is None:
+                raise forms.Bad("row", record.reason)
+            turns = forms.parse("prompt", record.row)["prompt"]
+        except forms.Bad as problem:
+            mend = "`alignflow validate --kind prompt` cleans a file"
+            message = f"row {number} holds no prompt: {problem}"
+            raise StageError(message, kind="bad_data", field="--prompts", value=path, mend=mend) from problem
+        prompt = [{"role": role, "content": content} for role, content in turns]
+        found.setdefault(json.dumps(prompt), prompt)
+    if not found:
+        raise StageError("the file holds no prompts", kind="empty_file", field="--prompts", value=path)
+    return list(found.values())
+
+
+def on_stderr(done: int, total: int) -> None:
+    """Progress in steps of a hundredth."""
+    if done == total or done % max(1, total // 100) == 0:
+        end = "\n" if done == total else ""
+        print(f"\ranswers {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+def alone(arguments: argparse.Namespace) -> dict[str, float]:
+    """Answer a file's prompts and write the rows; returns the counts. Overwrites nothing: raises StageError instead."""
+    names = ("answers", "max_new_tokens", "temperature", "noise", "limit")
+    config = GenerateConfig(judge=None, **{name: getattr(arguments, name) for name in names})
+    out: Path = arguments.out
+    if out.exists():
+        mend = "name another file, or move this one away: it may hold people's rankings"
+        raise StageError("the file exists already.", kind="file_exists", field="--out", value=out, mend=mend)
+    began = time.monotonic()
+    judge = judge_named(arguments.judge)
+    prompts = prompts_of(arguments.prompts, config.limit)
+    policy = load_policy(arguments.model, trainable=False)
+    torch.set_num_threads(threads_for(policy))
+    items, tokens = answer(policy, Codec.load(arguments.model), prompts, config, arguments.seed, on_stderr)
+    items = score(items, judge)
+    write([label(item, config.noise, arguments.seed) for item in items], out)
+    if judge is None:
+        out.with_suffix(".README.txt").write_text(HOW_TO_RANK.replace("rows.jsonl", out.name))
+    return summary(items, tokens, time.monotonic() - began)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the counts as one JSON object; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        print(json.dumps(alone(arguments)))
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODES[error.status]
+    except ValidationError as error:
+        problems = [f"--{'-'.join(str(part) for part in e['loc'])} {e['input']}: {e['msg']}" for e in error.errors()]
+        print(f"error: {'; '.join(problems).replace('_', '-')}", file=sys.stderr)
+        return EXIT_CODES["refused"]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
