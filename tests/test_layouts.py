@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import KINDS, random_trees, save_tiny, tiny_model
+from tiny_models import KINDS, SCORERS, random_trees, save_tiny, tiny_model
 
 from stages.engine import attention
 from stages.engine.batch import Layout, Tree, collate
@@ -48,7 +48,7 @@ def test_policies(kind: str, tmp_path: Path) -> None:
     assert_layouts_agree(load_policy(save_tiny(tmp_path, kind)), random_trees(7))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCORERS)
 def test_scorers(kind: str, tmp_path: Path) -> None:
     assert_layouts_agree(load_scorer(save_tiny(tmp_path, kind)), random_trees(7))
 
@@ -85,6 +85,17 @@ def test_log_probs_are_those_of_plain_transformers(kind: str, layout: Layout, tm
             expected += [log_probs_TV[len(tree.prompt) - 1 + i, token] for i, token in enumerate(answer)]
     logps_N = policy(collate(trees, layout, PAD)).logps_N.double()
     torch.testing.assert_close(logps_N, torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_with_a_cache_and_padding_on_the_left_is_that_of_plain_transformers(kind: str, tmp_path: Path) -> None:
+    plain, hf = tiny_model(kind), load_policy(save_tiny(tmp_path, kind), trainable=False).plain
+    ids_BT = torch.tensor([[PAD] * 9 + [5, 6, 7], list(range(20, 32))])
+    mask_BT = (torch.arange(12) >= torch.tensor([[9], [0]])).long()
+    how = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    how |= {"eos_token_id": None, "attention_mask": mask_BT}
+    expected, out = (model.generate(ids_BT, **how) for model in (plain, hf))
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
 
 
 def test_a_real_model(tinystories: Path) -> None:

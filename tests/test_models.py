@@ -1,11 +1,13 @@
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import KINDS, VOCABULARY, NoTokenizer, random_trees, save_tiny
+from tiny_models import KINDS, SCORERS, VOCABULARY, NoTokenizer, random_trees, save_tiny
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from schemas.stage import StageError
@@ -153,6 +155,29 @@ def test_small_models_get_one_thread(llama: Path, monkeypatch: pytest.MonkeyPatc
     assert threads_for(policy) == 8
 
 
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [Training(), LORA])
+def test_everything_is_computed_inside_forward_as_ddp_asks(
+    training: Training, llama: Path, batch: Batch, one_rank: None
+) -> None:
+    gradients = []
+    for wrap in (lambda policy: policy, DistributedDataParallel):
+        policy = load_policy(llama, training, value_head=True)
+        stir(policy)
+        out = wrap(policy)(batch, value=True)
+        (out.logps_N.sum() + out.values_N.sum()).backward()
+        gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
+        assert all(gradient is not None for gradient in gradients[-1])
+    torch.testing.assert_close(*gradients)
+
+
 # --- LoRA ---
 
 
@@ -193,6 +218,8 @@ def test_adapters_can_be_aimed(llama: Path) -> None:
     assert learning and all("q_proj" in name or "v_proj" in name for name in learning)
     with pytest.raises(StageError, match=r"lora\.target"):
         load_policy(llama, Training(lora=LoRA(target="nothing")))
+    with pytest.raises(StageError, match="embeddings and heads"):
+        load_policy(llama, Training(lora=LoRA(target=r".*\.(q_proj|embed_tokens)")))
 
 
 def test_adapters_learn_with_checkpointed_layers(llama: Path, batch: Batch) -> None:
@@ -250,7 +277,7 @@ def test_a_model_for_evaluation_is_frozen(llama: Path) -> None:
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCORERS)
 def test_a_score_is_the_head_at_the_last_real_token(kind: str, tmp_path: Path) -> None:
     scorer = load_scorer(save_tiny(tmp_path / "start", kind), seed=3)
     trees = random_trees(4)

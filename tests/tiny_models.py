@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from stages.engine.batch import Tree
 
@@ -25,8 +26,16 @@ KINDS = {
     "mistral": {**_GROUPED, "sliding_window": 5},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {**_SIZES, "tie_word_embeddings": False},
+    "gemma": {**_GROUPED, "head_dim": 8},
+    "olmo2": _GROUPED,
+    "phi": _SIZES,
+    "phi3": {**_GROUPED, "sliding_window": 5},
+    "smollm3": {**_GROUPED, "use_sliding_window": True, "sliding_window": 6},
+    "starcoder2": {**_GROUPED, "sliding_window": 7},
 }
-"""model_type -> config. The windows are shorter than the sequences below; Qwen2 has one in its last two layers."""
+"""model_type -> config. The windows are shorter than the sequences below; Qwen2's is in its last two layers."""
+SCORERS = sorted(KINDS.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys())
+"""Those of which transformers has a sequence classifier."""
 
 
 def tiny_config(kind: str, **changes: object) -> PretrainedConfig:

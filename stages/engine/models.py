@@ -34,15 +34,32 @@ from transformers.utils import logging as transformers_logging
 from schemas.stage import StageError
 from schemas.training import LoRA, Training
 from stages.engine import attention
-from stages.engine.batch import Batch, Layout, Tree, collate
+from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.logprobs import linear_logps
 
 # Types whose every layer outside attention treats tokens one by one, whose attention is softmax(QK) over positions and
 # passes keyword arguments down, and whose logits are the head's product as it is.
-TREE_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"})
+TREE_TYPES = frozenset(
+    {
+        "gemma",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
+COMPARED = 8192
+"""Tokens, padding included, on which two layouts are compared; one tree at least."""
 SMALL = 5_000_000
 """Parameters below which one thread is fastest."""
 
@@ -204,15 +221,16 @@ def why_padded(config: PretrainedConfig) -> str | None:
 def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree], pad_id: int) -> Layout:
     """The wanted layout where it is exact for this model, else `padded` with a warning.
 
-    Exact: the model type is on the list, and on these trees (the first batch's; eight are enough) log-probabilities
-    or scores agree with the padded layout's within TOLERANCE.
+    Exact: the model type is on the list, and on these trees (the first batch's; as many as fit in COMPARED tokens)
+    log-probabilities or scores agree with the padded layout's within TOLERANCE.
     """
     if wanted == "padded":
         return wanted
     if reason := why_padded(model.plain.config):
         warnings.warn(f"layout {wanted!r} becomes 'padded': {reason}", stacklevel=2)
         return "padded"
-    difference = _difference(model, wanted, trees[:8], pad_id)
+    first = cut([tree_tokens(tree, "padded") for tree in trees], COMPARED)[0]
+    difference = _difference(model, wanted, [trees[i] for i in first], pad_id)
     if not difference <= TOLERANCE:
         warnings.warn(f"layout {wanted!r} becomes 'padded': results differ by {difference:.2g}", stacklevel=2)
         return "padded"
@@ -403,11 +421,17 @@ def _adapted(hf: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks it
         torch.manual_seed(seed)
         try:
-            return get_peft_model(hf, config)
+            adapted = get_peft_model(hf, config)
         except ValueError as error:
-            message = f"no adapter can be added: {error}"
-            mend = "use all-linear"
-            raise StageError(message, kind="config", field="lora.target", value=lora.target, mend=mend) from error
+            raise _bad_target(lora, str(error)) from error
+    if any(isinstance(module, LoraLayer) for module in (hf.get_input_embeddings(), hf.get_output_embeddings())):
+        raise _bad_target(lora, "embeddings and heads take none")  # tied ones could not be merged
+    return adapted
+
+
+def _bad_target(lora: LoRA, why: str) -> StageError:
+    message = f"no adapter can be added: {why}."
+    return StageError(message, kind="config", field="lora.target", value=lora.target, mend="use all-linear")
 
 
 # --- saving ---
