@@ -113,6 +113,37 @@ def validate(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A name in the last run (sft), a uri, or a model folder.")],
+    prompts: Annotated[str, typer.Argument(help="File of prompts: JSONL, JSONL.gz, Parquet or CSV.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; must not exist yet.")],
+    answers: Annotated[int | None, typer.Option(help="Answers per prompt; default 4.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="none (people rank; the default), rule, sentiment, or a reward model's folder.")
+    ] = None,
+    noise: Annotated[float | None, typer.Option(help="Temperature of Bradley-Terry label noise; default 0.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer; default 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default 1.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Let a model write several answers per prompt, for people (or a judge) to rank.
+
+    The ranked file is data of kind `ranking`.
+
+    Examples:
+
+    - alignflow generate sft prompts.jsonl --answers 4 --out to_rank.jsonl
+    - alignflow validate to_rank.jsonl --kind ranking --out checked
+    """
+    from flows.history import model as find
+
+    named = {"model": find(model).folder, "prompts": prompts, "out": out, "answers": answers, "judge": judge}
+    named |= {"noise": noise, "max-new-tokens": max_new_tokens, "temperature": temperature}
+    forward("stages.generate", [], named | {"limit": limit, "seed": seed})
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate or compare.")],
     request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
@@ -215,7 +246,7 @@ def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:
             if one is True:
                 command.append(f"--{name}")
             elif one is not None and one is not False:
-                command += [f"--{name}", str(one)]
+                command.append(f"--{name}={one}")
     raise typer.Exit(subprocess.run(command).returncode)
 
 

@@ -98,7 +98,7 @@ def model(what: str) -> Model:
     if what.startswith(("models:/", "runs:/")):
         run_id, name = _maker(what)
         return _made(name or what.rpartition("/")[2], run_id) if run_id else Model(what, tracking.locate(what))
-    runs = search(f"tags.model = {quoted(what)} and tags.stage IN ({', '.join(map(repr, TRAINING))})")
+    runs = trained(f"tags.model = {quoted(what)}")
     if runs:
         return _made(what, runs[0].info.run_id)
     if (Path(what).expanduser() / "config.json").is_file():
@@ -109,18 +109,22 @@ def model(what: str) -> Model:
 
 def names() -> list[str]:
     """Names of the models that pipeline runs have left."""
-    runs = search(f"tags.stage IN ({', '.join(map(repr, TRAINING))})")
-    return sorted({run.data.tags["model"] for run in runs if "model" in run.data.tags})
+    return sorted({run.data.tags["model"] for run in trained("tags.model != ''")})
+
+
+def trained(condition: str) -> list[Any]:
+    """Runs that made a model. MLflow's query language has no IN for tags."""
+    return [run for run in search(condition) if run.data.tags.get("stage") in TRAINING]
 
 
 def _maker(uri: str) -> tuple[str | None, str | None]:
     """The run that made the model behind a uri, where MLflow knows it, and the model's name there."""
+    tracking.locate(uri)  # says clearly when there is none
     source = tracking.registered(uri)
     run_id: str | None = None
     if source.startswith("runs:/"):
         run_id = source.removeprefix("runs:/").partition("/")[0]
     elif source.startswith("models:/m-"):
-        tracking.locate(source)  # says clearly when there is none
         run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
     run = tracking.retrying(lambda: tracking.client().get_run(run_id)) if run_id else None
     return run_id, run.data.tags.get("model") if run else None

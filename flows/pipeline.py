@@ -103,10 +103,11 @@ def run_node(name: str, request: Request) -> Result | State[Any]:
 
 def problem_of(name: str, result: Result) -> StageError:
     """A stopped stage's problem as an exception that carries its exit code."""
-    problem = result.error
-    assert problem is not None
-    where = problem.model_dump(exclude={"message"})
-    return StageError(f"{name}: {problem.message}", status=result.status, **where)
+    assert result.error is not None
+    problem = result.error.model_dump()
+    said_first = "field" if problem["field"] else "message"
+    problem[said_first] = f"{name}: {problem[said_first]}"
+    return StageError(status=result.status, **problem)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False)
@@ -195,15 +196,26 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
 # --- Running it from here ---------------------------------------------------------------------------------------------
 
 
+def quieten() -> None:
+    """Let our own lines through and little of Prefect's."""
+    logging.getLogger("prefect").setLevel(logging.WARNING)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for Prefect's second account of a failed task, which brings an empty traceback."""
+    return not str(record.msg).startswith("Task run failed with state")
+
+
 @contextlib.contextmanager
 def local_prefect() -> Iterator[None]:
     """Prefect's settings for a run from this process. Where no server is set, it starts one under `home()` and ends it.
 
     Prefect starts that server by itself with the first request; the lock keeps two from making one database at once.
     """
-    logging.getLogger("prefect").setLevel(logging.WARNING)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    quieten()
     if PREFECT_API_URL.value():
         yield
         return

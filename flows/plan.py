@@ -74,7 +74,7 @@ def plan(config: PipelineConfig) -> list[Node]:
 
 def refuse(message: str, field: str, value: object, mend: str) -> StageError:
     """An error in the config, with where it is and how to mend it."""
-    return StageError(message, kind="config", field=field, value=value, mend=mend)
+    return StageError(message, kind="config", field=field, value="null" if value is None else value, mend=mend)
 
 
 class Planner:

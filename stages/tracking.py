@@ -95,14 +95,15 @@ def tracking_uri() -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel frees it when the holder dies."""
+def lock(path: Path, waiting: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on a file. The kernel frees it when the holder dies. `waiting` is logged before a wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that holds %s", path)
+            if waiting:
+                log.info("%s", waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -324,7 +325,9 @@ def locate(uri: str) -> Path:
 
 
 def registered(uri: str) -> str:
-    """The source behind `models:/NAME@ALIAS` and `models:/NAME/VERSION`; other uris as they are."""
+    """The source behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` and `runs:/ID/model`; other uris as they are."""
+    if uri.startswith("runs:/"):
+        return _model_of_run(uri)
     name = uri.removeprefix("models:/")
     if not uri.startswith("models:/") or name.startswith("m-"):
         return uri
@@ -333,6 +336,13 @@ def registered(uri: str) -> str:
     else:
         found = retrying(lambda: client().get_model_version(*name.rsplit("/", 1)))
     return str(found.source)
+
+
+def _model_of_run(uri: str) -> str:
+    """`runs:/ID/model` as the LoggedModel that the run has made: its files don't lie among the run's own."""
+    run_id, _, inner = uri.removeprefix("runs:/").partition("/")
+    outputs = retrying(lambda: client().get_run(run_id)).outputs if inner == "model" else None
+    return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
 
 
 def _copied(location: str) -> Path:

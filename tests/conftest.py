@@ -1,6 +1,11 @@
 """Shared fixtures: a home of its own for every test, and the real data and model beside the checkout, where there."""
 
+import contextlib
 import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +37,25 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("ALIGNFLOW_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs. Making one takes seconds, copying it none."""
+    folder = tmp_path_factory.mktemp("database")
+    # A process of its own, so that nothing in this one holds the file open while it is copied.
+    code = "from stages import tracking; tracking.setup()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALIGNFLOW_HOME": str(folder)}, check=True)
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def ready_home(home: Path, database: Path) -> Path:
+    """An ALIGNFLOW_HOME in which MLflow's database stands already."""
+    shutil.copy(database, home / "mlflow.db")
+    return home
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,36 @@
+"""What is promised of imports holds when modules really load, lazy ones included; the contracts see only statements."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+
+
+def loaded(statement: str) -> set[str]:
+    """Top-level modules that a fresh process has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    return set(answer.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["flows.cli", "flows.settings", "flows.history", "flows.export", "flows.servers", "flows.outlook"]
+)
+def test_the_flow_side_loads_no_torch(module: str) -> None:
+    assert not loaded(f"import {module}") & HEAVY
+
+
+def test_help_loads_neither_prefect_nor_mlflow_nor_pydantic() -> None:
+    assert not loaded("import flows.cli") & {"prefect", "mlflow", "pydantic", "yaml"}
+
+
+def test_schemas_load_nothing_heavy() -> None:
+    modules = loaded("import schemas.config, schemas.methods, schemas.rows, schemas.stage, schemas.training")
+    assert not modules & (HEAVY | {"prefect", "mlflow"})
+
+
+def test_tracking_alone_does_not_load_mlflow() -> None:
+    assert not loaded("import stages.tracking") & (HEAVY | {"mlflow", "prefect"})
