@@ -94,7 +94,7 @@ def test_decoding_with_a_cache_and_padding_on_the_left_is_that_of_plain_transfor
     mask_BT = (torch.arange(12) >= torch.tensor([[9], [0]])).long()
     how = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     how |= {"eos_token_id": None, "attention_mask": mask_BT}
-    expected, out = (model.generate(ids_BT, **how) for model in (plain, hf))
+    expected, out = (model.generate(ids_BT, **how) for model in (plain, hf))  # type: ignore[operator]
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
 
 

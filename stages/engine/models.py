@@ -152,10 +152,8 @@ class Policy(_Trunk):
         head = self.plain.get_output_embeddings()
         if type(head) is nn.Linear and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
-            bias_V = None if head.bias is None else head.bias / temperature
-            scaled_ND = hidden_ND / temperature
-            logps_N, entropy_N = linear_logps(scaled_ND, head.weight, bias_V, batch.labels_N, entropy=entropy)
-            return logps_N, entropy_N, hidden_ND
+            given = (hidden_ND, head.weight, head.bias, batch.labels_N)
+            return *linear_logps(*given, entropy=entropy, temperature=temperature), hidden_ND
         out = self.hf(**self.inputs(batch), output_hidden_states=value)
         logits_NV = out.logits.flatten(0, 1).index_select(0, batch.predict_N).float()
         log_probs_NV = (logits_NV / temperature).log_softmax(-1)
@@ -229,6 +227,8 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
     if reason := why_padded(model.plain.config):
         warnings.warn(f"layout {wanted!r} becomes 'padded': {reason}", stacklevel=2)
         return "padded"
+    if not trees:
+        return wanted
     first = cut([tree_tokens(tree, "padded") for tree in trees], COMPARED)[0]
     difference = _difference(model, wanted, [trees[i] for i in first], pad_id)
     if not difference <= TOLERANCE:
