@@ -1,13 +1,13 @@
 """What a clean row of each data kind looks like: pandera models on polars, and the names of what can be wrong with one.
 
-A check's name is the `reason` that stands in quarantine files and reports. The models check types, emptiness and what
-columns owe to each other; what needs a tokenizer or other rows is checked by stage `validate`.
+A check is named after what it finds: the `reason` that stands in quarantine files and reports. The models check types,
+emptiness and what columns owe to each other; what needs a tokenizer or other rows is checked by stage `validate`.
 """
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pandera.polars as pa
 import polars as pl
@@ -24,6 +24,7 @@ Numbers = pl.List(pl.Float64)
 # Blank: nothing but white space and invisible characters (controls, zero-width marks, lone combining formats).
 _BLANK = r"^[\s\p{Cc}\p{Cf}]*$"
 _NUL = "\x00"
+_TEXTS = r"^(prompt|response|responses|chosen|rejected|completion)$"
 # An optional system message, then user and assistant in turn, the user last.
 _TURNS = r"^(system )?user( assistant user)*$"
 
@@ -32,9 +33,13 @@ def _contents(column: str) -> pl.Expr:
     return pl.col(column).list.eval(pl.element().struct.field("content"))
 
 
-def _no_text(column: str, wrong: pl.Expr) -> pl.Expr:
-    """True where no element of a list of texts is wrong."""
-    return ~pl.col(column).list.eval(wrong).list.any()
+def _no_text(column: str, wrong: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
+    """True where none of the texts that a row has in a column is wrong."""
+    if column == "prompt":
+        return ~pl.col(column).list.eval(wrong(pl.element().struct.field("content"))).list.any()
+    if column == "responses":
+        return ~pl.col(column).list.eval(wrong(pl.element())).list.any()
+    return ~wrong(pl.col(column))
 
 
 class PromptRow(pa.DataFrameModel):
@@ -49,46 +54,32 @@ class PromptRow(pa.DataFrameModel):
     class Config:
         strict = True
 
-    @pa.check("prompt", name="empty")
-    def prompt_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
-        """Every message says something."""
-        blank = pl.element().struct.field("content").str.contains(_BLANK)
-        return data.lazyframe.select(_no_text(str(data.key), blank))
+    # pandera loses a check's `name` in the second model that inherits it, so the functions bear the reasons' names.
 
-    @pa.check("prompt", name="contains_nul")
-    def prompt_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
-        """No message holds a NUL character."""
-        nul = pl.element().struct.field("content").str.contains(_NUL, literal=True)
-        return data.lazyframe.select(_no_text(str(data.key), nul))
+    @pa.check(_TEXTS, regex=True)
+    def empty_text(cls, data: PolarsData) -> pl.LazyFrame:
+        """Every message and every answer says something."""
+        return data.lazyframe.select(_no_text(str(data.key), lambda text: text.str.contains(_BLANK)))
 
-    @pa.check("prompt", name="roles_out_of_order")
-    def prompt_in_turns(cls, data: PolarsData) -> pl.LazyFrame:
+    @pa.check(_TEXTS, regex=True)
+    def contains_nul(cls, data: PolarsData) -> pl.LazyFrame:
+        """No text holds a NUL character."""
+        return data.lazyframe.select(_no_text(str(data.key), lambda text: text.str.contains(_NUL, literal=True)))
+
+    @pa.check("prompt")
+    def roles_out_of_order(cls, data: PolarsData) -> pl.LazyFrame:
         """System first if at all, then user and assistant in turn, the user last."""
         roles = pl.col(str(data.key)).list.eval(pl.element().struct.field("role")).list.join(" ")
         return data.lazyframe.select(roles.str.contains(_TURNS))
 
 
-class _Answer(PromptRow):
-    """Checks that every answer's text column shares."""
-
-    @pa.check(r"^(response|chosen|rejected|completion)$", regex=True, name="empty")
-    def answer_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
-        """The answer says something."""
-        return data.lazyframe.select(~pl.col(str(data.key)).str.contains(_BLANK))
-
-    @pa.check(r"^(response|chosen|rejected|completion)$", regex=True, name="contains_nul")
-    def answer_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
-        """The answer holds no NUL character."""
-        return data.lazyframe.select(~pl.col(str(data.key)).str.contains(_NUL, literal=True))
-
-
-class SFTRow(_Answer):
+class SFTRow(PromptRow):
     """A prompt and the answer to imitate."""
 
     response: pl.String
 
 
-class PreferenceRow(_Answer):
+class PreferenceRow(PromptRow):
     """A prompt and two answers, of which people preferred the first."""
 
     chosen: pl.String
@@ -96,13 +87,13 @@ class PreferenceRow(_Answer):
     margin: pl.Float64 = pa.Field(nullable=True, ge=0)
     """How much better `chosen` is, on the annotators' scale; null where they did not say."""
 
-    @pa.check("margin", name="not_finite")
-    def margin_finite(cls, data: PolarsData) -> pl.LazyFrame:
+    @pa.check("margin")
+    def not_finite(cls, data: PolarsData) -> pl.LazyFrame:
         """NaN and infinity are no margins."""
         return data.lazyframe.select(pl.col(str(data.key)).is_finite())
 
-    @pa.dataframe_check(name="chosen_equals_rejected")
-    def two_answers(cls, data: PolarsData) -> pl.LazyFrame:
+    @pa.dataframe_check
+    def chosen_equals_rejected(cls, data: PolarsData) -> pl.LazyFrame:
         """The answers differ by more than the white space around them."""
         chosen, rejected = (pl.col(name).str.strip_chars() for name in ("chosen", "rejected"))
         return data.lazyframe.select(chosen != rejected)
@@ -118,18 +109,8 @@ class RankingRow(PromptRow):
     margins: Numbers = pa.Field(nullable=True)  # type: ignore[valid-type]
     """Per comparison, the difference of the scores; null where there are none."""
 
-    @pa.check("responses", name="empty")
-    def answers_not_empty(cls, data: PolarsData) -> pl.LazyFrame:
-        """Every answer says something."""
-        return data.lazyframe.select(_no_text(str(data.key), pl.element().str.contains(_BLANK)))
-
-    @pa.check("responses", name="contains_nul")
-    def answers_without_nul(cls, data: PolarsData) -> pl.LazyFrame:
-        """No answer holds a NUL character."""
-        return data.lazyframe.select(_no_text(str(data.key), pl.element().str.contains(_NUL, literal=True)))
-
-    @pa.dataframe_check(name="comparisons_do_not_fit")
-    def indices_fit(cls, data: PolarsData) -> pl.LazyFrame:
+    @pa.dataframe_check
+    def comparisons_do_not_fit(cls, data: PolarsData) -> pl.LazyFrame:
         """As many winners as losers (and margins), all of them indices of answers."""
         winners, losers, margins = (pl.col(name) for name in ("winners", "losers", "margins"))
         most = pl.max_horizontal(winners.list.max(), losers.list.max()).fill_null(0)
@@ -139,7 +120,7 @@ class RankingRow(PromptRow):
         return data.lazyframe.select(fits & (margins.is_null() | (margins.list.len() == pairs)))
 
 
-class FeedbackRow(_Answer):
+class FeedbackRow(PromptRow):
     """A prompt, an answer, and a thumb up (true) or down (false)."""
 
     completion: pl.String
@@ -169,16 +150,16 @@ def problems(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([empty, *found])
 
 
-# pandera's own names of checks -> ours.
-_REASONS = {"not_nullable": "missing", "greater_than_or_equal_to": "negative"}
+# Names of checks that are not their reasons: pandera's own, and one that pandera keeps for itself.
+_REASONS = {"empty_text": "empty", "not_nullable": "missing", "greater_than_or_equal_to": "negative"}
 # A check of the whole row -> the column to name.
 _COLUMNS = {"chosen_equals_rejected": "rejected", "comparisons_do_not_fit": "winners"}
 
 
 def _failures(kind: Kind, error: SchemaError) -> pl.DataFrame:
-    check = error.check if isinstance(error.check, str) else str(error.check.name)
-    if error.check_output is None:
+    if error.check is None or error.check_output is None:
         raise error
+    check = error.check if isinstance(error.check, str) else str(error.check.name)
     passed = error.check_output.get_column("check_output")
     reason = _REASONS.get(check, check)
     return pl.DataFrame({"index": (~passed).arg_true().cast(pl.Int64)}).with_columns(

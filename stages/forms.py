@@ -1,7 +1,7 @@
 """The forms in which users bring rows, each turned into the one form of its kind (schemas/rows.py).
 
-A row that has no such form raises `Bad` with the column and the reason. Types are judged here, on Python values, since a
-frame would have to guess them; what can be said about whole columns is left to the pandera models.
+A row that has no such form raises `Bad` with the column and the reason. Types are judged here, on Python values, since
+a frame would have to guess them; what can be said about whole columns is left to the pandera models.
 
 1. Prompts: text, a list of messages, or a transcript that begins with "\\n\\nHuman:".
 2. sft: prompt + response, or `messages` whose last one is the answer.
@@ -65,8 +65,8 @@ KNOWN["preference"] |= {"margin"}
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-_UP = set("true 1 yes up thumbs_up thumbsup good positive desirable like \U0001f44d".split())
-_DOWN = set("false 0 no down thumbs_down thumbsdown bad negative undesirable dislike \U0001f44e".split())
+_UP = {"true", "1", "yes", "up", "thumbs_up", "good", "positive", "desirable", "like", "\U0001f44d"}
+_DOWN = {"false", "0", "no", "down", "thumbs_down", "bad", "negative", "undesirable", "dislike", "\U0001f44e"}
 _TIES = (None, 0, "tie", "both", "")
 
 
@@ -78,8 +78,8 @@ def parse(kind: Kind, row: Row) -> Parsed:
 def fitting_kinds(columns: Iterable[str]) -> list[Kind]:
     """The kinds as which a file with these columns can be read; the most telling first."""
     found = set(columns)
-    fits = [kind for kind, forms in COLUMNS.items() if any(found.issuperset(form) for form in forms)]
-    return [kind for kind in fits if kind != "prompt"] or fits
+    fits: list[Kind] = [kind for kind, forms in COLUMNS.items() if any(found.issuperset(form) for form in forms)]
+    return fits[:-1] if fits[1:] and fits[-1] == "prompt" else fits
 
 
 def text(value: object, column: str) -> str:
@@ -178,9 +178,10 @@ def _answer(value: object, column: str) -> str:
 
 def _last_answer(said: Turns, column: str) -> tuple[Turns, str]:
     """A conversation, cut before the assistant's last turn."""
-    if said[-1][0] != "assistant" or len(said) < 2:
-        raise Bad(column, "no_answer", said[-1][1])
-    return said[:-1], said[-1][1]
+    *before, (role, content) = said
+    if role != "assistant" or not before:
+        raise Bad(column, "no_answer", content)
+    return tuple(before), content
 
 
 def _prompt(row: Row) -> Parsed:

@@ -9,6 +9,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -162,18 +163,14 @@ def _parse_line(line: bytes, number: int) -> Record:
 def _from_json(file: Path) -> Iterator[Record]:
     """One JSON array of rows; anything else is taken as JSON lines."""
     with _bytes_of(file) as stream:
-        start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if start == b"[":
-            stream.seek(0)
-            try:
-                rows = json.loads(stream.read().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise StageError(
-                    f"the file is no JSON: {error}", kind="broken_file", field="path", value=file
-                ) from error
-    if start != b"[":
+        text = stream.read()
+    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _from_jsonl(file)
         return
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"the file is no JSON: {error}", kind="broken_file", field="path", value=file) from error
     for row in rows:
         known = isinstance(row, dict)
         yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
@@ -243,6 +240,7 @@ def _from_frame(frame: pl.DataFrame) -> Iterator[Record]:
 def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
     """Rows of a Hugging Face dataset: from the Hub, its local cache, or a folder; `datasets` finds out which."""
     import datasets  # takes a second, and only this source needs it
+    from datasets.exceptions import DatasetsError
 
     where = Path(name).expanduser()
     try:
@@ -251,7 +249,7 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             table = table[params.split] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise StageError(
             f"the dataset cannot be loaded: {error}",
             kind="missing_dataset",
@@ -259,10 +257,28 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             value=params.path,
             mend="check name, subset, split and revision; offline it has to be in the cache of `datasets`",
         ) from error
+    _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
     for part in table.with_format("arrow").iter(_CHUNK):
         frame = pl.from_arrow(part)
         assert isinstance(frame, pl.DataFrame)
         yield from _from_frame(frame)
+
+
+def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
+    """Offline, `datasets` takes the newest commit in its cache, whatever was asked for. Its folder bears its name."""
+    if params.revision is not None and is_commit(params.revision) and params.revision not in parts:
+        raise StageError(
+            "the cache of `datasets` holds the dataset at another commit only",
+            kind="other_revision",
+            field="revision",
+            value=params.revision,
+            mend="go online to fetch this commit, or name the one that is cached",
+        )
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit, which never moves, and not a branch or a tag."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def _from_demo(kind: str, seed: int) -> Iterator[Record]:

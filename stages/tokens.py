@@ -31,9 +31,9 @@ _SAMPLE = 1000
 
 
 class Finding(NamedTuple):
-    """What is wrong with a row: its index in the frame, the column, the reason, and what was found."""
+    """What is wrong with a row: its place in the frame, the column, the reason, and what was found."""
 
-    index: int
+    place: int
     column: str
     reason: str
     value: str

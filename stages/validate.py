@@ -28,7 +28,7 @@ from schemas.rows import problems
 from schemas.stage import EXIT_CODES, Request, StageError, Strict
 from stages import forms
 from stages.derive import derive
-from stages.sources import Record, records
+from stages.sources import Record, is_commit, records
 from stages.tokens import ANSWERS, Progress, Tokens, too_many_characters
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ _CUT = 200
 
 
 class Report(Strict):
-    """What came of the rows; written as report.json."""
+    """What came of the rows; written as report.json. It names no path, so that equal rows make equal data folders."""
 
-    source: str
     kind: Kind
     rows: int = 0
     """Rows read, the broken ones too."""
@@ -66,8 +65,6 @@ class Report(Strict):
     """The file's columns."""
     sha256: str = ""
     """Digest of all rows read, in order."""
-    quarantine: str
-    """The quarantine file."""
     error: str | None = None
     """Why the data was refused."""
 
@@ -160,7 +157,6 @@ def check(
         except StageError as refusal:
             error = refusal
     report = Report(
-        source=params.path,
         kind=params.kind,
         rows=tally.rows,
         kept=tally.kept if error is None else max(0, tally.rows - len(bad.rows)),
@@ -173,7 +169,6 @@ def check(
         longest=tally.longest,
         columns=list(tally.columns),
         sha256=tally.digest.hexdigest(),
-        quarantine=str(bad.file),
         error=None if error is None else str(error),
     )
     (out / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -417,11 +412,13 @@ def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Tally) -> None:
 
 
 def run(request: Request, run: "StageRun") -> dict[str, float]:
-    """Inputs: model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
+    """Inputs: source (the file), model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
     from stages.engine.text import Codec
 
     params = ValidateParams.model_validate(request.params)
     _refuse_moving_dataset(params)
+    if run.has("source"):
+        params = params.model_copy(update={"path": str(run.input("source"))})
     out = run.work / "data"
     shutil.rmtree(out, ignore_errors=True)
     try:
@@ -435,24 +432,26 @@ def run(request: Request, run: "StageRun") -> dict[str, float]:
             progress=run.progress,
         )
     finally:
-        metrics = _log(run, out)
-    run.publish("data", out)
+        metrics = _log(run, params, out)
+    # Not the digest of the rows: the same rows under other limits or fractions are other data to learn from.
+    run.tag("data.version", run.publish("data", out).sha256[:16])
     return metrics
 
 
 def _refuse_moving_dataset(params: ValidateParams) -> None:
     name = params.path.removeprefix("hub:")
-    if name != params.path and params.revision is None and not Path(name).expanduser().exists():
+    pinned = params.revision is not None and is_commit(params.revision)
+    if name != params.path and not pinned and not Path(name).expanduser().exists():
         raise StageError(
-            "a dataset of the Hub changes with time",
+            f"{params.path} changes with time: a branch or tag moves",
             kind="no_revision",
-            field="path",
-            value=params.path,
-            mend="set `revision` to the commit you want, so that the same config means the same rows",
+            field="revision",
+            value=params.revision,
+            mend="set it to the full commit that you want, so that the same config means the same rows",
         )
 
 
-def _log(run: "StageRun", out: Path) -> dict[str, float]:
+def _log(run: "StageRun", params: ValidateParams, out: Path) -> dict[str, float]:
     """Log the report, if it was written; returns its counts as metrics."""
     if not (out / "report.json").is_file():
         return {}
@@ -462,8 +461,8 @@ def _log(run: "StageRun", out: Path) -> dict[str, float]:
     metrics |= {f"data/{part}/{kind}": n for part, kinds in report.parts.items() for kind, n in kinds.items()}
     values = {name: float(value) for name, value in metrics.items()}
     run.metrics(values)
-    run.tag("data.version", report.sha256)
-    run.dataset(report.source, out, report.sha256, report.rows)
+    run.tag("data.sha256", report.sha256)
+    run.dataset(params.path, params.path, report.sha256, report.rows)
     run.file(out / "report.json", "data")
     run.file(out / "quarantine.jsonl", "data")
     return values
@@ -535,6 +534,7 @@ def _print(options: argparse.Namespace, error: StageError | None) -> None:
     if fresh and file.is_file():
         found |= json.loads(file.read_text(encoding="utf-8"))
     found["error"] = None if error is None else str(error)
+    found |= {"source": options.path, "out": str(options.out), "quarantine": str(options.out / "quarantine.jsonl")}
     if options.json:
         print(json.dumps(found))
         return
