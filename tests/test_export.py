@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows import export, history
@@ -15,6 +14,7 @@ from stages import tracking
 from stages.engine.models import load_scorer, save_scorer
 from stages.engine.text import Codec
 from stages.tracking import StageRun
+from tests.tiny import model_folder
 
 
 def finish(outputs: dict[str, Path], metrics: dict[str, float] | None = None, **request: Any) -> Result:
