@@ -18,6 +18,7 @@ from prefect.settings import (
     PREFECT_LOGGING_LEVEL,
     PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
     PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     PREFECT_SERVER_LOGGING_LEVEL,
     temporary_settings,
 )
@@ -224,6 +225,7 @@ def local_prefect() -> Iterator[None]:
     settings: dict[Any, Any] = {
         PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180,  # 9 s on an idle machine, over 20 on a busy one
         PREFECT_LOGGING_LEVEL: "WARNING",
         PREFECT_SERVER_LOGGING_LEVEL: "WARNING",
     }

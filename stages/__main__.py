@@ -108,7 +108,7 @@ def lead(request: Request) -> Result:
     key = request.key()
     work = tracking.work_folder(key)
     verdict = verdict_file(work)
-    with tracking.lock(work / "lock"):
+    with tracking.lock(work / "lock", waiting="another process makes the same thing: waiting for its result"):
         found = tracking.find(key)
         if "RANK" in os.environ:
             tracking.write_whole(verdict, json.dumps({"reused": found is not None}))

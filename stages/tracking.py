@@ -614,7 +614,8 @@ class StageRun:
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
-        self.metrics(dict(metrics))
+        # Training metrics have their points already; one more, at step 0, would bend their curves.
+        self.metrics({name: value for name, value in metrics.items() if not name.startswith("train/")})
         self.result = Result(
             status="done", key=self.key, run_id=self.run_id, outputs=self.outputs, metrics=dict(metrics)
         )

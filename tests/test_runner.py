@@ -6,14 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows import runner
-from schemas.stage import EXIT_CODES, STAGES, Artifact, Placement, Request, Result, StageError
+from schemas.stage import EXIT_CODES, STAGES, Artifact, Placement, Request, Result, StageError, Status
+from stages import __main__ as entry
 from stages import tracking
 
+ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_stages.py"))]
 
 
@@ -40,9 +43,9 @@ def alive(pid: int) -> bool:
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def wait_for(condition: "threading.Event | object", seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
 
@@ -124,13 +127,11 @@ def test_an_input_that_is_gone(fake: Path, tmp_path: Path) -> None:
     assert result.status == "refused" and "the artifact is gone" in str(result.error)
 
 
-def test_exit_codes(fake: Path, tmp_path: Path) -> None:
-    for params, status in (({"steps": 1}, "done"), ({"end": "refuse"}, "refused"), ({"end": "bug"}, "failed")):
-        path = tmp_path / "request.json"
-        path.write_text(fake_request(**params).model_dump_json())
-        code = subprocess.run([*FAKE, "fake", str(path)], env=runner.environment(fake_request()), capture_output=True)
-        assert code.returncode == EXIT_CODES[status]
-        assert Result.model_validate_json((tmp_path / "result.json").read_text()).status == status
+@pytest.mark.parametrize(("end", "status"), [(None, "done"), ("refuse", "refused"), ("bug", "failed")])
+def test_exit_codes(fake: Path, tmp_path: Path, end: str | None, status: Status) -> None:
+    process = start(tmp_path / "ask", fake_request(end=end))
+    assert process.wait(120) == EXIT_CODES[status]
+    assert Result.model_validate_json((tmp_path / "ask" / "result.json").read_text()).status == status
 
 
 def start(path: Path, asked: Request) -> "subprocess.Popen[bytes]":
@@ -187,7 +188,8 @@ def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
     wait_for(lambda: not alive(pid), seconds=5)
 
 
-def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(entry.MODULES, "fake", "fake_stages")
     path = tmp_path / "request.json"
     for text, words in (
         ("{", "cannot be read"),
@@ -195,8 +197,8 @@ def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path) -> None:
         (fake_request().model_copy(update={"stage": "sft"}).model_dump_json(), "stage = sft"),
     ):
         path.write_text(text)
-        done = subprocess.run([*FAKE, "fake", str(path)], env=runner.environment(fake_request()), capture_output=True)
-        assert done.returncode == EXIT_CODES["refused"] and words in done.stderr.decode()
+        with pytest.raises(StageError, match=words):
+            entry.read_request("fake", path)
 
 
 def test_threads_follow_the_placement(fake: Path) -> None:
@@ -209,11 +211,8 @@ def test_validate_imports_no_torch() -> None:
     code = (
         "import sys; import stages.__main__, stages.tracking; print({'torch', 'mlflow', 'prefect'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FAKE_ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
-
-
-FAKE_ROOT = Path(__file__).parent.parent
 
 
 # --- What lies outside the request ------------------------------------------------------------------------------------
