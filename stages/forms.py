@@ -10,6 +10,7 @@ a frame would have to guess them; what can be said about whole columns is left t
 4. ranking: prompt + responses (texts, or objects with `text` and `model`), with one of
    `scores` (higher is better), `order` (indices or models, best first; a list within is a tie), `ranks` (1 is best) or
    `comparisons` ({a, b, winner}: indices or models; winner null, 0 or "tie" is a tie).
+   Where they stand empty, nobody has ranked the answers yet: such a row is noted, and gives its prompt only.
    Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
    independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
 5. feedback: prompt + completion (or response) + label: a boolean, 0 or 1, or a word for thumbs up or down.
@@ -269,19 +270,19 @@ def _ranking(row: Row) -> Parsed:
     different = {said.strip(): said for said in reversed(texts)}  # reversed: the first of equals stays
     places = {said: place for place, said in enumerate(dict.fromkeys(said.strip() for said in texts))}
     merged = [places[said.strip()] for said in texts]
+    if not row.keys() & {"comparisons", *_LEVELS}:
+        raise Bad("scores", "missing")
     by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in (None, [], "")), None)
-    if by is None:
-        raise Bad("scores", "not_ranked")
+    pairs: list[tuple[int, int]] = []
+    margins, notes = None, ["identical_answers"] * (len(places) < len(texts))
     if by == "comparisons":
-        pairs, notes = _from_comparisons(_listed(row[by], by), names, merged)
-        margins = None
-    else:
-        pairs, margins = _from_levels(_LEVELS[by](_listed(row[by], by), names), merged)
-        margins, notes = (margins if by == "scores" else None), []
-    if len(places) < len(texts):
-        notes.append("identical_answers")
+        pairs, odd = _from_comparisons(_listed(row[by], by), names, merged)
+        notes += odd
+    elif by is not None:
+        pairs, levels = _from_levels(_LEVELS[by](_listed(row[by], by), names), merged)
+        margins = levels if by == "scores" else None
     if not pairs:
-        notes.append("all_tied")
+        notes.append("not_ranked" if by is None else "all_tied")
     winners, losers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return {
         **{"prompt": prompt, "responses": [different[said] for said in places]},

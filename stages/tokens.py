@@ -131,20 +131,19 @@ class Tokens:
         )
         return encoded["input_ids"]  # type: ignore[return-value]
 
-    def differ(self, kind: Kind, frame: pl.DataFrame) -> int:
-        """Among the first rows, those in which the prompt's tokens depend on the answer that follows it.
+    def differ(self, kind: Kind, frame: pl.DataFrame) -> Iterator[int]:
+        """Numbers of those among the first rows in which the prompt's tokens depend on the answer that follows it.
 
         That is so where prompt and answer are tokenized in one go and the tokenizer merges letters across the border.
         All stages tokenize them apart, as sampling does, so it spoils nothing here; other tools may care.
         """
-        columns = ["prompt", *ANSWERS[kind]]
-        count = 0
+        columns = ["row", "prompt", *ANSWERS[kind]]
         for row in frame.head(_SAMPLE).select(columns).iter_rows(named=True):
             prompt = self.codec.render(row["prompt"])
             length = len(self.codec.prompt(row["prompt"]))
             joint = self._ids([prompt + said for _, said in _answers(kind, row)], split_special_tokens=False)
-            count += len({tuple(ids[:length]) for ids in joint}) > 1
-        return count
+            if len({tuple(ids[:length]) for ids in joint}) > 1:
+                yield row["row"]
 
 
 def _answers(kind: Kind, row: dict) -> list[tuple[str, str]]:

@@ -313,7 +313,7 @@ def _clean(
     tally.note("look_alike", _look_alikes(params.kind, frame))
     if tokens is not None:
         tally.longest = tokens.longest
-        tally.notes["prompt_tokens_differ"] += tokens.differ(params.kind, frame)
+        tally.note("prompt_tokens_differ", tokens.differ(params.kind, frame))
     return frame
 
 
@@ -383,7 +383,7 @@ def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Qua
     if not frame.height:
         what = f"{counts}: nothing is left"
     elif not usable.height:
-        what = f"{counts}, and all answers of the other {frame.height} are tied: nothing is left"
+        what = f"{counts}, and none of the other {frame.height} prefers one answer to another: nothing is left"
     else:
         what = f"{counts}, more than max_bad = {params.max_bad:.1%}"
     found = f"most frequent: {most}. They lie in {bad.file}" if most else "no check failed"

@@ -98,8 +98,7 @@ def test_prompt_from_other_columns() -> None:
         ("ranking", {"prompt": "p", "responses": ["x"], "scores": [1]}, ("responses", "fewer_than_two")),
         ("ranking", {"prompt": "p", "responses": ["x", True], "scores": [1, 2]}, ("responses", "not_text")),
         ("ranking", {"prompt": "p", "responses": ["x", {"model": "m"}], "scores": [1, 2]}, ("responses", "missing")),
-        ("ranking", {"prompt": "p", "responses": PAIR}, ("scores", "not_ranked")),
-        ("ranking", {"prompt": "p", "responses": PAIR, "scores": None, "order": []}, ("scores", "not_ranked")),
+        ("ranking", {"prompt": "p", "responses": PAIR}, ("scores", "missing")),
         ("ranking", {"prompt": "p", "responses": PAIR, "scores": [1]}, ("scores", "wrong_number_of_scores")),
         ("ranking", {"prompt": "p", "responses": PAIR, "scores": [1, True]}, ("scores", "not_a_number")),
         ("ranking", {"prompt": "p", "responses": PAIR, "scores": [1, math.nan]}, ("scores", "not_finite")),
@@ -196,6 +195,12 @@ FULL = {("b", "a"), ("b", "c"), ("a", "c")}
 def test_rankings_agree(rank: dict[str, Any]) -> None:
     """The same order, told in every way: b before a before c, all K(K-1)/2 = 3 pairs."""
     assert ranked({"responses": ["a", "b", "c"], **rank}) == (FULL, [])
+
+
+def test_answers_that_nobody_has_ranked() -> None:
+    """What was exported to be ranked and came back without is no error."""
+    for rank in ({"order": []}, {"scores": None, "comparisons": []}, {"ranks": ""}):
+        assert ranked({"responses": PAIR, **rank}) == (set(), ["not_ranked"])
 
 
 def test_models_stand_for_answers() -> None:
