@@ -46,6 +46,9 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+# Stages that make or judge a model; their runs carry its name as the tag `model`.
+WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
+
 SHIP_SECONDS = 2.0
 METRICS_PER_BATCH = 1000
 ENTRIES_PER_BATCH = 100
@@ -594,7 +597,7 @@ class StageRun:
             "stage.key": self.key,
             "pipeline.run": request.pipeline_run,
             "method": request.params.get("method") if request.stage == "align" else None,
-            "model": request.name,
+            "model": request.name if request.stage in WITH_MODEL else None,
         } | request.tags
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")

@@ -166,6 +166,9 @@ class Run(StageRun):
     def tag(self, name: str, value: object) -> None:
         self.tags[name] = value
 
+    def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
+        pass
+
     def progress(self, done: int, total: int, what: str) -> None:
         pass
 

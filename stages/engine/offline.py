@@ -17,7 +17,7 @@ from schemas.training import Training, steps_for
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import processes, step_rows
 from stages.engine.method import Metrics, Totals
-from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums
+from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums, threads_for
 from stages.engine.reference import ReferenceCache
 from stages.engine.rollout import context_length
 from stages.engine.rows import Example, Row, encode, fitting, longest, rank, read, read_if_there, share, world
@@ -48,11 +48,14 @@ class OfflineMethod(ABC):
         run: StageRun,
         seed: int,
     ) -> None:
+        torch.set_num_threads(threads_for(model))
         self.model: nn.Module = model
         self.codec, self.training, self.run, self.seed = codec, training, run, seed
         self.limit = min(training.max_length, context_length(model.plain) or training.max_length)
         self.examples = fitting(examples, self.limit)
         run.metrics({"data/rows": len(self.examples), "data/too_long": len(examples) - len(self.examples)})
+        data = run.request.inputs["data"]
+        run.dataset("data", data.uri, data.sha256, len(self.examples))
         self.trees = [example.tree for example in self.examples]
         self.layout: Layout = choose_layout(model, training.layout, self.trees[:8], codec.pad_id)
         run.tag("layout", self.layout)
@@ -160,13 +163,17 @@ class OfflineAlignment(PolicyMethod):
 
         Called before training only: without adapters to switch off, the policy itself is the reference then.
         """
+
+        def progress(done: int, total: int) -> None:
+            self.run.progress(done, total, "answers read by the reference")
+
         cache = ReferenceCache(self.run.request.inputs["model"].sha256, self.training.precision)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
         with self.policy.reference() if self.training.lora else nullcontext():
             if world() > 1:  # each rank computes its share; then all is there to be read
-                cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id)
+                cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id, progress)
                 processes().wait_for_everyone()
-            return cache.logps(self.policy, trees, self.layout, budget, pad_id)
+            return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
 
 
 def publish_policy(policy: Policy, codec: Codec, run: StageRun) -> None:
