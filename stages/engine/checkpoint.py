@@ -97,7 +97,9 @@ def fault(checkpoint: Path, key: str) -> str | None:
         for name, expected in manifest["files"].items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if (checkpoint / name).stat().st_size != expected["size"] or _sha256(checkpoint / name) != expected["sha256"]:
+            if (checkpoint / name).stat().st_size != expected["size"] or _sha256(checkpoint / name) != expected[
+                "sha256"
+            ]:
                 return f"{name} was altered or cut"
         present = {p.name for p in checkpoint.iterdir()}
         extra = present - set(manifest["files"]) - {MANIFEST}

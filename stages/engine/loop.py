@@ -93,8 +93,8 @@ class Loop:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
         processes()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
-        self.optimizer = optimizer_for(method.model, training)
-        method.model, self.optimizer = self.accelerator.prepare(method.model, self.optimizer)
+        self.adamw = optimizer_for(method.model, training)
+        method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
         method.model.train()
         self.raw = self.accelerator.unwrap_model(method.model)
         self.folder = run.work / "checkpoints"
@@ -172,7 +172,7 @@ class Loop:
         if self.accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            checkpoint.write_state(draft, "model", checkpoint.model_state(self.raw, self.optimizer.optimizer))
+            checkpoint.write_state(draft, "model", checkpoint.model_state(self.raw, self.adamw))
             loop = {"step": self.step, "compute": self.compute, "last": self.last}
             checkpoint.write_state(draft, "loop", loop)
         self.accelerator.wait_for_everyone()
@@ -193,7 +193,7 @@ class Loop:
         found = checkpoint.newest(self.folder, self.run.key)
         if found is None:
             return
-        checkpoint.load_model_state(self.raw, self.optimizer.optimizer, checkpoint.read_state(found, "model"))
+        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
         self.method.load_state_dict(checkpoint.read_state(found, f"method-{self.accelerator.process_index}"))
         state = checkpoint.read_state(found, "loop")
         self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
