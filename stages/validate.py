@@ -457,14 +457,14 @@ def _log(run: "StageRun", params: ValidateParams, out: Path) -> dict[str, float]
         return {}
     report = Report.model_validate_json((out / "report.json").read_text(encoding="utf-8"))
     metrics = {"data/rows": report.rows, "data/kept": report.kept, "data/quarantined": report.quarantined}
-    metrics |= {f"data/quarantined/{reason}": n for reason, n in report.reasons.items()}
+    metrics |= {f"quarantined/{reason}": n for reason, n in report.reasons.items()}
     metrics |= {f"data/{part}/{kind}": n for part, kinds in report.parts.items() for kind, n in kinds.items()}
     values = {name: float(value) for name, value in metrics.items()}
     run.metrics(values)
     run.tag("data.sha256", report.sha256)
     run.dataset(params.path, params.path, report.sha256, report.rows)
-    run.file(out / "report.json", "data")
-    run.file(out / "quarantine.jsonl", "data")
+    run.file(out / "report.json", "report")
+    run.file(out / "quarantine.jsonl", "report")
     return values
 
 

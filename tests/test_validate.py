@@ -561,7 +561,8 @@ def test_stage(home: Path, tmp_path: Path) -> None:
     with tracking.StageRun(request) as stage:
         metrics = run(request, stage)
         stage.finish(metrics)
-    assert metrics["data/rows"] == 21 and metrics["data/kept"] == 20 and metrics["data/quarantined/empty"] == 1
+    assert metrics["data/rows"] == 21 and metrics["data/kept"] == 20 and metrics["quarantined/empty"] == 1
+    assert stage.outputs["data"].uri.endswith("/data")
     folder = tracking.fetch(stage.outputs["data"])
     assert {path.name for path in folder.iterdir()} == {"train", "eval", "quarantine.jsonl", "report.json"}
     logged = tracking.client().get_run(stage.run_id).data

@@ -103,10 +103,10 @@ class Codec:
         return ids
 
     def _encode_control(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
     def _encode_text(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
