@@ -50,7 +50,7 @@ Fill in `order` on every line: the answers' numbers, counted from 0 in the order
     "order": [2, 0, 3, 1]       the third answer is best, then the first, the fourth, the second
     "order": [2, [0, 3], 1]     the first and the fourth are equally good
 
-Each answer has to stand in it once. A line whose `order` stays empty is left out and counted. Change nothing else.
+Each answer has to stand in it once. A line whose `order` stays empty counts as not ranked. Change nothing else.
 The ranked file comes back as preference data, in a pipeline's config
 
     data:
