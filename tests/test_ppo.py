@@ -4,6 +4,8 @@ Shapes: B answers, T tokens of the longest, N answer tokens end to end.
 """
 
 import math
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from schemas.config import BaseParams, Scratch
@@ -25,6 +28,7 @@ from stages.engine.loop import train
 from stages.engine.models import load_scorer, save_scorer
 from stages.engine.text import Codec
 from tests import tiny
+from tests.test_accumulation import free_port
 
 F64 = torch.float64
 
@@ -274,6 +278,42 @@ def test_resume_is_exact_also_within_an_iteration(inputs: Path, tmp_path: Path, 
     assert after.kl_coef == whole.kl_coef != whole.config.kl_coef
     for name, values in logged.items():
         assert resumed[name] == values[cut_at:], name
+
+
+def train_shared(inputs: Path, work: Path) -> dict[str, Tensor]:
+    """Two iterations with a frozen reference and a critic of its own; the weights, and what was logged."""
+    # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
+    ppo = PPO(settings(adam_eps=1.0, learning_rate=0.1, kl_target=0.01), memory(inputs, work), 0)
+    logged = run_loop(ppo)
+    skip = {"compute/seconds", "train/tokens_per_second"}
+    numbers = {name: torch.tensor(values) for name, values in logged.items() if name not in skip}
+    return {**{name: p.detach().clone() for name, p in ppo.model.named_parameters()}, **numbers}
+
+
+def work_as_rank(rank: int, port: int, inputs: Path, folder: Path) -> None:
+    """One of two processes that train together over gloo, as torchrun starts them."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    save_file(train_shared(inputs, folder / "work"), folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_and_train_like_one(inputs: Path, tmp_path: Path) -> None:
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [context.Process(target=work_as_rank, args=(rank, port, inputs, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    alone = train_shared(inputs, tmp_path / "alone")
+    for rank in (0, 1):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert shared.keys() == alone.keys()
+        for name, value in shared.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_loop_counts_sampled_tokens_once(start: Callable[..., PPO]) -> None:
