@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -206,8 +207,8 @@ def quieten() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for Prefect's second account of a failed task, which brings an empty traceback."""
-    return not str(record.msg).startswith("Task run failed with state")
+    """False where Prefect says again what the stage's own line says: that it is done, or has failed."""
+    return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
 
 
 @contextlib.contextmanager
@@ -244,8 +245,11 @@ def run(config: PipelineConfig) -> dict[str, Result]:
         StageError: a stage stopped, with its problem and status; or the config lacks something.
     """
     plan(config)  # what is missing is said before a server starts
-    with local_prefect():
-        return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+    with ThreadPoolExecutor(1) as aside:
+        database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
+        with local_prefect():
+            database.result()
+            return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
 
 
 # --- What a run would do ----------------------------------------------------------------------------------------------

@@ -39,13 +39,16 @@ def run_stage(request: Request, log: Log | None = None) -> Result:
     log = log or logging.getLogger("alignflow")
     found = tracking.find(request.key())
     if found is not None:
-        log.info("%s: reused, from run %s", request.name or request.stage, found.run_id)
+        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
         tracking.note_reuse(found, request.pipeline_run)
         return found
     ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
+    began = time.monotonic()
     code = run_process(request, ask / "request.json", log)
-    return read_result(ask / "result.json", request, code)
+    result = read_result(ask / "result.json", request, code)
+    log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
+    return result
 
 
 def run_process(request: Request, path: Path, log: Log) -> int:

@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -542,6 +543,13 @@ class Journal:
 # --- A stage's run ----------------------------------------------------------------------------------------------------
 
 
+def label(request: Request) -> str:
+    """Short name of a request for people: `sft`, `dpo`, `eval dpo`."""
+    if request.stage == "evaluate":
+        return f"eval {request.name}" if request.name else "eval"
+    return request.name or request.stage
+
+
 class StageRun:
     """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
 
@@ -557,17 +565,13 @@ class StageRun:
         self.outputs: dict[str, Artifact] = {}
         self.result: Result | None = None
         self._fetched: dict[str, Path] = {}
-        self._started = time.monotonic()
-        self._last_progress = (0.0, -1)
+        self._pace = Pace()
         self.work.mkdir(parents=True, exist_ok=True)
 
     @property
     def label(self) -> str:
-        """Short name for people: `sft`, `dpo`, `eval dpo`."""
-        name = self.request.name
-        if self.request.stage == "evaluate":
-            return f"eval {name}" if name else "eval"
-        return name or self.request.stage
+        """The request's short name."""
+        return label(self.request)
 
     def __enter__(self) -> Self:
         if self.rank == 0:
@@ -765,16 +769,29 @@ class StageRun:
         if self.rank > 0:
             return
         now = time.monotonic()
-        last, last_done = self._last_progress
-        if done < last_done:  # a new piece of work begins
-            self._started, last = now, 0.0
-        if done >= total or now - last >= PROGRESS_SECONDS:
-            spent = now - self._started
-            left = f"  {_clock(spent / done * (total - done))} left" if 0 < done < total else ""
-            sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
-            sys.stderr.flush()
-            last = now
-        self._last_progress = (last, done)
+        if done <= self._pace.done or total != self._pace.total:
+            self._pace = Pace(began=now, first=done, total=total)
+        pace = self._pace
+        pace.done = done
+        if done < total and now - pace.said < PROGRESS_SECONDS:
+            return
+        pace.said = now
+        left = ""
+        if pace.first < done < total:
+            left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
+        sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.flush()
+
+
+@dataclass
+class Pace:
+    """How fast a piece of work goes: when it was first heard of, how far it was then, and what was said last."""
+
+    began: float = 0.0
+    first: int = 0
+    total: int = -1
+    done: int = -1
+    said: float = -math.inf
 
 
 def _clock(seconds: float) -> str:

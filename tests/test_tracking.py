@@ -216,9 +216,16 @@ def test_progress_says_how_far(home: Path, capsys: pytest.CaptureFixture[str], m
         now[0] += 2.0
         run.progress(done, 10, "steps  loss 1.23")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "sft  1/10 steps  loss 1.23  0:18 left"
-    assert lines[-1] == "sft  10/10 steps  loss 1.23"
-    assert len(lines) == 4  # at 2, 8, 14 and 20 seconds
+    assert lines == [  # at 2, 8, 14 and 20 seconds
+        "sft  1/10 steps  loss 1.23",
+        "sft  4/10 steps  loss 1.23  0:12 left",
+        "sft  7/10 steps  loss 1.23  0:06 left",
+        "sft  10/10 steps  loss 1.23",
+    ]
+    run.progress(1, 3, "answers")  # another piece of work, with a pace of its own
+    now[0] += 60.0
+    run.progress(2, 3, "answers")
+    assert capsys.readouterr().err.splitlines() == ["sft  1/3 answers", "sft  2/3 answers  1:00 left"]
 
 
 def test_names_that_mlflow_takes() -> None:
