@@ -213,7 +213,9 @@ def chat(
     """
     from flows.history import model as find
 
-    named: dict[str, Any] = {"model": find(model).folder, "versus": versus and find(versus).folder}
+    named: dict[str, Any] = {"model": find(model).folder, "name": model}
+    if versus is not None:
+        named |= {"versus": find(versus).folder, "versus-name": versus}
     named |= {"system": system, "temperature": temperature, "seed": seed, "max-new-tokens": max_new_tokens}
     forward("stages.chat", [], named)
 

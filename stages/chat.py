@@ -80,12 +80,12 @@ class Talker:
         return prompt
 
 
-def load(uri: str, system: str | None) -> Talker:
-    """The model that a person names. Raises StageError when there is none."""
+def load(uri: str, system: str | None, name: str | None = None) -> Talker:
+    """The model that a person names; `name` is what to call it. Raises StageError when there is none."""
     folder = tracking.locate(uri)
     policy = load_policy(folder, trainable=False)
     policy.eval()
-    return Talker(uri, policy, Codec.load(folder), system)
+    return Talker(name or uri, policy, Codec.load(folder), system)
 
 
 def converse(talkers: list[Talker], lines: TextIO, out: TextIO, options: argparse.Namespace) -> None:
@@ -145,6 +145,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder, models:/NAME@ALIAS or runs:/RUN_ID/model")
     parser.add_argument("--versus", help="a second model, answering the same messages beside the first")
+    parser.add_argument("--name", help="what to call the first (default: as it is given)")
+    parser.add_argument("--versus-name", help="what to call the second")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest word (default 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default 0)")
@@ -159,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or that of a model that cannot be used."""
     options = _options(argv)
     try:
-        talkers = [load(uri, options.system) for uri in (options.model, options.versus) if uri is not None]
+        wanted = [(options.model, options.name), (options.versus, options.versus_name)]
+        talkers = [load(uri, options.system, name) for uri, name in wanted if uri is not None]
         torch.set_num_threads(threads_for(talkers[0].policy))
         if sys.stdin.isatty():
             print(HELP)
