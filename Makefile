@@ -18,7 +18,7 @@ demo: $(READY)  ## set up, then run the whole pipeline on the built-in demo (abo
 
 test: check  ## set up, then format, lint, types, import contracts and tests
 
-check: $(READY)  ## the same as test
+check: $(READY) $(SMOLLM2)  ## the same as test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
