@@ -111,14 +111,13 @@ def lead(request: Request) -> Result:
     with tracking.lock(work / "lock", waiting="another process makes the same thing: waiting for its result"):
         found = tracking.find(key)
         if "RANK" in os.environ:
+            for old in work.glob("verdict-*.json"):
+                old.unlink()  # of an earlier start; this one's stays, for a rank that comes late
             tracking.write_whole(verdict, json.dumps({"reused": found is not None}))
         if found is not None:
             tracking.note_reuse(found, request.pipeline_run)
             return found
-        try:
-            result = execute(request)
-        finally:
-            verdict.unlink(missing_ok=True)
+        result = execute(request)
         if result.status == "done":
             tracking.clear_work(key)
         return result

@@ -201,6 +201,28 @@ def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path, monkeypatch: pyt
             entry.read_request("fake", path)
 
 
+def test_two_ranks_do_and_reuse_together(fake: Path, tmp_path: Path) -> None:
+    asked = fake_request(steps=2)
+    path = tmp_path / "request.json"
+    path.write_text(asked.model_dump_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for reused in (False, True):
+        command = [*torchrun, FAKE[1], "fake", str(path)]
+        done = subprocess.run(command, env=runner.environment(asked), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert Result.model_validate_json((tmp_path / "result.json").read_text()).reused is reused
+    (run,) = tracking.client().search_runs([tracking.experiment("tests")])
+    assert losses(run.info.run_id) == [(0, 1.0), (1, 0.5)]
+
+
+def test_more_devices_mean_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(entry.os, "execv", lambda program, arguments: started.append(arguments))
+    placed = fake_request().model_copy(update={"placement": Placement(devices=2)})
+    entry.become_torchrun(placed, ["sft", "request.json"])
+    assert started[0][-5:] == ["--nproc-per-node=2", "-m", "stages", "sft", "request.json"]
+
+
 def test_threads_follow_the_placement(fake: Path) -> None:
     placed = fake_request().model_copy(update={"placement": Placement(threads=3)})
     assert runner.environment(placed)["OMP_NUM_THREADS"] == "3"
