@@ -11,21 +11,17 @@ from typing import Any, Literal, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
     PREFECT_LOGGING_LEVEL,
-    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    PREFECT_SERVER_LOGGING_LEVEL,
     temporary_settings,
 )
 from prefect.states import Completed, Failed, State
 
-from flows import runner
+from flows import runner, servers
 from flows.plan import Node, plan
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Placement, Request, Result, StageError
@@ -213,29 +209,27 @@ def is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def local_prefect() -> Iterator[None]:
-    """Prefect's settings for a run from this process. Where no server is set, it starts one under `home()` and ends it.
+    """Prefect for a run from this process. Where no server is set, one runs over `home()` for as long as this does.
 
-    Prefect starts that server by itself with the first request; the lock keeps two from making one database at once.
+    It is ours and not the one that Prefect starts by itself: that one lives on when this process is killed.
     """
     quieten()
     if PREFECT_API_URL.value():
         yield
         return
-    folder = tracking.home() / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings: dict[Any, Any] = {
-        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180,  # 9 s on an idle machine, over 20 on a busy one
-        PREFECT_LOGGING_LEVEL: "WARNING",
-        PREFECT_SERVER_LOGGING_LEVEL: "WARNING",
-    }
+    settings: dict[Any, Any] = {PREFECT_LOGGING_LEVEL: "WARNING"}
     if "PREFECT_HOME" not in os.environ:
-        settings[PREFECT_HOME] = folder
-    with temporary_settings(settings):
-        with tracking.lock(folder / "start.lock"), get_client(sync_client=True) as client:
-            client.hello()
-        yield
+        settings[PREFECT_HOME] = tracking.home() / "prefect"
+    options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
+    server = servers.prefect_server(servers.port(None, 0, "port"), *options)
+    with contextlib.ExitStack() as stack:
+        with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
+            stack.enter_context(servers.running([server]))
+        stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+        try:
+            yield
+        finally:
+            APILogHandler.flush()  # lines still on their way, before the server ends
 
 
 def run(config: PipelineConfig) -> dict[str, Result]:

@@ -73,10 +73,10 @@ def mlflow_server(number: int) -> Server:
     return Server("MLflow", url, f"{url}/health", command, {})
 
 
-def prefect_server(number: int) -> Server:
-    """Prefect over the database that flows without a server write to."""
+def prefect_server(number: int, *more: str) -> Server:
+    """Prefect over the database that flows without a server write to; `more` options of `prefect server start`."""
     url = f"http://{HOST}:{number}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(number)]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(number), *more]
     return Server("Prefect", url, f"{url}/api/health", command, {"PREFECT_HOME": str(tracking.home() / "prefect")})
 
 
