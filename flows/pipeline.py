@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_URL,
@@ -229,7 +228,8 @@ def local_prefect() -> Iterator[None]:
         try:
             yield
         finally:
-            APILogHandler.flush()  # lines still on their way, before the server ends
+            for handler in logging.getLogger("prefect.flow_runs").handlers:
+                handler.flush()  # lines still on their way, before the server ends
 
 
 def run(config: PipelineConfig) -> dict[str, Result]:
