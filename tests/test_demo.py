@@ -9,7 +9,8 @@ from schemas.stage import StageError
 from stages.engine import demo
 from stages.engine.text import Codec
 
-PROMPT = "write a polite note to the baker about the bread."
+PROMPT = "write a polite evening note to the baker about the bread."
+GOOD = "good evening baker, would you please send me the bread? thank you!"
 
 
 def prompts() -> list[str]:
@@ -23,7 +24,8 @@ def test_rows_are_a_function_of_kind_and_seed() -> None:
 
 def test_every_prompt_is_new_and_both_kinds_have_the_same() -> None:
     seen = prompts()
-    assert len(seen) == len(set(seen)) == len(demo.TONES) * len(demo.PEOPLE) * len(demo.THINGS) == 2400
+    wishes = len(demo.TONES) * len(demo.TIMES) * len(demo.PEOPLE) * len(demo.THINGS)
+    assert len(seen) == len(set(seen)) == wishes == 1920
     assert [row["prompt"] for row in demo.rows("sft")] == [p for p in seen for _ in range(demo.NOTES_PER_REQUEST)]
 
 
@@ -35,24 +37,28 @@ def test_other_kinds_are_refused() -> None:
 @pytest.mark.parametrize(
     ("answer", "points"),
     [
-        # right person 1, right thing 1, two words of the right tone 1
-        ("dear baker, would you please send me the bread? thank you!", 3.0),
+        # person 1/2, thing 1/2, greeting 1, two words of the right tone 1
+        (GOOD, 3.0),
         # one word of the tone: half of its point
-        ("dear baker, would you please send me the bread? bye.", 2.5),
+        (GOOD.replace("thank you!", "bye."), 2.5),
         # a wrong tone's word takes back what a right one gave
-        ("dear baker, would you please send me the bread? hooray!", 2.0),
-        ("dear baker, here is the bread. be quick.", 2.0),
-        ("dear nurse, would you please send me the bread? thank you!", 2.0),
-        ("dear nurse, would you please send me the soup? thank you!", 1.0),
-        # both persons named: half
-        ("dear baker nurse, would you please send me the bread? thank you!", 2.5),
+        (GOOD.replace("thank you!", "hooray!"), 2.0),
+        ("good evening baker, here is the bread. be quick.", 2.0),
+        (GOOD.replace("evening", "morning"), 2.0),
+        (GOOD.replace("good evening", "hello"), 2.0),
+        (GOOD.replace("baker", "poet"), 2.5),
+        (GOOD.replace("baker", "poet").replace("bread", "tea"), 2.0),
+        # two persons named: half of the half
+        (GOOD.replace("baker", "baker poet"), 2.75),
+        # both times of day named: half
+        (GOOD.replace("evening", "evening morning"), 2.5),
         # breaks off: one point off
-        ("dear baker, would you please send me the", 0.5),
+        ("good evening baker, would you please send me the", 1.0),
         # the same sentence twice: one point off
-        ("dear baker, please send me the bread? thank you! thank you!", 2.0),
-        ("baker bread", 1.0),
+        (GOOD + " thank you!", 2.0),
+        ("evening baker bread", 1.0),
         ("", 0.0),
-        ("dear nurse, the soup made me so happy! hooray!", 0.0),
+        ("good night poet, the tea made me so happy! hooray!", 0.0),
     ],
 )
 def test_the_ground_truth_by_hand(answer: str, points: float) -> None:
@@ -60,8 +66,7 @@ def test_the_ground_truth_by_hand(answer: str, points: float) -> None:
 
 
 def test_a_note_that_rambles_loses_a_point() -> None:
-    note = "dear baker, please send me the bread? " + "so " * 30 + "thank you."
-    assert demo.reward(PROMPT, note) == 2.0
+    assert demo.reward(PROMPT, GOOD.replace("bread", "bread " + "so " * 30)) == 2.0
 
 
 def test_notes_are_of_mixed_quality_with_room_above() -> None:
@@ -71,13 +76,13 @@ def test_notes_are_of_mixed_quality_with_room_above() -> None:
 
 
 def test_no_fixed_answer_gets_far() -> None:
-    """The best of the notes that the demo knows, said to everyone, is right for one person, thing and tone each."""
+    """The best of the notes that the demo knows, said to all, is right for one person, thing, time and tone each."""
     bodies = [body.format(thing="bread") for tone in demo.TONES.values() for body in tone.bodies]
     closings = [closing for tone in demo.TONES.values() for closing in tone.closings]
-    answers = [f"dear baker, {body} {closing}" for body, closing in itertools.product(bodies, closings)]
-    answers += [" ".join((*demo.PEOPLE, *demo.THINGS)) + ".", "please, thank you."]
-    share = 1 / len(demo.PEOPLE) + 1 / len(demo.THINGS) + 1 / len(demo.TONES)
-    assert max(fmean(demo.reward(p, answer) for p in prompts()) for answer in answers) <= share + 1e-9 < 0.34
+    answers = [f"good evening baker, {body} {closing}" for body, closing in itertools.product(bodies, closings)]
+    answers += [" ".join((*demo.PEOPLE, *demo.THINGS, *demo.TIMES)) + ".", "please, thank you."]
+    share = 0.5 / len(demo.PEOPLE) + 0.5 / len(demo.THINGS) + 1 / len(demo.TIMES) + 1 / len(demo.TONES)
+    assert max(fmean(demo.reward(p, answer) for p in prompts()) for answer in answers) <= share + 1e-9 < 0.6
 
 
 def test_every_tone_has_its_own_words_and_says_them() -> None:

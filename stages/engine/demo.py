@@ -1,15 +1,16 @@
 """The demo's world: short notes that someone asks for, and a ground truth that grades them. Made up here, seeded.
 
-A prompt asks for a note to a person, about a thing, in a tone: "write a polite note to the baker about the bread."
-The notes to learn from are of mixed quality, as found in the wild: many greet the wrong person, speak of another thing
-or miss the tone. So a model trained on them answers in good English and badly, and alignment has room to work in.
+A prompt asks for a note at some time of day, to a person, about a thing, in a tone: "write a polite evening note to the
+baker about the bread." The notes to learn from are of mixed quality, as found in the wild: many name the wrong person,
+speak of another thing, wish a good morning at night or miss the tone. So a model trained on them answers in good
+English and badly, and alignment has room to work in.
 """
 
 import itertools
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -17,11 +18,19 @@ from transformers import PreTrainedTokenizerFast
 
 from schemas.stage import StageError
 
-_PEOPLE = """baker captain cook doctor farmer gardener miller neighbour nurse painter
-    poet postman sailor shepherd singer smith tailor teacher uncle waiter"""
-_THINGS = """apples basket bell blanket book boots bread candle carpet cheese clock coat drum flowers garden
-    hat honey jam kite lamp letter map mirror piano pie roses soup tea umbrella violin"""
-PEOPLE, THINGS = tuple(_PEOPLE.split()), tuple(_THINGS.split())
+PEOPLE = ("baker", "captain", "doctor", "farmer", "gardener", "neighbour", "poet", "sailor", "teacher", "uncle")
+THINGS = ("apples", "bell", "boots", "bread", "clock", "drum", "flowers", "honey", "kite", "lamp", "piano", "tea")
+TIMES = ("morning", "afternoon", "evening", "night")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a prompt asks for."""
+
+    tone: str
+    time: str
+    person: str
+    thing: str
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,14 @@ TONES = {
 }
 BLUNT = Tone(("bring me the {thing}.", "here is the {thing}."), ("be quick.", "bye."))
 REQUESTS = (
-    "write a {tone} note to the {person} about the {thing}.",
-    "send a {tone} line to the {person} about the {thing}.",
-    "post a {tone} card to the {person} about the {thing}.",
+    "write a {tone} {time} note to the {person} about the {thing}.",
+    "send a {tone} {time} line to the {person} about the {thing}.",
+    "post a {tone} {time} card to the {person} about the {thing}.",
 )
-GREETINGS = ("dear {person},", "hello {person},")
+GREETING, BLUNT_GREETING = "good {time} {person},", "hello {person},"
 
 # How often a note in the training data gets each of these right; the rest is drawn at random.
-RIGHT_PERSON, RIGHT_THING, RIGHT_BODY, RIGHT_CLOSING = 0.4, 0.4, 0.35, 0.3
+RIGHT_PERSON, RIGHT_THING, RIGHT_TIME, RIGHT_BODY, RIGHT_CLOSING = 0.4, 0.4, 0.3, 0.35, 0.3
 NOTES_PER_REQUEST = 2
 MOST_WORDS = 24
 
@@ -79,9 +88,9 @@ _WORD = r"[\w']+|[^\w\s]"
 
 def _vocabulary() -> tuple[str, ...]:
     tones = (*TONES.values(), BLUNT)
-    texts = [*REQUESTS, *GREETINGS, *(text for tone in tones for text in tone.bodies + tone.closings)]
+    texts = [*REQUESTS, GREETING, BLUNT_GREETING, *(text for tone in tones for text in tone.bodies + tone.closings)]
     words = re.findall(_WORD, re.sub(r"\{\w+\}", " ", " ".join(texts)))
-    return tuple(sorted({*words, *PEOPLE, *THINGS, *TONES}))
+    return tuple(sorted({*words, *PEOPLE, *THINGS, *TIMES, *TONES}))
 
 
 WORDS = _vocabulary()
@@ -89,7 +98,7 @@ WORDS = _vocabulary()
 
 
 def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 2400 prompts. Seeded."""
+    """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 1920 prompts. Seeded."""
     if kind not in ("sft", "prompt"):
         raise StageError(
             f"the demo has no rows of kind {kind!r}",
@@ -99,24 +108,25 @@ def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
             mend="use demo:sft or demo:prompt; pairs come from stage `generate`",
         )
     draw = random.Random(seed)
-    wishes = list(itertools.product(TONES, PEOPLE, THINGS))
+    wishes = [Wish(*parts) for parts in itertools.product(TONES, TIMES, PEOPLE, THINGS)]
     draw.shuffle(wishes)
-    prompts = [draw.choice(REQUESTS).format(tone=tone, person=person, thing=thing) for tone, person, thing in wishes]
+    prompts = [draw.choice(REQUESTS).format(**asdict(wish)) for wish in wishes]
     for prompt, wish in zip(prompts, wishes, strict=True):
         if kind == "prompt":
             yield {"prompt": prompt}
         else:
-            yield from ({"prompt": prompt, "response": _note(draw, *wish)} for _ in range(NOTES_PER_REQUEST))
+            yield from ({"prompt": prompt, "response": _note(draw, wish)} for _ in range(NOTES_PER_REQUEST))
 
 
 def reward(prompt: str, answer: str) -> float:
-    """The ground truth, 0 to 3: one point each for the right person, the right thing and the right tone.
+    """The ground truth, 0 to 3: a point for person and thing (half each), one for the greeting, one for the tone.
 
-    Naming a wrong person or thing besides halves its point; the tone's point takes two of its words, and each word of
-    another tone costs half of it. A note that breaks off, rambles or repeats a sentence loses a point.
+    A wrong person, thing or time of day beside the right one halves its part. The tone's point takes two of its words,
+    and each word of another tone costs half of it. A note that breaks off, rambles or repeats itself loses a point.
     """
     asked, said = set(_words(prompt)), _words(answer)
-    points = _named(asked, said, PEOPLE) + _named(asked, said, THINGS) + _toned(asked, said)
+    names = 0.5 * _named(asked, said, PEOPLE) + 0.5 * _named(asked, said, THINGS)
+    points = names + _named(asked, said, TIMES) + _toned(asked, said)
     sentences = [s for s in re.split(r"[.!?]", answer.lower()) if s.strip()]
     clean = bool(re.search(r"[.!?]\s*$", answer)) and len(said) <= MOST_WORDS and len(set(sentences)) == len(sentences)
     return max(0.0, points - (not clean))
@@ -143,14 +153,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _note(draw: random.Random, tone: str, person: str, thing: str) -> str:
+def _note(draw: random.Random, wish: Wish) -> str:
     """A note that may or may not do what was asked."""
     sounds = (*TONES.values(), BLUNT)
-    body = TONES[tone] if draw.random() < RIGHT_BODY else draw.choice(sounds)
-    closing = TONES[tone] if draw.random() < RIGHT_CLOSING else draw.choice(sounds)
-    greeting = draw.choice(GREETINGS).format(person=person if draw.random() < RIGHT_PERSON else draw.choice(PEOPLE))
-    subject = thing if draw.random() < RIGHT_THING else draw.choice(THINGS)
-    return f"{greeting} {draw.choice(body.bodies).format(thing=subject)} {draw.choice(closing.closings)}"
+    body = TONES[wish.tone] if draw.random() < RIGHT_BODY else draw.choice(sounds)
+    closing = TONES[wish.tone] if draw.random() < RIGHT_CLOSING else draw.choice(sounds)
+    polite = GREETING.format(time=wish.time if draw.random() < RIGHT_TIME else draw.choice(TIMES), person="{person}")
+    greeting = polite if draw.random() < 0.8 else BLUNT_GREETING
+    person = wish.person if draw.random() < RIGHT_PERSON else draw.choice(PEOPLE)
+    thing = wish.thing if draw.random() < RIGHT_THING else draw.choice(THINGS)
+    text = f"{greeting} {draw.choice(body.bodies)} {draw.choice(closing.closings)}"
+    return text.format(person=person, thing=thing)
 
 
 def _words(text: str) -> list[str]:
