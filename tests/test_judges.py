@@ -108,8 +108,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_rule_is_the_demos_ground_truth() -> None:
-    prompt = "write a polite note to the baker about the bread."
-    answers = ["dear baker, would you please send me the bread? thank you!", "bye."]
+    prompt = "write a polite evening note to the baker about the bread."
+    answers = ["good evening baker, would you please send me the bread? thank you!", "bye."]
     scores = judges.RuleJudge().score([user(prompt)] * 2, answers)
     assert scores == [demo.reward(prompt, answer) for answer in answers]
     assert scores[0] == 3 > scores[1]
