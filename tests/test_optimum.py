@@ -152,6 +152,7 @@ def check(world: World, name: str, policy: Policy, codec: Codec) -> None:
     assert world.objective(logps_XY) == pytest.approx(world.best - BETA * kl, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_trunk", ["separate", "shared"])
 def test_ppo_comes_near_the_optimum(world: World, tmp_path: Path, value_trunk: Literal["separate", "shared"]) -> None:
     rows = [tiny.row(i, prompt) for i, prompt in enumerate(PROMPTS)]
@@ -204,6 +205,7 @@ def labelled_pairs(world: World, codec: Codec, times: int) -> list[Tree]:
     return pairs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_dpo_comes_near_the_optimum(world: World, tmp_path: Path) -> None:
     pairs = labelled_pairs(world, Codec.load(world.folder / "model"), 32)
