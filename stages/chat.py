@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TextIO
 
-import torch
-
 from schemas.stage import EXIT_CODES, StageError
 from stages import tracking
-from stages.engine.models import Policy, load_policy, threads_for
+from stages.engine.models import Policy, load_policy
 from stages.engine.rollout import context_length, sample, seed_of
 from stages.engine.text import Codec
 
@@ -163,7 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         wanted = [(options.model, options.name), (options.versus, options.versus_name)]
         talkers = [load(uri, options.system, name) for uri, name in wanted if uri is not None]
-        torch.set_num_threads(threads_for(talkers[0].policy))
         if sys.stdin.isatty():
             print(HELP)
         converse(talkers, sys.stdin, sys.stdout, options)

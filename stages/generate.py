@@ -25,14 +25,13 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from schemas.config import GenerateConfig, ValidateParams
 from schemas.stage import EXIT_CODES, Request, StageError
 from stages import forms, sources
 from stages.engine.judges import Judge, RewardJudge, RuleJudge, SentimentJudge, judge_for
-from stages.engine.models import Policy, load_policy, threads_for
+from stages.engine.models import Policy, load_policy
 from stages.engine.rollout import context_length, sample, seed_of, uniforms
 from stages.engine.rows import has, read
 from stages.engine.text import Codec
@@ -274,7 +273,6 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     judge = judge_named(arguments.judge)
     prompts = prompts_of(arguments.prompts, config.limit)
     policy = load_policy(arguments.model, trainable=False)
-    torch.set_num_threads(threads_for(policy))
     items, tokens = answer(policy, Codec.load(arguments.model), prompts, config, arguments.seed, on_stderr)
     items = score(items, judge)
     write([label(item, config.noise, arguments.seed) for item in items], out)

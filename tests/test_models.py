@@ -149,8 +149,8 @@ def test_sums_are_per_answer(batch: Batch) -> None:
 
 def test_small_models_get_one_thread(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(llama)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert threads_for(policy) == 1
+    monkeypatch.setattr("stages.engine.models._DEFAULT_THREADS", 8)
+    assert torch.get_num_threads() == threads_for(policy) == 1
     monkeypatch.setattr("stages.engine.models.SMALL", 10)
     assert threads_for(policy) == 8
 

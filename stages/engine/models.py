@@ -62,6 +62,8 @@ COMPARED = 8192
 """Tokens, padding included, on which two layouts are compared; one tree at least."""
 SMALL = 5_000_000
 """Parameters below which one thread is fastest."""
+_DEFAULT_THREADS = torch.get_num_threads()
+_threads = 1
 
 
 class Output(NamedTuple):
@@ -304,7 +306,14 @@ def device() -> torch.device:
 
 def threads_for(model: nn.Module) -> int:
     """Threads to compute with: one for a small model, else what torch would take."""
-    return 1 if sum(p.numel() for p in model.parameters()) < SMALL else torch.get_num_threads()
+    return 1 if sum(p.numel() for p in model.parameters()) < SMALL else _DEFAULT_THREADS
+
+
+def _use_threads(model: nn.Module) -> None:
+    """As many threads as the largest model that this process has loaded wants."""
+    global _threads
+    _threads = max(_threads, threads_for(model))
+    torch.set_num_threads(_threads)
 
 
 def _load(
@@ -384,6 +393,7 @@ def _dropouts(config: PretrainedConfig) -> dict[str, float]:
 
 def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: int) -> ModelT:
     """Adapters, gradient checkpointing, frozen or not, device."""
+    _use_threads(model)
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         return model.requires_grad_(False).eval().to(device())

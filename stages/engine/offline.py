@@ -17,7 +17,7 @@ from schemas.training import Training, steps_for
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import processes, step_rows
 from stages.engine.method import Metrics, Totals
-from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums, threads_for
+from stages.engine.models import Policy, Scorer, choose_layout, load_policy, save_policy, sums
 from stages.engine.reference import ReferenceCache
 from stages.engine.rollout import context_length
 from stages.engine.rows import Example, Row, encode, fitting, longest, rank, read, read_if_there, share, world
@@ -48,7 +48,6 @@ class OfflineMethod(ABC):
         run: StageRun,
         seed: int,
     ) -> None:
-        torch.set_num_threads(threads_for(model))
         self.model: nn.Module = model
         self.codec, self.training, self.run, self.seed = codec, training, run, seed
         self.limit = min(training.max_length, context_length(model.plain) or training.max_length)
