@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification
 
 from schemas import config as settings
 from schemas.stage import StageError
-from schemas.training import Training
 from stages.engine import demo, endpoint, judges
 from stages.engine.endpoint import EndpointJudge, read_verdict
 from stages.engine.models import load_scorer, save_scorer
@@ -163,9 +162,9 @@ def test_reward_judge_scores_answers_at_their_last_token(reward_folder: Path, mo
 
 def test_reward_judge_reads_the_stages_input(reward_folder: Path, tmp_path: Path) -> None:
     config = settings.RewardJudge()
-    run = Run(work=tmp_path / "w", training=Training(), inputs={"judge": reward_folder}, stage="evaluate")
+    run = Run(work=tmp_path / "w", config=config, inputs={"judge": reward_folder}, stage="evaluate")
     assert isinstance(judges.judge_for(config, run), judges.RewardJudge)
-    without = Run(work=tmp_path / "w", training=Training(), inputs={}, stage="generate")
+    without = Run(work=tmp_path / "w", config=config, inputs={}, stage="generate")
     with pytest.raises(StageError) as error:
         judges.judge_for(config, without)
     assert error.value.problem.field == "generate.judge.model"
