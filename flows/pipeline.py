@@ -206,6 +206,11 @@ def is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
 
 
+def is_no_link(record: logging.LogRecord) -> bool:
+    """False for the link to Prefect's page of the run: our own server has no pages."""
+    return not record.getMessage().startswith("View at")
+
+
 @contextlib.contextmanager
 def local_prefect() -> Iterator[None]:
     """Prefect for a run from this process. Where no server is set, one runs over `home()` for as long as this does.
@@ -216,6 +221,7 @@ def local_prefect() -> Iterator[None]:
     if PREFECT_API_URL.value():
         yield
         return
+    logging.getLogger("prefect.flow_runs").addFilter(is_no_link)
     settings: dict[Any, Any] = {PREFECT_LOGGING_LEVEL: "WARNING"}
     if "PREFECT_HOME" not in os.environ:
         settings[PREFECT_HOME] = tracking.home() / "prefect"
