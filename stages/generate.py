@@ -223,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     judges = "none (people rank), rule, sentiment, or a reward model's folder"
     made.add_argument("--judge", default="none", help=judges)
     made.add_argument("--noise", type=float, default=0.0, help="temperature of Bradley-Terry label noise")
+    made.add_argument("--json", action="store_true", help="print the counts as one JSON object")
     return made
 
 
@@ -254,11 +255,20 @@ def prompts_of(path: str, limit: int | None) -> list[Messages]:
     return list(found.values())
 
 
-def on_stderr(done: int, total: int) -> None:
-    """Progress in steps of a hundredth."""
-    if done == total or done % max(1, total // 100) == 0:
-        end = "\n" if done == total else ""
-        print(f"\ranswers {done}/{total}", end=end, file=sys.stderr, flush=True)
+def on_stderr() -> Progress:
+    """Progress: on a terminal one line that counts up, elsewhere a line every few seconds."""
+    terminal = sys.stderr.isatty()
+    told = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done == total or now - told >= (0.1 if terminal else 10):
+            told = now
+            start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")
+            print(f"{start}answers {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return progress
 
 
 def alone(arguments: argparse.Namespace) -> dict[str, float]:
@@ -273,7 +283,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     judge = judge_named(arguments.judge)
     prompts = prompts_of(arguments.prompts, config.limit)
     policy = load_policy(arguments.model, trainable=False)
-    items, tokens = answer(policy, Codec.load(arguments.model), prompts, config, arguments.seed, on_stderr)
+    items, tokens = answer(policy, Codec.load(arguments.model), prompts, config, arguments.seed, on_stderr())
     items = score(items, judge)
     write([label(item, config.noise, arguments.seed) for item in items], out)
     if judge is None:
@@ -281,11 +291,20 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     return summary(items, tokens, time.monotonic() - began)
 
 
+def told(arguments: argparse.Namespace, counts: dict[str, float]) -> str:
+    """What was written, and what comes next."""
+    made = f"{counts['generate/answers']:.0f} answers to {counts['generate/prompts']:.0f} prompts in {arguments.out}"
+    if arguments.judge == "none":
+        return f"{made}; fill in `order` on every line, best first"
+    return f"{made}, {'compared' if arguments.noise else 'scored'} by {arguments.judge}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the counts as one JSON object; returns the exit code."""
+    """Prints what was written, or with --json the counts; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        print(json.dumps(alone(arguments)))
+        counts = alone(arguments)
+        print(json.dumps(counts) if arguments.json else told(arguments, counts))
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES[error.status]

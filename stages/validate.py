@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 PARTS = ("train", "eval", "gold")
 _CHUNK = 20_000
 _CUT = 200
+_SIDES = ("chosen", "rejected")
+"""Never guessed: the wrong way round they invert every preference."""
+_YOURS = "YOUR_COLUMN"
+_NO_OBJECT = ("malformed_json", "not_an_object")
 
 
 class Report(Strict):
@@ -121,6 +125,8 @@ class _Tally:
     digest: Any = field(default_factory=hashlib.sha256)
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     longest: int | None = None
+    first_line: bytes = b""
+    """The first line, where it is no JSON object."""
 
     def note(self, name: str, rows: Iterable[int]) -> None:
         rows = list(rows)
@@ -196,8 +202,24 @@ def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Tally, b
         frames.append(_parse(params, chunk, tally, bad))
     if not tally.rows:
         raise StageError("the file holds no rows", kind="empty_file", field="path", value=params.path)
+    _refuse_other_json(params, tally, bad)
     _refuse_columns(params, tally, bad)
     return pl.concat(frames)
+
+
+def _refuse_other_json(params: ValidateParams, tally: _Tally, bad: Quarantine) -> None:
+    """Stop when JSON lines are expected and the file is an array, or one object over several lines."""
+    array = tally.first_line.startswith(b"[")
+    broken = sum(bad.checks["", reason] for reason in _NO_OBJECT)
+    if (array or tally.first_line == b"{") and broken >= tally.rows / 2 and broken > params.max_bad * tally.rows:
+        what = "a JSON array" if array else "JSON with objects over several lines"
+        raise StageError(
+            f"the file looks like {what}: {broken} of {tally.rows} lines are no JSON object",
+            kind="bad_data",
+            field="path",
+            value=params.path,
+            mend="write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
+        )
 
 
 def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quarantine) -> pl.DataFrame:
@@ -206,6 +228,8 @@ def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quar
     for number, record in enumerate(chunk, tally.rows):
         tally.digest.update(record.raw + b"\n")
         if record.row is None:
+            if number == 0 and record.line is not None and record.reason in _NO_OBJECT:
+                tally.first_line = record.raw
             bad.add(number, "", record.reason, record.raw.decode(errors="backslashreplace"), record.line)
             continue
         tally.columns.update(dict.fromkeys(record.row))
@@ -230,16 +254,33 @@ def _form(params: ValidateParams, row: forms.Row) -> forms.Parsed:
 
 def _refuse_unknown_columns(params: ValidateParams) -> None:
     known = forms.KNOWN[params.kind]
-    for name in params.columns:
+    for name, theirs in params.columns.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            swapped = theirs in known and theirs not in params.columns
+            near = theirs if swapped else _nearest(name, sorted(known))
+            meant = _mapping({near: name if swapped else theirs}) if near and (swapped or near not in _SIDES) else None
             raise StageError(
                 f"kind {params.kind} has no column `{name}`; it has {', '.join(sorted(known))}",
                 kind="unknown_column",
                 field="columns",
                 value=name,
-                mend=f"did you mean `{near[0]}`? Write our name first: {{{near[0]}: {params.columns[name]}}}",
+                mend=f"did you mean `{near}`? Write our name first: {meant}"
+                if meant
+                else f"write one of our names first, then the file's: --columns OURS={theirs}",
             )
+
+
+def _nearest(name: str, others: Iterable[str]) -> str | None:
+    """The one name that differs in a slip of the pen; None when there is none, or more than one."""
+    near = difflib.get_close_matches(name, list(others), n=2, cutoff=0.8)
+    return near[0] if len(near) == 1 else None
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    """How a mapping is written, on the command line and in a config."""
+    options = " ".join(f"--columns {ours}={theirs}" for ours, theirs in columns.items())
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    return f"`{options}` (config: `columns: {{{pairs}}}`)"
 
 
 def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> None:
@@ -252,7 +293,9 @@ def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> N
                 kind="missing_column",
                 field=f"columns.{ours}",
                 value=theirs,
-                mend=f"did you mean `{difflib.get_close_matches(theirs, there, n=1, cutoff=0)[0]}`?",
+                mend=f"did you mean `{near}`? {_mapping({ours: near})}"
+                if (near := None if ours in _SIDES else _nearest(theirs, there))
+                else f"name the column that holds it: {_mapping({ours: _YOURS})}",
             )
     named = {*there, *params.columns}
     ways = forms.COLUMNS[params.kind]
@@ -265,12 +308,15 @@ def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> N
 def _wrong_columns(
     params: ValidateParams, there: list[str], named: set[str], ways: tuple[tuple[str, ...], ...]
 ) -> StageError:
-    missing = min(([name for name in way if name not in named] for way in ways), key=len)
-    near = [f"{name}: {m[0]}" for name in missing if (m := difflib.get_close_matches(name, there, n=1, cutoff=0.5))]
+    begun = [way for way in ways if named.intersection(way)] or ways[:1]
+    missing = min(([name for name in way if name not in named] for way in begun), key=len)
+    free = [name for name in there if name not in (*forms.KNOWN[params.kind], *params.columns.values())]
+    near = {name: None if name in _SIDES else _nearest(name, free) for name in missing}
     fits = [kind for kind in forms.fitting_kinds(named) if kind != params.kind]
     hints = [
-        f"map the columns, such as {{{', '.join(near)}}}" if near else "",
         f"read it as kind {' or '.join(fits)}" if fits else "",
+        f"map {'the columns' if missing[1:] else 'the column'}: "
+        + _mapping({name: near[name] or _YOURS for name in missing}),
     ]
     lacks = " and no ".join(f"`{name}`" for name in missing)
     return StageError(
@@ -279,7 +325,7 @@ def _wrong_columns(
         kind="wrong_columns",
         field="kind",
         value=params.kind,
-        mend=", or ".join(hint for hint in hints if hint) or f"map the columns: {{{missing[0]}: COLUMN OF THE FILE}}",
+        mend=", or ".join(hint for hint in hints if hint),
     )
 
 
@@ -378,6 +424,8 @@ def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Qua
     usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
     if share <= params.max_bad and usable.height:
         return
+    if frame.height and not usable.height and "all_tied" not in tally.notes:
+        _refuse_unranked(params, frame.height, tally, bad)
     most = ", ".join(f"{name} ({n})" for name, n in list(bad.summary().items())[:3])
     counts = f"{params.path}: {len(bad.rows)} of {tally.rows} rows ({share:.1%}) are bad"
     if not frame.height:
@@ -393,6 +441,20 @@ def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Qua
         mend="mend the rows, map the right columns, or raise max_bad"
         if usable.height
         else "mend the rows or map the right columns",
+    )
+
+
+def _refuse_unranked(params: ValidateParams, rows: int, tally: _Tally, bad: Quarantine) -> None:
+    """Stop: the answers wait for people to rank them."""
+    there = {*tally.columns, *params.columns}
+    column = next(name for name in ("order", "ranks", "scores", "comparisons") if name in there)
+    how = " (numbers of the answers from 0, best first)" if column == "order" else ""
+    rest = f"; the other {len(bad.rows)} are bad and lie in {bad.file}" if bad.rows else ""
+    raise StageError(
+        f"{params.path}: no line has {'an order' if column == 'order' else column} yet: "
+        f"nobody has ranked the answers of {rows} of {tally.rows} lines{rest}.",
+        kind="not_ranked",
+        mend=f"fill in `{column}` on each line{how}",
     )
 
 
@@ -477,12 +539,7 @@ def main(arguments: list[str] | None = None) -> int:
     error = None
     try:
         params = _params(options)
-        codec = None
-        if options.model:
-            from stages.engine.text import Codec
-
-            codec = Codec.load(options.model)
-        check(params, options.out, codec, options.evaluation)
+        check(params, options.out, None if options.model is None else _codec(options.model), options.evaluation)
     except StageError as refusal:
         error = refusal
     _print(options, error)
@@ -490,7 +547,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("stages.validate", description="Check rows, split them and derive further kinds.")
+    parser = argparse.ArgumentParser(
+        "alignflow validate", description="Check rows, split them and derive further kinds."
+    )
     add = parser.add_argument
     add("path", help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME")
     add("--kind", required=True, choices=get_args(Kind))
@@ -505,6 +564,18 @@ def _options() -> argparse.ArgumentParser:
         add(f"--{name}", help="of a Hugging Face dataset")
     add("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _codec(folder: Path) -> "Codec":
+    from stages.engine.text import Codec
+
+    try:
+        return Codec.load(folder)
+    except StageError as error:
+        problem = error.problem.model_dump()
+        if problem["field"] != "folder":
+            raise
+        raise StageError(**{**problem, "field": "model"}, status=error.status) from error  # the option's name
 
 
 def _params(options: argparse.Namespace) -> ValidateParams:

@@ -219,8 +219,8 @@ def test_alone_writes_a_file_for_people(
     assert all(len(row["responses"]) == 2 and row["order"] == [] for row in rows)
     assert "answers.jsonl holds one prompt per line" in (out.parent / "answers.README.txt").read_text()
     told = capsys.readouterr()
-    assert json.loads(told.out)["generate/answers"] == 6
-    assert "answers 6/6" in told.err
+    assert told.out == f"6 answers to 3 prompts in {out}; fill in `order` on every line, best first\n"
+    assert told.err.endswith("answers 6/6\n") and "\r" not in told.err, "no terminal: whole lines"
 
     rows[0]["order"] = [1, 0]
     generate.write(rows, out)
@@ -229,7 +229,8 @@ def test_alone_writes_a_file_for_people(
     assert read(out)[0]["order"] == [1, 0], "people's work is not overwritten"
 
     scored = tmp_path / "scored.jsonl"
-    assert main([*base, "--out", str(scored), "--judge", "rule", "--limit", "1"]) == 0
+    assert main([*base, "--out", str(scored), "--judge", "rule", "--limit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["generate/answers"] == 2
     assert len(read(scored)) == 1 and "scores" in read(scored)[0]
 
 

@@ -216,7 +216,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "feedback", ["`completion`", "`label`", "kind preference"]),
         ({"prompt": "p", "completion": "c", "label": True}, "sft", ["`response`", "kind feedback"]),
-        ({"prompt": "p", "respones": "r"}, "sft", ["no column `response`", "{response: respones}"]),
+        ({"prompt": "p", "respones": "r"}, "sft", ["no column `response`", "--columns response=respones"]),
         ({"prompt": "p", "responses": ["a", "b"]}, "ranking", ["`comparisons`", "scores", "order", "ranks"]),
         ({"chosen": "c", "rejected": "r"}, "preference", ["no column `prompt`", "has chosen, rejected"]),
         ({"text": "t"}, "prompt", ["no column `prompt`", "has text"]),
@@ -237,6 +237,42 @@ def test_wrong_mappings(tmp_path: Path) -> None:
     assert "no column `qestion`" in message and "question, answer" in message and "did you mean `question`" in message
     message, _ = refused(file, tmp_path / "out", columns={"promt": "question"})
     assert "no column `promt`" in message and "did you mean `prompt`" in message
+
+
+def test_no_column_is_guessed(tmp_path: Path) -> None:
+    """Chosen and rejected the wrong way round would invert every preference: only a placeholder is suggested."""
+    file = write(tmp_path / "a.jsonl", [{"question": "q", "better": "b", "worse": "w"}] * 3)
+    message, _ = refused(file, tmp_path / "out", "preference")
+    assert "no column `prompt` and no `chosen` and no `rejected`. It has question, better, worse." in message
+    assert "--columns prompt=YOUR_COLUMN --columns chosen=YOUR_COLUMN --columns rejected=YOUR_COLUMN`" in message
+    assert "(config: `columns: {prompt: YOUR_COLUMN, chosen: YOUR_COLUMN, rejected: YOUR_COLUMN}`)" in message
+    near = write(tmp_path / "b.jsonl", [{"prompt": "p", "unchosen": "b", "rejectd": "w"}] * 3)
+    message, _ = refused(near, tmp_path / "out", "preference")
+    assert "chosen=YOUR_COLUMN" in message and "rejected=YOUR_COLUMN" in message
+    message, _ = refused(near, tmp_path / "out", "preference", columns={"chosen": "chosen", "rejected": "rejectd"})
+    assert "did you mean" not in message and "--columns chosen=YOUR_COLUMN" in message
+    message, _ = refused(near, tmp_path / "out", "preference", columns={"prompt": "nope"})
+    assert "did you mean" not in message and "--columns prompt=YOUR_COLUMN" in message
+    message, _ = refused(near, tmp_path / "out", "preference", columns={"unchosn": "unchosen"})
+    assert "did you mean" not in message and "--columns OURS=unchosen" in message
+    message, _ = refused(near, tmp_path / "out", "preference", columns={"rejectd": "rejected"})
+    assert "did you mean `rejected`? Write our name first: `--columns rejected=rejectd`" in message
+
+
+def test_unranked_file(tmp_path: Path) -> None:
+    """A file that nobody has ranked says so, and how it is done."""
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b"], "order": []} for i in range(3)]
+    message, _ = refused(write(tmp_path / "a.jsonl", rows), tmp_path / "out", "ranking")
+    assert "no line has an order yet" in message and "map" not in message
+    assert "fill in `order` on each line (numbers of the answers from 0, best first)" in message
+
+
+@pytest.mark.parametrize("text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), json.dumps(ROWS[0], indent=2)])
+def test_json_that_is_no_jsonl(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    message, _ = refused(tmp_path / "a.jsonl", tmp_path / "out")
+    assert "write one JSON object per line (JSONL)" in message
+    assert ("name the file .json" in message) == text.startswith("[")
 
 
 # --- rows
@@ -540,6 +576,10 @@ def test_command_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main([*start, *columns, *wrong]) == 65
         said = json.loads(capsys.readouterr().out)
         assert said["rows"] == 0 and said["error"]
+    assert f"model = {tmp_path / 'none'}" in said["error"]
+    with pytest.raises(SystemExit) as ended:
+        main([*start, "--kind", "preferences"])
+    assert ended.value.code == 2 and "usage: alignflow validate" in capsys.readouterr().err
 
 
 def test_start_imports_no_torch() -> None:
