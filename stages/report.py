@@ -61,6 +61,8 @@ def percent(key: str) -> Callable[[Row], str]:
 def _win_rate(row: Row) -> str:
     if row.get("win_rate_vs_sft") is None:
         return "-"
+    if not _bounded(row):
+        return percent("win_rate_vs_sft")(row)
     low, high = row["win_rate_vs_sft_low"], row["win_rate_vs_sft_high"]
     return f"{100 * row['win_rate_vs_sft']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
@@ -252,9 +254,11 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); max-width: 72ch; }
 @media (max-width: 640px) { dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 10px; } }
 details { border: 1px solid var(--line); border-radius: 10px; margin: 10px 0; }
 summary { cursor: pointer; padding: 12px 16px; font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px; padding: 0 16px 16px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); gap: 12px;
+  padding: 0 16px 16px; }
 .card { background: var(--card); border-radius: 8px; border-top: 4px solid; padding: 10px 12px; min-width: 0; }
-.card header { display: flex; justify-content: space-between; gap: 8px; font-size: 13.5px; margin-bottom: 6px; }
+.card header { display: flex; flex-wrap: wrap; justify-content: space-between; column-gap: 8px; font-size: 13.5px;
+  margin-bottom: 6px; }
 .card pre { margin: 0; font: inherit; font-size: 14.5px; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 18em; overflow-y: auto; unicode-bidi: isolate; }
 """.strip()
@@ -285,7 +289,7 @@ def render_html(comparison: Comparison) -> str:
 <main>
 <h1>Which alignment method did better?</h1>
 {_intro(comparison)}
-{_findings(comparison.table)}
+<p class="finding">{escape(headline(comparison.table))}</p>
 <h2>The models side by side</h2>
 {_table(comparison.table)}
 <h2>What was gained, and at what distance</h2>
@@ -314,21 +318,51 @@ def _intro(comparison: Comparison) -> str:
     )
 
 
-def _findings(table: Sequence[Row]) -> str:
-    """One sentence on the best model, and one on how many beat SFT."""
+def headline(table: Sequence[Row]) -> str:
+    """One or two sentences: the highest win rate, which models are not clearly apart from it, how many beat SFT.
+
+    Two models are clearly apart where their 95 % intervals do not overlap; of those that are not, the one nearest to
+    SFT is named.
+    """
     aligned = [row for row in table if row["model"] not in STARTING_POINTS]
-    if not aligned:
-        return '<p class="finding">No aligned model is among these yet.</p>'
-    best = max(aligned, key=lambda row: row["win_rate_vs_sft"])
-    better = [row["model"] for row in aligned if verdict(row) == "better"]
-    count = f"{len(better)} of {len(aligned)} aligned model{'s' if len(aligned) > 1 else ''}"
+    rated = [row for row in aligned if _finite(row, "win_rate_vs_sft")]
+    if not rated:
+        return "No aligned model has a win rate yet." if aligned else "No aligned model is among these yet."
+    best = max(rated, key=lambda row: row["win_rate_vs_sft"])
+    others = [row for row in rated if row is not best]
+    bounded = [row for row in rated if _bounded(row)]
+    rate = f"{best['model']} has the highest win rate against SFT, {100 * best['win_rate_vs_sft']:.0f} %"
+    if len(bounded) < len(rated):
+        return f"{rate}; without all 95 % intervals it cannot be said which models are clearly apart."
     low, high = best["win_rate_vs_sft_low"], best["win_rate_vs_sft_high"]
-    first = (
-        f"<strong>{escape(best['model'])}</strong> does best: the judge prefers its answers to SFT's on "
-        f"<strong>{100 * best['win_rate_vs_sft']:.0f} %</strong> of the prompts (95 % interval "
-        f"{100 * low:.0f} to {100 * high:.0f} %), at a distance of {number('kl_to_reference', 1)(best)} nats."
-    )
-    return f'<p class="finding">{first} {count} {"is" if len(better) == 1 else "are"} clearly better than SFT.</p>'
+    rate += f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    level = [row for row in others if row["win_rate_vs_sft_high"] >= low]
+    if level:
+        rate += f", but is not clearly apart from {_listed(level)}{_nearest([best, *level])}"
+    elif others:
+        rate += f", clearly above {_listed(others)}, at KL {number('kl_to_reference', 1)(best)}"
+    better = sum(verdict(row) == "better" for row in rated)
+    models = f"aligned model{'s' if len(rated) > 1 else ''}"
+    count = f"{better} of {len(rated)} {models} {'is' if better == 1 else 'are'}" if better else "No aligned model is"
+    return f"{rate}. {count} clearly better than SFT."
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    *first, last = [str(row["model"]) for row in rows]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _nearest(rows: Sequence[Row]) -> str:
+    """Which of these models is nearest to SFT; empty where a distance is missing."""
+    if not all(_finite(row, "kl_to_reference") for row in rows):
+        return ""
+    nearest, *rest = sorted(rows, key=lambda row: row["kl_to_reference"])
+    distances = ", ".join(f"{row['model']} {row['kl_to_reference']:.1f}" for row in rest)
+    return f"; nearest to SFT of these is {nearest['model']} (KL {nearest['kl_to_reference']:.1f}; {distances})"
+
+
+def _bounded(row: Row) -> bool:
+    return _finite(row, "win_rate_vs_sft_low") and _finite(row, "win_rate_vs_sft_high")
 
 
 def _table(table: Sequence[Row]) -> str:
@@ -353,7 +387,7 @@ def _name(model: str, colour: Mapping[str, str]) -> str:
 
 def _cell(column: Column, row: Row, colour: str) -> str:
     text = escape(column.cell(row))
-    if column.cell is not _win_rate or text == "-":
+    if column.cell is not _win_rate or text == "-" or not _bounded(row):
         return f"<td>{text}</td>"
     if row["model"] in STARTING_POINTS:
         return f"<td>{text}{_interval(row, colour)}</td>"

@@ -16,7 +16,7 @@ import pytest
 from schemas.stage import Artifact, Request, StageError
 from stages import compare
 from stages.engine.evaluation import Evaluation, Sample
-from stages.report import SPARE_COLOURS, colours, draw, render_html, render_text, shown_columns, verdict
+from stages.report import SPARE_COLOURS, colours, draw, headline, render_html, render_text, shown_columns, verdict
 from stages.tracking import StageRun
 
 SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
@@ -145,6 +145,64 @@ def test_the_verdict_is_the_side_of_one_half_that_the_interval_lies_on() -> None
     assert [verdict(row) for row in rows] == ["better", "worse", "level", "level"]
 
 
+def rated(model: str, low: float | None, rate: float | None, high: float | None, kl: float | None) -> dict[str, Any]:
+    bounds = {"win_rate_vs_sft_low": low, "win_rate_vs_sft_high": high}
+    return {"model": model, "win_rate_vs_sft": rate, "kl_to_reference": kl, **bounds}
+
+
+SFT = rated("sft", 0.5, 0.5, 0.5, 0.0)
+DPO, KTO = rated("dpo", 0.92, 0.95, 0.97, 10.9), rated("kto", 0.91, 0.94, 0.96, 3.7)
+WEAK, LOST = rated("ppo", 0.45, 0.52, 0.59, 1.0), rated("low", 0.2, 0.3, 0.4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            [SFT, DPO, WEAK],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), clearly above ppo, at KL 10.9. "
+            "1 of 2 aligned models is clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO, WEAK],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), but is not clearly apart from "
+            "kto; nearest to SFT of these is kto (KL 3.7; dpo 10.9). "
+            "2 of 3 aligned models are clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO | {"kl_to_reference": None}],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), but is not clearly apart from "
+            "kto. 2 of 2 aligned models are clearly better than SFT.",
+        ),
+        (
+            [SFT, WEAK, LOST],
+            "ppo has the highest win rate against SFT, 52 % (95 % interval 45 to 59 %), clearly above low, at KL 1.0. "
+            "No aligned model is clearly better than SFT.",
+        ),
+        (
+            [SFT, KTO],
+            "kto has the highest win rate against SFT, 94 % (95 % interval 91 to 96 %). "
+            "1 of 1 aligned model is clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO | {"win_rate_vs_sft_low": None}],
+            "dpo has the highest win rate against SFT, 95 %; without all 95 % intervals it cannot be said which "
+            "models are clearly apart.",
+        ),
+        ([SFT, rated("dpo", None, None, None, None)], "No aligned model has a win rate yet."),
+        ([SFT], "No aligned model is among these yet."),
+    ],
+)
+def test_the_headline_says_only_what_the_intervals_say(table: list[dict[str, Any]], expected: str) -> None:
+    assert headline(table) == expected
+
+
+def test_a_win_rate_without_an_interval_can_be_shown() -> None:
+    given = compare.compare(evaluations())
+    table = [{**row, "win_rate_vs_sft_low": None, "win_rate_vs_sft_high": None} for row in given.table]
+    assert "<td>80 %</td>" in render_html(replace(given, table=table))
+
+
 def test_known_names_keep_their_colour_and_others_get_spare_ones() -> None:
     found = colours(["sft", "dpo", "dpo-2", "mine"])
     assert found["dpo"] == colours(["dpo"])["dpo"]
@@ -173,7 +231,13 @@ def test_the_page_stands_alone_and_shows_everything() -> None:
     assert base64.b64decode(addresses[-1].partition(",")[2]).startswith(b"\x89PNG")
     for column in shown_columns(comparison.table):
         assert column.title in page.text and column.meaning in page.text
-    for shown in ("say it 0", "fine 3", "80 % [70, 90]", "dpo does best", "1 of 2 aligned models is clearly better"):
+    for shown in (
+        "say it 0",
+        "fine 3",
+        "80 % [70, 90]",
+        "dpo has the highest",
+        "1 of 2 aligned models is clearly better",
+    ):
         assert shown in page.text
 
 
