@@ -14,6 +14,7 @@ import torch
 from schemas import methods
 from schemas.stage import StageError
 from stages import align
+from stages.align import dpo
 from stages.align.dpo import DPO, dpo_loss
 from stages.engine.loop import train
 from stages.engine.models import save_policy
@@ -164,14 +165,22 @@ def method_config(run: tiny.Run) -> methods.DPO:
     return methods.DPO.model_validate(run.request.params)
 
 
-def test_a_fall_of_the_chosen_log_prob_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("bound", "level"), [(0.0, "WARNING"), (1e6, "INFO")])
+def test_a_fall_of_the_chosen_log_prob_is_said_and_a_large_one_warned_of(
+    bound: float, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo, "LARGE_FALL", bound)
+    caplog.set_level("INFO", logger=dpo.__name__)
     method, _ = make(tmp_path, config(), eval_preference=tiny.rows(4, *tiny.PAIRS))
     assert method.finish()["eval/chosen_logp_change"] == pytest.approx(0.0, abs=1e-5)
     caplog.clear()
     tiny.perturb(method.model, scale=1.0)
     change = method.finish()["eval/chosen_logp_change"]
     assert change < 0
-    assert f"fell by {-change:.2f} nats" in caplog.text
+    [record] = [record for record in caplog.records if record.name == dpo.__name__]
+    per_token = -change / fmean(len(tree.answers[0]) for tree in method.test)
+    assert f"fell by {-change:.2f} nats on average ({per_token:.2f} per token)" in record.getMessage()
+    assert record.levelname == level
 
 
 def test_without_held_out_pairs_no_change_is_reported(tmp_path: Path) -> None:

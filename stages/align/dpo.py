@@ -22,6 +22,9 @@ from stages.tracking import StageRun
 log = logging.getLogger(__name__)
 
 HELD_OUT = 256  # pairs on which the fall of the chosen log-prob is measured
+LARGE_FALL = (
+    1.0  # nats per token: beyond it, chosen tokens have become e times less likely on average, which is unusual
+)
 
 
 def dpo_loss(h: Tensor, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
@@ -85,5 +88,13 @@ class DPO(OfflineAlignment):
         after = self.per_answer(self.logps, self.test)
         change = fmean(a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True))
         if change < 0:
-            log.warning("the log-prob of held-out chosen answers fell by %.2f nats on average", -change)
+            per_token = -change / fmean(len(tree.answers[0]) for tree in self.test)
+            log.log(
+                logging.WARNING if per_token > LARGE_FALL else logging.INFO,
+                "the log-prob of held-out chosen answers fell by %.2f nats on average (%.2f per token), as it often "
+                "does with DPO, where both answers lose and the rejected more: watch eval/reference_nll and the "
+                "answers, and if they degrade raise beta or lower the learning rate",
+                -change,
+                per_token,
+            )
         return {"eval/chosen_logp_change": change}
