@@ -250,6 +250,13 @@ def test_a_saved_policy_has_its_adapters_merged(kind: str, tmp_path: Path) -> No
 # --- saving and loading ---
 
 
+def test_weights_may_be_read_by_whom_the_umask_lets(llama: Path, tmp_path: Path) -> None:
+    save_policy(load_policy(llama), NoTokenizer(), tmp_path / "saved")
+    (tmp_path / "ordinary").touch()
+    modes = {file.stat().st_mode for file in [*(tmp_path / "saved").iterdir(), tmp_path / "ordinary"]}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fully_trained_policy_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     policy = load_policy(save_tiny(tmp_path / "start", kind), value_head=True)

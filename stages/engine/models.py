@@ -474,6 +474,8 @@ def _save(model: _Trunk, codec: Saves, folder: Path) -> None:
     finally:
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
+    for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
     codec.save(folder)
 
 
