@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_URL,
@@ -147,13 +148,20 @@ def run_nodes(
             future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
         if not running:
             return results, errors
-        name, future = ended.get()
+        name, future = next_of(ended)
         running.remove(name)
         outcome = future.result(raise_on_failure=False)
         if isinstance(outcome, Result):
             results[name] = outcome
         else:
             errors[name] = outcome if isinstance(outcome, StageError) else as_bug(name, outcome)
+
+
+def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
+    """The next node to end. Waits in short turns, since Ctrl-C does not interrupt a wait without a time-out."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ended.get(timeout=0.5)
 
 
 def as_bug(name: str, error: object) -> StageError:
@@ -242,14 +250,21 @@ def run(config: PipelineConfig) -> dict[str, Result]:
     """Run the pipeline from this process and wait for it: node name -> Result.
 
     Raises:
-        StageError: a stage stopped, with its problem and status; or the config lacks something.
+        StageError: a stage stopped, with its problem and status; or the config lacks something; or the run was stopped
+            by Ctrl-C or SIGTERM (status `preempted`).
     """
     plan(config)  # what is missing is said before a server starts
-    with ThreadPoolExecutor(1) as aside:
-        database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
-        with local_prefect():
-            database.result()
-            return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+    servers.interrupt_on_sigterm()
+    try:
+        with ThreadPoolExecutor(1) as aside:
+            database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
+            with local_prefect():
+                database.result()
+                return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+    except (KeyboardInterrupt, TerminationSignal):
+        mend = "start it again: finished stages are reused, and training goes on from its last checkpoint"
+        message = "the run was stopped from outside."
+        raise StageError(message, status="preempted", kind="preempted", mend=mend) from None
 
 
 # --- What a run would do ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -116,7 +117,7 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def running(servers: list[Server]) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The servers' processes, healthy; ended on the way out."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for server in servers:
@@ -129,6 +130,12 @@ def running(servers: list[Server]) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.terminate()
         for process in processes:
             process.wait()
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what it has started is ended too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -187,7 +194,7 @@ def guard(parent: int, command: list[str]) -> int:
 
     Servers start workers; a signal to the server alone would leave them behind.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
