@@ -239,9 +239,12 @@ class Planner:
     def data(self, slot: str) -> Output:
         """Stage `validate` of one slot. All but the evaluation's leave out the evaluation's prompts."""
         source: DataConfig = getattr(self.config.data, slot)
-        return self.validated(
-            slot, source.model_dump(mode="json") | ({"eval_fraction": 1.0} if slot == "evaluation" else {})
-        )
+        params = source.model_dump(mode="json")
+        if slot == "evaluation":
+            params["eval_fraction"] = 1.0
+        if slot == self.evaluation_slot():
+            params["min_eval_prompts"] = self.config.evaluate.min_prompts
+        return self.validated(slot, params)
 
     def validated(self, slot: str, params: dict[str, Any], inputs: dict[str, Output] | None = None) -> Output:
         name = f"data {slot}"

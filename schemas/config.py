@@ -130,6 +130,9 @@ class BaseParams(ModelConfig):
 class ValidateParams(DataConfig):
     """Stage `validate`."""
 
+    min_eval_prompts: int = Field(default=0, ge=0)
+    """Refuse data that holds out fewer prompts; the pipeline sets it where it evaluates, before anything is trained."""
+
 
 class SFTConfig(Training):
     """Supervised fine-tuning."""

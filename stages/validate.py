@@ -159,6 +159,7 @@ def check(
             frame = _clean(params, _read(params, rows, seed, tally, bad), codec, tally, bad, progress)
             frame = _without_leaks(_with_parts(params, frame), evaluation, bad)
             _refuse(params, frame, tally, bad)
+            _refuse_few_held_out(params, frame)
             _write(params.kind, frame, out, tally)
         except StageError as refusal:
             error = refusal
@@ -442,6 +443,21 @@ def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Qua
         if usable.height
         else "mend the rows or map the right columns",
     )
+
+
+def _refuse_few_held_out(params: ValidateParams, frame: pl.DataFrame) -> None:
+    """Stop when there would be too few prompts to evaluate on; found here, nothing has been trained yet."""
+    prompts = frame["prompt_id"].n_unique()
+    held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
+    if held_out < params.min_eval_prompts:
+        mend = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
+        raise StageError(
+            f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on.",
+            kind="few_prompts",
+            field="evaluate.min_prompts",
+            value=params.min_eval_prompts,
+            mend=mend,
+        )
 
 
 def _refuse_unranked(params: ValidateParams, rows: int, tally: _Tally, bad: Quarantine) -> None:

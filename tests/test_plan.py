@@ -53,6 +53,12 @@ def test_pairs_feed_everything() -> None:
     assert [node.stage for node in made.values()].count("validate") == 1
 
 
+def test_only_the_data_that_is_evaluated_on_must_hold_out_enough() -> None:
+    made = nodes(data=DEMO, generate={"judge": "rule"}, evaluate={"judge": "rule", "min_prompts": 7})
+    asked = {name: node.params.get("min_eval_prompts", 0) for name, node in made.items() if node.stage == "validate"}
+    assert asked == {"data prompt": 7, "data sft": 0, "data generated": 0}
+
+
 def test_generated_preferences() -> None:
     made = nodes(data=DEMO, generate={"noise": 0.5, "judge": "rule"})
     assert made["data prompt"].inputs == {"model": ("base", "model")}

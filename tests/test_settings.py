@@ -55,6 +55,11 @@ def test_overrides_are_typed_by_yaml_and_make_maps(raw: dict[str, Any]) -> None:
     assert config.name == "other"
 
 
+@pytest.mark.parametrize("key", ["sft.lora.rank", "sft.epochs", "align.dpo.beta", "seed"])
+def test_true_is_no_number(raw: dict[str, Any], key: str) -> None:
+    assert f"{key.rsplit('.', 1)[-1]} is true, which is no number" in refused(raw, f"{key}=true")
+
+
 def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: 1e-5\nb: [2E6, -3.e+2]\nc: 1e5x\n")
     assert settings.read(tmp_path / "a.yaml") == {"a": 1e-5, "b": [2e6, -300.0], "c": "1e5x"}

@@ -415,6 +415,14 @@ def test_all_for_evaluation(tmp_path: Path) -> None:
     assert report.parts == {"train": {}, "eval": {"prompt": 20, "sft": 20}, "gold": {}}
 
 
+def test_too_few_prompts_to_evaluate_on(tmp_path: Path) -> None:
+    """Said by the first stage, not after training; all prompts are held out here, and they are as many as the rows."""
+    file = write(tmp_path / "a.jsonl", ROWS)
+    said, _ = refused(file, tmp_path / "out", eval_fraction=1.0, min_eval_prompts=len(ROWS) + 1)
+    assert f"evaluate.min_prompts = {len(ROWS) + 1}: {file}: {len(ROWS)} of {len(ROWS)} prompts are held out" in said
+    assert checked(file, tmp_path / "out2", eval_fraction=1.0, min_eval_prompts=len(ROWS)).kept == len(ROWS)
+
+
 def test_leaks_into_evaluation(tmp_path: Path) -> None:
     """Rows to train on whose prompts are asked in the evaluation are put aside, also when they only look alike."""
     asked = write(tmp_path / "e.jsonl", [{"prompt": "Question 3?"}, {"prompt": "something else"}])
