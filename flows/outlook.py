@@ -8,7 +8,7 @@ from pathlib import Path
 from flows import estimate
 from flows.pipeline import Outlook, dry_run
 from flows.plan import Node
-from schemas.config import DataConfig, PipelineConfig
+from schemas.config import PipelineConfig, ValidateParams
 from schemas.methods import CONFIGS, MethodConfig
 from schemas.training import Training
 
@@ -64,7 +64,7 @@ def steps_of(node: Node, training: Training, data: Outlook) -> str:
     exact = estimate.steps(training, None)
     if exact is not None:
         return str(exact)
-    guess = estimate.steps(training, guessed_rows(DataConfig.model_validate(data.node.params), str(kind), part))
+    guess = estimate.steps(training, guessed_rows(ValidateParams.model_validate(data.node.params), str(kind), part))
     return "?" if guess is None else f"~{guess}"
 
 
@@ -80,7 +80,7 @@ ROWS = {
 }
 
 
-def guessed_rows(data: DataConfig, kind: str, part: str) -> int | None:
+def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
     """Rows of a part of a JSONL file, by its lines and the shares that are held out; None for what has no lines."""
     lines = count_lines(Path(data.path).expanduser())
     each = ROWS.get((data.kind, kind))
