@@ -59,6 +59,10 @@ class PPO(MethodConfig):
     """Nats per answer. When set, the coefficient adapts to reach it (Ziegler et al. 2019)."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Answers over which the adaptive coefficient reacts."""
+    max_kl: float | None = Field(default=100.0, gt=0)
+    """Nats per answer from the reference. Farther away in `max_kl_iterations` iterations in a row, training stops as
+    diverged, and nothing is published."""
+    max_kl_iterations: int = Field(default=3, ge=1)
     clip: float = Field(default=0.2, gt=0)
     value_clip: float = Field(default=0.2, gt=0)
     value_coef: float = Field(default=0.1, ge=0)

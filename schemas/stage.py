@@ -19,8 +19,8 @@ STAGES: dict[str, int] = {
 }
 ENGINE_VERSION = 1
 
-# Parameters that change no result: how often to save and to log.
-NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every"}
+# Parameters that change no result: how often to save and to log, and when to give up.
+NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations"}
 
 Status = Literal["done", "refused", "diverged", "preempted", "failed"]
 EXIT_CODES: dict[Status, int] = {"done": 0, "refused": 65, "diverged": 70, "preempted": 75, "failed": 1}

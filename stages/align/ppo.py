@@ -221,6 +221,8 @@ class PPO:
         self.kl_coef = config.kl_coef
         self.scale: list[float] | None = None
         self.rollout: Rollout | None = None
+        self.far = 0
+        """Iterations in a row that were farther from the reference than `max_kl`."""
         self.new_tokens = 0
 
     # --- setting up ---
@@ -277,7 +279,24 @@ class PPO:
             iteration, within = divmod(step, self.steps_per_iteration)
             if self.rollout is None or self.rollout.iteration != iteration:
                 self.rollout = self.collect(iteration)
+                self.check_kl(self.rollout.stats["train/kl_to_reference"], step)
             yield [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
+
+    def check_kl(self, kl: float, step: int) -> None:
+        """Count rollouts too far from the reference; too many in a row end the training before it learns from them."""
+        bound, patience = self.config.max_kl, self.config.max_kl_iterations
+        self.far = self.far + 1 if bound is not None and not kl <= bound else 0
+        if self.far >= patience:
+            self.run.metrics({"train/kl_to_reference": kl}, step=step)
+            raise StageError(
+                f"train/kl_to_reference is {kl:.4g} nats at step {step}, for {self.far} iterations above the bound",
+                status="diverged",
+                kind="diverged",
+                field="max_kl",
+                value=bound,
+                mend="lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
+                "is kept",
+            )
 
     def prepare(self, micros: list[Micro]) -> Totals:
         """Answer tokens of the step: every mean is over them."""
@@ -309,10 +328,10 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         rollout = None if self.rollout is None else asdict(self.rollout)
-        return {"kl_coef": self.kl_coef, "scale": self.scale, "rollout": rollout}
+        return {"kl_coef": self.kl_coef, "far": self.far, "scale": self.scale, "rollout": rollout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kl_coef = state["kl_coef"]
+        self.kl_coef, self.far = state["kl_coef"], state["far"]
         if state["scale"] is not None:
             self.set_scale(*state["scale"])
         self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])

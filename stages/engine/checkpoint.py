@@ -1,9 +1,11 @@
 """Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +72,11 @@ def _sync(path: Path) -> None:
 
 
 def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
-    """Turn a folder of written files into a checkpoint: manifest, fsync, rename. Then prune what is older."""
+    """Turn a folder of written files into a checkpoint: manifest, fsync, rename. Once it verifies, prune older ones.
+
+    Raises:
+        OSError: it cannot be written, or does not read back as it was written. Older ones are kept then.
+    """
     files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps({"key": key, "step": step, "files": files}, indent=1))
     for path in draft.iterdir():
@@ -80,6 +86,9 @@ def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
         shutil.rmtree(target)
     draft.rename(target)
     _sync(target.parent)
+    reason = fault(target, key)
+    if reason is not None:
+        raise OSError(errno.EIO, f"the checkpoint does not read back as it was written: {reason}", str(target))
     for old in list(_newest_first(target.parent))[KEEP:]:
         shutil.rmtree(old)
 
@@ -134,6 +143,22 @@ def model_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
         "model": dict(parameters),
         "optimizer": {name: dict(optimizer.state.get(p, {})) for name, p in parameters.items()},
     }
+
+
+def rng_state() -> dict[str, Any]:
+    """States of this process's random generators. Steps seed what they draw from: these are for what comes between."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def load_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
 
 
 def load_model_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

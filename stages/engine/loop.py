@@ -138,7 +138,9 @@ class Loop:
 
     def one_step(self, micros: list[Any]) -> dict[str, float]:
         """Update the model once; returns the step's metrics. Raises StageError when anything is not finite."""
-        torch.manual_seed(hash((self.seed, self.step, self.accelerator.process_index)) % 2**63)  # dropout
+        seed = hash((self.seed, self.step, self.accelerator.process_index)) % 2**63
+        torch.manual_seed(seed)  # dropout draws from it
+        random.seed(seed)
         rate = learning_rate(self.training, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -176,7 +178,8 @@ class Loop:
             loop = {"step": self.step, "compute": self.compute, "last": self.last}
             checkpoint.write_state(draft, "loop", loop)
         self.accelerator.wait_for_everyone()
-        checkpoint.write_state(draft, f"method-{rank}", self.method.state_dict())
+        own = {"method": self.method.state_dict(), "rng": checkpoint.rng_state()}
+        checkpoint.write_state(draft, f"rank-{rank}", own)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             checkpoint.seal(draft, self.folder / f"step-{self.step}", key=self.run.key, step=self.step)
@@ -194,7 +197,9 @@ class Loop:
         if found is None:
             return
         checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
-        self.method.load_state_dict(checkpoint.read_state(found, f"method-{self.accelerator.process_index}"))
+        own = checkpoint.read_state(found, f"rank-{self.accelerator.process_index}")
+        self.method.load_state_dict(own["method"])
+        checkpoint.load_rng_state(own["rng"])
         state = checkpoint.read_state(found, "loop")
         self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
 
