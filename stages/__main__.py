@@ -129,7 +129,11 @@ def execute(request: Request) -> Result:
     try:
         with run:
             try:
-                metrics = importlib.import_module(MODULES[request.stage]).run(request, run)
+                stage = importlib.import_module(MODULES[request.stage])
+                began, waited = time.monotonic(), tracking.clock.waited
+                metrics = stage.run(request, run)
+                times = {"stage_seconds": time.monotonic() - began, "tracking_seconds": tracking.clock.waited - waited}
+                run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)
             except BaseException as error:
                 run.fail(problem_of(error), None if isinstance(error, StageError) else traceback.format_exc())

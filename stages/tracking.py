@@ -183,9 +183,28 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+@dataclass
+class _Clock:
+    """Seconds that this process has waited for MLflow; those of the side thread are nobody's wait."""
+
+    waited: float = 0.0
+
+
+clock = _Clock()
+
+
 def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
     """The call's answer, tried again for so many seconds while its error is a passing one."""
-    end, pause = time.monotonic() + seconds, 0.1
+    began = time.monotonic()
+    try:
+        return _retrying(call, began + seconds)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            clock.waited += time.monotonic() - began
+
+
+def _retrying(call: Callable[[], T], end: float) -> T:
+    pause = 0.1
     while True:
         try:
             return call()

@@ -1,0 +1,89 @@
+"""How fast `alignflow validate` is and what memory it takes, by number of rows. `make bench-pipeline` calls this.
+
+    python -m tests.bench.validation [--rows 200000,1000000,5000000] [--model FOLDER] [--tokenized 200000,1000000]
+
+Rows are pairs of made-up text, about 450 bytes each. Seconds, rows per second and the process's peak memory.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.work import WORDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_pairs(path: Path, rows: int) -> None:
+    """Pairs with prompts of their own."""
+    draw = random.Random(0)
+    words = WORDS.split()
+    pieces = [" ".join(draw.choices(words, k=draw.randint(10, 40))) for _ in range(5000)]
+    with path.open("w") as file:
+        for row in range(rows):
+            one, two, three = draw.choices(pieces, k=3)
+            pair = {"prompt": f"{row} {one}", "chosen": two, "rejected": f"{three} {row % 7}"}
+            file.write(json.dumps(pair) + "\n")
+
+
+def measure(path: Path, rows: int, out: Path, model: Path | None) -> dict[str, float]:
+    """One run of the command."""
+    command = [sys.executable, "-m", "stages.validate", str(path), "--kind", "preference", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*command, *([f"--model={model}"] if model else [])], env=environment, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
+    wall = time.monotonic() - began
+    cpu = usage.ru_utime + usage.ru_stime
+    return {
+        "rows": rows,
+        "seconds": wall,
+        "cpu": cpu,
+        "rows_per_second": rows / wall,
+        "memory_mib": usage.ru_maxrss / 1024,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.validation", description=__doc__)
+    parser.add_argument("--rows", default="200000,1000000,5000000")
+    parser.add_argument("--tokenized", default="200000,1000000")
+    parser.add_argument("--model", type=Path, help="folder with the tokenizer; without it only the schema is checked")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    plain = [(int(rows), None) for rows in options.rows.split(",") if rows]
+    tokenized = [(int(rows), options.model) for rows in options.tokenized.split(",") if rows and options.model]
+    table = Table("rows", "checked", "seconds", "CPU seconds", "rows/s", "peak MiB")
+    report = []
+    for rows, model in [*plain, *tokenized]:
+        with tempfile.TemporaryDirectory(dir=options.out) as folder:
+            path = Path(folder) / "pairs.jsonl"
+            write_pairs(path, rows)
+            found = measure(path, rows, Path(folder) / "out", model)
+        checked = "schema and tokens" if model else "schema"
+        report.append({"checked": checked, **found})
+        numbers = (f"{found[name]:.0f}" for name in ("seconds", "cpu", "rows_per_second", "memory_mib"))
+        table.add_row(f"{rows:,}", checked, *numbers)
+    (options.out / "validation.json").write_text(json.dumps(report, indent=1))
+    Console(width=120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
