@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -136,16 +137,39 @@ def execute(request: Request) -> Result:
                 run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)
             except BaseException as error:
-                run.fail(problem_of(error), None if isinstance(error, StageError) else traceback.format_exc())
+                known = isinstance(error, StageError) or lack_of(error) is not None
+                run.fail(problem_of(error), None if known else traceback.format_exc())
                 raise
     except Exception as error:
         return stopped(error, run.key, run.run_id or None, run.request.params)
+
+
+def lack_of(error: BaseException) -> Problem | None:
+    """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
+    text = f"{type(error).__name__}: {error}"
+    again = "then start it again: it goes on from its last checkpoint"
+    for kind, words, field, mend in (
+        ("disk", r"No space left on device|disk is full|Disk quota exceeded", "ALIGNFLOW_HOME", "make room there"),
+        ("disk", r"Read-only file system|Permission denied|readonly database", "ALIGNFLOW_HOME", "make it writable"),
+        (
+            "memory",
+            r"MemoryError|OutOfMemory|can't allocate memory|out of memory",
+            "tokens_per_micro_batch",
+            "lower it",
+        ),
+    ):
+        if re.search(words, text, re.IGNORECASE):
+            value = str(tracking.home()) if field == "ALIGNFLOW_HOME" else None
+            return Problem(kind=kind, message=f"{error}.", field=field, value=value, mend=f"{mend}, {again}")
+    return None
 
 
 def problem_of(error: BaseException) -> Problem:
     """What a person needs to know of an error."""
     if isinstance(error, StageError):
         return error.problem
+    if lack := lack_of(error):
+        return lack
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         field = "params." + ".".join(str(part) for part in first["loc"])
@@ -156,7 +180,7 @@ def problem_of(error: BaseException) -> Problem:
 def stopped(error: Exception, key: str, run_id: str | None, params: object = None) -> Result:
     """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
     status = error.status if isinstance(error, StageError) else "failed"
-    if status == "failed":
+    if status == "failed" and lack_of(error) is None:
         log.error("%s", "".join(traceback.format_exception(error)))
     problem = problem_of(error)
     log.error("%s: %s", status, problem)

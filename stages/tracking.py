@@ -634,9 +634,14 @@ class StageRun:
             preempted = isinstance(error, StageError) and error.status == "preempted"
             status = "KILLED" if preempted or isinstance(error, KeyboardInterrupt) else "FAILED"
         try:
-            self._journal.close()
-        finally:
-            retrying(lambda: client().set_terminated(self.run_id, status))
+            try:
+                self._journal.close()
+            finally:
+                retrying(lambda: client().set_terminated(self.run_id, status))
+        except Exception as second:
+            if error is None:
+                raise
+            log.warning("MLflow does not hear how the run ended: %s", _first_line(second))  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
@@ -649,10 +654,13 @@ class StageRun:
         return self.result
 
     def fail(self, problem: Problem, trace: str | None = None) -> None:
-        """Write down on the run why the stage stops."""
-        self.tag("problem", str(problem))
-        if trace:
-            self.text(trace, "traceback.txt")
+        """Write down on the run why the stage stops; where even that cannot be written, say so."""
+        try:
+            self.tag("problem", str(problem))
+            if trace:
+                self.text(trace, "traceback.txt")
+        except Exception as error:
+            log.warning("MLflow does not hear why the stage stops: %s", _first_line(error))
 
     def has(self, name: str) -> bool:
         """Whether the request brings an input of that name."""

@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         feedback=tiny.rows(20, *tiny.THUMBS),
         prompt=tiny.rows(20, {}),
     )
-    assert run(time.time) == 0  # starts the server of processes
+    assert run(time.sleep, 0) == 0  # starts the server of processes
     return {"model": model, "reward": folder / "reward", "data": data}
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,8 +170,18 @@ class Loop:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write a checkpoint of everything that decides the future."""
-        draft, rank = self.folder / f".draft-{self.step}", self.accelerator.process_index
+        """Write a checkpoint of everything that decides the future. What cannot be written whole leaves nothing."""
+        draft = self.folder / f".draft-{self.step}"
+        try:
+            self.write(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)  # it takes room that the next try needs
+            raise
+        self.saved_at = time.monotonic()
+
+    def write(self, draft: Path) -> None:
+        """All ranks' parts of a checkpoint; the first one seals it."""
+        rank = self.accelerator.process_index
         if self.accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
@@ -183,7 +194,6 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             checkpoint.seal(draft, self.folder / f"step-{self.step}", key=self.run.key, step=self.step)
-        self.saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one."""
