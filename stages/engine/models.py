@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from schemas.stage import StageError
 from schemas.training import LoRA, Training
 from stages.engine import attention
-from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
+from stages.engine.batch import Batch, Layout, Tree, collate, tree_tokens
 from stages.engine.logprobs import linear_logps
 
 # Types whose every layer outside attention treats tokens one by one, whose attention is softmax(QK) over positions and
@@ -58,8 +58,6 @@ TREE_TYPES = frozenset(
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
-COMPARED = 8192
-"""Tokens, padding included, on which two layouts are compared; one tree at least."""
 SMALL = 5_000_000
 """Parameters below which one thread is fastest."""
 _DEFAULT_THREADS = torch.get_num_threads()
@@ -221,7 +219,7 @@ def why_padded(config: PretrainedConfig) -> str | None:
 def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree], pad_id: int) -> Layout:
     """The wanted layout where it is exact for this model, else `padded` with a warning.
 
-    Exact: the model type is on the list, and on these trees (the first batch's; as many as fit in COMPARED tokens)
+    Exact: the model type is on the list, and on the longest and the shortest of these trees (the first batch's)
     log-probabilities or scores agree with the padded layout's within TOLERANCE.
     """
     if wanted == "padded":
@@ -231,8 +229,8 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
         return "padded"
     if not trees:
         return wanted
-    first = cut([tree_tokens(tree, "padded") for tree in trees], COMPARED)[0]
-    difference = _difference(model, wanted, [trees[i] for i in first], pad_id)
+    ordered = sorted(trees, key=lambda tree: tree_tokens(tree, "packed"))
+    difference = _difference(model, wanted, [ordered[-1], *ordered[:-1][:1]], pad_id)
     if not difference <= TOLERANCE:
         warnings.warn(f"layout {wanted!r} becomes 'padded': results differ by {difference:.2g}", stacklevel=2)
         return "padded"
