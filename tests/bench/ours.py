@@ -81,6 +81,7 @@ def config_for(work: Work) -> Training:
         "learning_rate": work.learning_rate,
         "batch_size": work.batch_size,
         "max_length": work.max_length,
+        "tokens_per_micro_batch": work.tokens,
         "precision": work.precision,
         "schedule": "constant",
         "warmup": 0.0,

@@ -43,6 +43,8 @@ class Work:
     learning_rate: float
     precision: str
     max_length: int
+    tokens: int
+    """Our tokens per micro-batch."""
     answer_length: int
     """PPO: tokens of every sampled answer."""
     ppo_epochs: int
