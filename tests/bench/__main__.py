@@ -211,7 +211,7 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         max_length=options.max_length,
         tokens=options.tokens,
         answer_length=48,
-        ppo_epochs=4,
+        ppo_epochs=2,
         threads=options.threads,
     )
 

@@ -47,14 +47,15 @@ class Worker:
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        self.process = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            env={**os.environ, **environment},
-            text=True,
-        )
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, **environment},
+                text=True,
+            )
 
     def turn(self) -> dict[str, Any]:
         """Let the worker do its next piece of work; what it answers. Raises RuntimeError when it has died."""
@@ -77,6 +78,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._pipe(self.process.stdout).close()
 
     @staticmethod
     def _pipe(pipe: IO[str] | None) -> IO[str]:

@@ -1,0 +1,67 @@
+"""The benchmark's own plumbing, on our side alone: the peer's environment is no part of these tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.bench import work
+from tests.bench.__main__ import FLOORS, line
+from tests.bench.sides import ours
+from tests.bench.work import Work
+
+TINY = Work(
+    method="dpo",
+    folder="",
+    model="",
+    reward="",
+    batch_size=4,
+    steps=4,
+    learning_rate=1e-3,
+    precision="fp32",
+    max_length=64,
+    tokens=256,
+    answer_length=4,
+    ppo_epochs=1,
+    threads=1,
+)
+
+
+def pairs(n: int) -> list[dict[str, object]]:
+    return tiny.rows(n, *tiny.PAIRS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kto", "ppo"])
+def test_our_side_takes_turns(method: str, tmp_path: Path) -> None:
+    model = tiny.model_folder(tmp_path / "model")
+    reward = work.with_score_head(model, tmp_path / "reward")
+    plan = replace(TINY, method=method, folder=str(tmp_path / "work"), model=str(model), reward=str(reward))
+    work.lay_out(plan, pairs(plan.rows))
+    worker = ours(plan)
+    try:
+        set_up, first, second = worker.turn(), worker.turn(), worker.turn()
+    finally:
+        worker.end()
+    assert set_up["reference"] > 0 if method == "kto" else set_up["reference"] == 0
+    assert first["loss"] != second["loss"] and first["memory"] > 50
+    assert {"trunk, forward", "trunk, backward", "optimizer"} <= first["sections"].keys()
+    assert sum(first["sections"].values()) <= first["seconds"]
+
+
+def test_the_peer_gets_the_rows_in_our_order(tmp_path: Path) -> None:
+    model = tiny.model_folder(tmp_path / "model")
+    plan = replace(TINY, folder=str(tmp_path / "work"), model=str(model), method="kto")
+    work.lay_out(plan, pairs(plan.rows))
+    partner = work.mismatched(plan)
+    assert sorted(partner) == sorted(partner.values()) == list(range(plan.rows))
+    assert all(row != other for row, other in partner.items())
+
+
+def test_a_ratio_below_its_floor_fails() -> None:
+    floor, ceiling = FLOORS["sft"]
+    fast = line(TINY, "sft", [1.0, 1.0, 1.0], [1.0, floor + 0.01, 9.0], 100 * ceiling, 100)
+    assert fast["ratio"] == floor + 0.01 and fast["passed"]
+    assert not line(TINY, "sft", [1.0], [floor - 0.01], 1.0, 100.0)["passed"]
+    assert not line(TINY, "sft", [1.0], [9.0], 100 * ceiling + 1, 100.0)["passed"]
