@@ -89,7 +89,7 @@ def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]
 # --- The flow ---------------------------------------------------------------------------------------------------------
 
 
-@task(name="stage", task_run_name="{name}", persist_result=False, cache_policy=NO_CACHE)
+@task(name="stage", task_run_name="{name}", persist_result=False, result_serializer="json", cache_policy=NO_CACHE)
 def run_node(name: str, request: Request) -> Result | State[Any]:
     """One stage. When it stops, the task fails with the stage's problem."""
     result = runner.run_stage(request, get_run_logger())
@@ -108,7 +108,7 @@ def problem_of(name: str, result: Result) -> StageError:
     return StageError(status=result.status, **problem)
 
 
-@flow(name="pipeline", flow_run_name="{config.name}", persist_result=False)
+@flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
 def pipeline(config: PipelineConfig) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
     nodes = plan(config)

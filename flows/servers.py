@@ -88,8 +88,10 @@ def serve(mlflow_port: int | None, prefect_port: int | None) -> None:
         StageError: a port is taken, or a server does not start or stops by itself.
     """
     elsewhere = {
-        "MLflow": tracking.tracking_uri() if tracking.tracking_uri().startswith("http") else None,
-        "Prefect": os.environ.get("PREFECT_API_URL"),
+        "MLflow": tracking.without_passwords(tracking.tracking_uri())
+        if tracking.tracking_uri().startswith("http")
+        else None,
+        "Prefect": tracking.without_passwords(os.environ.get("PREFECT_API_URL", "")) or None,
     }
     servers = []
     if elsewhere["MLflow"] is None:

@@ -49,7 +49,7 @@ class Lines(logging.Formatter):
     """Plain lines; from warnings up each begins with its level, by which the flow's log knows it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = tracking.without_passwords(super().format(record))
         if record.levelno < logging.WARNING:
             return text
         return "\n".join(f"{record.levelname.lower()}: {line}" for line in text.splitlines())
@@ -174,7 +174,8 @@ def problem_of(error: BaseException) -> Problem:
         first = error.errors()[0]
         field = "params." + ".".join(str(part) for part in first["loc"])
         return Problem(kind="params", message=first["msg"], field=field, value=str(first["input"])[:200])
-    return Problem(kind=type(error).__name__, message=str(error) or type(error).__name__)
+    message = tracking.without_passwords(str(error))
+    return Problem(kind=type(error).__name__, message=message or type(error).__name__)
 
 
 def stopped(error: Exception, key: str, run_id: str | None, params: object = None) -> Result:

@@ -179,8 +179,13 @@ def _passing(error: Exception) -> bool:
     return re.search(PASSING, str(error), re.IGNORECASE) is not None
 
 
+def without_passwords(text: str) -> str:
+    """The text with its addresses as they may be shown: what stands before `@` is nobody else's business."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return without_passwords((str(error).splitlines() or [type(error).__name__])[0])[:200]
 
 
 @dataclass
@@ -449,7 +454,7 @@ def compare_link(run_ids: list[str]) -> str | None:
     runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
     experiments = sorted({run.info.experiment_id for run in runs})
     uri = tracking_uri()
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)})
     return f"{server}/#/compare-runs?{query}" + ("" if uri.startswith("http") else "  (start `alignflow ui`)")
 
@@ -658,7 +663,7 @@ class StageRun:
         try:
             self.tag("problem", str(problem))
             if trace:
-                self.text(trace, "traceback.txt")
+                self.text(without_passwords(trace), "traceback.txt")
         except Exception as error:
             log.warning("MLflow does not hear why the stage stops: %s", _first_line(error))
 

@@ -86,7 +86,7 @@ def state_of(work: Path) -> dict[str, str]:
     for path in sorted(newest.iterdir()):
         if path.suffix == ".safetensors":
             found |= {f"{path.name}/{name}": _sha256(tensor) for name, tensor in load_file(path).items()}
-        elif path.name not in ("manifest.json", "loop.json"):
+        elif path.suffix == ".json" and path.name not in ("manifest.json", "loop.json"):
             found[path.name] = path.read_text()
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     steps = {(name, step): value for name, step, value in lines if step is not None}
