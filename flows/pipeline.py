@@ -22,12 +22,16 @@ from prefect.settings import (
 from prefect.states import Completed, Failed, State
 
 from flows import runner, servers
+from flows.lease import stage_lease
 from flows.plan import Node, plan
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
 
 log = logging.getLogger("alignflow")
+
+own_servers: set[str] = set()
+"""Addresses of Prefect servers that this process has started: nobody on another host shares them."""
 
 
 # --- From a node to a request -----------------------------------------------------------------------------------------
@@ -92,7 +96,8 @@ def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]
 @task(name="stage", task_run_name="{name}", persist_result=False, result_serializer="json", cache_policy=NO_CACHE)
 def run_node(name: str, request: Request) -> Result | State[Any]:
     """One stage. When it stops, the task fails with the stage's problem."""
-    result = runner.run_stage(request, get_run_logger())
+    shared = PREFECT_API_URL.value() not in own_servers
+    result = runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
     if result.status == "done":
         return result
     error = problem_of(name, result)
@@ -238,6 +243,7 @@ def local_prefect() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
             stack.enter_context(servers.running([server]))
+        own_servers.add(f"{server.url}/api")
         stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
         try:
             yield

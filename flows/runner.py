@@ -31,10 +31,13 @@ _processes: set[subprocess.Popen[str]] = set()
 _guard = threading.Lock()
 
 
-def run_stage(request: Request, log: Log | None = None) -> Result:
+def run_stage(
+    request: Request, log: Log | None = None, alone: contextlib.AbstractContextManager[None] | None = None
+) -> Result:
     """The stage's result: one that is there already, else that of a new process. A stage that stops is no exception.
 
-    The process's lines go to `log` while it runs.
+    The process's lines go to `log` while it runs, within `alone`, which may keep out others that want the same result:
+    on this host the stage does so itself.
     """
     log = log or logging.getLogger("alignflow")
     found = tracking.find(request.key())
@@ -45,7 +48,8 @@ def run_stage(request: Request, log: Log | None = None) -> Result:
     ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
     began = time.monotonic()
-    code = run_process(request, ask / "request.json", log)
+    with alone or contextlib.nullcontext():
+        code = run_process(request, ask / "request.json", log)
     result = read_result(ask / "result.json", request, code)
     log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
     return result
