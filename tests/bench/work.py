@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +24,7 @@ from tests.tiny import data_folder
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+disable_progress_bars()
 WORDS = "the a of to and in is it you that for on with as are at be this have from or one had by word but not what all"
 
 
