@@ -28,7 +28,7 @@ from tests.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("sft", "reward", "dpo", "kto", "ppo")
-SIZES = {"sft": 2, "reward": 1, "dpo": 1, "kto": 2, "ppo": 1.5}
+SIZES = {"sft": 2, "reward": 1, "dpo": 1, "kto": 2, "ppo": 1}
 """Rows of a step, times the batch size: a pair has two answers."""
 RATES = {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6, "kto": 1e-6, "ppo": 1e-6}
 
@@ -203,14 +203,14 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         folder=str(scratch / method),
         model=str(model),
         reward=str(reward),
-        batch_size=round(options.batch_size * SIZES[method]),
+        batch_size=options.batch_size * SIZES[method],
         steps=options.rounds + 2,  # one that is not counted, and one that never comes: after the last, workers save
         learning_rate=RATES[method],
         precision=options.precision,
         max_length=options.max_length,
         tokens=options.tokens // (2 if method == "ppo" else 1),  # through two models
         answer_length=32,
-        ppo_epochs=1,
+        ppo_epochs=4,  # the default of both
         threads=options.threads,
     )
 
