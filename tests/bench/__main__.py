@@ -147,7 +147,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4, help="pairs per step; other rows in proportion")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=1024, help="our tokens_per_micro_batch, which changes no result")
+    parser.add_argument("--tokens", type=int, default=512, help="our tokens_per_micro_batch, which changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--skip-equal", action="store_true", help="time only")
@@ -208,7 +208,7 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         learning_rate=RATES[method],
         precision=options.precision,
         max_length=options.max_length,
-        tokens=options.tokens // (2 if method == "ppo" else 1),  # through two models
+        tokens=options.tokens,
         answer_length=32,
         ppo_epochs=4,  # the default of both
         threads=options.threads,
