@@ -20,7 +20,7 @@ from stages.engine import checkpoint
 from stages.engine.models import load_scorer, save_scorer
 from stages.engine.text import Codec
 from tests import tiny
-from tests.faults import Case, killed_after, run
+from tests.faults import Case, ended, killed_after, run, start
 
 RUNS, DEATHS = 2, 3  # per case: runs, each of them killed up to three times
 KEY = "k" * 64
@@ -75,21 +75,30 @@ def end_of(work: Path) -> dict[str, str]:
     return json.loads((work / "end.json").read_text())
 
 
+def steps_in(work: Path) -> int:
+    """Steps that a run has logged."""
+    path = work / "metrics.jsonl"
+    return path.read_text().count('"train/loss"') if path.exists() else 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_random_and_started_again(
     name: str, inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = Case(CASES[name], inputs)
-    began = time.monotonic()
     assert run(case.train, tmp_path / "whole") == 0
-    whole = time.monotonic() - began
     draw, died = random.Random(f"{name}"), []
     for kill in range(RUNS):
         work = tmp_path / f"killed-{kill}"
         for _ in range(DEATHS):
-            if killed_after(draw.uniform(0.3, 1.0) * whole, case.train, work) == -signal.SIGKILL:
-                died.append(kill)
+            further = steps_in(work) + draw.randint(1, 2)
+            process = start(case.train, work)
+            while process.is_alive() and steps_in(work) < further:
+                time.sleep(0.001)
+            process.join(draw.uniform(0, 0.02))  # somewhere within a step, or a checkpoint
+            process.kill()
+            died += [kill] * (ended(process) == -signal.SIGKILL)
         if not (work / "end.json").exists():
             assert run(case.train, work) == 0
         assert end_of(work) == end_of(tmp_path / "whole")

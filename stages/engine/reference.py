@@ -16,7 +16,7 @@ import torch
 from schemas.stage import StageError
 from stages.engine.batch import Layout, Tree, collate, cut, tree_tokens
 from stages.engine.models import Policy, sums
-from stages.tracking import home
+from stages.tracking import home, lock
 
 Key = bytes
 _LOOK_UP = 500  # keys in one query
@@ -68,9 +68,10 @@ class ReferenceCache:
         """A connection in autocommit; other processes' writes are waited for."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(self.path, timeout=120, isolation_level=None)) as database:
-            database.execute("PRAGMA journal_mode=WAL")
+            with lock(self.path.with_suffix(".lock")):  # two at once that turn on WAL don't wait for each other
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
             database.execute("PRAGMA synchronous=NORMAL")
-            database.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
             yield database
 
 
