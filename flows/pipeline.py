@@ -23,12 +23,16 @@ from prefect.states import Completed, Failed, State
 
 from flows import runner, servers
 from flows.lease import stage_lease
+from flows.placement import run_placed
 from flows.plan import Node, plan
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
 
 log = logging.getLogger("alignflow")
+
+TRIES = 3
+"""How often a stage that is stopped from outside is started, before the run gives up."""
 
 own_servers: set[str] = set()
 """Addresses of Prefect servers that this process has started: nobody on another host shares them."""
@@ -94,14 +98,33 @@ def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]
 
 
 @task(name="stage", task_run_name="{name}", persist_result=False, result_serializer="json", cache_policy=NO_CACHE)
-def run_node(name: str, request: Request) -> Result | State[Any]:
-    """One stage. When it stops, the task fails with the stage's problem."""
-    shared = PREFECT_API_URL.value() not in own_servers
-    result = runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
+def run_node(name: str, request: Request, pool: str | None = None) -> Result | State[Any]:
+    """One stage, here or on a work pool. When it stops, the task fails with the stage's problem; when it was stopped
+    from outside, it is started again first.
+    """
+    result = run_once(request, pool)
+    for number in range(2, TRIES + 1):
+        if not was_stopped(result) or runner.stopping():
+            break
+        get_run_logger().warning("%s: %s Started again, try %d of %d.", name, result.error, number, TRIES)
+        result = run_once(request, pool)
     if result.status == "done":
         return result
     error = problem_of(name, result)
     return Failed(message=str(error), data=error)
+
+
+def was_stopped(result: Result) -> bool:
+    """Whether a stage ended from outside, by a signal or with its machine, and goes on when it is started again."""
+    return result.status == "preempted" or (result.error is not None and result.error.kind == "killed")
+
+
+def run_once(request: Request, pool: str | None) -> Result:
+    """The result of one try at a stage."""
+    if pool is not None:
+        return run_placed(request, pool, get_run_logger())
+    shared = PREFECT_API_URL.value() not in own_servers
+    return runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
 
 
 def problem_of(name: str, result: Result) -> StageError:
@@ -117,6 +140,7 @@ def problem_of(name: str, result: Result) -> StageError:
 def pipeline(config: PipelineConfig) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
     nodes = plan(config)
+    runner.begin()
     try:
         results, errors = run_nodes(nodes, config, str(flow_run.id))
     except BaseException:
@@ -148,7 +172,7 @@ def run_nodes(
             except StageError as error:
                 errors[node.name] = error
                 continue
-            future = run_node.submit(node.name, request)
+            future = run_node.submit(node.name, request, config.pools.get(node.stage))
             running.add(node.name)
             future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
         if not running:

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from schemas.methods import Method
-from schemas.stage import Strict
+from schemas.stage import STAGES, Strict
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -186,6 +186,13 @@ def _name_methods(value: Any) -> Any:
     return value
 
 
+def _known_stages(pools: dict[str, str]) -> dict[str, str]:
+    for stage in pools:
+        if stage not in STAGES:
+            raise ValueError(f"{stage!r} is no stage. Mend: use {', '.join(STAGES)}")
+    return pools
+
+
 class PipelineConfig(Strict):
     """A whole run: base model, data, and the stages with their settings."""
 
@@ -210,3 +217,5 @@ class PipelineConfig(Strict):
     """Devices per training stage; more than one runs under torchrun."""
     parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""
+    pools: Annotated[dict[str, str], AfterValidator(_known_stages)] = {}
+    """Stage -> work pool whose workers run it: `{sft: gpu, align: gpu}`. What is not named runs where the flow runs."""

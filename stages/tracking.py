@@ -283,22 +283,53 @@ def _local(location: str) -> Path | None:
 
 def _download(location: str, sha256: str) -> Path:
     """A copy of a remote artifact, kept by its digest."""
-    target = home() / "cache" / "artifacts" / sha256
-    with lock(target.with_suffix(".lock")):
+    folder = home() / "cache" / "artifacts" / sha256
+    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name says of what kind it is
+    with lock(folder.with_suffix(".lock")):
         if target.exists() and digest(target) == sha256:
             return target
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         from mlflow.artifacts import download_artifacts  # late: see _entities
 
-        beside = target.with_suffix(".part")
+        beside = folder.with_suffix(".part")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         got = retrying(
             lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
         )
+        folder.mkdir(parents=True)
         Path(got).replace(target)
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def portable(request: Request) -> Request:
+    """The request with inputs that any host can fetch: what lies on this host's disk is stored in MLflow first.
+
+    The key stays the same: it goes by digests, not by uris.
+    """
+    inputs = {
+        name: artifact if artifact.uri.startswith(("runs:/", "models:/")) else _stored(artifact, request)
+        for name, artifact in request.inputs.items()
+    }
+    return request.model_copy(update={"inputs": inputs})
+
+
+def _stored(artifact: Artifact, request: Request) -> Artifact:
+    """A local file or folder as an artifact of a run of its own, tagged `stage` = source; stored once per digest."""
+    query = f"tags.stage = 'source' and tags.sha256 = '{artifact.sha256}' and attributes.status = 'FINISHED'"
+    name = experiment(experiment_name(request))
+    for run in retrying(lambda: client().search_runs([name], query)):
+        kept = Artifact(uri=f"runs:/{run.info.run_id}/{run.data.tags['artifact']}", sha256=artifact.sha256)
+        if _intact(kept):
+            return kept
+    path = fetch(artifact)
+    tags = {"stage": "source", "sha256": artifact.sha256, "artifact": f"source/{path.name}"}
+    run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=f"source {path.name}")).info.run_id
+    store = client().log_artifacts if path.is_dir() else client().log_artifact
+    retrying(lambda: store(run_id, str(path), tags["artifact"] if path.is_dir() else "source"))
+    retrying(lambda: client().set_terminated(run_id))
+    return Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
 
 
 def fetch(artifact: Artifact) -> Path:
