@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -522,6 +522,13 @@ def shortened(text: str, limit: int) -> str:
 # --- The journal of metrics -------------------------------------------------------------------------------------------
 
 
+def _points_of(run_id: str) -> set[tuple[str, int]]:
+    """(name, step) of all metrics that MLflow has of a run."""
+    names = retrying(lambda: client().get_run(run_id)).data.metrics
+    history = client().get_metric_history
+    return {(name, point.step) for name in names for point in retrying(lambda name=name: history(run_id, name))}
+
+
 class Journal:
     """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
 
@@ -529,9 +536,10 @@ class Journal:
     point in MLflow. A point that is already there, from before a resume, is not written again.
     """
 
-    def __init__(self, path: Path, run_id: str) -> None:
+    def __init__(self, path: Path, run_id: str, known: Iterable[tuple[str, int]] = ()) -> None:
+        """`known`: points (name, step) that MLflow has already and this journal has not."""
         self.run_id = run_id
-        self._seen: set[tuple[str, int]] = set()
+        self._seen = set(known)
         self._waiting: list[tuple[str, float, int, int]] = []
         self._guard = threading.Lock()
         self._closing = threading.Event()
@@ -631,22 +639,25 @@ class StageRun:
 
     def __enter__(self) -> Self:
         if self.rank == 0:
-            self._open()
-            self._journal = Journal(self.work / f"metrics-{self.run_id}.jsonl", self.run_id)
+            continued = self._open()
+            journal = self.work / f"metrics-{self.run_id}.jsonl"
+            elsewhere = continued and not journal.exists()  # another host has begun the run
+            self._journal = Journal(journal, self.run_id, _points_of(self.run_id) if elsewhere else ())
             self._describe()
         return self
 
-    def _open(self) -> None:
-        """Continue the run that a stopped process has left for this key, else start one."""
+    def _open(self) -> bool:
+        """Continue the run that a stopped process has left for this key, else start one; whether it continues."""
         left = _runs_with(self.key, "attributes.status != 'FINISHED'")
         if left:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
             retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
-            return
+            return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
         self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        return False
 
     def _describe(self) -> None:
         """Tags, parameters and the full config."""
