@@ -51,6 +51,9 @@ QUIET = {
 # Stages that make or judge a model; their runs carry its name as the tag `model`.
 WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
 
+# Tag of a finished run whose artifact was found to be gone or altered.
+BAD = "artifact.bad"
+
 SHIP_SECONDS = 2.0
 METRICS_PER_BATCH = 1000
 ENTRIES_PER_BATCH = 100
@@ -349,12 +352,15 @@ def fetch(artifact: Artifact) -> Path:
         if _passing(error):
             raise
         message = f"the artifact is gone ({error})."
+        _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend) from error
     if not folder.exists():
         raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
     found = digest(folder)
     if found != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+        if _local(location) is None:
+            _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
     return folder
 
@@ -415,10 +421,14 @@ def _copied(location: str) -> Path:
 
 
 def _intact(artifact: Artifact) -> bool:
-    """Whether a published artifact is still what it was. One in a remote store is verified when it is fetched."""
+    """Whether a published artifact is still what it was. Of one in a remote store only whether it is there: its digest
+    is verified when it is fetched, and `find` takes no run with the tag that a wrong one leaves.
+    """
     try:
-        if _local(_location(artifact.uri)) is not None:
-            fetch(artifact)
+        location = _location(artifact.uri)
+        if _local(location) is None:
+            return _is_there(location)
+        fetch(artifact)
     except StageError as error:
         log.info("%s", error)
         return False
@@ -428,6 +438,51 @@ def _intact(artifact: Artifact) -> bool:
         log.info("%s is gone: %s", artifact.uri, error)
         return False
     return True
+
+
+def _entries(location: str) -> list[Any]:
+    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    from mlflow.artifacts import list_artifacts  # late: see _entities
+
+    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
+
+
+def _is_there(location: str) -> bool:
+    """Whether a remote file or folder exists."""
+    above, _, name = location.rstrip("/").rpartition("/")
+    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+
+
+def _sizes(location: str) -> dict[str, int]:
+    """The files of a remote folder: path in it -> bytes."""
+    found: dict[str, int] = {}
+    for entry in _entries(location):
+        name = entry.path.rpartition("/")[2]
+        if entry.is_dir:
+            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+        else:
+            found[name] = entry.file_size
+    return found
+
+
+def _arrived(artifact: Artifact, folder: Path) -> bool:
+    """Whether all of a folder has been stored: by digest here, by names and sizes in a remote store."""
+    location = _location(artifact.uri)
+    if _local(location) is not None:
+        return _intact(artifact)
+    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+
+
+def _mark_bad(artifact: Artifact, message: str) -> None:
+    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    if artifact.uri.startswith("models:/m-"):
+        run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
+    elif artifact.uri.startswith("runs:/"):
+        run_id = artifact.uri.removeprefix("runs:/").partition("/")[0]
+    else:
+        return
+    retrying(lambda: client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH)))
 
 
 # --- Reuse ------------------------------------------------------------------------------------------------------------
@@ -456,6 +511,8 @@ def _result_of(run_id: str) -> Result | None:
 def find(key: str) -> Result | None:
     """A finished run of this key whose outputs still exist with their digests, else None."""
     for run in _runs_with(key, "attributes.status = 'FINISHED'"):
+        if BAD in run.data.tags:
+            continue
         result = _result_of(run.info.run_id)
         if result is not None and all(_intact(artifact) for artifact in result.outputs.values()):
             return result.model_copy(update={"reused": True})
@@ -803,7 +860,7 @@ class StageRun:
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
-        if not _intact(self.outputs[name]):
+        if not _arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
         return self.outputs[name]
