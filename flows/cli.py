@@ -231,9 +231,56 @@ def ui(
 
     - alignflow ui
     """
-    from flows.servers import serve
+    from flows.up import up as start
 
-    serve(mlflow_port, prefect_port)
+    start([], mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+@app.command()
+def up(
+    pools: Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. May stand many times.")] = [  # noqa: B006
+        "cpu",
+        "gpu",
+    ],
+    host: Annotated[str, typer.Option(help="Address that the servers listen at; others than this need passwords.")] = (
+        "127.0.0.1"
+    ),
+    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Default 4200, or a free one.")] = None,
+) -> None:
+    """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
+
+    With PREFECT_API_URL and MLFLOW_TRACKING_URI set, it starts workers alone, for servers elsewhere.
+
+    Examples:
+
+    - alignflow up
+    - alignflow up --pool gpu
+    - alignflow up --host 0.0.0.0
+    """
+    from flows.up import up as start
+
+    start(pools, host, mlflow_port, prefect_port)
+
+
+@app.command()
+def deploy(
+    file: Annotated[Path | None, typer.Option(help="Default: deploy/prefect.yaml of this project.")] = None,
+) -> None:
+    """Create or update work pools, deployments and automations on the Prefect server, without questions.
+
+    The server is that of `alignflow up`, or PREFECT_API_URL.
+
+    Example:
+
+    - alignflow deploy
+    """
+    from flows.addresses import adopt
+
+    adopt()
+    from flows.deploy import deploy as create
+
+    create(file)
 
 
 def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:
