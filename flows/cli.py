@@ -59,6 +59,66 @@ def run(
 
 
 @app.command()
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
+    force: Annotated[bool, typer.Option("--force", help="Train though nothing changed.")] = False,
+) -> None:
+    """Train when data or config changed since the champion was trained, and promote the new model if the gate lets it.
+
+    Ends as Unchanged, Promoted or Rejected (exit code 0), or with a conflict or a problem.
+
+    Examples:
+
+    - alignflow retrain my.yaml
+    - alignflow retrain my.yaml --set promote.candidate=dpo
+    """
+    from flows import retrain as flow
+
+    flow.run(config, overrides, force)
+
+
+@app.command()
+def rollback(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+    ] = None,
+) -> None:
+    """Make the former champion champion again. What is rolled back is not promoted again.
+
+    Examples:
+
+    - alignflow rollback
+    - alignflow rollback my-assistant
+    """
+    from flows import registry
+
+    bad, restored = registry.rollback(model)
+    print(f"champion is {restored} again; version {bad.number} is rolled back")
+
+
+@app.command()
+def lineage(
+    what: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """From a model back to the rows it was trained on; from a data file to every model that saw it.
+
+    Examples:
+
+    - alignflow lineage models:/my-assistant@champion
+    - alignflow lineage dpo --json
+    - alignflow lineage pairs.jsonl
+    """
+    from flows import lineage as trace
+
+    tree = trace.lineage(what)
+    print(trace.as_json(tree) if json else trace.as_text(tree))
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
 ) -> None:
@@ -145,7 +205,9 @@ def generate(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate or compare.")],
+    name: Annotated[
+        str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate, compare or promote.")
+    ],
     request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
 ) -> None:
     """Run a single stage from its request. Writes result.json beside it.

@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -30,6 +30,8 @@ from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
 
 log = logging.getLogger("alignflow")
+
+T = TypeVar("T")
 
 TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
@@ -155,10 +157,13 @@ def pipeline(config: PipelineConfig) -> State[Any]:
 
 
 def run_nodes(
-    nodes: list[Node], config: PipelineConfig, pipeline_run: str
+    nodes: list[Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
 ) -> tuple[dict[str, Result], dict[str, StageError]]:
-    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs."""
-    results: dict[str, Result] = {}
+    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs.
+
+    `known`: results of nodes that are not to be run; they are in the answer too.
+    """
+    results: dict[str, Result] = dict(known or {})
     errors: dict[str, StageError] = {}
     waiting = by_urgency(nodes)
     running: set[str] = set()
@@ -284,13 +289,22 @@ def run(config: PipelineConfig) -> dict[str, Result]:
             by Ctrl-C or SIGTERM (status `preempted`).
     """
     plan(config)  # what is missing is said before a server starts
+    return from_here(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+
+
+def from_here(call: Callable[[], T]) -> T:
+    """Call a flow from this process, with databases and a Prefect server at hand, and wait for it.
+
+    Raises:
+        StageError: what the flow raises; or it was stopped by Ctrl-C or SIGTERM (status `preempted`).
+    """
     servers.interrupt_on_sigterm()
     try:
         with ThreadPoolExecutor(1) as aside:
             database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
             with local_prefect():
                 database.result()
-                return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+                return call()
     except (KeyboardInterrupt, TerminationSignal):
         mend = "start it again: finished stages are reused, and training goes on from its last checkpoint"
         message = "the run was stopped from outside."

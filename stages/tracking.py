@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -661,6 +662,34 @@ class Journal:
         self._file.close()
 
 
+@cache
+def code_version() -> str:
+    """The package's version, and in a checkout the git commit: `0.1.0+1a2b3c4d5e6f`, with `.dirty` where changed."""
+    try:
+        version = metadata.version("alignflow")
+    except metadata.PackageNotFoundError:  # run from a plain folder
+        version = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=.dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or not one that answers
+        return version
+    return f"{version}+{commit}" if commit else version
+
+
 # --- A stage's run ----------------------------------------------------------------------------------------------------
 
 
@@ -726,7 +755,9 @@ class StageRun:
             "pipeline.run": request.pipeline_run,
             "method": request.params.get("method") if request.stage == "align" else None,
             "model": request.name if request.stage in WITH_MODEL else None,
-        } | request.tags
+            "code.version": code_version(),
+        }
+        tags |= {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")
         self.params({**request.params, "seed": request.seed, **request.about})
@@ -863,6 +894,7 @@ class StageRun:
         if not _arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+        self.tag(f"output.{name}", sha256)
         return self.outputs[name]
 
     def _publish_folder(self, name: str, folder: Path) -> str:
