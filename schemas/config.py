@@ -205,6 +205,11 @@ class PipelineConfig(Strict):
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
+    equal_tokens: bool = False
+    """Every method under `align` trains on the same number of tokens: the least that one of them would by itself."""
+    sweep: str | None = None
+    """Name of a sweep, the tag `sweep` of its runs: the comparison then groups the models by method, beta and seed.
+    `alignflow sweep` sets it."""
     evaluate: EvaluateConfig = EvaluateConfig()
     devices: int = Field(default=1, ge=1)
     """Devices per training stage; more than one runs under torchrun."""
