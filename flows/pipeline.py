@@ -201,14 +201,16 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
             logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
     runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
-    link = tracking.compare_link([run for run in runs if run])
-    if link:
-        logger.info("compare the models in MLflow: %s", link)
+    found = [run for run in runs if run]
+    pages = {"metrics": tracking.compare_link(found), "answers": tracking.compare_link(found, "ARTIFACT")}
+    links = {what: link for what, link in pages.items() if link}
+    for what, link in links.items():
+        logger.info("%s side by side in MLflow: %s", what, link)
     if PREFECT_API_URL.value() not in own_servers:
-        show_in_prefect(text, link)
+        show_in_prefect(text, links)
 
 
-def show_in_prefect(table: str, link: str | None) -> None:
+def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
     """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail for want of them.
 
     Only an address that a server of MLflow answers can be followed from there.
@@ -217,8 +219,8 @@ def show_in_prefect(table: str, link: str | None) -> None:
         if table:
             description = "How the models compare"
             create_markdown_artifact(f"```text\n{table}\n```", key="comparison", description=description)
-        if link and tracking.tracking_uri().startswith("http"):
-            create_link_artifact(link, link_text="The models side by side in MLflow", key="compare-in-mlflow")
+        for what, link in links.items() if tracking.tracking_uri().startswith("http") else ():
+            create_link_artifact(link, link_text=f"{what} side by side in MLflow", key=f"{what}-in-mlflow")
     except Exception as error:  # whatever the server or the network is up to
         get_run_logger().warning("Prefect does not show the comparison: %s", error)
 

@@ -31,7 +31,7 @@ def load(
     Raises:
         StageError: a list holds what it cannot, or the config is wrong.
     """
-    base = settings.load(source, overrides)
+    base = settings.validate(settings.raw_of(source, overrides))
     grid = itertools.product(method_names(methods), numbers("--beta", betas, float), numbers("--seeds", seeds, int))
     align = {f"{method}-{beta:.15g}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid}
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}

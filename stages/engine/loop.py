@@ -115,7 +115,7 @@ class Loop:
         if self.training.train_tokens is None:
             return self.step, self.total_steps, "steps"
         seen = self.compute["compute/train_tokens"] if self.step else 0
-        return int(seen), self.training.train_tokens, "tokens"
+        return min(int(seen), self.training.train_tokens), self.training.train_tokens, "tokens"
 
     @property
     def ended(self) -> bool:
