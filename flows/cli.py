@@ -119,6 +119,46 @@ def lineage(
 
 
 @app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "dpo,kto,ppo",
+    beta: Annotated[
+        str, typer.Option(help="Strengths of the pull to the reference, with commas; for PPO this is kl_coef.")
+    ] = "0.05,0.1,0.3",
+    seeds: Annotated[str, typer.Option(help="Seeds of the alignment runs alone, with commas.")] = "0,1,2",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training tokens of every variant; default: the least that one of the methods sees by itself."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and start nothing.")] = False,
+) -> None:
+    """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
+
+    All variants train on the same number of tokens. A beta or seed that is added later runs alone: the rest is reused.
+
+    Examples:
+
+    - alignflow sweep demo --methods dpo,kto,ppo --beta 0.05,0.1,0.3 --seeds 0,1,2
+    - alignflow sweep my.yaml --methods dpo --beta 0.01,0.1 --tokens 2000000 --dry-run
+    """
+    from flows import sweep as sweeping
+
+    checked = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    if dry_run:
+        from flows.outlook import outlook
+
+        print(outlook(checked))
+        return
+    from flows import pipeline
+
+    print(sweeping.tokens_line(checked, pipeline.run(checked)))
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
 ) -> None:

@@ -278,6 +278,11 @@ class PipelineConfig(Strict):
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
+    equal_tokens: bool = False
+    """Every method under `align` trains on the same number of tokens: the least that one of them would by itself."""
+    sweep: str | None = None
+    """Name of a sweep, the tag `sweep` of its runs: the comparison then groups the models by method, beta and seed.
+    `alignflow sweep` sets it."""
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig | None = None
     """For `alignflow retrain`; a plain run promotes nothing. None: all defaults."""

@@ -26,8 +26,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.parse import unquote, urlencode, urlparse
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from urllib.parse import quote, unquote, urlencode, urlparse
 
 from schemas.stage import Artifact, Problem, Request, Result, StageError
 
@@ -537,16 +537,25 @@ def note_reuse(result: Result, pipeline_run: str | None) -> None:
     retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
 
 
-def compare_link(run_ids: list[str]) -> str | None:
-    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it."""
+def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
+    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it.
+
+    CHART shows their metrics as bars, ARTIFACT their tables, such as the answers to each prompt.
+    """
     if not run_ids:
         return None
     runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
     experiments = sorted({run.info.experiment_id for run in runs})
     uri = tracking_uri()
     server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)})
-    return f"{server}/#/compare-runs?{query}" + ("" if uri.startswith("http") else "  (start `alignflow ui`)")
+    chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
+    page = f"experiments/{experiments[0]}/runs"
+    if len(experiments) > 1:
+        page, query["experiments"] = "compare-experiments/s", json.dumps(experiments)
+    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}" + (
+        "" if uri.startswith("http") else "  (start `alignflow ui`)"
+    )
 
 
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
@@ -911,7 +920,7 @@ class StageRun:
         model = retrying(
             lambda: client().create_logged_model(
                 run.info.experiment_id,
-                name=re.sub(r"[^\w\-. ]", "_", self.label),
+                name=re.sub(r"[^\w\- ]", "_", self.label),
                 source_run_id=self.run_id,
                 tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
                 params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
