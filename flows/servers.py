@@ -33,6 +33,10 @@ QUIET = {
 }
 
 
+# Leases on disk: one kept in memory would be forgotten when the server restarts, and its name stay taken.
+KEEP_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+
+
 @dataclass(frozen=True)
 class Server:
     """A server to start: how, and where it answers."""
@@ -78,7 +82,9 @@ def prefect_server(number: int, *more: str) -> Server:
     """Prefect over the database that flows without a server write to; `more` options of `prefect server start`."""
     url = f"http://{HOST}:{number}"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(number), *more]
-    return Server("Prefect", url, f"{url}/api/health", command, {"PREFECT_HOME": str(tracking.home() / "prefect")})
+    return Server(
+        "Prefect", url, f"{url}/api/health", command, {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
+    )
 
 
 def serve(mlflow_port: int | None, prefect_port: int | None) -> None:
