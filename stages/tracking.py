@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def lock(path: Path, waiting: str = "") -> Iterator[None]:
                 log.info("%s", waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file unless another process does; whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -490,6 +504,46 @@ def compare_link(run_ids: list[str]) -> str | None:
     return f"{server}/#/compare-runs?{query}" + ("" if uri.startswith("http") else "  (start `alignflow ui`)")
 
 
+# --- What death leaves behind --------------------------------------------------------------------------------------
+
+
+def place() -> dict[str, str]:
+    """Tags that say where a run is made: whose locks tell whether it lives."""
+    return {"host": socket.gethostname(), "home": str(home())}
+
+
+def journal_file(key: str, run_id: str) -> Path:
+    """Where a run's metrics are written down until its stage is done."""
+    return work_folder(key) / f"metrics-{run_id}.jsonl"
+
+
+def close_left() -> list[str]:
+    """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
+
+    Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
+    stage that is asked for again goes on in the same run.
+    """
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    left = retrying(lambda: client().search_runs(experiments, query))
+    mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]
+    return [run.info.run_id for run in mine if _close(run.data.tags["stage.key"], run.info.run_id)]
+
+
+def _close(key: str, run_id: str) -> bool:
+    """Close one run as KILLED, its journal shipped, unless its stage lives or has ended it since it was found."""
+    with lock_if_free(work_folder(key) / "lock") as free:
+        if not free or retrying(lambda: client().get_run(run_id)).info.status != "RUNNING":
+            return False
+        if journal_file(key, run_id).exists():
+            Journal(journal_file(key, run_id), run_id).close()
+        problem = "the process was killed, or its machine went down. Mend: start it again: it goes on"
+        retrying(lambda: client().set_tag(run_id, "problem", problem))
+        retrying(lambda: client().set_terminated(run_id, "KILLED"))
+    log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)
+    return True
+
+
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
 
 
@@ -530,7 +584,8 @@ class Journal:
 
     def __init__(self, path: Path, run_id: str) -> None:
         self.run_id = run_id
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[tuple[str, int], bool] = {}
+        """Points that are written down, and whether their value is finite: a step that fails is done again."""
         self._waiting: list[tuple[str, float, int, int]] = []
         self._guard = threading.Lock()
         self._closing = threading.Event()
@@ -552,7 +607,7 @@ class Journal:
         for line in text.splitlines():
             name, value, step, when = json.loads(line)
             self._waiting.append((name, float(value), step, when))
-            self._seen.add((name, step))
+            self._seen[name, step] = math.isfinite(float(value))
 
     def add(self, values: Mapping[str, float], step: int | None) -> None:
         """Write values down; `step` None is a final value, of which the last one counts."""
@@ -560,9 +615,10 @@ class Journal:
         with self._guard:
             for name, value in values.items():
                 point = (acceptable_name(name), float(value), step or 0, when)
-                if step is not None and point[::2] in self._seen:
+                known, finite = self._seen.get(point[::2]), math.isfinite(value)
+                if step is not None and known is not None and (known or not finite):
                     continue
-                self._seen.add((point[0], point[2]))
+                self._seen[point[::2]] = finite
                 # repr: NaN and infinity are no JSON numbers
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)
@@ -631,20 +687,25 @@ class StageRun:
     def __enter__(self) -> Self:
         if self.rank == 0:
             self._open()
-            self._journal = Journal(self.work / f"metrics-{self.run_id}.jsonl", self.run_id)
+            self._journal = Journal(journal_file(self.key, self.run_id), self.run_id)
             self._describe()
         return self
 
     def _open(self) -> None:
-        """Continue the run that a stopped process has left for this key, else start one."""
-        left = _runs_with(self.key, "attributes.status != 'FINISHED'")
-        if left:
-            self.run_id = left[0].info.run_id
-            log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
-            retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
-            return
+        """Continue the run that a stopped process has left here for this key, else start one.
+
+        One that was made elsewhere has its checkpoints there: it cannot go on here.
+        """
+        for left in _runs_with(self.key, "attributes.status != 'FINISHED'"):
+            if journal_file(self.key, left.info.run_id).exists():
+                self.run_id = left.info.run_id
+                log.info("continuing run %s, which was left %s", self.run_id, left.info.status)
+                retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+                if "problem" in left.data.tags:
+                    retrying(lambda: client().delete_tag(self.run_id, "problem"))
+                return
         name = experiment(experiment_name(self.request))
-        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
+        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
         self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
 
     def _describe(self) -> None:
@@ -658,6 +719,7 @@ class StageRun:
             "method": request.params.get("method") if request.stage == "align" else None,
             "model": request.name if request.stage in WITH_MODEL else None,
         } | request.tags
+        tags |= place()
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")
         self.params({**request.params, "seed": request.seed, **request.about})
@@ -788,6 +850,7 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
+        self._verify_source()
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
@@ -795,6 +858,18 @@ class StageRun:
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
         return self.outputs[name]
+
+    def _verify_source(self) -> None:
+        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            raise StageError(
+                "it changed while it was read; nothing is published.",
+                kind="source_changed",
+                field="source",
+                value=source.uri,
+                mend="start the run again once nothing writes to it",
+            )
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}

@@ -86,6 +86,16 @@ def processes() -> PartialState:
     return state
 
 
+def make_deterministic() -> None:
+    """On a GPU, choose algorithms that give the same bits every time, as a CPU does; PyTorch warns where it has none.
+
+    cuBLAS needs CUBLAS_WORKSPACE_CONFIG as well, set before it starts: stages/__main__.py does.
+    """
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only costs: nothing here reads such memory
+
+
 class Loop:
     """One training run of a method. `train` below is the way to call it."""
 
@@ -93,6 +103,7 @@ class Loop:
         self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
         processes()
+        make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.adamw = optimizer_for(method.model, training)
         method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
@@ -158,9 +169,9 @@ class Loop:
         """Stop before a non-finite loss or gradient reaches the weights; the tracker shows the value as it is."""
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
-                self.run.metrics(metrics, step=self.step)
+                self.run.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
                 raise StageError(
-                    f"{name} is {metrics[name]} at step {self.step}",
+                    f"{name} is {metrics[name]} at step {self.step + 1}",
                     status="diverged",
                     kind="diverged",
                     field="learning_rate",
