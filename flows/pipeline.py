@@ -127,7 +127,8 @@ def run_once(request: Request, pool: str | None) -> Result:
     if pool is not None:
         return run_placed(request, pool, get_run_logger())
     shared = PREFECT_API_URL.value() not in own_servers
-    return runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
+    log = get_run_logger()
+    return runner.run_stage(request, log, stage_lease(request.key(), log) if shared else None)
 
 
 def problem_of(name: str, result: Result) -> StageError:

@@ -24,7 +24,8 @@ def stage(request: Request) -> State[Any]:
     """
     runner.begin()
     try:
-        result = runner.run_stage(request, get_run_logger(), stage_lease(request.key()))
+        log = get_run_logger()
+        result = runner.run_stage(request, log, stage_lease(request.key(), log))
     except BaseException:
         runner.stop_all()
         raise
