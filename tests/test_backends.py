@@ -1,4 +1,4 @@
-"""What a team uses: Postgres under both servers, artifacts in an S3-compatible store. Both are real, on this machine."""
+"""What a team uses: Postgres under both servers, artifacts in an S3-compatible store; both real, on this machine."""
 
 import os
 import shutil
