@@ -59,6 +59,106 @@ def run(
 
 
 @app.command()
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
+    force: Annotated[bool, typer.Option("--force", help="Train though nothing changed.")] = False,
+) -> None:
+    """Train when data or config changed since the champion was trained, and promote the new model if the gate lets it.
+
+    Ends as Unchanged, Promoted or Rejected (exit code 0), or with a conflict or a problem.
+
+    Examples:
+
+    - alignflow retrain my.yaml
+    - alignflow retrain my.yaml --set promote.candidate=dpo
+    """
+    from flows import retrain as flow
+
+    flow.run(config, overrides, force)
+
+
+@app.command()
+def rollback(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+    ] = None,
+) -> None:
+    """Make the former champion champion again. What is rolled back is not promoted again.
+
+    Examples:
+
+    - alignflow rollback
+    - alignflow rollback my-assistant
+    """
+    from flows import registry
+
+    bad, restored = registry.rollback(model)
+    print(f"champion is {restored} again; version {bad.number} is rolled back")
+
+
+@app.command()
+def lineage(
+    what: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """From a model back to the rows it was trained on; from a data file to every model that saw it.
+
+    Examples:
+
+    - alignflow lineage models:/my-assistant@champion
+    - alignflow lineage dpo --json
+    - alignflow lineage pairs.jsonl
+    """
+    from flows import lineage as trace
+
+    tree = trace.lineage(what)
+    print(trace.as_json(tree) if json else trace.as_text(tree))
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "dpo,kto,ppo",
+    beta: Annotated[
+        str, typer.Option(help="Strengths of the pull to the reference, with commas; for PPO this is kl_coef.")
+    ] = "0.05,0.1,0.3",
+    seeds: Annotated[str, typer.Option(help="Seeds of the alignment runs alone, with commas.")] = "0,1,2",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training tokens of every variant; default: the least that one of the methods sees by itself."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and start nothing.")] = False,
+) -> None:
+    """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
+
+    All variants train on the same number of tokens. A beta or seed that is added later runs alone: the rest is reused.
+
+    Examples:
+
+    - alignflow sweep demo --methods dpo,kto,ppo --beta 0.05,0.1,0.3 --seeds 0,1,2
+    - alignflow sweep my.yaml --methods dpo --beta 0.01,0.1 --tokens 2000000 --dry-run
+    """
+    from flows import sweep as sweeping
+
+    checked = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    if dry_run:
+        from flows.outlook import outlook
+
+        print(outlook(checked))
+        return
+    from flows import pipeline
+
+    print(sweeping.tokens_line(checked, pipeline.run(checked)))
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
 ) -> None:
@@ -145,7 +245,9 @@ def generate(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate or compare.")],
+    name: Annotated[
+        str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate, compare or promote.")
+    ],
     request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
 ) -> None:
     """Run a single stage from its request. Writes result.json beside it.

@@ -160,6 +160,8 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
 
 def steps(training: Training, rows: int | None) -> int | None:
     """Optimizer steps over so many rows; None when that is not known yet. PPO needs no rows to know."""
+    if training.train_tokens is not None:
+        return None
     if isinstance(training, PPO):
         wanted = training.iterations * training.ppo_epochs * math.ceil(training.rollout_size / training.batch_size)
         return min(wanted, training.max_steps or wanted)

@@ -52,7 +52,10 @@ def training_of(node: Node, config: PipelineConfig) -> Training | None:
 
 
 def steps_of(node: Node, training: Training, data: Outlook) -> str:
-    """Optimizer steps: exact where the rows are checked already, `~` from the lines of the file, `?` without either."""
+    """Optimizer steps: exact where the rows are checked already, `~` from the lines of the file, `?` without either,
+    and where tokens end the training."""
+    if "budget" in node.inputs:
+        return "?"
     kind = {"sft": "sft", "reward": "ranking"}.get(node.stage)
     if isinstance(training, MethodConfig):
         kind = min(training.needs)

@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
@@ -30,6 +31,8 @@ from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
 
 log = logging.getLogger("alignflow")
+
+T = TypeVar("T")
 
 TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
@@ -60,7 +63,7 @@ def request_for(
         pipeline_run=pipeline_run,
         experiment=config.name,
         placement=Placement(devices=node.devices, threads=threads(config)),
-        tags=node.tags | data_version(node, results),
+        tags=node.tags | data_version(node, results) | ({"sweep": config.sweep} if config.sweep else {}),
         about=node.about | training_behind(node, results),
     )
     return runner.with_sources(request, config_field(node))
@@ -155,10 +158,13 @@ def pipeline(config: PipelineConfig) -> State[Any]:
 
 
 def run_nodes(
-    nodes: list[Node], config: PipelineConfig, pipeline_run: str
+    nodes: list[Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
 ) -> tuple[dict[str, Result], dict[str, StageError]]:
-    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs."""
-    results: dict[str, Result] = {}
+    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs.
+
+    `known`: results of nodes that are not to be run; they are in the answer too.
+    """
+    results: dict[str, Result] = dict(known or {})
     errors: dict[str, StageError] = {}
     waiting = by_urgency(nodes)
     running: set[str] = set()
@@ -216,15 +222,36 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
     skipped = [node.name for node in nodes if node.name not in results]
     if skipped:
         logger.warning("not done: %s", ", ".join(skipped))
+    text = ""
     if "compare" in results:
         table = tracking.fetch(results["compare"].outputs["comparison"]) / "table.txt"
-        if results["compare"].reused and table.exists():  # a stage that ran has said it
-            logger.info("\n%s", table.read_text().rstrip())
+        text = table.read_text().rstrip() if table.exists() else ""
+        if results["compare"].reused and text:  # a stage that ran has said it
+            logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
     runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
-    link = tracking.compare_link([run for run in runs if run])
-    if link:
-        logger.info("compare the models in MLflow: %s", link)
+    found = [run for run in runs if run]
+    pages = {"metrics": tracking.compare_link(found), "answers": tracking.compare_link(found, "ARTIFACT")}
+    links = {what: link for what, link in pages.items() if link}
+    for what, link in links.items():
+        logger.info("%s side by side in MLflow: %s", what, link)
+    if PREFECT_API_URL.value() not in own_servers:
+        show_in_prefect(text, links)
+
+
+def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
+    """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail for want of them.
+
+    Only an address that a server of MLflow answers can be followed from there.
+    """
+    try:
+        if table:
+            description = "How the models compare"
+            create_markdown_artifact(f"```text\n{table}\n```", key="comparison", description=description)
+        for what, link in links.items() if tracking.tracking_uri().startswith("http") else ():
+            create_link_artifact(link, link_text=f"{what} side by side in MLflow", key=f"{what}-in-mlflow")
+    except Exception as error:  # whatever the server or the network is up to
+        get_run_logger().warning("Prefect does not show the comparison: %s", error)
 
 
 # --- Running it from here ---------------------------------------------------------------------------------------------
@@ -284,13 +311,22 @@ def run(config: PipelineConfig) -> dict[str, Result]:
             by Ctrl-C or SIGTERM (status `preempted`).
     """
     plan(config)  # what is missing is said before a server starts
+    return from_here(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+
+
+def from_here(call: Callable[[], T]) -> T:
+    """Call a flow from this process, with databases and a Prefect server at hand, and wait for it.
+
+    Raises:
+        StageError: what the flow raises; or it was stopped by Ctrl-C or SIGTERM (status `preempted`).
+    """
     servers.interrupt_on_sigterm()
     try:
         with ThreadPoolExecutor(1) as aside:
             database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
             with local_prefect():
                 database.result()
-                return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+                return call()
     except (KeyboardInterrupt, TerminationSignal):
         mend = "start it again: finished stages are reused, and training goes on from its last checkpoint"
         message = "the run was stopped from outside."

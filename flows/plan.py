@@ -1,17 +1,20 @@
 """From a config to the stages that run: a pure function, no files, no servers.
 
-    base -> data * -> sft -> [generate -> data generated] -> reward, gold -> align * -> eval * -> compare
+    base -> data * -> sft -> [generate -> data generated] -> reward, gold -> [budget] -> align * -> eval * -> compare
+    retraining, after these: -> eval champion -> promote
 
 A node is planned when something needs it; what a method needs and nothing gives is an error here, before anything runs.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import DataConfig, ModelConfig, PipelineConfig, PromoteConfig, RewardConfig, RewardJudge
 from schemas.methods import MethodConfig
 from schemas.stage import StageError
+from schemas.training import Training
 
 Output = tuple[str, str]
 """A node's name and the name of one of its outputs."""
@@ -37,7 +40,10 @@ MENDS = {
     "feedback": "set data.feedback or data.preference, or generate",
     "prompt": "set data.prompt",
 }
-RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "compare"}
+RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "compare", "promote", "champion"}
+# What decides how many tokens a method sees by itself, of all methods.
+EXTENT = {"method", "epochs", "max_steps", "train_tokens", "batch_size", "max_length"}
+EXTENT |= {"iterations", "rollout_size", "ppo_epochs", "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,51 @@ def plan(config: PipelineConfig) -> list[Node]:
     return Planner(config).plan()
 
 
+def promotion(config: PipelineConfig, champion: bool) -> list[Node]:
+    """What retraining does after `plan`: evaluate the champion, when there is one, and decide on the candidate.
+
+    The champion's model is the output `model` of a node `champion` that is in no plan: whoever runs these nodes brings
+    its result, as well as those of the plan.
+
+    Raises:
+        StageError: it is not clear who the candidate is, or the gate can never open.
+    """
+    planner = Planner(config)
+    before = {node.name for node in planner.plan()}
+    planner.promote(champion)
+    return [node for node in planner.nodes.values() if node.name not in before]
+
+
+def candidate(config: PipelineConfig) -> str:
+    """The name in `align` of the model that may become champion. Raises StageError when that is not clear."""
+    named, known = (config.promote or PromoteConfig()).candidate, list(config.align)
+    if named is None and len(known) == 1:
+        return known[0]
+    if named not in known:
+        message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
+        mend = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
+        raise refuse(message, "promote.candidate", named, mend)
+    return named
+
+
+def params_of(training: Training) -> dict[str, Any]:
+    """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named."""
+    unset = {"train_tokens"} if training.train_tokens is None else set[str]()
+    return training.model_dump(mode="json", exclude={"seed"} | unset)
+
+
+def variants_of(config: PipelineConfig) -> dict[str, Any]:
+    """Name of an aligned model -> its method, beta (for PPO `kl_coef`) and seed."""
+    return {
+        name: {
+            "method": method.method,
+            "beta": getattr(method, method.strength, None),
+            "seed": config.seed if method.seed is None else method.seed,
+        }
+        for name, method in config.align.items()
+    }
+
+
 def refuse(message: str, field: str, value: object, mend: str) -> StageError:
     """An error in the config, with where it is and how to mend it."""
     return StageError(message, kind="config", field=field, value="null" if value is None else value, mend=mend)
@@ -88,15 +139,15 @@ class Planner:
         """All nodes, in an order in which they can run."""
         self.check_names()
         self.check_judges()
+        if self.config.promote is not None:
+            self.check_gate()
         self.base()
-        tuned = self.tuned()
+        self.tuned()
         if self.config.generate is not None:
             self.generated()
         if self.reward_is_there():
             self.reward("reward")
-        models = {"base": self.base()} if self.config.sft is not None else {}
-        models["sft"] = tuned
-        models |= {name: self.aligned(name, method) for name, method in self.config.align.items()}
+        models = self.models()
         self.compare({name: self.evaluation(name, models) for name in models})
         return list(self.nodes.values())
 
@@ -144,12 +195,28 @@ class Planner:
             mend = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
             raise refuse("the gold reward model has no rows.", "data.preference.gold_fraction", 0, mend)
 
+    def check_gate(self) -> None:
+        """It is clear who the candidate is, and the gate gets as many prompts as it asks for."""
+        candidate(self.config)
+        gate, evaluate = (self.config.promote or PromoteConfig()).gate, self.config.evaluate
+        for name, value in (("limit", evaluate.limit), ("min_prompts", evaluate.min_prompts)):
+            if value is not None and value < gate.prompts_min:
+                mend = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
+                message = f"evaluate.{name} is {value}, which may be too few for the gate."
+                raise refuse(message, "promote.gate.prompts_min", gate.prompts_min, mend)
+
     def reward_is_there(self) -> bool:
         """Whether there is a reward model: a given one, or one trained on the preferences unless `reward` is null."""
         given = self.config.reward_model is not None
         return given or (self.config.reward is not None and self.gives("preference"))
 
     # --- Models ---
+
+    def models(self) -> dict[str, Output]:
+        """All models that are compared, by name."""
+        models = {"base": self.base()} if self.config.sft is not None else {}
+        models["sft"] = self.tuned()
+        return models | {name: self.aligned(name, method) for name, method in self.config.align.items()}
 
     def base(self) -> Output:
         seed = self.config.seed if self.config.model.scratch is not None else 0
@@ -165,7 +232,7 @@ class Planner:
         if self.config.sft is None:
             return self.base()
         inputs = {"model": self.base(), "data": self.data_for("sft", "sft")}
-        return self.training("sft", "sft", self.config.sft.model_dump(mode="json"), inputs, self.config.seed)
+        return self.training("sft", "sft", params_of(self.config.sft), inputs, self.config.seed)
 
     def training(self, name: str, stage: str, params: dict[str, Any], inputs: dict[str, Output], seed: int) -> Output:
         node = Node(name, stage, params, inputs, seed=seed, label=name, devices=self.config.devices)
@@ -177,7 +244,7 @@ class Planner:
         if name == "reward" and config.reward_model is not None:
             return self.published("reward", ModelConfig(path=config.reward_model))
         settings = (config.reward if name == "reward" else config.gold) or RewardConfig()
-        params = settings.model_dump(mode="json") | {"rows": "train" if name == "reward" else "gold"}
+        params = params_of(settings) | {"rows": "train" if name == "reward" else "gold"}
         inputs = {"model": self.tuned(), "data": self.data_for("preference", name)}
         # another seed, so that judge and judged do not begin with the same head
         seed = config.seed if name == "reward" else config.seed + 1
@@ -190,7 +257,22 @@ class Planner:
             inputs["data" if number == 0 else kind] = self.data_for(kind, f"align.{name}")
         if "reward" in method.needs:
             inputs["reward"] = self.reward_for(name)
-        return self.training(name, "align", method.model_dump(mode="json"), inputs, self.config.seed)
+        if self.config.equal_tokens:
+            inputs["budget"] = self.budget()
+        seed = self.config.seed if method.seed is None else method.seed
+        return self.training(name, "align", params_of(method), inputs, seed)
+
+    def budget(self) -> Output:
+        """How many tokens all methods train on. What does not decide it, such as beta and seed, is left out."""
+        methods = {name: method.model_dump(mode="json", include=EXTENT) for name, method in self.config.align.items()}
+        inputs = {"model": self.tuned()}
+        for name, method in self.config.align.items():
+            inputs |= {kind: self.data_for(kind, f"align.{name}") for kind in method.needs - {"reward"}}
+        if "prompt" in inputs:  # for the length of a policy's own answers
+            inputs["evaluation"] = self.evaluation("sft", {"sft": self.tuned()})
+        distinct = {json.dumps(settings, sort_keys=True): settings for settings in methods.values()}
+        params = {"methods": [distinct[key] for key in sorted(distinct)]}
+        return self.add(Node("budget", "budget", params, inputs, label="budget"), "budget")
 
     def reward_for(self, name: str) -> Output:
         if self.reward_is_there():
@@ -302,7 +384,8 @@ class Planner:
         """Tags and parameters that show on an evaluation what the model was trained with."""
         method = self.config.align.get(name)
         training = method or (self.config.sft if name == "sft" else None)
-        about = {"method": method.method if method else name, "seed": str(self.config.seed)}
+        seed = method.seed if method and method.seed is not None else self.config.seed
+        about = {"method": method.method if method else name, "seed": str(seed)}
         for setting in ("beta", "learning_rate", "kl_coef", "kl_target"):
             value = getattr(training, setting, None)
             if value is not None:
@@ -310,4 +393,18 @@ class Planner:
         return {"method": about["method"]}, about
 
     def compare(self, evaluations: dict[str, Output]) -> Output:
-        return self.add(Node("compare", "compare", {}, dict(evaluations), label="compare"), "comparison")
+        params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
+        return self.add(Node("compare", "compare", params, dict(evaluations), label="compare"), "comparison")
+
+    # --- Promotion ---
+
+    def promote(self, champion: bool) -> Output:
+        """Stage `promote` of the candidate, against the champion when there is one."""
+        self.check_gate()
+        models = self.models() | ({"champion": ("champion", "model")} if champion else {})
+        seats = {"candidate": candidate(self.config), "sft": "sft"} | ({"champion": "champion"} if champion else {})
+        inputs = {seat: self.evaluation(name, models) for seat, name in seats.items()}
+        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
+        about = {"candidate": seats["candidate"]}
+        node = Node("promote", "promote", params, inputs, self.config.seed, "promote", about=about)
+        return self.add(node, "decision")

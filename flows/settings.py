@@ -58,9 +58,19 @@ def load(source: str, overrides: Sequence[str] = ()) -> PipelineConfig:
 
     Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, mend.
     """
+    return checked(raw_of(source, overrides))
+
+
+def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The YAML of a preset or file, with `a.b=value` overrides. Raises StageError."""
     raw = read(find(source))
     for override in overrides:
         apply(raw, override)
+    return raw
+
+
+def checked(raw: dict[str, Any]) -> PipelineConfig:
+    """The config, valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
     problems = list(check(config))
     try:
@@ -301,5 +311,7 @@ def _check_training(config: PipelineConfig) -> Iterator[Problem]:
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
     stages |= {f"align.{name}": method for name, method in config.align.items()}
     for name, training in stages.items():
-        if training and training.epochs is None and training.max_steps is None and not isinstance(training, PPO):
+        if training is None or isinstance(training, PPO):
+            continue
+        if training.epochs is None and training.max_steps is None and training.train_tokens is None:
             yield problem("training has no end.", f"{name}.epochs", None, "set epochs or max_steps")

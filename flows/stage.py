@@ -3,14 +3,21 @@
 from typing import Any
 
 from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed, Failed, State
 
 from flows import runner
 from flows.lease import stage_lease
 from schemas.stage import Request
+from stages import tracking
 
 
-@flow(name="stage", flow_run_name="{request.stage}", persist_result=False, result_serializer="json")
+def run_name() -> str:
+    """The stage's short name, as in the pipeline: `sft`, `eval dpo`."""
+    return tracking.label(Request.model_validate(flow_run.parameters["request"]))
+
+
+@flow(name="stage", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def stage(request: Request) -> State[Any]:
     """Run the stage on this machine. Its result lies in MLflow under its key; a stop becomes a state of its own name:
     Refused, Diverged, Preempted, Failed, or Crashed when it was killed.

@@ -8,11 +8,15 @@ from schemas.training import Training
 
 
 class MethodConfig(Training):
-    """What every alignment method has. `needs` names the inputs that must be there before training starts."""
+    """What every alignment method has. `needs` names the inputs that must be there before training starts; `strength`
+    the field that holds the policy to the reference, which a sweep calls beta."""
 
     needs: ClassVar[frozenset[str]]
+    strength: ClassVar[str] = "beta"
     method: str
     learning_rate: float = Field(default=1e-6, gt=0)
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of this method's training alone: data, SFT and reward model keep the run's. Default: the run's."""
 
 
 class DPO(MethodConfig):
@@ -44,6 +48,7 @@ class PPO(MethodConfig):
     """Proximal policy optimisation (Schulman et al. 2017) of the reward model's score."""
 
     needs = frozenset({"prompt", "reward"})
+    strength = "kl_coef"
     method: Literal["ppo"] = "ppo"
     iterations: int = Field(default=50, ge=1)
     """Rounds of: sample answers, score them, update."""

@@ -13,9 +13,11 @@ STAGES: dict[str, int] = {
     "sft": 1,
     "generate": 1,
     "reward": 1,
+    "budget": 1,
     "align": 1,
     "evaluate": 1,
     "compare": 1,
+    "promote": 1,
 }
 ENGINE_VERSION = 1
 

@@ -25,6 +25,12 @@ class Training(Strict):
     """Passes over the data. PPO counts iterations instead."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps, whatever `epochs` says."""
+    train_tokens: int | None = Field(default=None, ge=1)
+    """Train until so many tokens were learnt from, whatever `epochs`, `max_steps` and PPO's `iterations` say; the step
+    in which the number is reached is the last. A token counts when it is in a row (prompt or answer) of an optimizer
+    step: a prompt once for all answers of its row, and again whenever its row is seen again; padding does not count,
+    nor what is read without learning (the reference, KTO's mismatched answers, PPO's sampling and scoring). The
+    schedule runs over the tokens. Counted in `compute/train_tokens`."""
     batch_size: int = Field(default=32, ge=1)
     """Rows (pairs, prompts with their answers) per optimizer step, over all devices."""
     tokens_per_micro_batch: int = Field(default=4096, ge=16)
@@ -52,8 +58,14 @@ class Training(Strict):
     """Optimizer steps between two logged points."""
 
 
+NO_END = 2**62
+"""Optimizer steps of a training that its tokens end."""
+
+
 def steps_for(rows: int, training: Training) -> int:
-    """Optimizer steps of a run over `rows` rows. Raises StageError when neither epochs nor max_steps bounds it."""
+    """Optimizer steps of a run over `rows` rows. Raises StageError when nothing bounds it."""
+    if training.train_tokens is not None:
+        return NO_END
     if training.epochs is None:
         if training.max_steps is None:
             raise StageError("training has no end", field="epochs", value=None, mend="set epochs or max_steps")

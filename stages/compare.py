@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.stage import Request, StageError
+from stages import frontier
 from stages.engine import metrics
 from stages.engine.evaluation import Evaluation, check_comparable, text_of
 from stages.report import STARTING_POINTS, Comparison, draw, render_html, render_text
@@ -30,8 +31,8 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
     evaluations = {name: Evaluation.load(run.input(name)) for name in request.inputs}
-    comparison = compare(evaluations)
-    log.info("%s", "\n" + render_text(comparison.table))
+    comparison = compare(evaluations, variants_of(request))
+    log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(comparison, folder)
@@ -41,8 +42,18 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     return {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
 
 
-def compare(evaluations: Mapping[str, Evaluation]) -> Comparison:
-    """The comparison of evaluations made under the same conditions; raises StageError otherwise."""
+def variants_of(request: Request) -> Mapping[str, Any]:
+    """Of a sweep: model -> its method, beta and seed; of another comparison nothing."""
+    variants = request.params.get("variants", {})
+    assert isinstance(variants, dict)
+    return variants
+
+
+def compare(evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] | None = None) -> Comparison:
+    """The comparison of evaluations made under the same conditions; raises StageError otherwise.
+
+    In a sweep the models stand in the order of its variants, and of each method and beta the first seed's answers.
+    """
     if not evaluations:
         raise StageError(
             "there is no evaluation to compare.",
@@ -57,12 +68,18 @@ def compare(evaluations: Mapping[str, Evaluation]) -> Comparison:
     for name in names[1:]:
         check_comparable(names[0], first.settings, prompts, name, evaluations[name])
     table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
+    if variants:
+        order = [*STARTING_POINTS, *variants]
+        table = [row | variants.get(row["model"], {}) for row in table]
+        table.sort(key=lambda row: order.index(row["model"]))
+        unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
+        names = [name for name in names if name not in unseen]
     return Comparison(
         table=table,
         prompts=[text_of(prompt) for prompt in prompts],
         answers={
-            name: [{"answer": s.answer, "score": s.score, "length": s.length} for s in evaluation.samples]
-            for name, evaluation in evaluations.items()
+            name: [{"answer": s.answer, "score": s.score, "length": s.length} for s in evaluations[name].samples]
+            for name in names
         },
         judge=describe_judge(first.settings["judge"]),
         settings={
@@ -94,9 +111,20 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
     return JUDGES[judge["judge"]]
 
 
+def text(comparison: Comparison) -> str:
+    """The table for people; of a sweep the frontier first."""
+    points = frontier.points(comparison.table)
+    above = f"{frontier.render_text(points)}\n\n" if points else ""
+    return above + render_text(comparison.table)
+
+
 def write(comparison: Comparison, folder: Path) -> None:
-    """table.json, table.txt (the same for people), reward_kl.png and report.html."""
-    (folder / "table.json").write_text(json.dumps(list(comparison.table), indent=2), encoding="utf-8")
-    (folder / "table.txt").write_text(render_text(comparison.table) + "\n", encoding="utf-8")
-    (folder / "reward_kl.png").write_bytes(draw(comparison.table))
-    (folder / "report.html").write_text(render_html(comparison), encoding="utf-8")
+    """table.json, table.txt (the same for people), reward_kl.png and report.html; of a sweep frontier.json too."""
+    table, points = comparison.table, frontier.points(comparison.table)
+    (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")
+    (folder / "table.txt").write_text(text(comparison) + "\n", encoding="utf-8")
+    if points:
+        (folder / "frontier.json").write_text(json.dumps(points, indent=2), encoding="utf-8")
+    (folder / "reward_kl.png").write_bytes(frontier.draw(points, table) if points else draw(table))
+    page = (frontier.headline(points), frontier.render_html(points, table)) if points else ()
+    (folder / "report.html").write_text(render_html(comparison, *page), encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
@@ -30,7 +31,8 @@ OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest ot
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report shows. `answers`: model -> its samples, one per prompt, in one order for all models."""
+    """All that a report shows. `answers`: model -> its samples, one per prompt, in one order for all models; models
+    whose answers are not shown are left out."""
 
     table: Sequence[Row]
     prompts: Sequence[str]
@@ -125,7 +127,11 @@ def render_text(table: Sequence[Row]) -> str:
     """The table for a terminal, in plain characters."""
     columns = shown_columns(table)
     lines = [["Model", *(column.title for column in columns)]]
-    lines += [[str(row["model"]), *(column.cell(row) for column in columns)] for row in table]
+    return lay_out(lines + [[str(row["model"]), *(column.cell(row) for column in columns)] for row in table])
+
+
+def lay_out(lines: Sequence[Sequence[str]]) -> str:
+    """A head and lines of cells as plain text in columns, the first one to the left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     texts = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
@@ -136,8 +142,15 @@ def render_text(table: Sequence[Row]) -> str:
 
 def colours(models: Sequence[str]) -> dict[str, str]:
     """A colour per model, the same one in picture and table: fixed for the known names, then the spare ones in turn."""
-    spare = [model for model in models if model not in COLOURS]
+    spare = [model for model in dict.fromkeys(models) if model not in COLOURS]
     return {m: COLOURS.get(m) or SPARE_COLOURS[spare.index(m) % len(SPARE_COLOURS)] for m in models}
+
+
+def colours_of(table: Sequence[Row]) -> dict[str, str]:
+    """A colour per model of a table: in a sweep, whose rows name their method, that of the method."""
+    named = {row["model"]: row.get("method", row["model"]) for row in table}
+    colour = colours(list(named.values()))
+    return {model: colour[name] for model, name in named.items()}
 
 
 def verdict(row: Row) -> str:
@@ -159,8 +172,8 @@ def visible(value: object) -> str:
 # --- the picture ---
 
 
-def draw(table: Sequence[Row], dark: bool = False) -> bytes:
-    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals."""
+def canvas(dark: bool) -> "tuple[Figure, Axes, str]":
+    """An empty picture of judge score against KL to the SFT model; the last is the colour of its text."""
     # Imported here: it takes a second, and whoever wants only the text should not wait for it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,10 +183,6 @@ def draw(table: Sequence[Row], dark: bool = False) -> bytes:
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=paper)
-    inside, outside = _split_far(table)
-    colour = colours([row["model"] for row in table])
-    for row in inside:
-        _point(axes, row, colour[row["model"]], ink)
     axes.grid(color=faint, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(0.1, 0.14)
@@ -183,12 +192,27 @@ def draw(table: Sequence[Row], dark: bool = False) -> bytes:
     axes.set_xlabel("distance from the SFT model: KL, nats per answer", color=ink)
     axes.set_ylabel("judge score", color=ink)
     axes.set_title("Judge score against distance from the SFT model", color=ink, loc="left", fontsize=12, pad=12)
+    return figure, axes, ink
+
+
+def png(figure: "Figure") -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw(table: Sequence[Row], dark: bool = False) -> bytes:
+    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals."""
+    figure, axes, ink = canvas(dark)
+    inside, outside = _split_far(table)
+    colour = colours_of(table)
+    for row in inside:
+        _point(axes, row, colour[row["model"]], ink)
     for i, row in enumerate(outside):
         note = f"off the picture: {row['model']} at KL {row['kl_to_reference']:.1f}, score {row['judge_score']:.2f}"
         axes.text(0.99, 0.02 + 0.06 * i, note, transform=axes.transAxes, ha="right", color=ink, fontsize=9, alpha=0.8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=paper, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -271,8 +295,11 @@ def escape(value: object) -> str:
     return html.escape(visible(value), quote=True)
 
 
-def render_html(comparison: Comparison) -> str:
-    """The whole report as one page: findings, table, picture, what each number means, answers side by side."""
+def render_html(comparison: Comparison, finding: str = "", frontier: str = "") -> str:
+    """The whole report as one page: findings, table, picture, what each number means, answers side by side.
+
+    Of a sweep come its own finding and, as markup, its frontier, which takes the place of the picture.
+    """
     names = ", ".join(str(row["model"]) for row in comparison.table)
     return f"""<!doctype html>
 <html lang="en">
@@ -289,13 +316,11 @@ def render_html(comparison: Comparison) -> str:
 <main>
 <h1>Which alignment method did better?</h1>
 {_intro(comparison)}
-<p class="finding">{escape(headline(comparison.table))}</p>
+<p class="finding">{escape(finding or headline(comparison.table))}</p>
+{frontier}
 <h2>The models side by side</h2>
 {_table(comparison.table)}
-<h2>What was gained, and at what distance</h2>
-<p class="soft">Higher is better; farther right is farther from the SFT model. Bars are 95 % intervals. The best
-place is the upper left: much gained, little lost of what the model was before.</p>
-{_picture(comparison.table)}
+{"" if frontier else _gained(comparison.table)}
 <h2>What the numbers mean</h2>
 {_meanings(comparison.table)}
 <h2>Answers to the same prompts</h2>
@@ -367,7 +392,7 @@ def _bounded(row: Row) -> bool:
 
 def _table(table: Sequence[Row]) -> str:
     columns = shown_columns(table)
-    colour = colours([row["model"] for row in table])
+    colour = colours_of(table)
     head = "".join(f'<th scope="col" title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns)
     body = "\n".join(
         f'<tr><th scope="row">{_name(row["model"], colour)}</th>'
@@ -409,12 +434,20 @@ def _interval(row: Row, colour: str) -> str:
     )
 
 
-def _picture(table: Sequence[Row]) -> str:
-    light, dark = (base64.b64encode(draw(table, dark=dark)).decode() for dark in (False, True))
+def _gained(table: Sequence[Row]) -> str:
     points = "; ".join(f"{r['model']}: score {number('judge_score', 2)(r)}, KL {_kl(r)}" for r in table)
+    return f"""<h2>What was gained, and at what distance</h2>
+<p class="soft">Higher is better; farther right is farther from the SFT model. Bars are 95 % intervals. The best
+place is the upper left: much gained, little lost of what the model was before.</p>
+{picture(draw(table), draw(table, dark=True), f"Judge score against KL. {points}")}"""
+
+
+def picture(light: bytes, dark: bytes, says: str) -> str:
+    """Markup of a PNG for light and one for dark pages; `says` tells the same in words."""
+    light_data, dark_data = (base64.b64encode(data).decode() for data in (light, dark))
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img src="data:image/png;base64,{light}" alt="Judge score against KL. {escape(points)}"></picture>'
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark_data}">'
+        f'<img src="data:image/png;base64,{light_data}" alt="{escape(says)}"></picture>'
     )
 
 
@@ -424,8 +457,8 @@ def _meanings(table: Sequence[Row]) -> str:
 
 
 def _samples(comparison: Comparison) -> str:
-    models = [row["model"] for row in comparison.table]
-    colour = colours(models)
+    models = [row["model"] for row in comparison.table if row["model"] in comparison.answers]
+    colour = colours_of(comparison.table)
     blocks = []
     for i, prompt in enumerate(comparison.prompts[:SAMPLES]):
         cards = "\n".join(_card(model, comparison.answers[model][i], colour) for model in models)

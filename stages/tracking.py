@@ -20,13 +20,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-from urllib.parse import unquote, urlencode, urlparse
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from urllib.parse import quote, unquote, urlencode, urlparse
 
 from schemas.stage import Artifact, Problem, Request, Result, StageError
 
@@ -43,12 +44,16 @@ QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
 # Stages that make or judge a model; their runs carry its name as the tag `model`.
 WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
+
+# Tag of a finished run whose artifact was found to be gone or altered.
+BAD = "artifact.bad"
 
 SHIP_SECONDS = 2.0
 METRICS_PER_BATCH = 1000
@@ -348,12 +353,15 @@ def fetch(artifact: Artifact) -> Path:
         if _passing(error):
             raise
         message = f"the artifact is gone ({error})."
+        _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend) from error
     if not folder.exists():
         raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
     found = digest(folder)
     if found != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+        if _local(location) is None:
+            _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
     return folder
 
@@ -414,10 +422,14 @@ def _copied(location: str) -> Path:
 
 
 def _intact(artifact: Artifact) -> bool:
-    """Whether a published artifact is still what it was. One in a remote store is verified when it is fetched."""
+    """Whether a published artifact is still what it was. Of one in a remote store only whether it is there: its digest
+    is verified when it is fetched, and `find` takes no run with the tag that a wrong one leaves.
+    """
     try:
-        if _local(_location(artifact.uri)) is not None:
-            fetch(artifact)
+        location = _location(artifact.uri)
+        if _local(location) is None:
+            return _is_there(location)
+        fetch(artifact)
     except StageError as error:
         log.info("%s", error)
         return False
@@ -427,6 +439,51 @@ def _intact(artifact: Artifact) -> bool:
         log.info("%s is gone: %s", artifact.uri, error)
         return False
     return True
+
+
+def _entries(location: str) -> list[Any]:
+    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    from mlflow.artifacts import list_artifacts  # late: see _entities
+
+    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
+
+
+def _is_there(location: str) -> bool:
+    """Whether a remote file or folder exists."""
+    above, _, name = location.rstrip("/").rpartition("/")
+    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+
+
+def _sizes(location: str) -> dict[str, int]:
+    """The files of a remote folder: path in it -> bytes."""
+    found: dict[str, int] = {}
+    for entry in _entries(location):
+        name = entry.path.rpartition("/")[2]
+        if entry.is_dir:
+            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+        else:
+            found[name] = entry.file_size
+    return found
+
+
+def _arrived(artifact: Artifact, folder: Path) -> bool:
+    """Whether all of a folder has been stored: by digest here, by names and sizes in a remote store."""
+    location = _location(artifact.uri)
+    if _local(location) is not None:
+        return _intact(artifact)
+    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+
+
+def _mark_bad(artifact: Artifact, message: str) -> None:
+    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    if artifact.uri.startswith("models:/m-"):
+        run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
+    elif artifact.uri.startswith("runs:/"):
+        run_id = artifact.uri.removeprefix("runs:/").partition("/")[0]
+    else:
+        return
+    retrying(lambda: client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH)))
 
 
 # --- Reuse ------------------------------------------------------------------------------------------------------------
@@ -455,6 +512,8 @@ def _result_of(run_id: str) -> Result | None:
 def find(key: str) -> Result | None:
     """A finished run of this key whose outputs still exist with their digests, else None."""
     for run in _runs_with(key, "attributes.status = 'FINISHED'"):
+        if BAD in run.data.tags:
+            continue
         result = _result_of(run.info.run_id)
         if result is not None and all(_intact(artifact) for artifact in result.outputs.values()):
             return result.model_copy(update={"reused": True})
@@ -478,16 +537,25 @@ def note_reuse(result: Result, pipeline_run: str | None) -> None:
     retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
 
 
-def compare_link(run_ids: list[str]) -> str | None:
-    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it."""
+def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
+    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it.
+
+    CHART shows their metrics as bars, ARTIFACT their tables, such as the answers to each prompt.
+    """
     if not run_ids:
         return None
     runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
     experiments = sorted({run.info.experiment_id for run in runs})
     uri = tracking_uri()
     server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    query = urlencode({"runs": json.dumps(run_ids), "experiments": json.dumps(experiments)})
-    return f"{server}/#/compare-runs?{query}" + ("" if uri.startswith("http") else "  (start `alignflow ui`)")
+    chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
+    page = f"experiments/{experiments[0]}/runs"
+    if len(experiments) > 1:
+        page, query["experiments"] = "compare-experiments/s", json.dumps(experiments)
+    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}" + (
+        "" if uri.startswith("http") else "  (start `alignflow ui`)"
+    )
 
 
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
@@ -521,6 +589,13 @@ def shortened(text: str, limit: int) -> str:
 # --- The journal of metrics -------------------------------------------------------------------------------------------
 
 
+def _points_of(run_id: str) -> set[tuple[str, int]]:
+    """(name, step) of all metrics that MLflow has of a run."""
+    names = retrying(lambda: client().get_run(run_id)).data.metrics
+    history = client().get_metric_history
+    return {(name, point.step) for name in names for point in retrying(lambda name=name: history(run_id, name))}
+
+
 class Journal:
     """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
 
@@ -528,9 +603,10 @@ class Journal:
     point in MLflow. A point that is already there, from before a resume, is not written again.
     """
 
-    def __init__(self, path: Path, run_id: str) -> None:
+    def __init__(self, path: Path, run_id: str, known: Iterable[tuple[str, int]] = ()) -> None:
+        """`known`: points (name, step) that MLflow has already and this journal has not."""
         self.run_id = run_id
-        self._seen: set[tuple[str, int]] = set()
+        self._seen = set(known)
         self._waiting: list[tuple[str, float, int, int]] = []
         self._guard = threading.Lock()
         self._closing = threading.Event()
@@ -595,6 +671,34 @@ class Journal:
         self._file.close()
 
 
+@cache
+def code_version() -> str:
+    """The package's version, and in a checkout the git commit: `0.1.0+1a2b3c4d5e6f`, with `.dirty` where changed."""
+    try:
+        version = metadata.version("alignflow")
+    except metadata.PackageNotFoundError:  # run from a plain folder
+        version = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=.dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or not one that answers
+        return version
+    return f"{version}+{commit}" if commit else version
+
+
 # --- A stage's run ----------------------------------------------------------------------------------------------------
 
 
@@ -630,22 +734,25 @@ class StageRun:
 
     def __enter__(self) -> Self:
         if self.rank == 0:
-            self._open()
-            self._journal = Journal(self.work / f"metrics-{self.run_id}.jsonl", self.run_id)
+            continued = self._open()
+            journal = self.work / f"metrics-{self.run_id}.jsonl"
+            elsewhere = continued and not journal.exists()  # another host has begun the run
+            self._journal = Journal(journal, self.run_id, _points_of(self.run_id) if elsewhere else ())
             self._describe()
         return self
 
-    def _open(self) -> None:
-        """Continue the run that a stopped process has left for this key, else start one."""
+    def _open(self) -> bool:
+        """Continue the run that a stopped process has left for this key, else start one; whether it continues."""
         left = _runs_with(self.key, "attributes.status != 'FINISHED'")
         if left:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
             retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
-            return
+            return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
         self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        return False
 
     def _describe(self) -> None:
         """Tags, parameters and the full config."""
@@ -657,7 +764,9 @@ class StageRun:
             "pipeline.run": request.pipeline_run,
             "method": request.params.get("method") if request.stage == "align" else None,
             "model": request.name if request.stage in WITH_MODEL else None,
-        } | request.tags
+            "code.version": code_version(),
+        }
+        tags |= {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")
         self.params({**request.params, "seed": request.seed, **request.about})
@@ -791,9 +900,10 @@ class StageRun:
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
-        if not _intact(self.outputs[name]):
+        if not _arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+        self.tag(f"output.{name}", sha256)
         return self.outputs[name]
 
     def _publish_folder(self, name: str, folder: Path) -> str:
@@ -810,7 +920,7 @@ class StageRun:
         model = retrying(
             lambda: client().create_logged_model(
                 run.info.experiment_id,
-                name=re.sub(r"[^\w\-. ]", "_", self.label),
+                name=re.sub(r"[^\w\- ]", "_", self.label),
                 source_run_id=self.run_id,
                 tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
                 params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},

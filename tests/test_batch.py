@@ -43,9 +43,15 @@ def test_positions_are_those_of_each_sequence_alone(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_has_the_tokens_that_its_trees_announce(layout: Layout) -> None:
     tree = TREES[0]
-    assert collate([tree], layout, PAD).tokens == tree_tokens(tree, layout)
+    assert collate([tree], layout, PAD).input_ids_BT.numel() == tree_tokens(tree, layout)
     if layout != "padded":
-        assert collate(TREES, layout, PAD).tokens == sum(tree_tokens(t, layout) for t in TREES)
+        assert collate(TREES, layout, PAD).input_ids_BT.numel() == sum(tree_tokens(t, layout) for t in TREES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_that_are_learnt_from_are_the_same_in_every_layout(layout: Layout) -> None:
+    by_hand = sum(len(tree.prompt) + sum(map(len, tree.answers)) for tree in TREES)
+    assert collate(TREES, layout, PAD).to("cpu").tokens == by_hand
 
 
 def test_sizes_by_hand() -> None:

@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from schemas import methods
 from schemas.stage import StageError
+from schemas.training import NO_END
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import order, step_rows
 from stages.engine.method import Metrics, Totals
@@ -217,7 +218,8 @@ class PPO:
         run.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
-        self.total_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or 2**62)
+        own_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or NO_END)
+        self.total_steps = own_steps if config.train_tokens is None else NO_END
         self.kl_coef = config.kl_coef
         self.scale: list[float] | None = None
         self.rollout: Rollout | None = None

@@ -54,11 +54,13 @@ class Batch:
     """Flat index of each answer's last token."""
     lengths_A: Tensor
     """Tokens of each answer."""
+    tokens: int
+    """Tokens of the trees, the same in every layout: a prompt once for all its answers, no padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
         device = torch.device(device)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v.to(device) for name, v in values.items() if v is not None})
+        return replace(self, **{name: v.to(device) for name, v in values.items() if hasattr(v, "to")})
 
     @property
     def device(self) -> torch.device:
@@ -69,19 +71,15 @@ class Batch:
         """Answers of the batch (A)."""
         return len(self.lengths_A)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens computed, padding included."""
-        return self.input_ids_BT.numel()
-
 
 def collate(trees: Sequence[Tree], layout: Layout, pad_id: int) -> Batch:
     """Lay the trees out. Padding is known by length, never by `pad_id`, which may equal the end token."""
+    tokens = sum(tree_tokens(tree, "shared") for tree in trees)
     if layout == "padded":
-        return _padded(trees, pad_id)
+        return _padded(trees, pad_id, tokens)
     if layout == "packed":
         trees = [Tree(tree.prompt, (answer,)) for tree in trees for answer in tree.answers]
-    return _one_row(trees)
+    return _one_row(trees, tokens)
 
 
 def cut(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -107,7 +105,7 @@ def tree_tokens(tree: Tree, layout: Layout) -> int:
     return (len(tree.prompt) + max(lengths)) * len(lengths)
 
 
-def _one_row(trees: Sequence[Tree]) -> Batch:
+def _one_row(trees: Sequence[Tree], tokens: int) -> Batch:
     """Shared layout: prompt, answer, answer, ... of each tree, end to end."""
     spans, positions, before, starts, at = [], [], [], [], 0
     for tree in trees:
@@ -128,11 +126,12 @@ def _one_row(trees: Sequence[Tree]) -> Batch:
         position_ids_BT=positions_T[None],
         attention_mask_BT=None,
         segments=segments(spans, positions_T),
+        tokens=tokens,
         **_answers(trees, torch.tensor(before), torch.tensor(starts)),
     )
 
 
-def _padded(trees: Sequence[Tree], pad_id: int) -> Batch:
+def _padded(trees: Sequence[Tree], pad_id: int, tokens: int) -> Batch:
     """Padded layout: one row per answer."""
     rows = [(*tree.prompt, *answer) for tree in trees for answer in tree.answers]
     prompts_A = torch.tensor([len(tree.prompt) for tree in trees for _ in tree.answers])
@@ -145,6 +144,7 @@ def _padded(trees: Sequence[Tree], pad_id: int) -> Batch:
         position_ids_BT=steps_T.expand(len(rows), -1).contiguous(),
         attention_mask_BT=(steps_T < lengths_A[:, None]).long(),
         segments=None,
+        tokens=tokens,
         **_answers(trees, starts_A - 1, starts_A),
     )
 

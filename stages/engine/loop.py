@@ -44,12 +44,15 @@ def step_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
     return line[offset : offset + batch_size]
 
 
-def learning_rate(training: Training, step: int, total_steps: int) -> float:
-    """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the step."""
-    warmup = math.ceil(training.warmup * total_steps)
-    if step < warmup:
-        return training.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total_steps - warmup)
+def learning_rate(training: Training, at: int, end: int) -> float:
+    """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the progress.
+
+    at, end: steps done and in all; or tokens, where they end the training.
+    """
+    warmup = math.ceil(training.warmup * end)
+    if at < warmup:
+        return training.learning_rate * (at + 1) / (warmup + 1)
+    done = (at - warmup) / max(1, end - warmup)
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return training.learning_rate * factor[training.schedule]
 
@@ -104,6 +107,22 @@ class Loop:
         self.last: dict[str, float] = {}
         self.saved_at = time.monotonic()
 
+    # --- how far it is: a function of what a checkpoint holds ---
+
+    @property
+    def progress(self) -> tuple[int, int, str]:
+        """What is done, of how much, in what: tokens where they end the training, else steps."""
+        if self.training.train_tokens is None:
+            return self.step, self.total_steps, "steps"
+        seen = self.compute["compute/train_tokens"] if self.step else 0
+        return min(int(seen), self.training.train_tokens), self.training.train_tokens, "tokens"
+
+    @property
+    def ended(self) -> bool:
+        """Whether all is done."""
+        done, end, _ = self.progress
+        return done >= end
+
     # --- one optimizer step ---
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +161,7 @@ class Loop:
         seed = hash((self.seed, self.step, self.accelerator.process_index)) % 2**63
         torch.manual_seed(seed)  # dropout draws from it
         random.seed(seed)
-        rate = learning_rate(self.training, self.step, self.total_steps)
+        rate = learning_rate(self.training, *self.progress[:2])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         metrics = {name: float(v) for name, v in self.reduce(self.backward(micros)).items()}
@@ -234,34 +253,35 @@ class Loop:
         for name in [n for n in metrics if n.startswith("compute/")]:
             self.compute[name] = self.compute.get(name, 0.0) + metrics.pop(name)
         self.last = metrics
-        if self.step % self.training.log_every == 0 or self.step == self.total_steps:
+        if self.step % self.training.log_every == 0 or self.ended:
             self.run.metrics(metrics, step=self.step)
-        self.run.progress(self.step, self.total_steps, f"steps  loss {metrics['train/loss']:.4f}")
+        done, end, unit = self.progress
+        self.run.progress(done, end, f"{unit}  loss {metrics['train/loss']:.4f}")
 
     def __call__(self) -> dict[str, float]:
         self.resume()
         with _catch_sigterm() as stopped:
             batches = self.method.batches(self.step)
-            while self.step < self.total_steps:
+            while not self.ended:
                 began = time.monotonic()
                 metrics = self.one_step(next(batches))
                 self.step += 1
                 self.compute["compute/seconds"] += time.monotonic() - began
                 self.note(metrics)
                 stop, due = self.agree(bool(stopped), self.due())
-                if stop or due or self.step == self.total_steps:
+                if stop or due or self.ended:
                     self.save()
-                if stop and self.step < self.total_steps:
-                    message = (
-                        f"stopped by SIGTERM after step {self.step} of {self.total_steps}; the checkpoint is saved"
-                    )
+                if stop and not self.ended:
+                    done, end, unit = self.progress
+                    message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
                     raise StageError(message, status="preempted", kind="preempted", mend="run again to go on")
         return {**self.last, **self.compute}
 
 
 def train(method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int) -> dict[str, float]:
-    """Train `method.model` in place for `total_steps` optimizer steps; returns the last step's metrics and the cost.
+    """Train `method.model` in place for `total_steps` optimizer steps, or until `training.train_tokens` are seen.
 
+    Returns the last step's metrics and the cost.
     Resumes from `run.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not finite,
     and `preempted` after a SIGTERM, once the step in progress is done and saved.
     """

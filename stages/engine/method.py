@@ -16,7 +16,8 @@ Totals = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 """Scalars that add up over micro-batches and ranks to the step's value: already divided by the totals.
 
-Those under `compute/` (tokens seen) are added up over all steps as well; the loop adds `train/loss` itself."""
+Those under `compute/` are added up over all steps as well; `compute/train_tokens`, which may end a training, is
+`Batch.tokens`. The loop adds `train/loss` itself."""
 
 
 class Method(Protocol[Micro]):
