@@ -54,10 +54,12 @@ def prefect_file(home: Path) -> Path:
     return file
 
 
-def deployments(where: Addresses) -> dict[str, str]:
-    """Name -> id of the deployments on the server."""
-    answer = httpx.post(f"{where.prefect}/deployments/filter", json={}, timeout=30).raise_for_status().json()
-    return {one["name"]: one["id"] for one in answer}
+def deployed(where: Addresses) -> dict[str, str]:
+    """Name -> id of the deployments and automations on the server."""
+    answers = [
+        httpx.post(f"{where.prefect}/{kind}/filter", json={}, timeout=30) for kind in ("deployments", "automations")
+    ]
+    return {one["name"]: one["id"] for answer in answers for one in answer.raise_for_status().json()}
 
 
 @pytest.mark.slow
@@ -84,10 +86,10 @@ def test_deploying_twice_is_like_once_and_a_worker_takes_a_run_up(
     first = alignflow(home, "deploy", "--file", prefect_file)
     assert first.returncode == 0, first.stderr
     assert "stage/cpu on cpu" in first.stdout
-    before = deployments(where)
+    before = deployed(where)
     second = alignflow(home, "deploy", "--file", prefect_file)
     assert second.returncode == 0, second.stderr
-    assert deployments(where) == before and set(before) == {"cpu"}
+    assert deployed(where) == before and set(before) >= {"cpu", "alignflow zombies"}
     assert "created" not in second.stdout and "updated" not in second.stdout
     # through the worker, and from a host that shares nothing but the address
     ended = control.run_stage(home)
@@ -138,7 +140,7 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses]
 ) -> None:
     process, where = running
-    kept = deployments(where)
+    kept = deployed(where)
     started = control.below(process)
     assert len(started) >= 8  # a guard and a process for each of MLflow, Prefect and two workers
     process.kill()
@@ -146,7 +148,7 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     assert (home / "up.json").exists()
     with control.up(home) as (again, there):
         assert there.pid == again.pid
-        assert deployments(there) == kept
+        assert deployed(there) == kept
         answer = httpx.post(f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}, timeout=30)
         assert "with the server" in answer.text
     assert not (home / "up.json").exists()
