@@ -9,8 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from flows import roots
-from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardJudge
+from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardJudge, ValidateParams
 from schemas.stage import STAGES, Artifact, Request, StageError
+from stages.sources import records
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -151,9 +152,9 @@ def test_every_field_that_names_a_file(root: Path) -> None:
 
 # Texts of a config that name no file. A new one has to be put here, or into flows/roots.py.
 NO_FILES = {
-    "name", "align", "method", "judge", "kind", "revision", "subset", "split", "columns", "system_prompt", "url", "api_key_env",
-    "sweep", "pools", "candidate", "tolerances", "target", "precision", "layout", "schedule", "loss", "loss_type",
-    "value_trunk", "rows", "scratch", "lora", "gate",
+    "align", "api_key_env", "candidate", "columns", "gate", "judge", "kind", "layout", "lora", "loss",
+    "loss_type", "method", "name", "pools", "precision", "revision", "rows", "schedule", "scratch", "split",
+    "subset", "sweep", "system_prompt", "target", "tolerances", "url", "value_trunk",
 }  # fmt: skip
 PATHS = {"path", "chat_template", "reward_model"}
 
@@ -180,6 +181,20 @@ def test_without_declared_roots(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         roots.check_roots(of_data("rows.jsonl"), deployed=True)
     for checked in (config(), of_data("hub:owner/name", revision=COMMIT), config(model={"path": "package:llm_x"})):
         roots.check_roots(checked, deployed=True)
+
+
+@pytest.mark.parametrize("files", ["../secret/rows.jsonl", "{root}/../secret/rows.jsonl"])
+def test_a_data_set_whose_readme_names_a_file_elsewhere(
+    files: str, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`datasets` would read it. Stage `validate` refuses, deployed or not."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (root / "set").mkdir()
+    named = files.format(root=root)
+    (root / "set" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n")
+    (root.parent / "secret" / "rows.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    with pytest.raises(StageError, match=r"takes rows from .*secret/rows\.jsonl, which is no part of it"):
+        list(records(ValidateParams(path="hub:set", kind="sft")))
 
 
 # --- requests ---
