@@ -183,7 +183,7 @@ def test_without_declared_roots(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         roots.check_roots(checked, deployed=True)
 
 
-@pytest.mark.parametrize("files", ["../secret/rows.jsonl", "{root}/../secret/rows.jsonl"])
+@pytest.mark.parametrize("files", ["../../secret/rows.jsonl", "{root}/../secret/rows.jsonl"])
 def test_a_data_set_whose_readme_names_a_file_elsewhere(
     files: str, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
