@@ -42,6 +42,8 @@ QUIET = {
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
 EXTRA = "install what servers need besides: pip install 'alignflow[server]'"
+# Leases on disk: one kept in memory would be forgotten when the server restarts, and its name stay taken.
+KEEP_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     url = address(host, number)
     check_prefect_database()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
-    environment = {"PREFECT_HOME": str(tracking.home() / "prefect")}
+    environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
     if not is_loopback(host):  # else its pages would ask 0.0.0.0
         environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
     return Server("Prefect", url, f"{url}/api/health", command, environment)
