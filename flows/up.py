@@ -21,7 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.types import DateTime
 
-from flows import addresses, pools, preflight, servers
+from flows import addresses, devices, pools, preflight, servers
 from flows.addresses import Addresses
 from flows.servers import HOST, Server, say
 from schemas.stage import StageError
@@ -189,6 +189,8 @@ def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
         say(f"{name:8} {tracking.without_passwords(url)}{note}")
     if where.pools:
         say(f"workers  {', '.join(where.pools)}")
+        if "gpu" in where.pools and not devices.names():
+            say("No GPU here: what is placed on the pool gpu runs on the CPU.")
         say("In another terminal: alignflow deploy")
     elif "Prefect" not in elsewhere:
         say(f"Runs show up by themselves. They start faster with: export PREFECT_API_URL={where.prefect}")
