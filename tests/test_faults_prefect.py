@@ -38,6 +38,7 @@ class Run:
             patch.setenv("ALIGNFLOW_HOME", str(home))
             self.server = servers.prefect_server(servers.port(None, 0, "port"), "--no-ui")
             self.start_server()
+            servers.until_healthy(self.server, self.process)
         settings = [part for name, value in SHORT.items() for part in ("--set", f"{name}={value}")]
         environment = {**os.environ, "ALIGNFLOW_HOME": str(home), "PREFECT_API_URL": f"{self.server.url}/api"}
         with self.log.open("w") as log:
