@@ -21,9 +21,7 @@ AWAY_SECONDS = 60.0
 SHORT = {
     "data.sft.limit": "600",
     "sft.epochs": "40",
-    "align": "{dpo: {max_steps: 2}}",
-    "generate.limit": "60",
-    "reward": "null",
+    "align": "{}",
     "evaluate.min_prompts": "10",
     "evaluate.limit": "20",
 }
