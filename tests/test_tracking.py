@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_find_takes_only_what_is_whole(home: Path, tmp_path: Path) -> None:
     again = finished(asked, folder_with(tmp_path / "data", rows="r"))
     assert again.run_id != result.run_id
     assert tracking.find(asked.key()) == again.model_copy(update={"reused": True})
+    shutil.rmtree(tracking.fetch(again.outputs["data"]))
+    assert tracking.find(asked.key()) is None
 
 
 def test_a_source_stands_for_its_path() -> None:
