@@ -120,6 +120,14 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
     if isinstance(config, settings.SentimentJudge):
         return SentimentJudge(field)
     if isinstance(config, settings.EndpointJudge):
+        if not run.request.log_text:
+            raise StageError(
+                "an endpoint is sent prompts and answers, which log_text: false forbids.",
+                kind="config",
+                field=field,
+                value="endpoint",
+                mend="use a judge that runs here (rule, sentiment, reward), or log_text: true",
+            )
         return EndpointJudge(config, field, progress)
     if not run.has("judge"):
         raise StageError(
