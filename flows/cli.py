@@ -6,9 +6,12 @@ Imports of Prefect, MLflow and pydantic stand inside the commands: together they
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from schemas.config import PipelineConfig
 
 app = typer.Typer(
     name="alignflow",
@@ -26,6 +29,19 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. May stand many times."
     ),
 ]
+
+
+BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
+"""Commands that need no server, and use one only where the environment or the config's pools say so."""
+
+
+@app.callback()
+def before(context: typer.Context) -> None:
+    """Let the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
+    if context.invoked_subcommand not in BY_THEMSELVES:
+        from flows.addresses import adopt
+
+        adopt()
 
 
 @app.command()
@@ -53,6 +69,7 @@ def run(
 
         print(outlook(checked))
         return
+    use_servers(checked)
     from flows import pipeline
 
     pipeline.run(checked)
@@ -153,6 +170,7 @@ def sweep(
 
         print(outlook(checked))
         return
+    use_servers(checked)
     from flows import pipeline
 
     print(sweeping.tokens_line(checked, pipeline.run(checked)))
@@ -377,12 +395,17 @@ def deploy(
 
     - alignflow deploy
     """
-    from flows.addresses import adopt
-
-    adopt()
     from flows.deploy import deploy as create
 
     create(file)
+
+
+def use_servers(config: "PipelineConfig") -> None:
+    """Let a run whose stages are placed on work pools use the servers of `alignflow up`."""
+    from flows.addresses import adopt
+
+    if config.pools:
+        adopt()
 
 
 def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from flows import pools, preflight
+from flows import automations, pools, preflight
 from schemas.stage import StageError
 from stages import tracking
 
@@ -33,6 +33,8 @@ def deploy(prefect_file: Path | None = None) -> None:
     preflight.check_pools([name for one in found if (name := (one.get("work_pool") or {}).get("name"))], workers=False)
     create_deployments(prefect_file)
     say_deployments({str(one.get("name")) for one in found})
+    for name in automations.apply():
+        print(f"automation  {name}")
 
 
 def create_deployments(prefect_file: Path) -> None:

@@ -22,10 +22,11 @@ from prefect.settings import (
 )
 from prefect.states import Completed, Failed, State
 
-from flows import runner, servers
+from flows import preflight, runner, servers
 from flows.lease import stage_lease
 from flows.placement import run_placed
 from flows.plan import Node, plan
+from flows.roots import check_roots
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
@@ -128,7 +129,8 @@ def run_once(request: Request, pool: str | None) -> Result:
     if pool is not None:
         return run_placed(request, pool, get_run_logger())
     shared = PREFECT_API_URL.value() not in own_servers
-    return runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
+    log = get_run_logger()
+    return runner.run_stage(request, log, stage_lease(request.key(), log) if shared else None)
 
 
 def problem_of(name: str, result: Result) -> StageError:
@@ -143,8 +145,12 @@ def problem_of(name: str, result: Result) -> StageError:
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
 def pipeline(config: PipelineConfig) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
-    nodes = plan(config)
     runner.begin()
+    try:
+        prepare(config)
+        nodes = plan(config)
+    except StageError as error:
+        return Failed(message=str(error), data=error)
     try:
         results, errors = run_nodes(nodes, config, str(flow_run.id))
     except BaseException:
@@ -156,6 +162,21 @@ def pipeline(config: PipelineConfig) -> State[Any]:
         return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
     reused = sum(result.reused for result in results.values())
     return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
+
+
+def prepare(config: PipelineConfig) -> None:
+    """Say what would stop the run later, before a stage starts; and clear away what dead runs have left on this host.
+
+    Raises:
+        StageError: a path leads out of the declared roots, a pool is missing, or a pool's workers could not reach the
+            experiment's artifacts.
+    """
+    if flow_run.deployment_id:
+        check_roots(config, deployed=True)
+        tracking.close_left()
+    if config.pools:
+        preflight.check_pools(list(config.pools.values()))
+    preflight.check_experiment(config.name, placed=bool(config.pools))
 
 
 def run_nodes(

@@ -99,6 +99,7 @@ def retrained(config: PipelineConfig, pipeline_run: str, force: bool = False) ->
         StageError: a stage stopped; the config lacks something; or another champion was made in the meantime
             (kind `conflict`).
     """
+    pipeline.prepare(config)
     name = model_name(config)
     made_from = fingerprint(config)
     champion = registry.champion(name)

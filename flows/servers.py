@@ -24,8 +24,10 @@ from stages.parent import die_with_parent
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
-STOP_SECONDS = 4.0
-"""Between SIGTERM and SIGKILL: 5 s after its starter's death nothing is left."""
+STOP_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL."""
+ORPHAN_SECONDS = 3.0
+"""The same when the starter has died: 5 s after that nothing is to be left."""
 PR_SET_CHILD_SUBREAPER = 36
 
 # No telemetry; no job runners of MLflow's own, which we have no use for.
@@ -40,6 +42,8 @@ QUIET = {
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
 EXTRA = "install what servers need besides: pip install 'alignflow[server]'"
+# Leases on disk: one kept in memory would be forgotten when the server restarts, and its name stay taken.
+KEEP_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     url = address(host, number)
     check_prefect_database()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
-    environment = {"PREFECT_HOME": str(tracking.home() / "prefect")}
+    environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
     if not is_loopback(host):  # else its pages would ask 0.0.0.0
         environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
     return Server("Prefect", url, f"{url}/api/health", command, environment)
@@ -325,15 +329,15 @@ def guard(parent: int, command: list[str]) -> int:
         return 0
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants()
+        end_descendants(parent)
 
 
-def end_descendants() -> None:
-    """End all below this process: first politely, then not."""
+def end_descendants(parent: int) -> None:
+    """End all below this process: first politely, then not; in more of a hurry when its parent has died."""
     signal_descendants(signal.SIGTERM)
-    end = time.monotonic() + STOP_SECONDS
+    began = time.monotonic()
     while descendants(os.getpid()):
-        if time.monotonic() > end:
+        if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
             signal_descendants(signal.SIGKILL)
         reap()
         time.sleep(0.05)

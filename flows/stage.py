@@ -1,14 +1,16 @@
 """One stage as a Prefect flow: what the deployments `stage/POOL` run where a worker takes them up."""
 
+import os
 from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed, Failed, State
 
-from flows import runner
+from flows import devices, preflight, runner
 from flows.lease import stage_lease
-from schemas.stage import Request
+from flows.roots import check_request_roots
+from schemas.stage import Request, StageError
 from stages import tracking
 
 
@@ -21,10 +23,18 @@ def run_name() -> str:
 def stage(request: Request) -> State[Any]:
     """Run the stage on this machine. Its result lies in MLflow under its key; a stop becomes a state of its own name:
     Refused, Diverged, Preempted, Failed, or Crashed when it was killed.
+
+    Where ALIGNFLOW_GPUS says how many GPUs a worker's machine should have, fewer are refused.
     """
     runner.begin()
     try:
-        result = runner.run_stage(request, get_run_logger(), stage_lease(request.key()))
+        check_request_roots(request, deployed=bool(flow_run.deployment_id))
+        if request.stage in devices.TAKE_DEVICES:
+            preflight.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
+        log = get_run_logger()
+        result = runner.run_stage(request, log, stage_lease(request.key(), log))
+    except StageError as error:
+        return Failed(name=error.status.title(), message=str(error))
     except BaseException:
         runner.stop_all()
         raise

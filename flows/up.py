@@ -66,6 +66,7 @@ def up(
         addresses.file().unlink(missing_ok=True)
         with guards() as keep:
             bring_up(wanted, host, mlflow_port, prefect_port, keep)
+        addresses.file().unlink(missing_ok=True)
 
 
 def taken(lock: IO[str]) -> bool:

@@ -208,6 +208,7 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_log(rank)
     signal.signal(signal.SIGTERM, preempt)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU; read when it starts
     path = Path(argv[1])
     key, log_text = "", True
     try:

@@ -1,4 +1,4 @@
-"""Stage `promote`: may the candidate take the champion's place? Decides, with reasons; touches no registry. No torch."""
+"""Stage `promote`: may the candidate take the champion's place? Decides, with reasons; touches no registry."""
 
 import logging
 import math

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -115,6 +116,19 @@ def lock(path: Path, waiting: str = "") -> Iterator[None]:
                 log.info("%s", waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file unless another process does; whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -558,6 +572,46 @@ def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART
     )
 
 
+# --- What death leaves behind --------------------------------------------------------------------------------------
+
+
+def place() -> dict[str, str]:
+    """Tags that say where a run is made: whose locks tell whether it lives."""
+    return {"host": socket.gethostname(), "home": str(home())}
+
+
+def journal_file(key: str, run_id: str) -> Path:
+    """Where a run's metrics are written down until its stage is done."""
+    return work_folder(key) / f"metrics-{run_id}.jsonl"
+
+
+def close_left() -> list[str]:
+    """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
+
+    Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
+    stage that is asked for again goes on in the same run.
+    """
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    left = retrying(lambda: client().search_runs(experiments, query))
+    mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]
+    return [run.info.run_id for run in mine if _close(run.data.tags["stage.key"], run.info.run_id)]
+
+
+def _close(key: str, run_id: str) -> bool:
+    """Close one run as KILLED, its journal shipped, unless its stage lives or has ended it since it was found."""
+    with lock_if_free(work_folder(key) / "lock") as free:
+        if not free or retrying(lambda: client().get_run(run_id)).info.status != "RUNNING":
+            return False
+        if journal_file(key, run_id).exists():
+            Journal(journal_file(key, run_id), run_id).close()
+        problem = "the process was killed, or its machine went down. Mend: start it again: it goes on"
+        retrying(lambda: client().set_tag(run_id, "problem", problem))
+        retrying(lambda: client().set_terminated(run_id, "KILLED"))
+    log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)
+    return True
+
+
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
 
 
@@ -589,11 +643,13 @@ def shortened(text: str, limit: int) -> str:
 # --- The journal of metrics -------------------------------------------------------------------------------------------
 
 
-def _points_of(run_id: str) -> set[tuple[str, int]]:
-    """(name, step) of all metrics that MLflow has of a run."""
-    names = retrying(lambda: client().get_run(run_id)).data.metrics
-    history = client().get_metric_history
-    return {(name, point.step) for name in names for point in retrying(lambda name=name: history(run_id, name))}
+def _points_of(run_id: str) -> dict[tuple[str, int], bool]:
+    """(name, step) of all metrics that MLflow has of a run, and whether their value is finite."""
+    found: dict[tuple[str, int], bool] = {}
+    for name in retrying(lambda: client().get_run(run_id)).data.metrics:
+        for point in retrying(lambda name=name: client().get_metric_history(run_id, name)):
+            found[name, point.step] = math.isfinite(point.value)
+    return found
 
 
 class Journal:
@@ -603,10 +659,11 @@ class Journal:
     point in MLflow. A point that is already there, from before a resume, is not written again.
     """
 
-    def __init__(self, path: Path, run_id: str, known: Iterable[tuple[str, int]] = ()) -> None:
-        """`known`: points (name, step) that MLflow has already and this journal has not."""
+    def __init__(self, path: Path, run_id: str, known: Mapping[tuple[str, int], bool] | None = None) -> None:
+        """`known`: points (name, step) that MLflow has and this journal has not, and whether their value is finite."""
         self.run_id = run_id
-        self._seen = set(known)
+        self._seen: dict[tuple[str, int], bool] = dict(known or {})
+        """Points that are written down, and whether their value is finite: a step that fails is done again."""
         self._waiting: list[tuple[str, float, int, int]] = []
         self._guard = threading.Lock()
         self._closing = threading.Event()
@@ -628,7 +685,7 @@ class Journal:
         for line in text.splitlines():
             name, value, step, when = json.loads(line)
             self._waiting.append((name, float(value), step, when))
-            self._seen.add((name, step))
+            self._seen[name, step] = math.isfinite(float(value))
 
     def add(self, values: Mapping[str, float], step: int | None) -> None:
         """Write values down; `step` None is a final value, of which the last one counts."""
@@ -636,9 +693,11 @@ class Journal:
         with self._guard:
             for name, value in values.items():
                 point = (acceptable_name(name), float(value), step or 0, when)
-                if step is not None and point[::2] in self._seen:
+                place, finite = (point[0], point[2]), math.isfinite(value)
+                known = self._seen.get(place)
+                if step is not None and known is not None and (known or not finite):
                     continue
-                self._seen.add((point[0], point[2]))
+                self._seen[place] = finite
                 # repr: NaN and infinity are no JSON numbers
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)
@@ -735,9 +794,9 @@ class StageRun:
     def __enter__(self) -> Self:
         if self.rank == 0:
             continued = self._open()
-            journal = self.work / f"metrics-{self.run_id}.jsonl"
+            journal = journal_file(self.key, self.run_id)
             elsewhere = continued and not journal.exists()  # another host has begun the run
-            self._journal = Journal(journal, self.run_id, _points_of(self.run_id) if elsewhere else ())
+            self._journal = Journal(journal, self.run_id, _points_of(self.run_id) if elsewhere else None)
             self._describe()
         return self
 
@@ -748,9 +807,11 @@ class StageRun:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
             retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+            if "problem" in left[0].data.tags:
+                retrying(lambda: client().delete_tag(self.run_id, "problem"))
             return True
         name = experiment(experiment_name(self.request))
-        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
+        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
         self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
         return False
 
@@ -766,7 +827,7 @@ class StageRun:
             "model": request.name if request.stage in WITH_MODEL else None,
             "code.version": code_version(),
         }
-        tags |= {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
+        tags |= place() | {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")
         self.params({**request.params, "seed": request.seed, **request.about})
@@ -897,6 +958,7 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
+        self._verify_source()
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
@@ -905,6 +967,18 @@ class StageRun:
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
+
+    def _verify_source(self) -> None:
+        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            raise StageError(
+                "it changed while it was read; nothing is published.",
+                kind="source_changed",
+                field="source",
+                value=source.uri,
+                mend="start the run again once nothing writes to it",
+            )
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}
