@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 # Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
 STAGES: dict[str, int] = {
     "base": 1,
-    "validate": 1,
+    "validate": 2,
     "sft": 1,
     "generate": 1,
     "reward": 1,

@@ -54,7 +54,8 @@ def compare(
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
-    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in the order of its variants, and of each method and beta the first seed's answers.
+    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in
+    the order of its variants, and of each method and beta the first seed's answers.
     """
     if not evaluations:
         raise StageError(

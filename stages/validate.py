@@ -24,7 +24,7 @@ import polars as pl
 from pydantic import ValidationError
 
 from schemas.config import Kind, ValidateParams
-from schemas.rows import problems
+from schemas.rows import HIDING, IGNORED, problems
 from schemas.stage import EXIT_CODES, Request, StageError, Strict
 from stages import forms
 from stages.derive import derive
@@ -370,6 +370,7 @@ def _clean(
         bad.add(frame["row"][index], column, reason, value)
     frame = _without(frame, bad)
     tally.note("look_alike", _look_alikes(params.kind, frame))
+    tally.note("hidden_characters", _hiding(params.kind, frame))
     if tokens is not None:
         tally.longest = tokens.longest
         tally.note("prompt_tokens_differ", tokens.differ(params.kind, frame))
@@ -404,9 +405,23 @@ def _look_alikes(kind: Kind, frame: pl.DataFrame) -> list[int]:
     return frame.filter(~keys.select(pl.struct(pl.all()).is_first_distinct()).to_series())["row"].to_list()
 
 
+def _hiding(kind: Kind, frame: pl.DataFrame) -> list[int]:
+    """Rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
+    contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
+    answers = [pl.col(name).list.join("\n") if name == "responses" else pl.col(name) for name in ANSWERS[kind]]
+    found = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *answers))
+    return frame.filter(found)["row"].to_list()
+
+
 def _plain(text: pl.Expr) -> pl.Expr:
     """schemas.rows.normalise, near enough, at the speed of columns."""
-    return text.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+    return (
+        text.str.replace_all(IGNORED, "")
+        .str.normalize("NFKC")
+        .str.to_lowercase()
+        .str.replace_all(r"\W+", " ")
+        .str.strip_chars()
+    )
 
 
 def _with_parts(params: ValidateParams, frame: pl.DataFrame) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from schemas.stage import StageError
 from stages.engine import demo, metrics
 from stages.engine.batch import Tree, collate, cut, tree_tokens
 from stages.engine.endpoint import EndpointJudge
-from stages.engine.models import choose_layout, load_scorer
+from stages.engine.models import choose_layout, load_judge
 from stages.engine.text import Codec, Message
 from stages.tracking import StageRun
 
@@ -81,7 +81,7 @@ class RewardJudge(Scoring):
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         self.codec = Codec.load(folder)
-        self.scorer = load_scorer(folder, trainable=False).eval()
+        self.scorer = load_judge(folder).eval()
         self.progress = progress
 
     @torch.no_grad()
