@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
-        [*COMMAND, request.stage, str(path)],
+        [*shlex.split(os.environ.get("ALIGNFLOW_LAUNCHER", "")), *COMMAND, request.stage, str(path)],
         env=environment(request) | shown,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
