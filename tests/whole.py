@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Run:
 
     code: int
     said: str
-    files: Mapping[Path, bytes]
+    files: Mapping[Path, bytes] = field(repr=False)
 
     def holding(self, text: str) -> list[Path]:
         """The files that a text stands in."""
