@@ -71,6 +71,7 @@ def request_for(
         placement=Placement(devices=node.devices, threads=threads(config)),
         tags=node.tags | data_version(node, results) | ({"sweep": config.sweep} if config.sweep else {}),
         about=node.about | training_behind(node, results),
+        log_text=config.log_text,
     )
     return runner.with_sources(request, config_field(node))
 

@@ -223,7 +223,8 @@ def source_file(path: str, needed: bool) -> Path | None:
     if path.startswith(("demo:", "input:", "hub:")):
         return None
     if path.startswith("package:"):
-        spec = importlib.util.find_spec(path.removeprefix("package:").replace("-", "_"))
+        name = path.removeprefix("package:").replace("-", "_")
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None  # with dots it would import a package
         return next(_ggufs(list(spec.submodule_search_locations or []) if spec else []), None)
     local = Path(path).expanduser()
     return local.absolute() if needed or local.exists() else None
