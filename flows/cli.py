@@ -6,9 +6,12 @@ Imports of Prefect, MLflow and pydantic stand inside the commands: together they
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from schemas.config import PipelineConfig
 
 app = typer.Typer(
     name="alignflow",
@@ -26,6 +29,19 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. May stand many times."
     ),
 ]
+
+
+BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
+"""Commands that need no server, and use one only where the environment or the config's pools say so."""
+
+
+@app.callback()
+def before(context: typer.Context) -> None:
+    """Let the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
+    if context.invoked_subcommand not in BY_THEMSELVES:
+        from flows.addresses import adopt
+
+        adopt()
 
 
 @app.command()
@@ -53,9 +69,70 @@ def run(
 
         print(outlook(checked))
         return
+    use_servers(checked)
     from flows import pipeline
 
     pipeline.run(checked)
+
+
+@app.command()
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
+    force: Annotated[bool, typer.Option("--force", help="Train though nothing changed.")] = False,
+) -> None:
+    """Train when data or config changed since the champion was trained, and promote the new model if the gate lets it.
+
+    Ends as Unchanged, Promoted or Rejected (exit code 0), or with a conflict or a problem.
+
+    Examples:
+
+    - alignflow retrain my.yaml
+    - alignflow retrain my.yaml --set promote.candidate=dpo
+    """
+    from flows import retrain as flow
+
+    flow.run(config, overrides, force)
+
+
+@app.command()
+def rollback(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+    ] = None,
+) -> None:
+    """Make the former champion champion again. What is rolled back is not promoted again.
+
+    Examples:
+
+    - alignflow rollback
+    - alignflow rollback my-assistant
+    """
+    from flows import registry
+
+    bad, restored = registry.rollback(model)
+    print(f"champion is {restored} again; version {bad.number} is rolled back")
+
+
+@app.command()
+def lineage(
+    what: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """From a model back to the rows it was trained on; from a data file to every model that saw it.
+
+    Examples:
+
+    - alignflow lineage models:/my-assistant@champion
+    - alignflow lineage dpo --json
+    - alignflow lineage pairs.jsonl
+    """
+    from flows import lineage as trace
+
+    tree = trace.lineage(what)
+    print(trace.as_json(tree) if json else trace.as_text(tree))
 
 
 @app.command()
@@ -93,6 +170,7 @@ def sweep(
 
         print(outlook(checked))
         return
+    use_servers(checked)
     from flows import pipeline
 
     print(sweeping.tokens_line(checked, pipeline.run(checked)))
@@ -185,7 +263,9 @@ def generate(
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate or compare.")],
+    name: Annotated[
+        str, typer.Argument(help="base, validate, sft, generate, reward, align, evaluate, compare or promote.")
+    ],
     request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
 ) -> None:
     """Run a single stage from its request. Writes result.json beside it.
@@ -271,9 +351,61 @@ def ui(
 
     - alignflow ui
     """
-    from flows.servers import serve
+    from flows.up import up as start
 
-    serve(mlflow_port, prefect_port)
+    start([], mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+@app.command()
+def up(
+    pools: Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. May stand many times.")] = [  # noqa: B006
+        "cpu",
+        "gpu",
+    ],
+    host: Annotated[str, typer.Option(help="Address that the servers listen at; others than this need passwords.")] = (
+        "127.0.0.1"
+    ),
+    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(help="Default 4200, or a free one.")] = None,
+) -> None:
+    """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
+
+    With PREFECT_API_URL and MLFLOW_TRACKING_URI set, it starts workers alone, for servers elsewhere.
+
+    Examples:
+
+    - alignflow up
+    - alignflow up --pool gpu
+    - alignflow up --host 0.0.0.0
+    """
+    from flows.up import up as start
+
+    start(pools, host, mlflow_port, prefect_port)
+
+
+@app.command()
+def deploy(
+    file: Annotated[Path | None, typer.Option(help="Default: deploy/prefect.yaml of this project.")] = None,
+) -> None:
+    """Create or update work pools, deployments and automations on the Prefect server, without questions.
+
+    The server is that of `alignflow up`, or PREFECT_API_URL.
+
+    Example:
+
+    - alignflow deploy
+    """
+    from flows.deploy import deploy as create
+
+    create(file)
+
+
+def use_servers(config: "PipelineConfig") -> None:
+    """Let a run whose stages are placed on work pools use the servers of `alignflow up`."""
+    from flows.addresses import adopt
+
+    if config.pools:
+        adopt()
 
 
 def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:

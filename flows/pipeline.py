@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -22,14 +22,21 @@ from prefect.settings import (
 )
 from prefect.states import Completed, Failed, State
 
-from flows import runner, servers
+from flows import preflight, runner, servers
 from flows.lease import stage_lease
+from flows.placement import run_placed
 from flows.plan import Node, plan
+from flows.roots import check_roots
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Placement, Request, Result, StageError
 from stages import tracking
 
 log = logging.getLogger("alignflow")
+
+T = TypeVar("T")
+
+TRIES = 3
+"""How often a stage that is stopped from outside is started, before the run gives up."""
 
 own_servers: set[str] = set()
 """Addresses of Prefect servers that this process has started: nobody on another host shares them."""
@@ -95,14 +102,34 @@ def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]
 
 
 @task(name="stage", task_run_name="{name}", persist_result=False, result_serializer="json", cache_policy=NO_CACHE)
-def run_node(name: str, request: Request) -> Result | State[Any]:
-    """One stage. When it stops, the task fails with the stage's problem."""
-    shared = PREFECT_API_URL.value() not in own_servers
-    result = runner.run_stage(request, get_run_logger(), stage_lease(request.key()) if shared else None)
+def run_node(name: str, request: Request, pool: str | None = None) -> Result | State[Any]:
+    """One stage, here or on a work pool. When it stops, the task fails with the stage's problem; when it was stopped
+    from outside, it is started again first.
+    """
+    result = run_once(request, pool)
+    for number in range(2, TRIES + 1):
+        if not was_stopped(result) or runner.stopping():
+            break
+        get_run_logger().warning("%s: %s Started again, try %d of %d.", name, result.error, number, TRIES)
+        result = run_once(request, pool)
     if result.status == "done":
         return result
     error = problem_of(name, result)
     return Failed(message=str(error), data=error)
+
+
+def was_stopped(result: Result) -> bool:
+    """Whether a stage ended from outside, by a signal or with its machine, and goes on when it is started again."""
+    return result.status == "preempted" or (result.error is not None and result.error.kind == "killed")
+
+
+def run_once(request: Request, pool: str | None) -> Result:
+    """The result of one try at a stage."""
+    if pool is not None:
+        return run_placed(request, pool, get_run_logger())
+    shared = PREFECT_API_URL.value() not in own_servers
+    log = get_run_logger()
+    return runner.run_stage(request, log, stage_lease(request.key(), log) if shared else None)
 
 
 def problem_of(name: str, result: Result) -> StageError:
@@ -117,7 +144,12 @@ def problem_of(name: str, result: Result) -> StageError:
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
 def pipeline(config: PipelineConfig) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
-    nodes = plan(config)
+    runner.begin()
+    try:
+        prepare(config)
+        nodes = plan(config)
+    except StageError as error:
+        return Failed(message=str(error), data=error)
     try:
         results, errors = run_nodes(nodes, config, str(flow_run.id))
     except BaseException:
@@ -131,11 +163,29 @@ def pipeline(config: PipelineConfig) -> State[Any]:
     return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
 
 
+def prepare(config: PipelineConfig) -> None:
+    """Say what would stop the run later, before a stage starts; and clear away what dead runs have left on this host.
+
+    Raises:
+        StageError: a path leads out of the declared roots, a pool is missing, or a pool's workers could not reach the
+            experiment's artifacts.
+    """
+    if flow_run.deployment_id:
+        check_roots(config, deployed=True)
+        tracking.close_left()
+    if config.pools:
+        preflight.check_pools(list(config.pools.values()))
+    preflight.check_experiment(config.name, placed=bool(config.pools))
+
+
 def run_nodes(
-    nodes: list[Node], config: PipelineConfig, pipeline_run: str
+    nodes: list[Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
 ) -> tuple[dict[str, Result], dict[str, StageError]]:
-    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs."""
-    results: dict[str, Result] = {}
+    """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs.
+
+    `known`: results of nodes that are not to be run; they are in the answer too.
+    """
+    results: dict[str, Result] = dict(known or {})
     errors: dict[str, StageError] = {}
     waiting = by_urgency(nodes)
     running: set[str] = set()
@@ -149,7 +199,7 @@ def run_nodes(
             except StageError as error:
                 errors[node.name] = error
                 continue
-            future = run_node.submit(node.name, request)
+            future = run_node.submit(node.name, request, config.pools.get(node.stage))
             running.add(node.name)
             future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
         if not running:
@@ -285,13 +335,22 @@ def run(config: PipelineConfig) -> dict[str, Result]:
             by Ctrl-C or SIGTERM (status `preempted`).
     """
     plan(config)  # what is missing is said before a server starts
+    return from_here(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+
+
+def from_here(call: Callable[[], T]) -> T:
+    """Call a flow from this process, with databases and a Prefect server at hand, and wait for it.
+
+    Raises:
+        StageError: what the flow raises; or it was stopped by Ctrl-C or SIGTERM (status `preempted`).
+    """
     servers.interrupt_on_sigterm()
     try:
         with ThreadPoolExecutor(1) as aside:
             database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
             with local_prefect():
                 database.result()
-                return cast("dict[str, Result]", pipeline(config))  # Prefect gives the data of the state
+                return call()
     except (KeyboardInterrupt, TerminationSignal):
         mend = "start it again: finished stages are reused, and training goes on from its last checkpoint"
         message = "the run was stopped from outside."

@@ -1,6 +1,7 @@
 """From a config to the stages that run: a pure function, no files, no servers.
 
     base -> data * -> sft -> [generate -> data generated] -> reward, gold -> [budget] -> align * -> eval * -> compare
+    retraining, after these: -> eval champion -> promote
 
 A node is planned when something needs it; what a method needs and nothing gives is an error here, before anything runs.
 """
@@ -10,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import DataConfig, ModelConfig, PipelineConfig, PromoteConfig, RewardConfig, RewardJudge
 from schemas.methods import MethodConfig
 from schemas.stage import StageError
 from schemas.training import Training
@@ -39,7 +40,7 @@ MENDS = {
     "feedback": "set data.feedback or data.preference, or generate",
     "prompt": "set data.prompt",
 }
-RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "compare"}
+RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "compare", "promote", "champion"}
 # What decides how many tokens a method sees by itself, of all methods.
 EXTENT = {"method", "epochs", "max_steps", "train_tokens", "batch_size", "max_length"}
 EXTENT |= {"iterations", "rollout_size", "ppo_epochs", "max_new_tokens"}
@@ -77,6 +78,33 @@ def plan(config: PipelineConfig) -> list[Node]:
     return Planner(config).plan()
 
 
+def promotion(config: PipelineConfig, champion: bool) -> list[Node]:
+    """What retraining does after `plan`: evaluate the champion, when there is one, and decide on the candidate.
+
+    The champion's model is the output `model` of a node `champion` that is in no plan: whoever runs these nodes brings
+    its result, as well as those of the plan.
+
+    Raises:
+        StageError: it is not clear who the candidate is, or the gate can never open.
+    """
+    planner = Planner(config)
+    before = {node.name for node in planner.plan()}
+    planner.promote(champion)
+    return [node for node in planner.nodes.values() if node.name not in before]
+
+
+def candidate(config: PipelineConfig) -> str:
+    """The name in `align` of the model that may become champion. Raises StageError when that is not clear."""
+    named, known = (config.promote or PromoteConfig()).candidate, list(config.align)
+    if named is None and len(known) == 1:
+        return known[0]
+    if named not in known:
+        message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
+        mend = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
+        raise refuse(message, "promote.candidate", named, mend)
+    return named
+
+
 def params_of(training: Training) -> dict[str, Any]:
     """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named."""
     unset = {"train_tokens"} if training.train_tokens is None else set[str]()
@@ -111,15 +139,15 @@ class Planner:
         """All nodes, in an order in which they can run."""
         self.check_names()
         self.check_judges()
+        if self.config.promote is not None:
+            self.check_gate()
         self.base()
-        tuned = self.tuned()
+        self.tuned()
         if self.config.generate is not None:
             self.generated()
         if self.reward_is_there():
             self.reward("reward")
-        models = {"base": self.base()} if self.config.sft is not None else {}
-        models["sft"] = tuned
-        models |= {name: self.aligned(name, method) for name, method in self.config.align.items()}
+        models = self.models()
         self.compare({name: self.evaluation(name, models) for name in models})
         return list(self.nodes.values())
 
@@ -167,12 +195,28 @@ class Planner:
             mend = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
             raise refuse("the gold reward model has no rows.", "data.preference.gold_fraction", 0, mend)
 
+    def check_gate(self) -> None:
+        """It is clear who the candidate is, and the gate gets as many prompts as it asks for."""
+        candidate(self.config)
+        gate, evaluate = (self.config.promote or PromoteConfig()).gate, self.config.evaluate
+        for name, value in (("limit", evaluate.limit), ("min_prompts", evaluate.min_prompts)):
+            if value is not None and value < gate.prompts_min:
+                mend = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
+                message = f"evaluate.{name} is {value}, which may be too few for the gate."
+                raise refuse(message, "promote.gate.prompts_min", gate.prompts_min, mend)
+
     def reward_is_there(self) -> bool:
         """Whether there is a reward model: a given one, or one trained on the preferences unless `reward` is null."""
         given = self.config.reward_model is not None
         return given or (self.config.reward is not None and self.gives("preference"))
 
     # --- Models ---
+
+    def models(self) -> dict[str, Output]:
+        """All models that are compared, by name."""
+        models = {"base": self.base()} if self.config.sft is not None else {}
+        models["sft"] = self.tuned()
+        return models | {name: self.aligned(name, method) for name, method in self.config.align.items()}
 
     def base(self) -> Output:
         seed = self.config.seed if self.config.model.scratch is not None else 0
@@ -351,3 +395,16 @@ class Planner:
     def compare(self, evaluations: dict[str, Output]) -> Output:
         params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
         return self.add(Node("compare", "compare", params, dict(evaluations), label="compare"), "comparison")
+
+    # --- Promotion ---
+
+    def promote(self, champion: bool) -> Output:
+        """Stage `promote` of the candidate, against the champion when there is one."""
+        self.check_gate()
+        models = self.models() | ({"champion": ("champion", "model")} if champion else {})
+        seats = {"candidate": candidate(self.config), "sft": "sft"} | ({"champion": "champion"} if champion else {})
+        inputs = {seat: self.evaluation(name, models) for seat, name in seats.items()}
+        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
+        about = {"candidate": seats["candidate"]}
+        node = Node("promote", "promote", params, inputs, self.config.seed, "promote", about=about)
+        return self.add(node, "decision")

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows import devices
 from schemas.stage import EXIT_CODES, Artifact, Problem, Request, Result, StageError
 from stages import tracking
 
@@ -29,6 +30,17 @@ Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 _processes: set[subprocess.Popen[str]] = set()
 _guard = threading.Lock()
+_stopping = threading.Event()
+
+
+def stopping() -> bool:
+    """Whether `stop_all` was called: what waits gives up, and what was stopped is not started again."""
+    return _stopping.is_set()
+
+
+def begin() -> None:
+    """Let stages start, also after a `stop_all`."""
+    _stopping.clear()
 
 
 def run_stage(
@@ -40,35 +52,62 @@ def run_stage(
     on this host the stage does so itself.
     """
     log = log or logging.getLogger("alignflow")
-    found = tracking.find(request.key())
+    found = reused(request, log)
     if found is not None:
-        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
-        tracking.note_reuse(found, request.pipeline_run)
         return found
     ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
     began = time.monotonic()
-    with alone or contextlib.nullcontext():
-        code = run_process(request, ask / "request.json", log)
+    try:
+        with alone or contextlib.nullcontext():
+            made = reused(request, log) if alone else None  # by another host, while this one waited
+            if made is not None:
+                return made
+            code = run_process(request, ask / "request.json", log)
+    except StageError as error:
+        return Result(status=error.status, key=request.key(), error=error.problem)
     result = read_result(ask / "result.json", request, code)
     log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
     return result
 
 
+def reused(request: Request, log: Log) -> Result | None:
+    """The stage's result where it is there already, noted as reused."""
+    found = tracking.find(request.key())
+    if found is not None:
+        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
+        tracking.note_reuse(found, request.pipeline_run)
+    return found
+
+
 def run_process(request: Request, path: Path, log: Log) -> int:
-    """Start `python -m stages`, pass its lines on, and return its exit code. Nothing of it outlives this call."""
+    """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
+    outlives this call."""
+    with devices.held(request, log, stopping) as (shown, locks):
+        process = start(request, path, shown, locks)
+        return follow(process, log)
+
+
+def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
+    """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
         [*COMMAND, request.stage, str(path)],
-        env=environment(request),
+        env=environment(request) | shown,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         process_group=0,
+        pass_fds=locks,
     )
     with _guard:
         _processes.add(process)
+    return process
+
+
+def follow(process: subprocess.Popen[str], log: Log) -> int:
+    """Pass a process's lines on until it ends; its exit code."""
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -122,7 +161,8 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 def stop_all() -> None:
-    """End all stages that run for this process."""
+    """End all stages that run for this process; none starts until `begin`."""
+    _stopping.set()
     with _guard:
         running = list(_processes)
     for process in running:

@@ -1,7 +1,9 @@
-"""`alignflow ui`: MLflow and Prefect on 127.0.0.1, for as long as the command runs and not a second longer."""
+"""Servers as processes: started, watched, and ended with whoever started them, even when that one was killed."""
 
 import contextlib
 import ctypes
+import importlib.util
+import ipaddress
 import os
 import signal
 import socket
@@ -11,18 +13,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from schemas.stage import StageError
 from stages import tracking
+from stages.parent import die_with_parent
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1
+"""Between SIGTERM and SIGKILL."""
+ORPHAN_SECONDS = 3.0
+"""The same when the starter has died: 5 s after that nothing is to be left."""
+PR_SET_CHILD_SUBREAPER = 36
 
 # No telemetry; no job runners of MLflow's own, which we have no use for.
 QUIET = {
@@ -33,82 +39,191 @@ QUIET = {
 }
 
 
+# Passwords that MLflow or its handbook have used.
+KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
+EXTRA = "install what servers need besides: pip install 'alignflow[server]'"
+# Leases on disk: one kept in memory would be forgotten when the server restarts, and its name stay taken.
+KEEP_LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+
+
 @dataclass(frozen=True)
 class Server:
-    """A server to start: how, and where it answers."""
+    """A process to start and to watch: how, and where it answers."""
 
     name: str
     url: str
     health: str
     command: list[str]
     environment: dict[str, str]
+    without: frozenset[str] = frozenset()
+    """Variables of the environment that it must not see."""
 
     @property
     def log(self) -> Path:
         """Where its output goes."""
-        return tracking.home() / "logs" / f"{self.name.lower()}.log"
+        return tracking.home() / "logs" / f"{self.name.lower().replace(' ', '-')}.log"
+
+    def healthy(self) -> bool:
+        """Whether it does its work."""
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            direct().open(self.health, timeout=5).close()
+            return True
+        return False
 
 
-def port(wanted: int | None, usual: int, option: str) -> int:
+def direct() -> urllib.request.OpenerDirector:
+    """Opens addresses without a proxy."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
     """The wanted port; without one the usual, or a free one when that is taken.
 
     Raises:
-        StageError: the wanted port is taken.
+        StageError: the wanted port is taken, or the host is no address of this machine.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [wanted] if wanted is not None else [usual, 0]:
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             # As servers do: a port in TIME_WAIT counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                probe.bind((HOST, candidate))
+                probe.bind((host, candidate))
                 return probe.getsockname()[1]
+    if wanted is None:
+        mend = "give an address of this machine, or 0.0.0.0 for all of them"
+        raise StageError("nothing can listen there.", field="--host", value=host, mend=mend)
     raise StageError("the port is taken.", field=option, value=wanted, mend="choose another, or leave it out")
 
 
-def mlflow_server(number: int) -> Server:
-    """MLflow over the database that stages write to."""
-    url = f"http://{HOST}:{number}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", "1"]
-    command += ["--backend-store-uri", tracking.tracking_uri()]
-    command += ["--artifacts-destination", str(tracking.home() / "artifacts")]
-    return Server("MLflow", url, f"{url}/health", command, {})
+# --- MLflow and Prefect -----------------------------------------------------------------------------------------------
 
 
-def prefect_server(number: int, *more: str) -> Server:
-    """Prefect over the database that flows without a server write to; `more` options of `prefect server start`."""
-    url = f"http://{HOST}:{number}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(number), *more]
-    return Server("Prefect", url, f"{url}/api/health", command, {"PREFECT_HOME": str(tracking.home() / "prefect")})
+def mlflow_server(number: int, host: str = HOST) -> Server:
+    """MLflow over MLFLOW_BACKEND_STORE_URI, else over the database that stages write to. Artifacts go through it, to
+    MLFLOW_ARTIFACTS_DESTINATION, else to a folder of `home()`: clients need only its address.
+    """
+    url = address(host, number)
+    backend = os.environ.get("MLFLOW_BACKEND_STORE_URI") or tracking.tracking_uri()
+    artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or str(tracking.home() / "artifacts")
+    needs("MLFLOW_BACKEND_STORE_URI", backend, "postgresql", "psycopg2")
+    needs("MLFLOW_ARTIFACTS_DESTINATION", artifacts, "s3", "boto3")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(number), "--workers", "1"]
+    # Not as options: anybody on the machine may read a command line, and these hold passwords.
+    environment = {"MLFLOW_BACKEND_STORE_URI": backend, "MLFLOW_ARTIFACTS_DESTINATION": artifacts}
+    if has_passwords():
+        command += ["--app-name", "basic-auth"]
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": os.environ.get("MLFLOW_AUTH_CONFIG_PATH") or str(auth_config())}
+    if not is_loopback(host):
+        environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS") or allowed_hosts()}
+    return Server("MLflow", url, f"{url}/health", command, environment)
 
 
-def serve(mlflow_port: int | None, prefect_port: int | None) -> None:
-    """Start what is not running elsewhere, say where it is, and wait for Ctrl-C. Ends everything it started.
+def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
+    """Prefect over PREFECT_SERVER_DATABASE_CONNECTION_URL, else over the database that flows without a server write to;
+    `more` options of `prefect server start`.
+    """
+    url = address(host, number)
+    check_prefect_database()
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
+    environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
+    if not is_loopback(host):  # else its pages would ask 0.0.0.0
+        environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
+    return Server("Prefect", url, f"{url}/api/health", command, environment)
+
+
+def address(host: str, number: int) -> str:
+    """Where this machine reaches a server that listens at a host."""
+    reached = {"0.0.0.0": HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reached}:{number}"
+
+
+def needs(variable: str, uri: str, scheme: str, module: str) -> None:
+    """Raise StageError when a uri of this scheme needs a module that is not installed."""
+    if uri.startswith(scheme) and importlib.util.find_spec(module) is None:
+        shown = tracking.without_passwords(uri)
+        raise StageError(f"{module} is not installed.", kind="server", field=variable, value=shown, mend=EXTRA)
+
+
+def check_prefect_database() -> None:
+    """Raise StageError when Prefect's database is one that it cannot use: it would say so in 100 lines."""
+    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
+        uri = os.environ.get(variable, "")
+        if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
+            mend = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
+            shown = tracking.without_passwords(uri)
+            raise StageError("Prefect has no driver for it.", kind="server", field=variable, value=shown, mend=mend)
+
+
+# --- Who may ask them -------------------------------------------------------------------------------------------------
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def has_passwords() -> bool:
+    """Whether MLflow is to ask for passwords: it has a first one, or a configuration of its own."""
+    return any(os.environ.get(name) for name in ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_CONFIG_PATH"))
+
+
+def check_access(name: str, host: str) -> None:
+    """Whether a server that other machines reach asks for a password.
 
     Raises:
-        StageError: a port is taken, or a server does not start or stops by itself.
+        StageError: it would not; or what MLflow needs for it is missing.
     """
-    elsewhere = {
-        "MLflow": tracking.without_passwords(tracking.tracking_uri())
-        if tracking.tracking_uri().startswith("http")
-        else None,
-        "Prefect": tracking.without_passwords(os.environ.get("PREFECT_API_URL", "")) or None,
-    }
-    servers = []
-    if elsewhere["MLflow"] is None:
-        tracking.setup()
-        servers.append(mlflow_server(port(mlflow_port, 5000, "--mlflow-port")))
-    if elsewhere["Prefect"] is None:
-        servers.append(prefect_server(port(prefect_port, 4200, "--prefect-port")))
-    with running(servers) as processes:
-        for name, url in elsewhere.items():
-            if url is not None:
-                say(f"{name:8} {url} (runs already: the environment says so)")
-        for server in servers:
-            say(f"{server.name:8} {server.url}")
-        if elsewhere["Prefect"] is None:
-            say(f"Runs show up by themselves. They start faster with: export PREFECT_API_URL={servers[-1].url}/api")
-        say("Ctrl-C ends this.")
-        wait(servers, processes)
+    missing = []
+    if name == "Prefect" and not is_loopback(host) and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        missing.append("PREFECT_SERVER_API_AUTH_STRING (user:password)")
+    if name == "MLflow" and not is_loopback(host) and not has_passwords():
+        missing.append("MLFLOW_AUTH_ADMIN_PASSWORD")
+    asks = name == "MLflow" and (has_passwords() or not is_loopback(host))
+    if asks and not os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY"):
+        missing.append("MLFLOW_FLASK_SERVER_SECRET_KEY (any long random text)")
+    if missing:
+        mend = f"set {' and '.join(missing)} in the environment, or listen on {HOST}"
+        raise StageError(f"{name} needs a password there.", kind="access", field="--host", value=host, mend=mend)
+    if asks:
+        check_passwords()
+
+
+def check_passwords() -> None:
+    """Raise StageError when MLflow's first password is a known one, or what asks for it is not installed."""
+    field = "MLFLOW_AUTH_ADMIN_PASSWORD"
+    if os.environ.get(field, "").lower() in KNOWN_PASSWORDS:
+        raise StageError("everybody knows this password.", kind="access", field=field, value="***", mend="take another")
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise StageError("flask_wtf is not installed.", kind="access", field=field, value="***", mend=EXTRA)
+
+
+def auth_config() -> Path:
+    """MLflow's file about its users: their database lies beside that of the runs. Holds no password."""
+    path = tracking.home() / "mlflow-auth.ini"
+    lines = [
+        "[mlflow]",
+        "default_permission = READ",
+        f"database_uri = sqlite:///{tracking.home() / 'mlflow-auth.db'}",
+        "admin_username = admin",
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
+    ]
+    tracking.write_whole(path, "\n".join(lines) + "\n")
+    return path
+
+
+def allowed_hosts() -> str:
+    """Names under which MLflow may be asked (others it refuses, against DNS rebinding): this machine's and private
+    addresses.
+    """
+    own = {"localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn()}
+    private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32))]
+    return ",".join([*sorted(own), *(f"{name}:*" for name in sorted(own)), *private])
+
+
+# --- Their processes --------------------------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
@@ -117,13 +232,17 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def running(servers: list[Server]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The servers' processes, healthy; ended on the way out."""
+def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The servers' processes, healthy; ended on the way out. `keep`: descriptors that stay open as long as they live.
+
+    Raises:
+        StageError: one does not start.
+    """
     interrupt_on_sigterm()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for server in servers:
-            processes.append(start(server))
+            processes.append(start(server, keep))
         for server, process in zip(servers, processes, strict=True):
             until_healthy(server, process)
         yield processes
@@ -144,32 +263,32 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def start(server: Server) -> subprocess.Popen[bytes]:
+def start(server: Server, keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
     """Start a server under a guard (below), its output in a log file."""
     server.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | QUIET | server.environment
+    hidden = server.without | {"PREFECT_API_URL"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | QUIET | server.environment
     with server.log.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.servers", str(os.getpid()), *server.command],
+            [sys.executable, "-P", "-m", "flows.servers", str(os.getpid()), *server.command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=keep,
         )
 
 
 def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers.
+    """Wait until the server does its work.
 
     Raises:
         StageError: it has ended, or does not answer in time; with the end of its log.
     """
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            direct.open(server.health, timeout=5).close()
+        if server.healthy():
             return
         time.sleep(0.3)
     raise failed(server)
@@ -177,11 +296,12 @@ def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 def failed(server: Server) -> StageError:
     """What a server said last."""
-    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
+    text = tracking.without_passwords(server.log.read_text(errors="replace"))
+    tail = "\n".join(text.splitlines()[-15:])
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 
 
-def wait(servers: list[Server], processes: list[subprocess.Popen[bytes]]) -> None:
+def wait(servers: Sequence[Server], processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Return on Ctrl-C or SIGTERM; raise StageError when a server stops by itself."""
     with contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -192,27 +312,59 @@ def wait(servers: list[Server], processes: list[subprocess.Popen[bytes]]) -> Non
 
 
 def guard(parent: int, command: list[str]) -> int:
-    """Run a command in this process's own group, and end the group when the parent ends, even by SIGKILL.
+    """Run a command, and end it and all that it has started when the parent ends, even by SIGKILL.
 
-    Servers start workers; a signal to the server alone would leave them behind.
+    Servers start workers, and workers runs: a signal to the first alone would leave the others behind.
     """
     interrupt_on_sigterm()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
+    if sys.platform == "linux":  # what a dead child leaves behind becomes a child of this process
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         return 1
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, preexec_fn=die_with_parent)
     try:
         return child.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the group's signal reaches this process too
-        os.killpg(0, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_SECONDS)
-        if child.poll() is None:
-            os.killpg(0, signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_descendants(parent)
+
+
+def end_descendants(parent: int) -> None:
+    """End all below this process: first politely, then not; in more of a hurry when its parent has died."""
+    signal_descendants(signal.SIGTERM)
+    began = time.monotonic()
+    while descendants(os.getpid()):
+        if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
+            signal_descendants(signal.SIGKILL)
+        reap()
+        time.sleep(0.05)
+
+
+def signal_descendants(which: signal.Signals) -> None:
+    """Send a signal to all below this process."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, which)
+
+
+def reap() -> None:
+    """Take note of children that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, theirs, and so on."""
+    below = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, children.read_text().split()):
+                below += [child, *descendants(child)]
+    return below
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from schemas.methods import Method
-from schemas.stage import Strict
+from schemas.stage import STAGES, Strict
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -179,11 +179,84 @@ class EvaluateConfig(Strict):
     """Resamples over prompts for the 95 % interval of the win rate."""
 
 
+BETTER: dict[str, Literal["higher", "lower"]] = {
+    "judge_score": "higher",
+    "win_rate_vs_sft": "higher",
+    "length_controlled_win_rate": "higher",
+    "reward_score": "higher",
+    "preference_accuracy": "higher",
+    "distinct_2": "higher",
+    "ended": "higher",
+    "kl_to_reference": "lower",
+    "reference_nll": "lower",
+    "empty": "lower",
+}
+"""The `eval/` metrics of which one direction is the better."""
+
+
+class Gate(Strict):
+    """When a candidate becomes champion: every bound must hold. A number that is missing or not finite fails."""
+
+    win_rate_min: float = Field(default=0.5, ge=0, lt=1)
+    """The lower end of the 95 % interval of the win rate must be above this: against the champion on the same prompts,
+    or against the SFT model where there is no champion yet."""
+    kl_max: float = Field(default=25.0, gt=0)
+    """Nats per answer from the current SFT model. Picking the best of n answers costs less than log n nats, so that 25
+    is more than choosing among 10^10 answers can need: what lies beyond is another model, not a better choice. It is a
+    sum over tokens; for answers of many hundred tokens measure your own good models, and raise it knowingly."""
+    length_ratio_max: float = Field(default=1.5, gt=0)
+    """Mean length of the answers over the SFT model's."""
+    distinct_2_min: float = Field(default=0.8, ge=0)
+    """Share of unique word pairs over the SFT model's; a constant phrase comes near 0."""
+    reference_nll_min: float = Field(default=0.5, ge=0)
+    """How odd the answers look to the SFT model over how odd its own do; below: it repeats what is likeliest."""
+    reference_nll_max: float = Field(default=2.0, gt=0)
+    """The same; above: it says what the SFT model never would."""
+    empty_max: float = Field(default=0.01, ge=0, le=1)
+    """Share of empty answers."""
+    prompts_min: int = Field(default=100, ge=1)
+    """Prompts that candidate, champion and SFT model have answered."""
+    tolerances: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """`eval/` metric (`preference_accuracy: 0.02`) -> by how much it may be worse than the champion's, or than the SFT
+    model's where there is no champion yet."""
+
+    @field_validator("tolerances")
+    @classmethod
+    def _have_a_better_side(cls, tolerances: dict[str, float]) -> dict[str, float]:
+        for name in tolerances:
+            if name not in BETTER:
+                raise ValueError(f"{name!r} is no metric with a better side. Mend: use {', '.join(BETTER)}")
+        return tolerances
+
+
+class PromoteConfig(Strict):
+    """`alignflow retrain`: which model is the candidate, where it is registered, and what it must reach."""
+
+    model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the registered model in MLflow; default the config's name."""
+    candidate: str | None = None
+    """Which of `align`; default the only one."""
+    gate: Gate = Gate()
+
+
+class PromoteParams(Strict):
+    """Stage `promote`."""
+
+    gate: Gate = Gate()
+
+
 def _name_methods(value: Any) -> Any:
     """`align: {dpo: {}}` means `align: {dpo: {method: dpo}}`."""
     if isinstance(value, dict):
         return {k: {"method": k, **(v or {})} if v is None or isinstance(v, dict) else v for k, v in value.items()}
     return value
+
+
+def _known_stages(pools: dict[str, str]) -> dict[str, str]:
+    for stage in pools:
+        if stage not in STAGES:
+            raise ValueError(f"{stage!r} is no stage. Mend: use {', '.join(STAGES)}")
+    return pools
 
 
 class PipelineConfig(Strict):
@@ -211,7 +284,11 @@ class PipelineConfig(Strict):
     """Name of a sweep, the tag `sweep` of its runs: the comparison then groups the models by method, beta and seed.
     `alignflow sweep` sets it."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig | None = None
+    """For `alignflow retrain`; a plain run promotes nothing. None: all defaults."""
     devices: int = Field(default=1, ge=1)
     """Devices per training stage; more than one runs under torchrun."""
     parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""
+    pools: Annotated[dict[str, str], AfterValidator(_known_stages)] = {}
+    """Stage -> work pool whose workers run it: `{sft: gpu, align: gpu}`. What is not named runs where the flow runs."""

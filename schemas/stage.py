@@ -17,6 +17,7 @@ STAGES: dict[str, int] = {
     "align": 1,
     "evaluate": 1,
     "compare": 1,
+    "promote": 1,
 }
 ENGINE_VERSION = 1
 

@@ -4,7 +4,6 @@ Writes `result.json` beside the request and exits with the code of its status (s
 device in the request's placement it turns itself into torchrun, which starts it again once per device.
 """
 
-import ctypes
 import importlib
 import json
 import logging
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 
 from schemas.stage import EXIT_CODES, STAGES, Problem, Request, Result, StageError
 from stages import tracking
+from stages.parent import die_with_parent
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
@@ -28,12 +28,10 @@ log = logging.getLogger("alignflow")
 # Imported only when run, so that `validate` does not wait for torch.
 MODULES = {name: f"stages.{name}" for name in STAGES}
 
-PR_SET_PDEATHSIG = 1
 
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, and leave when it has died already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def stay_with_parent() -> None:
+    """Die with the parent that started this stage, and leave when it has died already."""
+    die_with_parent()
     expected = os.environ.get("ALIGNFLOW_PARENT")
     if expected and "RANK" not in os.environ and os.getppid() != int(expected):
         sys.exit(EXIT_CODES["preempted"])
@@ -193,10 +191,11 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print(f"usage: python -m stages NAME request.json\n\nNAME is one of {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    die_with_parent()
+    stay_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     set_up_log(rank)
     signal.signal(signal.SIGTERM, preempt)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU; read when it starts
     path = Path(argv[1])
     key = ""
     try:

@@ -48,6 +48,8 @@ _GREETING = [{"role": "user", "content": "hello"}]
 def run(request: Request, run: StageRun) -> dict[str, float]:
     """Publish `model`. Returns the number of its parameters."""
     params = BaseParams.model_validate(request.params)
+    if run.has("source"):
+        params = params.model_copy(update={"path": str(run.input("source"))})
     folder = run.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     count = build(params, request.seed, folder)

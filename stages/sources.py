@@ -9,6 +9,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
@@ -248,6 +249,8 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             table = datasets.load_from_disk(str(where))
             table = table[params.split] if isinstance(table, datasets.DatasetDict) else table
         else:
+            files = datasets.load_dataset_builder(name, params.subset, revision=params.revision).config.data_files
+            _refuse_strays(params, where, [str(file) for part in (files or {}).values() for file in part])
             table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise StageError(
@@ -262,6 +265,22 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
         frame = pl.from_arrow(part)
         assert isinstance(frame, pl.DataFrame)
         yield from _from_frame(frame)
+
+
+def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> None:
+    """A data set's README may name any file of the disk as its own."""
+    inside = os.path.normpath(where.absolute()) if where.is_dir() else "hf://datasets"
+    stray = next(
+        (file for file in files if not os.path.normpath(file).startswith(os.path.normpath(inside) + "/")), None
+    )
+    if stray is not None:
+        raise StageError(
+            f"the dataset's README takes rows from {stray}, which is no part of it",
+            kind="stray_file",
+            field="path",
+            value=params.path,
+            mend="put the file into the dataset's folder, and name it in its README from there",
+        )
 
 
 def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -43,12 +45,16 @@ QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
 # Stages that make or judge a model; their runs carry its name as the tag `model`.
 WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
+
+# Tag of a finished run whose artifact was found to be gone or altered.
+BAD = "artifact.bad"
 
 SHIP_SECONDS = 2.0
 METRICS_PER_BATCH = 1000
@@ -110,6 +116,19 @@ def lock(path: Path, waiting: str = "") -> Iterator[None]:
                 log.info("%s", waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file unless another process does; whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -283,22 +302,53 @@ def _local(location: str) -> Path | None:
 
 def _download(location: str, sha256: str) -> Path:
     """A copy of a remote artifact, kept by its digest."""
-    target = home() / "cache" / "artifacts" / sha256
-    with lock(target.with_suffix(".lock")):
+    folder = home() / "cache" / "artifacts" / sha256
+    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name says of what kind it is
+    with lock(folder.with_suffix(".lock")):
         if target.exists() and digest(target) == sha256:
             return target
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         from mlflow.artifacts import download_artifacts  # late: see _entities
 
-        beside = target.with_suffix(".part")
+        beside = folder.with_suffix(".part")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         got = retrying(
             lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
         )
+        folder.mkdir(parents=True)
         Path(got).replace(target)
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def portable(request: Request) -> Request:
+    """The request with inputs that any host can fetch: what lies on this host's disk is stored in MLflow first.
+
+    The key stays the same: it goes by digests, not by uris.
+    """
+    inputs = {
+        name: artifact if artifact.uri.startswith(("runs:/", "models:/")) else _stored(artifact, request)
+        for name, artifact in request.inputs.items()
+    }
+    return request.model_copy(update={"inputs": inputs})
+
+
+def _stored(artifact: Artifact, request: Request) -> Artifact:
+    """A local file or folder as an artifact of a run of its own, tagged `stage` = source; stored once per digest."""
+    query = f"tags.stage = 'source' and tags.sha256 = '{artifact.sha256}' and attributes.status = 'FINISHED'"
+    name = experiment(experiment_name(request))
+    for run in retrying(lambda: client().search_runs([name], query)):
+        kept = Artifact(uri=f"runs:/{run.info.run_id}/{run.data.tags['artifact']}", sha256=artifact.sha256)
+        if _intact(kept):
+            return kept
+    path = fetch(artifact)
+    tags = {"stage": "source", "sha256": artifact.sha256, "artifact": f"source/{path.name}"}
+    run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=f"source {path.name}")).info.run_id
+    store = client().log_artifacts if path.is_dir() else client().log_artifact
+    retrying(lambda: store(run_id, str(path), tags["artifact"] if path.is_dir() else "source"))
+    retrying(lambda: client().set_terminated(run_id))
+    return Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
 
 
 def fetch(artifact: Artifact) -> Path:
@@ -317,12 +367,15 @@ def fetch(artifact: Artifact) -> Path:
         if _passing(error):
             raise
         message = f"the artifact is gone ({error})."
+        _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend) from error
     if not folder.exists():
         raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
     found = digest(folder)
     if found != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+        if _local(location) is None:
+            _mark_bad(artifact, message)
         raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
     return folder
 
@@ -383,10 +436,14 @@ def _copied(location: str) -> Path:
 
 
 def _intact(artifact: Artifact) -> bool:
-    """Whether a published artifact is still what it was. One in a remote store is verified when it is fetched."""
+    """Whether a published artifact is still what it was. Of one in a remote store only whether it is there: its digest
+    is verified when it is fetched, and `find` takes no run with the tag that a wrong one leaves.
+    """
     try:
-        if _local(_location(artifact.uri)) is not None:
-            fetch(artifact)
+        location = _location(artifact.uri)
+        if _local(location) is None:
+            return _is_there(location)
+        fetch(artifact)
     except StageError as error:
         log.info("%s", error)
         return False
@@ -396,6 +453,51 @@ def _intact(artifact: Artifact) -> bool:
         log.info("%s is gone: %s", artifact.uri, error)
         return False
     return True
+
+
+def _entries(location: str) -> list[Any]:
+    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    from mlflow.artifacts import list_artifacts  # late: see _entities
+
+    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
+
+
+def _is_there(location: str) -> bool:
+    """Whether a remote file or folder exists."""
+    above, _, name = location.rstrip("/").rpartition("/")
+    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+
+
+def _sizes(location: str) -> dict[str, int]:
+    """The files of a remote folder: path in it -> bytes."""
+    found: dict[str, int] = {}
+    for entry in _entries(location):
+        name = entry.path.rpartition("/")[2]
+        if entry.is_dir:
+            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+        else:
+            found[name] = entry.file_size
+    return found
+
+
+def _arrived(artifact: Artifact, folder: Path) -> bool:
+    """Whether all of a folder has been stored: by digest here, by names and sizes in a remote store."""
+    location = _location(artifact.uri)
+    if _local(location) is not None:
+        return _intact(artifact)
+    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+
+
+def _mark_bad(artifact: Artifact, message: str) -> None:
+    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    if artifact.uri.startswith("models:/m-"):
+        run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
+    elif artifact.uri.startswith("runs:/"):
+        run_id = artifact.uri.removeprefix("runs:/").partition("/")[0]
+    else:
+        return
+    retrying(lambda: client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH)))
 
 
 # --- Reuse ------------------------------------------------------------------------------------------------------------
@@ -424,6 +526,8 @@ def _result_of(run_id: str) -> Result | None:
 def find(key: str) -> Result | None:
     """A finished run of this key whose outputs still exist with their digests, else None."""
     for run in _runs_with(key, "attributes.status = 'FINISHED'"):
+        if BAD in run.data.tags:
+            continue
         result = _result_of(run.info.run_id)
         if result is not None and all(_intact(artifact) for artifact in result.outputs.values()):
             return result.model_copy(update={"reused": True})
@@ -468,6 +572,46 @@ def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART
     )
 
 
+# --- What death leaves behind --------------------------------------------------------------------------------------
+
+
+def place() -> dict[str, str]:
+    """Tags that say where a run is made: whose locks tell whether it lives."""
+    return {"host": socket.gethostname(), "home": str(home())}
+
+
+def journal_file(key: str, run_id: str) -> Path:
+    """Where a run's metrics are written down until its stage is done."""
+    return work_folder(key) / f"metrics-{run_id}.jsonl"
+
+
+def close_left() -> list[str]:
+    """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
+
+    Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
+    stage that is asked for again goes on in the same run.
+    """
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    left = retrying(lambda: client().search_runs(experiments, query))
+    mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]
+    return [run.info.run_id for run in mine if _close(run.data.tags["stage.key"], run.info.run_id)]
+
+
+def _close(key: str, run_id: str) -> bool:
+    """Close one run as KILLED, its journal shipped, unless its stage lives or has ended it since it was found."""
+    with lock_if_free(work_folder(key) / "lock") as free:
+        if not free or retrying(lambda: client().get_run(run_id)).info.status != "RUNNING":
+            return False
+        if journal_file(key, run_id).exists():
+            Journal(journal_file(key, run_id), run_id).close()
+        problem = "the process was killed, or its machine went down. Mend: start it again: it goes on"
+        retrying(lambda: client().set_tag(run_id, "problem", problem))
+        retrying(lambda: client().set_terminated(run_id, "KILLED"))
+    log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)
+    return True
+
+
 # --- Acceptable to MLflow ---------------------------------------------------------------------------------------------
 
 
@@ -499,6 +643,15 @@ def shortened(text: str, limit: int) -> str:
 # --- The journal of metrics -------------------------------------------------------------------------------------------
 
 
+def _points_of(run_id: str) -> dict[tuple[str, int], bool]:
+    """(name, step) of all metrics that MLflow has of a run, and whether their value is finite."""
+    found: dict[tuple[str, int], bool] = {}
+    for name in retrying(lambda: client().get_run(run_id)).data.metrics:
+        for point in retrying(lambda name=name: client().get_metric_history(run_id, name)):
+            found[name, point.step] = math.isfinite(point.value)
+    return found
+
+
 class Journal:
     """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
 
@@ -506,9 +659,11 @@ class Journal:
     point in MLflow. A point that is already there, from before a resume, is not written again.
     """
 
-    def __init__(self, path: Path, run_id: str) -> None:
+    def __init__(self, path: Path, run_id: str, known: Mapping[tuple[str, int], bool] | None = None) -> None:
+        """`known`: points (name, step) that MLflow has and this journal has not, and whether their value is finite."""
         self.run_id = run_id
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[tuple[str, int], bool] = dict(known or {})
+        """Points that are written down, and whether their value is finite: a step that fails is done again."""
         self._waiting: list[tuple[str, float, int, int]] = []
         self._guard = threading.Lock()
         self._closing = threading.Event()
@@ -530,7 +685,7 @@ class Journal:
         for line in text.splitlines():
             name, value, step, when = json.loads(line)
             self._waiting.append((name, float(value), step, when))
-            self._seen.add((name, step))
+            self._seen[name, step] = math.isfinite(float(value))
 
     def add(self, values: Mapping[str, float], step: int | None) -> None:
         """Write values down; `step` None is a final value, of which the last one counts."""
@@ -538,9 +693,11 @@ class Journal:
         with self._guard:
             for name, value in values.items():
                 point = (acceptable_name(name), float(value), step or 0, when)
-                if step is not None and point[::2] in self._seen:
+                place, finite = (point[0], point[2]), math.isfinite(value)
+                known = self._seen.get(place)
+                if step is not None and known is not None and (known or not finite):
                     continue
-                self._seen.add((point[0], point[2]))
+                self._seen[place] = finite
                 # repr: NaN and infinity are no JSON numbers
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)
@@ -571,6 +728,34 @@ class Journal:
         self._thread.join()
         retrying(self._ship)
         self._file.close()
+
+
+@cache
+def code_version() -> str:
+    """The package's version, and in a checkout the git commit: `0.1.0+1a2b3c4d5e6f`, with `.dirty` where changed."""
+    try:
+        version = metadata.version("alignflow")
+    except metadata.PackageNotFoundError:  # run from a plain folder
+        version = "unknown"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=.dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or not one that answers
+        return version
+    return f"{version}+{commit}" if commit else version
 
 
 # --- A stage's run ----------------------------------------------------------------------------------------------------
@@ -608,22 +793,27 @@ class StageRun:
 
     def __enter__(self) -> Self:
         if self.rank == 0:
-            self._open()
-            self._journal = Journal(self.work / f"metrics-{self.run_id}.jsonl", self.run_id)
+            continued = self._open()
+            journal = journal_file(self.key, self.run_id)
+            elsewhere = continued and not journal.exists()  # another host has begun the run
+            self._journal = Journal(journal, self.run_id, _points_of(self.run_id) if elsewhere else None)
             self._describe()
         return self
 
-    def _open(self) -> None:
-        """Continue the run that a stopped process has left for this key, else start one."""
+    def _open(self) -> bool:
+        """Continue the run that a stopped process has left for this key, else start one; whether it continues."""
         left = _runs_with(self.key, "attributes.status != 'FINISHED'")
         if left:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
             retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
-            return
+            if "problem" in left[0].data.tags:
+                retrying(lambda: client().delete_tag(self.run_id, "problem"))
+            return True
         name = experiment(experiment_name(self.request))
-        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}"}
+        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
         self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        return False
 
     def _describe(self) -> None:
         """Tags, parameters and the full config."""
@@ -635,7 +825,9 @@ class StageRun:
             "pipeline.run": request.pipeline_run,
             "method": request.params.get("method") if request.stage == "align" else None,
             "model": request.name if request.stage in WITH_MODEL else None,
-        } | request.tags
+            "code.version": code_version(),
+        }
+        tags |= place() | {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
         self._tags({name: value for name, value in tags.items() if value is not None})
         self.text(request.model_dump_json(indent=2), "config.json")
         self.params({**request.params, "seed": request.seed, **request.about})
@@ -766,13 +958,27 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
+        self._verify_source()
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
-        if not _intact(self.outputs[name]):
+        if not _arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+        self.tag(f"output.{name}", sha256)
         return self.outputs[name]
+
+    def _verify_source(self) -> None:
+        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            raise StageError(
+                "it changed while it was read; nothing is published.",
+                kind="source_changed",
+                field="source",
+                value=source.uri,
+                mend="start the run again once nothing writes to it",
+            )
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}

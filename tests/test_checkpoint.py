@@ -15,7 +15,7 @@ def write(folder: Path, step: int) -> Path:
     draft = folder / f".draft-{step}"
     draft.mkdir(parents=True)
     state = {"weights": torch.full((3, 2), float(step)), "list": [1, {"t": torch.arange(3)}], "none": None, "text": "é"}
-    checkpoint.write_state(draft, "model", state)
+    checkpoint.write(draft, "model", checkpoint.snapshot(state))
     checkpoint.seal(draft, folder / f"step-{step}", key=KEY, step=step)
     return folder / f"step-{step}"
 

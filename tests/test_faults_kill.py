@@ -139,8 +139,8 @@ def write(folder: Path, step: int) -> None:
     draft = folder / f".draft-{step}"
     draft.mkdir(parents=True)
     parts = {f"part {i}": torch.full((1_000_000,), float(step)) for i in range(12)}
-    checkpoint.write_state(draft, "model", parts)
-    checkpoint.write_state(draft, "loop", {"step": step})
+    checkpoint.write(draft, "model", checkpoint.snapshot(parts))
+    checkpoint.write(draft, "loop", checkpoint.snapshot({"step": step}))
     checkpoint.seal(draft, folder / f"step-{step}", key=KEY, step=step)
 
 

@@ -76,6 +76,9 @@ def disk_fills_up(home: Path, request: Path) -> None:
 
     def save(self: loop.Loop) -> None:
         inner(self)
+        if self.step > 2:
+            return
+        self.writer.wait()
         with (home / "work" / "ballast").open("wb", buffering=0) as ballast:
             size = 2**16
             while size:
@@ -95,6 +98,7 @@ def memory_gets_scarce(home: Path, request: Path) -> None:
     def one_step(self: loop.Loop, micros: list[object]) -> dict[str, float]:
         if self.step != 2:
             return inner(self, micros)
+        self.writer.wait()
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         unlimited = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (held, unlimited[1]))

@@ -139,8 +139,8 @@ def test_a_run_that_had_ended_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with pytest.raises(StageError, match="train/loss is nan at step 3") as stopped:
+    with pytest.raises(StageError, match="train/loss is nan at step 4") as stopped:
         loop.train(Regression(poison=3), TRAINING, total_steps=7, run=run, seed=0)  # type: ignore[arg-type]
     assert stopped.value.status == "diverged"
-    assert math.isnan(run.logged["train/loss", 3])
+    assert math.isnan(run.logged["train/loss", 4])  # the fourth step, counted from 1
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]

@@ -148,6 +148,21 @@ def test_an_ended_run_is_continued(home: Path, error: Exception, status: str) ->
     assert history(first.run_id, "train/loss") == [(0, 1.0), (1, 0.5), (2, 0.25)]
 
 
+def test_another_host_continues_a_run_without_a_second_point(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri())  # all that the two hosts share
+    with pytest.raises(KeyboardInterrupt), StageRun(request()) as first:
+        first.metrics({"train/loss": 1.0}, step=1)
+        raise KeyboardInterrupt
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / "other"))
+    with StageRun(request()) as second:
+        second.metrics({"train/loss": 1.0}, step=1)
+        second.metrics({"train/loss": 0.5}, step=2)
+    assert second.run_id == first.run_id and second.work != first.work
+    assert history(first.run_id, "train/loss") == [(1, 1.0), (2, 0.5)]
+
+
 def test_a_journal_that_death_cut_short(home: Path, tmp_path: Path) -> None:
     run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
     path = tmp_path / "journal.jsonl"

@@ -281,7 +281,7 @@ class PPO:
             iteration, within = divmod(step, self.steps_per_iteration)
             if self.rollout is None or self.rollout.iteration != iteration:
                 self.rollout = self.collect(iteration)
-                self.check_kl(self.rollout.stats["train/kl_to_reference"], step)
+                self.check_kl(self.rollout.stats["train/kl_to_reference"], step + 1)  # as the loop counts
             yield [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
 
     def check_kl(self, kl: float, step: int) -> None:

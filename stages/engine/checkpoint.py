@@ -1,4 +1,7 @@
-"""Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON."""
+"""Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON.
+
+Training waits for the copy of its state in memory (`snapshot`); a side thread (`Writer`) does the rest.
+"""
 
 import errno
 import hashlib
@@ -7,9 +10,11 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +29,8 @@ KEEP = 2
 def split_state(state: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Move the tensors out of a nested state into `tensors`; the JSON that is left names them by `{"tensor": path}`."""
     if isinstance(state, Tensor):
-        tensors[path] = state.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
+        # A copy always: training goes on while it is written, and safetensors refuses shared memory.
+        tensors[path] = state.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(state, dict):
         return {"dict": {k: split_state(v, tensors, f"{path}/{k}") for k, v in state.items()}}
@@ -45,16 +51,28 @@ def join_state(state: Any, tensors: dict[str, Tensor]) -> Any:
     return content
 
 
-def write_state(folder: Path, name: str, state: Any) -> None:
-    """Write a nested state of tensors and JSON values as `name.safetensors` and `name.json`."""
+class Snapshot(NamedTuple):
+    """A nested state as it was: copies of its tensors, and the rest as JSON."""
+
+    tensors: dict[str, Tensor]
+    rest: str
+
+
+def snapshot(state: Any) -> Snapshot:
+    """Copy a nested state of tensors and JSON values."""
     tensors: dict[str, Tensor] = {}
     rest = split_state(state, tensors)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(rest))
+    return Snapshot(tensors, json.dumps(rest))
+
+
+def write(folder: Path, name: str, taken: Snapshot) -> None:
+    """Write a snapshot as `name.safetensors` and `name.json`."""
+    save_file(taken.tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(taken.rest)
 
 
 def read_state(folder: Path, name: str) -> Any:
-    """Read what `write_state` wrote."""
+    """Read what `write` wrote."""
     return join_state(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
 
 
@@ -91,6 +109,46 @@ def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
         raise OSError(errno.EIO, f"the checkpoint does not read back as it was written: {reason}", str(target))
     for old in list(_newest_first(target.parent))[KEEP:]:
         shutil.rmtree(old)
+
+
+class Writer:
+    """Does one piece of writing at a time beside training; leaving the block waits for it.
+
+    What goes wrong is raised by the next call, or on leaving; beside another error it is logged.
+    """
+
+    def __init__(self) -> None:
+        self._side = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin a piece of work once the one before is done."""
+        self.wait()
+        self._last = self._side.submit(work)
+
+    def check(self) -> None:
+        """Raise what the work has met, if it has ended."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Let the work end. Raises what it has met."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except Exception as second:
+            if error is None:
+                raise
+            log.warning("a checkpoint could not be written: %s", second)
+        finally:
+            self._side.shutdown()
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

@@ -89,6 +89,16 @@ def processes() -> PartialState:
     return state
 
 
+def make_deterministic() -> None:
+    """On a GPU, choose algorithms that give the same bits every time, as a CPU does; PyTorch warns where it has none.
+
+    cuBLAS needs CUBLAS_WORKSPACE_CONFIG as well, set before it starts: stages/__main__.py does.
+    """
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only costs: nothing here reads such memory
+
+
 class Loop:
     """One training run of a method. `train` below is the way to call it."""
 
@@ -96,6 +106,7 @@ class Loop:
         self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
         processes()
+        make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.adamw = optimizer_for(method.model, training)
         method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
@@ -106,6 +117,7 @@ class Loop:
         self.compute: dict[str, float] = {"compute/seconds": 0.0}
         self.last: dict[str, float] = {}
         self.saved_at = time.monotonic()
+        self.writer = checkpoint.Writer()
 
     # --- how far it is: a function of what a checkpoint holds ---
 
@@ -176,9 +188,9 @@ class Loop:
         """Stop before a non-finite loss or gradient reaches the weights; the tracker shows the value as it is."""
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
-                self.run.metrics(metrics, step=self.step)
+                self.run.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
                 raise StageError(
-                    f"{name} is {metrics[name]} at step {self.step}",
+                    f"{name} is {metrics[name]} at step {self.step + 1}",
                     status="diverged",
                     kind="diverged",
                     field="learning_rate",
@@ -189,30 +201,47 @@ class Loop:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write a checkpoint of everything that decides the future. What cannot be written whole leaves nothing."""
-        draft = self.folder / f".draft-{self.step}"
-        try:
-            self.write(draft)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)  # it takes room that the next try needs
-            raise
+        """Copy everything that decides the future; a side thread writes it while training goes on.
+
+        What cannot be written whole leaves nothing, and stops training at the next step.
+        """
+        self.writer.wait()
+        step, draft = self.step, self.folder / f".draft-{self.step}"
+        with self.or_nothing(draft):
+            self.write_own_part(draft)
+            if self.accelerator.is_main_process:
+                parts = {
+                    "model": checkpoint.snapshot(checkpoint.model_state(self.raw, self.adamw)),
+                    "loop": checkpoint.snapshot({"step": step, "compute": self.compute, "last": self.last}),
+                }
+                self.writer.start(lambda: self.seal(draft, step, parts))
         self.saved_at = time.monotonic()
 
-    def write(self, draft: Path) -> None:
-        """All ranks' parts of a checkpoint; the first one seals it."""
-        rank = self.accelerator.process_index
+    def write_own_part(self, draft: Path) -> None:
+        """Every rank's own part: small, and there before the first rank seals the whole."""
         if self.accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            checkpoint.write_state(draft, "model", checkpoint.model_state(self.raw, self.adamw))
-            loop = {"step": self.step, "compute": self.compute, "last": self.last}
-            checkpoint.write_state(draft, "loop", loop)
         self.accelerator.wait_for_everyone()
         own = {"method": self.method.state_dict(), "rng": checkpoint.rng_state()}
-        checkpoint.write_state(draft, f"rank-{rank}", own)
+        checkpoint.write(draft, f"rank-{self.accelerator.process_index}", checkpoint.snapshot(own))
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            checkpoint.seal(draft, self.folder / f"step-{self.step}", key=self.run.key, step=self.step)
+
+    def seal(self, draft: Path, step: int, parts: dict[str, checkpoint.Snapshot]) -> None:
+        """Write the parts that the ranks share, and make the draft a checkpoint. Runs in the side thread."""
+        with self.or_nothing(draft):
+            for name, taken in parts.items():
+                checkpoint.write(draft, name, taken)
+            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.run.key, step=step)
+
+    @contextlib.contextmanager
+    def or_nothing(self, draft: Path) -> Iterator[None]:
+        """Remove a draft that cannot be finished: it takes room that the next try needs."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one."""
@@ -260,7 +289,7 @@ class Loop:
 
     def __call__(self) -> dict[str, float]:
         self.resume()
-        with _catch_sigterm() as stopped:
+        with _catch_sigterm() as stopped, self.writer:
             batches = self.method.batches(self.step)
             while not self.ended:
                 began = time.monotonic()
@@ -271,7 +300,9 @@ class Loop:
                 stop, due = self.agree(bool(stopped), self.due())
                 if stop or due or self.ended:
                     self.save()
+                self.writer.check()
                 if stop and not self.ended:
+                    self.writer.wait()
                     done, end, unit = self.progress
                     message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
                     raise StageError(message, status="preempted", kind="preempted", mend="run again to go on")

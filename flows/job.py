@@ -1,0 +1,24 @@
+"""What a worker starts for a flow run: Prefect's own engine, in a process that dies with its worker.
+
+    python -P -m flows.job
+
+Prefect's engine alone outlives a worker that was killed, and trains on with nobody to stop it.
+"""
+
+import os
+import runpy
+
+from stages.parent import die_with_parent
+
+HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is marked Crashed (deploy/automations.yaml)
+
+
+def main() -> None:
+    """Run the engine for the flow run that the environment names."""
+    die_with_parent()
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Retraining as a Prefect flow: train when data or config changed, and promote the candidate if the gate lets it pass.
+
+It ends as Unchanged, Promoted, Rejected or Conflict, or fails with the problem of the first stage to stop. What was
+done before is reused, so that a schedule which finds nothing new costs seconds.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+
+from flows import pipeline, registry, runner, settings
+from flows.plan import candidate, plan, promotion
+from flows.registry import Version
+from schemas.config import PipelineConfig, PromoteConfig
+from schemas.decision import Decision
+from schemas.stage import STAGES, Artifact, Request, Result, StageError
+from stages import tracking
+
+Ending = Literal["Unchanged", "Promoted", "Rejected"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a retraining ended, and the version that it is about."""
+
+    ending: Ending
+    message: str
+    version: Version | None = None
+    decision: Decision | None = None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a retraining would be made from: digests of all source files, and of everything else that decides."""
+
+    data: str
+    config: str
+
+    def tags(self) -> dict[str, str]:
+        """As a registered version carries them."""
+        return {"data.digest": self.data, "config.digest": self.config}
+
+
+def fingerprint(config: PipelineConfig) -> Fingerprint:
+    """Digests of the source files and of the settings that decide the result, the gate and the code's stage versions
+    included; neither paths nor places matter.
+
+    Raises:
+        StageError: a file is missing, or it is not clear who the candidate is.
+    """
+    data, rest = {}, {}
+    for node in [*plan(config), *promotion(config, champion=False)]:
+        asked = Request(stage=node.stage, version=STAGES[node.stage], params=node.params, seed=node.seed)
+        request = runner.with_sources(asked, pipeline.config_field(node))
+        if node.stage == "validate" and "source" in request.inputs:
+            data[node.name] = request.inputs["source"].sha256
+            blank = {"source": Artifact(uri="", sha256="")}  # the data's part; without it the path would count
+            request = request.model_copy(update={"inputs": blank})
+        rest[node.name] = [request.key(), sorted(node.inputs.items())]
+    return Fingerprint(_digest(data), _digest(rest))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- The flow ---------------------------------------------------------------------------------------------------------
+
+
+@flow(name="retrain", flow_run_name="retrain {source}", persist_result=False, result_serializer="json")
+def retrain(source: str, overrides: list[str] = [], force: bool = False) -> State[Any]:  # noqa: B006 - Prefect's form
+    """Retrain from a preset or config file when its data or settings changed since the champion was trained.
+
+    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed.
+    """
+    runner.begin()
+    try:
+        config = settings.load(source, overrides)
+        outcome = retrained(config, str(flow_run.id), force)
+    except StageError as error:
+        conflict = error.problem.kind == "conflict"
+        return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
+    except BaseException:
+        runner.stop_all()
+        raise
+    return Completed(name=outcome.ending, message=outcome.message, data=outcome)
+
+
+def retrained(config: PipelineConfig, pipeline_run: str, force: bool = False) -> Outcome:
+    """Look, train, judge, decide, act.
+
+    Raises:
+        StageError: a stage stopped; the config lacks something; or another champion was made in the meantime
+            (kind `conflict`).
+    """
+    pipeline.prepare(config)
+    name = model_name(config)
+    made_from = fingerprint(config)
+    champion = registry.champion(name)
+    if champion is not None and not force and unchanged(champion, made_from):
+        message = f"data and config are those of the champion, {champion}; nothing to do (--force trains all the same)."
+        return Outcome("Unchanged", message, champion)
+    results = run_all(plan(config), config, pipeline_run)
+    trained = results[candidate(config)]
+    champion = registry.champion(name)  # training takes long: judge against the champion of now
+    return already_settled(name, trained, champion) or decide(config, results, champion, made_from, pipeline_run)
+
+
+def model_name(config: PipelineConfig) -> str:
+    """The registered model's name."""
+    return (config.promote or PromoteConfig()).model or config.name
+
+
+def unchanged(champion: Version, made_from: Fingerprint) -> bool:
+    """Whether the champion was made from the same."""
+    return made_from.tags().items() <= champion.tags.items()
+
+
+def run_all(
+    nodes: Sequence[pipeline.Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
+) -> dict[str, Result]:
+    """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
+    results, errors = pipeline.run_nodes(list(nodes), config, pipeline_run, known)
+    pipeline.report(list(nodes), results, config)
+    if errors:
+        raise next(iter(errors.values()))
+    return results
+
+
+def already_settled(name: str, trained: Result, champion: Version | None) -> Outcome | None:
+    """The outcome for a candidate that needs no judging: it is the champion itself, or was rolled back."""
+    digest = trained.outputs["model"].sha256
+    if champion is not None and champion.artifact.sha256 == digest:
+        return Outcome("Unchanged", f"training gives the champion's own weights, {champion}.", champion)
+    known = registry.of_digest(name, digest)
+    try:
+        if known is not None:
+            registry.check_not_rolled_back(known)
+    except StageError as error:
+        return Outcome("Rejected", str(error), known)
+    return None
+
+
+def decide(
+    config: PipelineConfig,
+    results: Mapping[str, Result],
+    champion: Version | None,
+    made_from: Fingerprint,
+    pipeline_run: str,
+) -> Outcome:
+    """Judge the candidate beside the champion, register it, and move the alias or not."""
+    known = dict(results)
+    if champion is not None:
+        known["champion"] = as_result(champion)
+    results = run_all(promotion(config, champion is not None), config, pipeline_run, known)
+    decision = read_decision(results["promote"])
+    trained = results[candidate(config)]
+    tags = {
+        **made_from.tags(),
+        **verdict(decision, champion),
+        **traces(config, results),
+        "pipeline.run": pipeline_run,
+        "decided.at": registry.now(),
+    }
+    expected = None if champion is None else champion.number
+    version = registry.settle(
+        model_name(config),
+        trained.outputs["model"],
+        trained.run_id,
+        tags,
+        promote=decision.promote,
+        expected=expected,
+    )
+    instead = "the first champion" if champion is None else f"in the place of version {champion.number}"
+    if decision.promote:
+        return Outcome("Promoted", f"{version} is {instead}.", version, decision)
+    message = f"{version} is not promoted: {tags['decision.reasons']}."
+    return Outcome("Rejected", message, version, decision)
+
+
+def as_result(champion: Version) -> Result:
+    """The champion as if a stage of this run had made it.
+
+    Raises:
+        StageError: nothing says what its files should be.
+    """
+    if not champion.artifact.sha256:
+        mend = "point the alias at a version that `alignflow retrain` has registered"
+        message = "the champion was registered by other means: its content's sha256 is not known."
+        raise StageError(message, kind="registry", field="champion", value=champion, mend=mend)
+    key = champion.tags.get("stage.key", "")
+    return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
+
+
+def read_decision(result: Result) -> Decision:
+    """What stage `promote` has decided."""
+    return Decision.model_validate_json((tracking.fetch(result.outputs["decision"]) / "decision.json").read_text())
+
+
+def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
+    """The decision as tags of the version."""
+    reasons = decision.reasons or decision.checks
+    return {
+        "decision": "promoted" if decision.promote else "rejected",
+        "decision.reasons": "; ".join(map(str, reasons)),
+        "decision.against": "sft" if champion is None else f"version {champion.number}",
+    }
+
+
+def traces(config: PipelineConfig, results: Mapping[str, Result]) -> dict[str, str]:
+    """Where the candidate comes from: its stage's key, MLflow runs, and the code that trained it."""
+    name = candidate(config)
+    runs = {"train.run_id": results[name].run_id, "eval.run_id": results[f"eval {name}"].run_id}
+    runs["promote.run_id"] = results["promote"].run_id
+    train_run = tracking.retrying(lambda: tracking.client().get_run(results[name].run_id or ""))
+    return {
+        **{tag: run_id or "" for tag, run_id in runs.items()},
+        "stage.key": results[name].key,
+        "candidate": name,
+        "code.version": train_run.data.tags.get("code.version", "unknown"),
+    }
+
+
+# --- Running it from here ---------------------------------------------------------------------------------------------
+
+
+def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outcome:
+    """Retrain from this process and wait for it.
+
+    Raises:
+        StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
+    """
+    promotion(settings.load(source, overrides), champion=False)  # what is missing is said before a server starts
+    return pipeline.from_here(lambda: cast("Outcome", retrain(source, list(overrides), force)))

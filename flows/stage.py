@@ -1,0 +1,45 @@
+"""One stage as a Prefect flow: what the deployments `stage/POOL` run where a worker takes them up."""
+
+import os
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, Crashed, Failed, State
+
+from flows import devices, preflight, runner
+from flows.lease import stage_lease
+from flows.roots import check_request_roots
+from schemas.stage import Request, StageError
+from stages import tracking
+
+
+def run_name() -> str:
+    """The stage's short name, as in the pipeline: `sft`, `eval dpo`."""
+    return tracking.label(Request.model_validate(flow_run.parameters["request"]))
+
+
+@flow(name="stage", flow_run_name=run_name, persist_result=False, result_serializer="json")
+def stage(request: Request) -> State[Any]:
+    """Run the stage on this machine. Its result lies in MLflow under its key; a stop becomes a state of its own name:
+    Refused, Diverged, Preempted, Failed, or Crashed when it was killed.
+
+    Where ALIGNFLOW_GPUS says how many GPUs a worker's machine should have, fewer are refused.
+    """
+    runner.begin()
+    try:
+        check_request_roots(request, deployed=bool(flow_run.deployment_id))
+        if request.stage in devices.TAKE_DEVICES:
+            preflight.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
+        log = get_run_logger()
+        result = runner.run_stage(request, log, stage_lease(request.key(), log))
+    except StageError as error:
+        return Failed(name=error.status.title(), message=str(error))
+    except BaseException:
+        runner.stop_all()
+        raise
+    if result.status == "done":
+        return Completed(message=f"MLflow run {result.run_id}{', reused' if result.reused else ''}")
+    if result.error is not None and result.error.kind == "killed":
+        return Crashed(message=str(result.error))
+    return Failed(name=result.status.title(), message=str(result.error))

@@ -1,0 +1,61 @@
+"""The compose file as far as it can be judged without Docker: the specification's schema, and what it promises."""
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+FILE = ROOT / "deploy" / "compose.yaml"
+SERVERS = {"postgres", "store", "prefect", "mlflow"}
+ONCE = {"bucket", "deploy"}
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+def test_it_fits_the_schema_of_the_specification() -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    answer = subprocess.run([*check, str(FILE)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_it_publishes_on_this_host_alone(compose: dict[str, Any]) -> None:
+    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
+    assert len(ports) == 2 and all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_it_holds_no_secret_and_asks_for_all_of_them(compose: dict[str, Any]) -> None:
+    secret = re.compile("PASSWORD|SECRET|AUTH_STRING|CONNECTION_URL|STORE_URI")
+    values = [
+        (name, str(value))
+        for service in compose["services"].values()
+        for name, value in service.get("environment", {}).items()
+        if secret.search(name)
+    ]
+    assert len(values) > 8
+    assert [name for name, value in values if "${" not in value] == []
+    text = FILE.read_text()
+    told = set(re.findall(r"[A-Z0-9_]+", re.search(r"for name in ([A-Z0-9_ ]+);", text)[1]))  # type: ignore[index]
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == told
+    assert set(re.findall(r"\$\{(\w+)", text)) == told | {"ALIGNFLOW_IMAGE"}
+
+
+def test_what_it_names_is_there_and_servers_say_how_they_are(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert set(services) == SERVERS | ONCE | {"worker", "worker-gpu"}
+    assert {name for name, service in services.items() if "healthcheck" in service} == SERVERS
+    for service in services.values():
+        for name, needs in service.get("depends_on", {}).items():
+            wanted = "service_completed_successfully" if name in ONCE else "service_healthy"
+            assert needs["condition"] == wanted and name in services
+        for config in service.get("configs", []):
+            assert config["source"] in compose["configs"]
+        for volume in service.get("volumes", []):
+            assert volume.startswith("./") or volume.partition(":")[0] in compose["volumes"]
