@@ -186,3 +186,15 @@ def test_mlflow_shows_the_answers_side_by_side(swept: Sweep, tmp_path: Path) -> 
             first = dict(zip(table["columns"], table["data"][0], strict=True))
             page.get_by_text(first["prompt"], exact=True).first.wait_for()
             page.get_by_text(first["answer"], exact=True).first.wait_for()
+
+
+def test_prefects_page_of_the_run_leads_to_the_comparison(swept: Sweep, tmp_path: Path) -> None:
+    with temporary_settings({PREFECT_API_URL: f"{swept.prefect}/api"}), get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs()
+    with browsing(tmp_path, f"{swept.prefect}/runs/flow-run/{run.id}") as page:
+        page.get_by_text("Artifacts", exact=True).click()
+        page.get_by_text("comparison", exact=True).click()
+        page.get_by_role("link", name="metrics side by side in MLflow").wait_for()
+        shown = page.get_by_role("link", name="metrics side by side in MLflow").get_attribute("href")
+        assert shown == swept.link("metrics")
+        assert all(page.get_by_text(model).count() > 0 for model in VARIANTS)
