@@ -13,7 +13,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
@@ -170,7 +170,7 @@ def prepare(config: PipelineConfig) -> None:
         StageError: a path leads out of the declared roots, a pool is missing, or a pool's workers could not reach the
             experiment's artifacts.
     """
-    if flow_run.deployment_id:
+    if deployment.id:
         check_roots(config, deployed=True)
         tracking.close_left()
     if config.pools:

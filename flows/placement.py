@@ -13,6 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling
 
@@ -102,7 +103,7 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
 def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
     """Cancel the run, unless this one will go on by itself and find it again: then leave it at work."""
     preempted = State(type=StateType.CRASHED, name="Crashed", message="stopped from outside")
-    if this_run.deployment_id and not cancelling(client, str(this_run.id)):
+    if deployment.id and not cancelling(client, str(this_run.id)):
         return preempted
     with contextlib.suppress(httpx.HTTPError):
         client.set_flow_run_state(run.id, Cancelling(message="The pipeline run was stopped."), force=False)

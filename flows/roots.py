@@ -103,8 +103,10 @@ def paths_of_config(config: PipelineConfig) -> Iterator[Named]:
 def paths_of_request(request: Request) -> Iterator[Named]:
     """Every path that a request names, in what stages `base` and `validate` read and in its inputs."""
     path, revision = request.params.get("path"), request.params.get("revision")
+    if "source" in request.inputs:  # read in the path's place
+        path = None
     if request.stage == "base":
-        yield from _paths_of_model("params", ModelConfig.model_validate(request.params))
+        yield from _paths_of_model("params", ModelConfig.model_validate({**request.params, "path": path}))
     if request.stage == "validate" and isinstance(path, str):
         yield from _path_of_data("params.path", path, revision)
     judge = request.params.get("judge")

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Crashed, Failed, State
 
 from flows import devices, preflight, runner
@@ -28,7 +28,7 @@ def stage(request: Request) -> State[Any]:
     """
     runner.begin()
     try:
-        check_request_roots(request, deployed=bool(flow_run.deployment_id))
+        check_request_roots(request, deployed=bool(deployment.id))
         if request.stage in devices.TAKE_DEVICES:
             preflight.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
         log = get_run_logger()

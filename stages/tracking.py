@@ -476,7 +476,7 @@ def _sizes(location: str) -> dict[str, int]:
         if entry.is_dir:
             found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
         else:
-            found[name] = entry.file_size
+            found[name] = entry.file_size or 0  # of an empty file, None
     return found
 
 

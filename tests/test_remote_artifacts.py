@@ -38,6 +38,7 @@ def published(tmp_path: Path, who: str, model: bool = False) -> tuple[Request, A
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "text.txt").write_text(who)
     (folder / "config.json").write_text("{}")
+    (folder / "empty").touch()
     with StageRun(request) as run:
         artifact = run.publish("folder", folder, model=model)
         run.finish({})
