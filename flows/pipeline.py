@@ -271,12 +271,15 @@ def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
 
     Only an address that a server of MLflow answers can be followed from there.
     """
+    pages = links if tracking.tracking_uri().startswith("http") else {}
+    ways = "\n".join(f"- [{what} side by side in MLflow]({link})" for what, link in pages.items())
     try:
         if table:
-            description = "How the models compare"
-            create_markdown_artifact(f"```text\n{table}\n```", key="comparison", description=description)
-        for what, link in links.items() if tracking.tracking_uri().startswith("http") else ():
-            create_link_artifact(link, link_text=f"{what} side by side in MLflow", key=f"{what}-in-mlflow")
+            text = f"{ways}\n\n```text\n{table}\n```"
+            create_markdown_artifact(text, key="comparison", description="How the models compare")
+        for what, link in pages.items():
+            words = f"{what} side by side in MLflow"
+            create_link_artifact(link, link_text=words, key=f"{what}-in-mlflow", description=f"The models' {words}")
     except Exception as error:  # whatever the server or the network is up to
         get_run_logger().warning("Prefect does not show the comparison: %s", error)
 
