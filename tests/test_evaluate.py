@@ -288,7 +288,7 @@ def test_reward_score_is_the_policys_own_reward_model(world: World, tmp_path: Pa
     save_scorer(load_scorer(world.sft, seed=5), world.codec, reward)
     final, evaluation, _ = world.evaluate(world.sft, reward=reward)
     scores = RewardJudge(reward).score(
-        [row.prompt for row in evaluation.samples], [r.answer for r in evaluation.samples]
+        [row.prompt for row in evaluation.samples], [str(row.answer) for row in evaluation.samples]
     )
     assert [row.reward_score for row in evaluation.samples] == pytest.approx(scores)
     assert final["eval/reward_score"] == pytest.approx(sum(scores) / N)

@@ -88,7 +88,8 @@ def forging(folder: Path) -> Codec:
     tokenizer = Codec.load(folder).tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<turn>", special=True, normalized=True)]})
+    turn: dict[str, Any] = {"additional_special_tokens": [AddedToken("<turn>", special=True, normalized=True)]}
+    tokenizer.add_special_tokens(turn)
     return Codec(tokenizer)
 
 

@@ -119,7 +119,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectCli
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
         server = servers.prefect_server(servers.port(None, 0, "port"))
-        address = {PREFECT_API_URL: f"{server.url}/api"}
+        address: dict[Any, Any] = {PREFECT_API_URL: f"{server.url}/api"}
         with servers.running([server]), temporary_settings(address), get_client(sync_client=True) as client:
             yield client
 
