@@ -235,7 +235,7 @@ def by_urgency(nodes: list[Node]) -> list[Node]:
     """Nodes with the longest chain of others behind them first; else in the plan's order."""
     depth = {node.name: 0 for node in nodes}
     for node in reversed(nodes):
-        for need in node.needs:
+        for need in node.needs & depth.keys():
             depth[need] = max(depth[need], depth[node.name] + 1)
     return sorted(nodes, key=lambda node: -depth[node.name])
 

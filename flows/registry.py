@@ -59,8 +59,11 @@ def aliases(model: str) -> dict[str, str]:
     """Alias -> version of a registered model; empty where there is no such model."""
     client = tracking.client()
     found = tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}"))
-    # read by itself: what a search finds may come without its aliases
-    return dict(tracking.retrying(lambda: client.get_registered_model(model)).aliases) if found else {}
+    if not found:
+        return {}
+    # Read by itself: what a search finds may come without its aliases. Over a database the versions are numbers.
+    whole = tracking.retrying(lambda: client.get_registered_model(model))
+    return {alias: str(number) for alias, number in whole.aliases.items()}
 
 
 def version(model: str, number: str) -> Version:
@@ -117,7 +120,7 @@ def held(model: str) -> Iterator[None]:
     """
     server = PREFECT_API_URL.value()
     shared = server is not None and server not in pipeline.own_servers
-    if not shared and tracking.tracking_uri().startswith("http"):
+    if not shared and not tracking.tracking_uri().startswith("sqlite:"):
         log.warning("no shared Prefect server (PREFECT_API_URL): promotions from other hosts are not kept out")
     waiting = f"another process changes the registered model {model}: waiting for it"
     elsewhere = lease(f"alignflow-registry-{model}") if shared else contextlib.nullcontext()
@@ -156,12 +159,12 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
         client = tracking.client()
         if not tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}")):
             tracking.retrying(lambda: client.create_registered_model(model))
-        logged = candidate.uri.removeprefix("models:/") if candidate.uri.startswith("models:/m-") else None
-        made = tracking.retrying(
-            lambda: client.create_model_version(
-                model, candidate.uri, run_id=run_id, tags={"sha256": candidate.sha256}, model_id=logged
+        at_once = {"sha256": candidate.sha256}  # by which it is found again, should this process die here
+        logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
+        with tracking.as_default():
+            made = tracking.retrying(
+                lambda: client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
             )
-        )
         found = version(model, str(made.version))
     tag(found, tags)
     return found

@@ -419,6 +419,19 @@ def registered(uri: str) -> str:
     return str(found.source)
 
 
+@contextlib.contextmanager
+def as_default() -> Iterator[None]:
+    """Make `tracking_uri()` MLflow's default while this holds: its registry over a database looks models up there."""
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)
+    os.environ[name] = tracking_uri()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
 def _model_of_run(uri: str) -> str:
     """`runs:/ID/model` as the LoggedModel that the run has made: its files don't lie among the run's own."""
     run_id, _, inner = uri.removeprefix("runs:/").partition("/")
