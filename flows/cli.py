@@ -400,6 +400,26 @@ def deploy(
     create(file)
 
 
+@app.command()
+def submit(
+    config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Start the deployed pipeline, which a worker runs, and don't wait for it.
+
+    The server is that of `alignflow up`, or PREFECT_API_URL. Files must lie below the worker's ALIGNFLOW_ROOTS.
+
+    Examples:
+
+    - alignflow submit demo
+    - alignflow submit my.yaml --set pools.align=gpu
+    """
+    from flows import settings
+    from flows.submit import submit as start
+
+    print(start(settings.load(config, overrides)))
+
+
 def use_servers(config: "PipelineConfig") -> None:
     """Let a run whose stages are placed on work pools use the servers of `alignflow up`."""
     from flows.addresses import adopt

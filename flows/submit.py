@@ -1,0 +1,53 @@
+"""`alignflow submit`: start the deployed pipeline. A worker runs it; this process does not wait."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+from flows import preflight
+from flows.roots import paths_of_config
+from schemas.config import PipelineConfig
+from schemas.stage import StageError
+
+DEPLOYMENT = "pipeline/pipeline"
+
+
+def submit(config: PipelineConfig) -> str:
+    """Start a run of the deployed pipeline; returns its name and where Prefect shows it.
+
+    Raises:
+        StageError: no server is set or answers, a pool is missing, or nothing is deployed.
+    """
+    if not PREFECT_API_URL.value():
+        raise StageError(
+            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", mend=preflight.START
+        )
+    preflight.check_servers()
+    preflight.check_pools(list(config.pools.values()))
+    try:
+        run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
+    except ObjectNotFound as error:
+        mend = "deploy it first: alignflow deploy"
+        raise StageError(
+            "there is no such deployment.", kind="deploy", field="deployment", value=DEPLOYMENT, mend=mend
+        ) from error
+    assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
+    pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))
+    return f"{config.name}: {pages}/runs/flow-run/{run.id}"
+
+
+def absolute(config: PipelineConfig) -> dict[str, Any]:
+    """The config as JSON; paths of what lies on this machine no longer count from where the command is called."""
+    values = config.model_dump(mode="json")
+    for field, value, path in paths_of_config(config):
+        if path is not None and value == path and Path(path).expanduser().exists():
+            *way, last = field.split(".")
+            place = values
+            for key in way:
+                place = place[key]
+            place[last] = str(Path(path).expanduser().absolute())
+    return values
