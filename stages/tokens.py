@@ -73,12 +73,11 @@ class Tokens:
 
     def _check(self, kind: Kind, batch: list[tuple[int, dict]]) -> Iterator[Finding]:
         lengths: dict[int, int] = {}
-        for index, row in batch:
-            found = self._prompt(kind, index, row["prompt"])
-            if isinstance(found, Finding):
-                yield found
-            else:
+        for (index, _), found in zip(batch, self._prompts(kind, batch), strict=True):
+            if isinstance(found, int):
                 lengths[index] = found
+            else:
+                yield Finding(index, "prompt", *found)
         answers = [(i, column, said) for i, row in batch if i in lengths for column, said in _answers(kind, row)]
         if kind == "prompt":
             self.longest = max(self.longest, *lengths.values(), 0)
@@ -87,21 +86,24 @@ class Tokens:
             if found:
                 yield Finding(index, column, *found)
 
-    def _prompt(self, kind: Kind, index: int, messages: list[dict[str, str]]) -> int | Finding:
-        """Tokens of the prompt, or what is wrong with it."""
+    def _prompts(self, kind: Kind, batch: list[tuple[int, dict]]) -> Iterator[int | tuple[str, str]]:
+        """Tokens of each prompt, or (reason, value) of what is wrong with it."""
         reason = "too_long" if kind == "prompt" else "no_label_survives"
-        characters = sum(len(message["content"]) for message in messages)
-        if characters > self._most_characters:
-            return Finding(index, "prompt", reason, f"{characters} characters")
-        try:
-            ids = self.codec.prompt(messages)
-            forged = self._controls(ids) - self._written_by_template(messages)
-        except TemplateError as error:
-            return Finding(index, "prompt", "template_refuses", str(error))
-        if forged > 0:
-            return Finding(index, "prompt", "control_tokens", f"{forged} more than the template writes")
-        length = len(ids)
-        return Finding(index, "prompt", reason, f"{length} tokens") if length >= self.max_length else length
+        characters = [sum(len(message["content"]) for message in row["prompt"]) for _, row in batch]
+        tried = [n <= self._most_characters for n in characters]
+        ids = iter(
+            self.codec.prompts([row["prompt"] for (_, row), is_tried in zip(batch, tried, strict=True) if is_tried])
+        )
+        for (_, row), size, is_tried in zip(batch, characters, tried, strict=True):
+            found = next(ids) if is_tried else None
+            if found is None:
+                yield reason, f"{size} characters"
+            elif isinstance(found, TemplateError):
+                yield "template_refuses", str(found)
+            elif (forged := self._controls(found) - self._written_by_template(row["prompt"])) > 0:
+                yield "control_tokens", f"{forged} more than the template writes"
+            else:
+                yield (reason, f"{len(found)} tokens") if len(found) >= self.max_length else len(found)
 
     def _controls(self, ids: Sequence[int]) -> int:
         return sum(map(self.codec.control_ids.__contains__, ids))
@@ -137,21 +139,8 @@ class Tokens:
     def _encode(self, texts: list[str]) -> list[list[int] | None]:
         """Ids of answers, as `Codec.answer` has them without its end; None where the text is too long to be tried."""
         short = [text for text in texts if len(text) <= self._most_characters]
-        ids = iter(self._ids(short, split_special_tokens=True))
+        ids = iter(self.codec.encode_all(short, split_special_tokens=True))
         return [next(ids) if len(text) <= self._most_characters else None for text in texts]
-
-    def _ids(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.codec.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=split_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]  # type: ignore[return-value]
 
     def differ(self, kind: Kind, frame: pl.DataFrame) -> Iterator[int]:
         """Numbers of those among the first rows in which the prompt's tokens depend on the answer that follows it.
@@ -163,7 +152,7 @@ class Tokens:
         for row in frame.head(_SAMPLE).select(columns).iter_rows(named=True):
             prompt = self.codec.render(row["prompt"])
             length = len(self.codec.prompt(row["prompt"]))
-            joint = self._ids([prompt + said for _, said in _answers(kind, row)], split_special_tokens=False)
+            joint = self.codec.encode_all([prompt + said for _, said in _answers(kind, row)])
             if len({tuple(ids[:length]) for ids in joint}) > 1:
                 yield row["row"]
 

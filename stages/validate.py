@@ -10,6 +10,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -520,6 +521,7 @@ def run(request: Request, run: "StageRun") -> dict[str, float]:
     """Inputs: source (the file), model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
     from stages.engine.text import Codec
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the runner has it off for stages that load data in processes
     params = ValidateParams.model_validate(request.params)
     _refuse_moving_dataset(params)
     if run.has("source"):

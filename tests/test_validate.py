@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from jinja2 import TemplateError
 
 from schemas.config import Kind, ValidateParams
 from schemas.rows import problems, prompt_id
@@ -483,6 +484,23 @@ def test_no_label_survives(tmp_path: Path, codec: Codec) -> None:
         (3, "rejected", "too_long"),
     ]
     assert report.kept == 1
+
+
+def test_prompts_tokenized_together(tinystories: Path) -> None:
+    """Tokenizing many prompts at once gives what tokenizing each gives: plain ones, spelled-out tokens, refusals."""
+    codec = Codec.load(tinystories)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    codec.tokenizer.chat_template = refuse + str(codec.tokenizer.chat_template)
+    special = codec.tokenizer.all_special_tokens[0]
+    said = ["Hello there.", f"What is {special}?", "", "Ünï\u4e2d  \n\n x", "Hello there.", special]
+    chats = [[{"role": "user", "content": text}] for text in said]
+    system = [{"role": "system", "content": "Be brief."}, *chats[0]]
+    found = codec.prompts([*chats, system])
+    assert found[:-1] == [codec.prompt(chat) for chat in chats]
+    assert isinstance(found[-1], TemplateError) and str(found[-1]) == "no system"
+    assert codec.prompts(chats) == found[:-1]
+    assert codec.prompts([]) == []
+    assert codec.encode_all(said, split_special_tokens=True) == [codec.answer(text)[:-1] for text in said]
 
 
 def test_template_that_refuses(tmp_path: Path, tinystories: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from schemas.stage import StageError
@@ -54,6 +55,25 @@ class Codec:
         A special token spelled out inside a message is text: it never becomes the control token.
         """
         return self._encode(messages, add_generation_prompt=True)
+
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | TemplateError]:
+        """`prompt` of each conversation, or the template's refusal; tokenized together, on all cores."""
+        plain = [not self._special.search("".join(m["content"] for m in messages)) for messages in conversations]
+        rendered = self._render_all([c for c, is_plain in zip(conversations, plain, strict=True) if is_plain])
+        ids = iter(self.encode_all([text for text in rendered if isinstance(text, str)]))
+        texts = (text if isinstance(text, TemplateError) else next(ids) for text in rendered)
+        return [
+            next(texts) if is_plain else self._prompt_or_refusal(c)
+            for c, is_plain in zip(conversations, plain, strict=True)
+        ]
+
+    def encode_all(self, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:
+        """Ids of texts, on all cores, without special tokens put around them."""
+        backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer, tokenized on its own, and the token that ends it."""
@@ -103,6 +123,28 @@ class Codec:
             elif piece:
                 ids += self._encode_control(piece)
         return ids
+
+    def _render_all(self, conversations: list[Sequence[Message]]) -> list[str | TemplateError]:
+        """All in one call; one by one only where the template refuses some of them."""
+        if not conversations:
+            return []
+        chats = [[dict(message) for message in messages] for messages in conversations]
+        try:
+            return list(self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+        except TemplateError:
+            return [self._render_or_refusal(messages) for messages in conversations]
+
+    def _render_or_refusal(self, messages: Sequence[Message]) -> str | TemplateError:
+        try:
+            return self.render(messages)
+        except TemplateError as error:
+            return error
+
+    def _prompt_or_refusal(self, messages: Sequence[Message]) -> list[int] | TemplateError:
+        try:
+            return self.prompt(messages)
+        except TemplateError as error:
+            return error
 
     def _encode_control(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))

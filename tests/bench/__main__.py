@@ -56,7 +56,9 @@ def measure(plan: Work, rounds: int, own: Callable[[Work], Side]) -> dict[str, A
         for number in range(rounds + 1):
             for name, side in running.items():
                 turns[name].append(side.turn())
-            said = "  ".join(f"{name} {found[-1]['seconds']:.2f} s" for name, found in turns.items())
+            said = "  ".join(
+                f"{name} {of[-1]['seconds']:.2f} s, CPU {of[-1]['cpu']:.2f} s" for name, of in turns.items()
+            )
             console.print(f"{plan.method} {number}/{rounds}: {said}", highlight=False)
     finally:
         for side in running.values():
