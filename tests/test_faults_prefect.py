@@ -112,7 +112,7 @@ def test_a_server_that_is_away_for_a_minute(runs: dict[str, Run], capsys: pytest
         assert run.flow.wait(600) == 0, run.log.read_text()
         meanwhile = [when for when in trained[how] if when > began]
         longest = max(b - a for a, b in pairwise(trained[how]))
-        assert len(meanwhile) >= 20 and longest < 30, "training has waited for Prefect"
+        assert len(meanwhile) >= 5 and longest < 30, "training has waited for Prefect"
         ended_whole(run)
         with capsys.disabled():
             print(
