@@ -21,7 +21,7 @@ from stages import tracking
 AWAY_SECONDS = 60.0
 SHORT = {
     "data.sft.limit": "600",
-    "sft.epochs": "40",
+    "sft.epochs": "10",
     "align": "{}",
     "reward": "null",
     "generate": "null",
@@ -109,10 +109,10 @@ def test_a_server_that_is_away_for_a_minute(runs: dict[str, Run], capsys: pytest
     runs["killed"].start_server()
     runs["frozen"].signal_server(signal.SIGCONT)
     for how, run in runs.items():
-        assert run.flow.wait(600) == 0, run.log.read_text()
+        assert run.flow.wait(900) == 0, run.log.read_text()
         meanwhile = [when for when in trained[how] if when > began]
         longest = max(b - a for a, b in pairwise(trained[how]))
-        assert len(meanwhile) >= 20 and longest < 30, "training has waited for Prefect"
+        assert len(meanwhile) >= 5 and longest < 30, "training has waited for Prefect"
         ended_whole(run)
         with capsys.disabled():
             print(

@@ -49,7 +49,7 @@ class Host:
         self.work = home / "work" / request.key()
 
     def result(self) -> Result:
-        said, _ = self.process.communicate(timeout=300)
+        said, _ = self.process.communicate(timeout=600)
         assert self.process.returncode == 0, self.log.read_text()
         return Result.model_validate_json(said)
 
@@ -69,7 +69,7 @@ class Host:
             self.process.stdout.close()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
