@@ -214,7 +214,7 @@ def test_what_prefect_keeps_is_json() -> None:
 def test_a_pickle_as_a_prefect_result(ready_home: Path, tmp_path: Path, mark: Path) -> None:
     """Who can write to the server may name a pickle as a run's result. Prefect would read it; we take MLflow's word."""
     storage = LocalFileSystem(basepath=str(tmp_path / "storage"))
-    store = ResultStore(result_storage=storage, serializer=PickleSerializer(), persist_result=True)
+    store = ResultStore(result_storage=storage, serializer=PickleSerializer())
     record = store.create_result_record(Mark(mark), key="result")
     store.persist_result_record(record)
     state = Completed(data=record.metadata)
