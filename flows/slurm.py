@@ -36,12 +36,13 @@ STOPPED = {"CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, and as `command` what stands behind `--`."""
     parser = argparse.ArgumentParser(prog="python -m flows.slurm", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("mode", choices=["job", "stage"])
     for name, option in OPTIONS.items():
         parser.add_argument(f"--{name}", default="", help=f"sbatch's --{option}; empty for Slurm's default")
-    parser.add_argument("command", nargs="*")
-    return parser.parse_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:end], argparse.Namespace(command=argv[end + 1 :]))
 
 
 def asked(options: argparse.Namespace) -> dict[str, str]:

@@ -21,7 +21,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.types import DateTime
 
-from flows import addresses, pools, preflight, servers
+from flows import addresses, devices, pools, preflight, servers
 from flows.addresses import Addresses
 from flows.servers import HOST, Server, say
 from schemas.stage import StageError
@@ -33,6 +33,7 @@ SERVERS_ONLY = frozenset(
         "ALIGNFLOW_PARENT",
         "MLFLOW_AUTH_ADMIN_PASSWORD",
         "MLFLOW_AUTH_CONFIG_PATH",
+        "MLFLOW_ARTIFACTS_DESTINATION",
         "MLFLOW_BACKEND_STORE_URI",
         "MLFLOW_FLASK_SERVER_SECRET_KEY",
         "PREFECT_API_DATABASE_CONNECTION_URL",
@@ -60,9 +61,11 @@ def up(
     """
     tracking.home().mkdir(parents=True, exist_ok=True)
     with addresses.lock_file().open("a") as lock:
-        if not taken(lock):
-            say_where(wanted)
-            return
+        while not taken(lock):
+            there = addresses.found()
+            if there is not None:  # else it has only begun, or just died
+                say_where(there, wanted)
+                return
         addresses.file().unlink(missing_ok=True)
         with guards() as keep:
             bring_up(wanted, host, mlflow_port, prefect_port, keep)
@@ -87,18 +90,12 @@ def guards() -> Iterator[list[int]]:
         yield [lock.fileno()]
 
 
-def say_where(wanted: Sequence[str]) -> None:
+def say_where(there: Addresses, wanted: Sequence[str]) -> None:
     """Say where the command that runs already has its servers.
 
     Raises:
         StageError: it runs without the wanted workers.
     """
-    end = time.monotonic() + servers.START_SECONDS
-    while (there := addresses.found()) is None:
-        if time.monotonic() > end:
-            mend = f"look into {tracking.home() / 'logs'}, or end it and start again"
-            raise StageError(f"another one for {tracking.home()} is starting and does not finish.", mend=mend)
-        time.sleep(0.3)
     say(f"Runs already for {tracking.home()}, as process {there.pid}:")
     say(f"MLflow   {there.mlflow}")
     say(f"Prefect  {there.prefect.removesuffix('/api')}")
@@ -189,6 +186,8 @@ def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
         say(f"{name:8} {tracking.without_passwords(url)}{note}")
     if where.pools:
         say(f"workers  {', '.join(where.pools)}")
+        if "gpu" in where.pools and not devices.names():
+            say("No GPU here: what is placed on the pool gpu runs on the CPU.")
         say("In another terminal: alignflow deploy")
     elif "Prefect" not in elsewhere:
         say(f"Runs show up by themselves. They start faster with: export PREFECT_API_URL={where.prefect}")

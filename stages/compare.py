@@ -72,9 +72,9 @@ def compare(
         check_comparable(names[0], first.settings, prompts, name, evaluations[name])
     table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
     if variants:
-        order = [*STARTING_POINTS, *variants]
+        place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
-        table.sort(key=lambda row: order.index(row["model"]))
+        table.sort(key=lambda row: place.get(row["model"], len(place)))
         unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].samples)

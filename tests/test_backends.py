@@ -124,6 +124,11 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         assert {Path(key).name for key in stored} >= set(before["files"])
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in control.below(process)]
         assert lines and not any(PASSWORD.encode() in line for line in lines)
+        workers = [
+            pid for pid in control.below(process) if b"worker\0start" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(workers) == 2  # a guard, and what it guards
+        assert not any(PASSWORD.encode() in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
     with control.up(home, "--pool", "cpu", **settings) as (_, there):
         third = tmp_path / "third"
         assert control.fetch(ended["key"], third, MLFLOW_TRACKING_URI=there.mlflow)["sha256"] == before["sha256"]

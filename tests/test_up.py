@@ -55,11 +55,10 @@ def prefect_file(home: Path) -> Path:
 
 
 def deployed(where: Addresses) -> dict[str, str]:
-    """Name -> id of the deployments and automations on the server."""
-    answers = [
-        httpx.post(f"{where.prefect}/{kind}/filter", json={}, timeout=30) for kind in ("deployments", "automations")
-    ]
-    return {one["name"]: one["id"] for answer in answers for one in answer.raise_for_status().json()}
+    """Kind and name -> id of the pools, deployments and automations on the server."""
+    kinds = ("work_pools", "deployments", "automations")
+    answers = {kind: httpx.post(f"{where.prefect}/{kind}/filter", json={}, timeout=30) for kind in kinds}
+    return {f"{kind} {one['name']}": one["id"] for kind in kinds for one in answers[kind].raise_for_status().json()}
 
 
 @pytest.mark.slow
@@ -89,7 +88,7 @@ def test_deploying_twice_is_like_once_and_a_worker_takes_a_run_up(
     before = deployed(where)
     second = alignflow(home, "deploy", "--file", prefect_file)
     assert second.returncode == 0, second.stderr
-    assert deployed(where) == before and set(before) >= {"cpu", "alignflow zombies"}
+    assert deployed(where) == before and set(before) >= {"deployments cpu", "automations alignflow zombies"}
     assert "created" not in second.stdout and "updated" not in second.stdout
     # through the worker, and from a host that shares nothing but the address
     ended = control.run_stage(home)
@@ -141,6 +140,9 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
 ) -> None:
     process, where = running
     kept = deployed(where)
+    assert {"work_pools cpu", "work_pools gpu"} <= set(kept)
+    made = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=30)
+    made.raise_for_status()
     started = control.below(process)
     assert len(started) >= 8  # a guard and a process for each of MLflow, Prefect and two workers
     process.kill()
@@ -150,7 +152,7 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
         assert there.pid == again.pid
         assert deployed(there) == kept
         answer = httpx.post(f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}, timeout=30)
-        assert "with the server" in answer.text
+        assert '"kept"' in answer.text
     assert not (home / "up.json").exists()
 
 
