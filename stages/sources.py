@@ -252,7 +252,7 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             files = datasets.load_dataset_builder(name, params.subset, revision=params.revision).config.data_files
             _refuse_strays(params, where, [str(file) for part in (files or {}).values() for file in part])
             table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a script
         raise StageError(
             f"the dataset cannot be loaded: {error}",
             kind="missing_dataset",

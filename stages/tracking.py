@@ -46,7 +46,6 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -158,6 +157,7 @@ def _client_for(uri: str) -> "MlflowClient":
     """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no wish of the user's: a pickle runs code
     from mlflow.exceptions import MlflowException  # late for the same reason as above
     from mlflow.tracking import MlflowClient
 

@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from tokenizers import AddedToken, normalizers
+from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import AddedToken
 
 from flows import runner, settings
 from schemas.config import BaseParams, ValidateParams

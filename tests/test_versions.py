@@ -26,6 +26,11 @@ def test_floors(name: str) -> None:
     assert Version(version(name)) >= Version(FLOORS[name])
 
 
+def test_the_readme_names_the_floors() -> None:
+    table = (ROOT / "README.md").read_text().partition("**Versions.**")[2].partition("## ")[0]
+    assert dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|$", table, re.MULTILINE)) == FLOORS
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_breaks_prefects_server_is_kept_out(name: str) -> None:
     assert not requirements()[name].specifier.contains(BROKEN[name])
