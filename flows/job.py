@@ -14,8 +14,11 @@ HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is mar
 
 
 def main() -> None:
-    """Run the engine for the flow run that the environment names."""
+    """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
     die_with_parent()
+    roots = os.environ.get("ALIGNFLOW_ROOTS")
+    if roots:
+        os.chdir(roots.split(os.pathsep)[0])
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 

@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeVar, cast
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_HOME,
     PREFECT_LOGGING_LEVEL,
     temporary_settings,
@@ -37,6 +39,9 @@ T = TypeVar("T")
 
 TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
+
+RETRIES = 7
+"""Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
 
 own_servers: set[str] = set()
 """Addresses of Prefect servers that this process has started: nobody on another host shares them."""
@@ -66,6 +71,7 @@ def request_for(
         placement=Placement(devices=node.devices, threads=threads(config)),
         tags=node.tags | data_version(node, results) | ({"sweep": config.sweep} if config.sweep else {}),
         about=node.about | training_behind(node, results),
+        log_text=config.log_text,
     )
     return runner.with_sources(request, config_field(node))
 
@@ -265,12 +271,15 @@ def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
 
     Only an address that a server of MLflow answers can be followed from there.
     """
+    pages = links if tracking.tracking_uri().startswith("http") else {}
+    ways = "\n".join(f"- [{what} side by side in MLflow]({link})" for what, link in pages.items())
     try:
         if table:
-            description = "How the models compare"
-            create_markdown_artifact(f"```text\n{table}\n```", key="comparison", description=description)
-        for what, link in links.items() if tracking.tracking_uri().startswith("http") else ():
-            create_link_artifact(link, link_text=f"{what} side by side in MLflow", key=f"{what}-in-mlflow")
+            text = f"{ways}\n\n```text\n{table}\n```"
+            create_markdown_artifact(text, key="comparison", description="How the models compare")
+        for what, link in pages.items():
+            words = f"{what} side by side in MLflow"
+            create_link_artifact(link, link_text=words, key=f"{what}-in-mlflow", description=f"The models' {words}")
     except Exception as error:  # whatever the server or the network is up to
         get_run_logger().warning("Prefect does not show the comparison: %s", error)
 
@@ -296,6 +305,21 @@ def is_no_link(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("View at")
 
 
+def refuse_no_server() -> None:
+    """Raise StageError when the Prefect server that the environment names does not answer."""
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise StageError(
+            f"the Prefect server does not answer ({type(error).__name__}).",
+            status="failed",
+            kind="server",
+            field="PREFECT_API_URL",
+            value=tracking.without_passwords(str(PREFECT_API_URL.value())),
+            mend="start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+        )
+
+
 @contextlib.contextmanager
 def local_prefect() -> Iterator[None]:
     """Prefect for a run from this process. Where no server is set, one runs over `home()` for as long as this does.
@@ -304,7 +328,10 @@ def local_prefect() -> Iterator[None]:
     """
     quieten()
     if PREFECT_API_URL.value():
-        yield
+        refuse_no_server()
+        patience = {} if "PREFECT_CLIENT_MAX_RETRIES" in os.environ else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        with temporary_settings(patience):
+            yield
         return
     logging.getLogger("prefect.flow_runs").addFilter(is_no_link)
     settings: dict[Any, Any] = {PREFECT_LOGGING_LEVEL: "WARNING"}

@@ -11,7 +11,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import DataConfig, ModelConfig, PipelineConfig, PromoteConfig, RewardConfig, RewardJudge
+from schemas.config import (
+    DataConfig,
+    EndpointJudge,
+    ModelConfig,
+    PipelineConfig,
+    PromoteConfig,
+    RewardConfig,
+    RewardJudge,
+)
 from schemas.methods import MethodConfig
 from schemas.stage import StageError
 from schemas.training import Training
@@ -179,6 +187,17 @@ class Planner:
             raise refuse("the gold model is trained after `generate`.", "generate.judge.model", "gold", mend)
         if self.judged_by_gold():
             self.check_gold()
+        if not config.log_text:
+            self.check_endpoints()
+
+    def check_endpoints(self) -> None:
+        """Without texts in evaluations there is nothing to compare, and what a server keeps or quotes is its own."""
+        parts = {"evaluate": self.config.evaluate, "generate": self.config.generate}
+        for name, part in parts.items():
+            if part is not None and isinstance(part.judge, EndpointJudge):
+                mend = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
+                message = "an endpoint is sent prompts and answers, which log_text: false forbids."
+                raise refuse(message, f"{name}.judge", "endpoint", mend)
 
     def judged_by_gold(self) -> bool:
         judge = self.config.evaluate.judge

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
-        [*COMMAND, request.stage, str(path)],
+        [*shlex.split(os.environ.get("ALIGNFLOW_LAUNCHER", "")), *COMMAND, request.stage, str(path)],
         env=environment(request) | shown,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -222,7 +223,8 @@ def source_file(path: str, needed: bool) -> Path | None:
     if path.startswith(("demo:", "input:", "hub:")):
         return None
     if path.startswith("package:"):
-        spec = importlib.util.find_spec(path.removeprefix("package:").replace("-", "_"))
+        name = path.removeprefix("package:").replace("-", "_")
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None  # with dots it would import a package
         return next(_ggufs(list(spec.submodule_search_locations or []) if spec else []), None)
     local = Path(path).expanduser()
     return local.absolute() if needed or local.exists() else None

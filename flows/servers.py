@@ -127,8 +127,8 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     check_prefect_database()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
-    if not is_loopback(host):  # else its pages would ask 0.0.0.0
-        environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
+    # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
+    environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
     return Server("Prefect", url, f"{url}/api/health", command, environment)
 
 

@@ -1,7 +1,9 @@
 """From a preset or a YAML file and `--set` to a checked config: all mistakes are found here, before anything starts."""
 
+import gzip
 import re
 import types
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
@@ -17,6 +19,7 @@ from flows.plan import plan
 from flows.runner import source_file
 from schemas.config import DataConfig, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.methods import PPO
+from schemas.model_folder import misfit
 from schemas.stage import Problem, StageError
 from schemas.training import Training
 
@@ -239,7 +242,7 @@ def check(config: PipelineConfig) -> Iterator[Problem]:
         if data is not None:
             yield from _check_data(f"data.{slot}", data)
     if config.reward_model is not None:
-        yield from _check_folder("reward_model", config.reward_model)
+        yield from _check_folder("reward_model", config.reward_model, scorer=True)
     yield from _check_judge("evaluate.judge", config.evaluate.judge)
     yield from _check_judge("generate.judge", config.generate.judge if config.generate else None)
     yield from _check_training(config)
@@ -269,7 +272,7 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
         if path.endswith(".gguf") and not local.is_file():
             yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
     elif local.is_dir() or path.startswith((".", "/", "~")):
-        yield from _check_folder("model.path", path)
+        yield from _check_folder("model.path", path, scorer=False)
     elif not revision:
         yield problem(
             f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
@@ -279,12 +282,14 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
         )
 
 
-def _check_folder(field: str, path: str) -> Iterator[Problem]:
+def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         yield problem("no such folder.", field, path, f"give its path as seen from {Path.cwd()}")
     elif not (folder / "config.json").is_file():
         yield problem("the folder holds no config.json.", field, path, "name the folder that save_pretrained wrote")
+    elif found := misfit(folder, scorer):
+        yield problem(f"{found[0]}.", field, path, found[1])
 
 
 def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
@@ -298,13 +303,31 @@ def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
         names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
         near = _near(Path(data.path).name, names) or f"give its path as seen from {Path.cwd()}"
         yield problem("no such file.", f"{field}.path", data.path, near)
+    elif not data.path.startswith(("demo:", "input:")) and is_empty(Path(data.path).expanduser()):
+        yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a file has surely no row: no byte but white space, an empty JSON array, a CSV header alone."""
+    try:
+        with file.open("rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+        with gzip.open(file) if packed else file.open("rb") as stream:
+            begins = stream.read(1 << 20)
+    except (OSError, EOFError, zlib.error):  # stage `validate` says what is wrong with it
+        return False
+    if len(begins) == 1 << 20:
+        return False
+    text = begins.removeprefix(b"\xef\xbb\xbf").strip()
+    header_alone = ".csv" in file.suffixes[-2:] and b"\n" not in text
+    return not text or re.fullmatch(rb"\[\s*\]", text) is not None or header_alone
 
 
 def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
     if isinstance(judge, SentimentJudge) and find_spec("vaderSentiment") is None:
         yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
     if isinstance(judge, RewardJudge) and judge.model != "gold":
-        yield from _check_folder(f"{field}.model", judge.model)
+        yield from _check_folder(f"{field}.model", judge.model, scorer=True)
 
 
 def _check_training(config: PipelineConfig) -> Iterator[Problem]:

@@ -49,7 +49,7 @@ class PromptRow(pa.DataFrameModel):
     """Number of the source row, from 0."""
     prompt: Messages  # type: ignore[valid-type]
     prompt_id: pl.String = pa.Field(str_matches=r"^[0-9a-f]{16}$")
-    """`prompt_id()` of the messages: equal for prompts that differ in case, marks and white space only."""
+    """`prompt_id()` of the messages: equal for prompts that differ in case, marks, space and unseen characters."""
 
     class Config:
         strict = True
@@ -167,10 +167,24 @@ def _failures(kind: Kind, error: SchemaError) -> pl.DataFrame:
     )
 
 
+# Unicode's default ignorables: zero-width and variation marks, soft hyphens, fillers, marks of direction, tags.
+IGNORED = (
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# Of these and of control characters, those that no script and no emoji needs: what hides text, or turns it around.
+HIDING = (
+    "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
+    "\U000e0001-\U000e007f]"
+)
+_IGNORED = re.compile(IGNORED)
+
+
 def normalise(text: str) -> str:
-    """The text without what makes look-alikes differ: NFKC, casefolded, every run of non-word characters one space."""
+    """The text without what makes look-alikes differ: characters that are not seen are dropped, the rest is NFKC and
+    casefolded, every run of non-word characters one space."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = unicodedata.normalize("NFKC", _IGNORED.sub("", text))
     return re.sub(r"\W+", " ", text.casefold()).strip()
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 # Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
 STAGES: dict[str, int] = {
     "base": 1,
-    "validate": 1,
+    "validate": 2,
     "sft": 1,
     "generate": 1,
     "reward": 1,
@@ -20,6 +20,9 @@ STAGES: dict[str, int] = {
     "promote": 1,
 }
 ENGINE_VERSION = 1
+
+# Stages that write prompts or answers where people look at them, unless `log_text` is false.
+SHOW_TEXT = {"validate", "generate", "evaluate", "compare"}
 
 # Parameters that change no result: how often to save and to log, and when to give up.
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations"}
@@ -93,6 +96,9 @@ class Request(Strict):
     """More MLflow tags, such as data.version; not part of the key."""
     about: dict[str, str] = {}
     """More MLflow parameters: on an evaluation, those of the training behind the model. Not part of the key."""
+    log_text: bool = True
+    """False keeps prompts and answers out of logs, tables, reports and errors. Part of the key where it changes what a
+    stage publishes."""
 
     def key(self) -> str:
         """sha256 over what decides the result: never paths, pools, threads or run ids.
@@ -108,6 +114,8 @@ class Request(Strict):
             "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
             "seed": self.seed,
         }
+        if not self.log_text and self.stage in SHOW_TEXT:
+            decides["log_text"] = False
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

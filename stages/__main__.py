@@ -25,6 +25,8 @@ from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
 
+LEFT_OUT = "(what it says is left out: log_text is false)."
+
 # Imported only when run, so that `validate` does not wait for torch.
 MODULES = {name: f"stages.{name}" for name in STAGES}
 
@@ -136,10 +138,10 @@ def execute(request: Request) -> Result:
                 return run.finish(metrics)
             except BaseException as error:
                 known = isinstance(error, StageError) or lack_of(error) is not None
-                run.fail(problem_of(error), None if known else traceback.format_exc())
+                run.fail(problem_of(error, request.log_text), None if known else trace_of(error, request.log_text))
                 raise
     except Exception as error:
-        return stopped(error, run.key, run.run_id or None, run.request.params)
+        return stopped(error, run.key, run.run_id or None, request.log_text)
 
 
 def lack_of(error: BaseException) -> Problem | None:
@@ -162,11 +164,15 @@ def lack_of(error: BaseException) -> Problem | None:
     return None
 
 
-def problem_of(error: BaseException) -> Problem:
-    """What a person needs to know of an error."""
+def problem_of(error: BaseException, log_text: bool = True) -> Problem:
+    """What a person needs to know of an error. Without `log_text` not what a library says: it may quote a row."""
     if isinstance(error, StageError):
         return error.problem
-    if lack := lack_of(error):
+    lack = lack_of(error)
+    if not log_text:
+        known = lack.model_dump() if lack else {"kind": type(error).__name__}
+        return Problem(**known | {"message": f"{type(error).__name__} {LEFT_OUT}"})
+    if lack:
         return lack
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -176,12 +182,19 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(kind=type(error).__name__, message=message or type(error).__name__)
 
 
-def stopped(error: Exception, key: str, run_id: str | None, params: object = None) -> Result:
+def trace_of(error: BaseException, log_text: bool) -> str:
+    """The traceback; without `log_text` its places only, not what the error says."""
+    if log_text:
+        return "".join(traceback.format_exception(error))
+    return "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__} {LEFT_OUT}"])
+
+
+def stopped(error: Exception, key: str, run_id: str | None, log_text: bool = True) -> Result:
     """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
     status = error.status if isinstance(error, StageError) else "failed"
     if status == "failed" and lack_of(error) is None:
-        log.error("%s", "".join(traceback.format_exception(error)))
-    problem = problem_of(error)
+        log.error("%s", trace_of(error, log_text))
+    problem = problem_of(error, log_text)
     log.error("%s: %s", status, problem)
     return Result(status=status, key=key, run_id=run_id, error=problem)
 
@@ -197,10 +210,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, preempt)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU; read when it starts
     path = Path(argv[1])
-    key = ""
+    key, log_text = "", True
     try:
         request = read_request(argv[0], path)
-        key = request.key()
+        key, log_text = request.key(), request.log_text
         if request.placement.devices > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
@@ -208,7 +221,7 @@ def main(argv: list[str]) -> int:
             return 0
         result = lead(request)
     except Exception as error:
-        result = stopped(error, key, None)
+        result = stopped(error, key, None, log_text)
     if rank == 0:
         tracking.write_whole(path.with_name("result.json"), result.model_dump_json(indent=2))
     return EXIT_CODES[result.status]

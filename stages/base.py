@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
+from schemas.model_folder import misfit
 from schemas.stage import Request, StageError
 from stages.engine import demo
 from stages.engine.text import Codec, load_tokenizer, with_system_prompt
@@ -72,6 +73,8 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
         model: PreTrainedModel = from_scratch(params.scratch, tokenizer, seed)
     else:
         source = find(str(params.path), params.revision)
+        if source.is_dir():
+            check_fit(source)
         if source.is_file():
             model, tokenizer = read_gguf(source)
         elif is_reward_model(source):
@@ -134,6 +137,12 @@ def download(name: str, revision: str | None) -> Path:
         first_line = str(error).strip().splitlines()[0]
         mend = "check name and revision; for a gated model set HF_TOKEN"
         raise _refused(f"the Hub does not give the model: {first_line}", name, mend) from error
+
+
+def check_fit(folder: Path) -> None:
+    """Refuse a folder whose parts do not belong together, before its weights are read."""
+    if problem := misfit(folder, scorer=is_reward_model(folder)):
+        raise _refused(problem[0], folder, problem[1])
 
 
 # --- Reading it -------------------------------------------------------------------------------------------------------
@@ -254,9 +263,6 @@ def copy_reward_model(source: Path, folder: Path) -> int:
     check_folder(source, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
     load_tokenizer(source)
     model = load_whole(AutoModelForSequenceClassification, source)
-    if model.config.num_labels != 1:
-        mend = "give a classifier with one label, whose logit is the score"
-        raise _refused(f"a reward model has one score, this one has {model.config.num_labels}", source, mend)
     folder.mkdir(parents=True)
     for pattern in MODEL_FILES:
         for file in source.glob(pattern):

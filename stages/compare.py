@@ -31,7 +31,7 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
     evaluations = {name: Evaluation.load(run.input(name)) for name in request.inputs}
-    comparison = compare(evaluations, variants_of(request))
+    comparison = compare(evaluations, variants_of(request), request.log_text)
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -49,10 +49,13 @@ def variants_of(request: Request) -> Mapping[str, Any]:
     return variants
 
 
-def compare(evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] | None = None) -> Comparison:
+def compare(
+    evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] | None = None, log_text: bool = True
+) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
-    In a sweep the models stand in the order of its variants, and of each method and beta the first seed's answers.
+    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in
+    the order of its variants, and of each method and beta the first seed's answers.
     """
     if not evaluations:
         raise StageError(
@@ -69,18 +72,21 @@ def compare(evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] |
         check_comparable(names[0], first.settings, prompts, name, evaluations[name])
     table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
     if variants:
-        order = [*STARTING_POINTS, *variants]
+        place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
-        table.sort(key=lambda row: order.index(row["model"]))
+        table.sort(key=lambda row: place.get(row["model"], len(place)))
         unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
+    shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].samples)
     return Comparison(
         table=table,
         prompts=[text_of(prompt) for prompt in prompts],
         answers={
             name: [{"answer": s.answer, "score": s.score, "length": s.length} for s in evaluations[name].samples]
             for name in names
-        },
+        }
+        if shown
+        else {},
         judge=describe_judge(first.settings["judge"]),
         settings={
             "sampling temperature": f"{first.settings['temperature']:g}",

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from schemas.stage import Request, StageError
 from stages.engine import metrics
 from stages.engine.batch import Tree
 from stages.engine.endpoint import EndpointJudge
-from stages.engine.evaluation import Evaluation, Sample, check_comparable, text_of
+from stages.engine.evaluation import Evaluation, Sample, check_comparable, text_of, texts, without_text
 from stages.engine.judges import Judge, RewardJudge, judge_for
 from stages.engine.models import Policy, choose_layout, load_policy
 from stages.engine.reference import ReferenceCache
@@ -223,7 +223,7 @@ def judge_answers(
         scores = _finite(judge.score(prompts, answers))
         return list(zip(scores, scores, metrics.wins(scores, scores), strict=True))
     if isinstance(judge, EndpointJudge):
-        won = judge.wins(prompts, answers, [row.answer for row in baseline])
+        won = judge.wins(prompts, answers, texts(baseline, "the SFT model"))
         return [(win, 1 - win, win) for win in won]
     scores, others = _finite(judge.score(prompts, answers)), [row.score for row in baseline]
     return list(zip(scores, others, metrics.wins(scores, others), strict=True))
@@ -275,7 +275,7 @@ def put_together(
 
 def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
     """The metrics that follow from the records alone."""
-    won = [row.win for row in samples]
+    won, answers = [row.win for row in samples], texts(samples, "the model")
     low, high = metrics.bootstrap_interval(won, resamples=resamples, seed=seed)
     values = {
         "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
@@ -286,8 +286,8 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
             won, [row.length - row.sft_length for row in samples]
         ),
         "length": metrics.mean_and_error([row.length for row in samples])[0],
-        "distinct_2": metrics.distinct_2([row.answer for row in samples]),
-        "empty": metrics.share([not row.answer.strip() for row in samples]),
+        "distinct_2": metrics.distinct_2(answers),
+        "empty": metrics.share([not answer.strip() for answer in answers]),
         "ended": metrics.share([row.ended for row in samples]),
         "prompts": float(len(samples)),
     }
@@ -298,11 +298,17 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
 
 
 def publish(run: StageRun, evaluation: Evaluation) -> None:
-    """The folder `evaluation`, and the answers beside the SFT model's as a table for MLflow's UI."""
-    columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
-    table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in evaluation.samples]}
-    table |= {name: [getattr(row, name) for row in evaluation.samples] for name in columns}
-    run.table(table, "eval/samples.json")
+    """The folder `evaluation`, and the answers beside the SFT model's as a table for MLflow's UI.
+
+    Without `log_text` there is no table, and the samples are digests and numbers.
+    """
+    if run.request.log_text:
+        columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
+        table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in evaluation.samples]}
+        table |= {name: [getattr(row, name) for row in evaluation.samples] for name in columns}
+        run.table(table, "eval/samples.json")
+    else:
+        evaluation = replace(evaluation, samples=list(map(without_text, evaluation.samples)))
     with tempfile.TemporaryDirectory() as folder:
         evaluation.save(Path(folder))
         run.publish("evaluation", Path(folder))

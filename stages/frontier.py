@@ -5,6 +5,7 @@ so they say how much another seed would change, and not how much other prompts w
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,15 +68,31 @@ def render_text(points: Sequence[Row]) -> str:
 
 
 def headline(points: Sequence[Row]) -> str:
-    """Which point scores highest, and which make up the frontier."""
+    """Which point scores highest, which are not clearly below it, and which make up the frontier.
+
+    Clearly below: by more than two standard errors of the difference, where both have more than one seed.
+    """
     best = max(points, key=lambda point: point["judge_score"])
     edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["kl_to_reference"])
     names = ", ".join(f"{point['method']} {_beta(point)}" for point in edge)
     return (
         f"The highest mean judge score is that of {best['method']} at beta {_beta(best)}: "
-        f"{_measured(best, 'judge_score')}, at KL {_measured(best, 'kl_to_reference')}. "
+        f"{_measured(best, 'judge_score')}, at KL {_measured(best, 'kl_to_reference')}{_level(best, points)}. "
         f"On the frontier, from near to far: {names}."
     )
+
+
+def _level(best: Row, points: Sequence[Row]) -> str:
+    """Which other points are not clearly below the best; nothing where the seeds cannot say it."""
+    several = [point for point in points if point is not best and point["judge_score_se"] is not None]
+    if best["judge_score_se"] is None:
+        return ""
+    level = [
+        f"{point['method']} {_beta(point)}"
+        for point in several
+        if best["judge_score"] - point["judge_score"] <= 2 * math.hypot(best["judge_score_se"], point["judge_score_se"])
+    ]
+    return f"; not clearly below it: {', '.join(level)}" if level else ""
 
 
 def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> bytes:
@@ -91,7 +108,9 @@ def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> byt
             face = colour[method] if point["on_frontier"] else axes.get_facecolor()
             place = (point["kl_to_reference"], point["judge_score"])
             axes.plot(*place, "o", color=colour[method], markerfacecolor=face, markersize=8, zorder=4)
-            axes.annotate(_beta(point), place, (7, 6), textcoords="offset points", color=ink, fontsize=9, zorder=5)
+            axes.annotate(
+                _beta(point), place, (7, 6), textcoords="offset points", color=colour[method], fontsize=9, zorder=5
+            )
     for row in table:
         if row["model"] == "sft":
             place = (row["kl_to_reference"], row["judge_score"])
@@ -118,10 +137,10 @@ def render_html(points: Sequence[Row], table: Sequence[Row]) -> str:
     )
     return f"""<h2>What each method gains at what distance</h2>
 <p class="soft">A line is a method, a point one beta: the mean over its seeds, with its standard error. Higher is
-better; farther right is farther from the SFT model. A full point is on the frontier: no other scores as high, as
-near.</p>
+better; farther right is farther from the SFT model. A full point is on the frontier: no other point scores as high at
+so small a distance, by the means alone.</p>
 {picture(draw(points, table), draw(points, table, dark=True), f"Judge score against KL, by method and beta. {says}")}
-<div class="scroll"><table>
+<div class="scroll" style="margin-top:16px"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {chr(10).join(_line(point) for point in points)}

@@ -187,7 +187,8 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     write([label(item, config.noise, request.seed) for item in items], folder / "rows.jsonl")
     if judge is None:
         (folder / "README.txt").write_text(HOW_TO_RANK)
-    run.table(side_by_side(items[:50]), "samples.json")
+    if request.log_text:
+        run.table(side_by_side(items[:50]), "samples.json")
     run.publish("rows", folder)
     return summary(items, tokens, time.monotonic() - began)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from schemas.config import BETTER, EndpointJudge, Gate, PromoteParams
 from schemas.decision import Check, Decision
-from schemas.stage import Request, StageError
+from schemas.stage import Request
 from stages.engine import metrics
-from stages.engine.evaluation import Evaluation, check_comparable
+from stages.engine.evaluation import Evaluation, check_comparable, texts
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
@@ -132,26 +132,12 @@ def wins_over_champion(candidate: Evaluation, champion: Evaluation, run: StageRu
         return metrics.wins([s.score for s in candidate.samples], [s.score for s in champion.samples])
     from stages.engine import endpoint  # late: it takes transformers along, which no other judge needs here
 
-    answers, others = texts(candidate, "candidate"), texts(champion, "champion")
+    answers, others = texts(candidate.samples, "the candidate"), texts(champion.samples, "the champion")
     field = "evaluate.judge"
     asked = endpoint.EndpointJudge(
         EndpointJudge.model_validate(judge), field, lambda done, total: run.progress(done, total, "answers judged")
     )
     return asked.wins([sample.prompt for sample in candidate.samples], answers, others)
-
-
-def texts(evaluation: Evaluation, name: str) -> list[str]:
-    """The answers. Raises StageError where the evaluation was told to keep none."""
-    answers = [sample.answer for sample in evaluation.samples]
-    if any(not isinstance(answer, str) for answer in answers):
-        raise StageError(
-            f"the {name}'s evaluation holds no answers, and the judge can only compare.",
-            kind="missing_input",
-            field="evaluate.judge",
-            value="endpoint",
-            mend="let evaluations keep their texts, or use a judge that scores",
-        )
-    return answers
 
 
 def publish(decision: Decision, run: StageRun) -> None:

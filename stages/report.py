@@ -32,7 +32,7 @@ OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest ot
 @dataclass(frozen=True)
 class Comparison:
     """All that a report shows. `answers`: model -> its samples, one per prompt, in one order for all models; models
-    whose answers are not shown are left out."""
+    whose answers are not shown are left out, and without any model no prompt is shown either."""
 
     table: Sequence[Row]
     prompts: Sequence[str]
@@ -324,8 +324,6 @@ def render_html(comparison: Comparison, finding: str = "", frontier: str = "") -
 <h2>What the numbers mean</h2>
 {_meanings(comparison.table)}
 <h2>Answers to the same prompts</h2>
-<p class="soft">The first {min(SAMPLES, len(comparison.prompts))} of {len(comparison.prompts)} prompts, in the order
-of the data: none was picked by hand.</p>
 {_samples(comparison)}
 </main>
 </body>
@@ -457,9 +455,14 @@ def _meanings(table: Sequence[Row]) -> str:
 
 
 def _samples(comparison: Comparison) -> str:
+    if not comparison.answers:
+        return '<p class="soft">Prompts and answers are not shown: log_text is false.</p>'
     models = [row["model"] for row in comparison.table if row["model"] in comparison.answers]
     colour = colours_of(comparison.table)
-    blocks = []
+    blocks = [
+        f'<p class="soft">The first {min(SAMPLES, len(comparison.prompts))} of {len(comparison.prompts)} prompts, in '
+        "the order of the data: none was picked by hand.</p>"
+    ]
     for i, prompt in enumerate(comparison.prompts[:SAMPLES]):
         cards = "\n".join(_card(model, comparison.answers[model][i], colour) for model in models)
         opened = " open" if i < OPEN_SAMPLES else ""

@@ -58,6 +58,7 @@ class Tokens:
         self.codec, self.max_length = codec, max_length
         # No token is longer, so that longer texts need not be tokenized to be found too long.
         self._most_characters = max_length * max(map(len, codec.tokenizer.get_vocab()))
+        self._written: dict[tuple[str, ...], int] = {}
         self.longest = 0
         """Tokens of the longest row that is not too long."""
 
@@ -93,10 +94,29 @@ class Tokens:
         if characters > self._most_characters:
             return Finding(index, "prompt", reason, f"{characters} characters")
         try:
-            length = len(self.codec.prompt(messages))
+            ids = self.codec.prompt(messages)
+            forged = self._controls(ids) - self._written_by_template(messages)
         except TemplateError as error:
             return Finding(index, "prompt", "template_refuses", str(error))
+        if forged > 0:
+            return Finding(index, "prompt", "control_tokens", f"{forged} more than the template writes")
+        length = len(ids)
         return Finding(index, "prompt", reason, f"{length} tokens") if length >= self.max_length else length
+
+    def _controls(self, ids: Sequence[int]) -> int:
+        return sum(map(self.codec.control_ids.__contains__, ids))
+
+    def _written_by_template(self, messages: list[dict[str, str]]) -> int:
+        """Control tokens of a conversation of the same roles that says nothing of its own.
+
+        `Codec` keeps spelled-out special tokens text. A normalizer, or a vocabulary that has one as a plain word, may
+        make it one still: a row could then end its own turn and speak as another role.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._written:
+            plain = [{"role": role, "content": "a"} for role in roles]
+            self._written[roles] = self._controls(self.codec.prompt(plain))
+        return self._written[roles]
 
     def _answer(self, prompt: int, said: str, ids: Sequence[int] | None) -> tuple[str, str] | None:
         """(reason, value) of what is wrong with an answer after a prompt of so many tokens."""
@@ -107,6 +127,8 @@ class Tokens:
             return "no_tokens", said
         if not self.codec.stop_ids.isdisjoint(ids):
             return "ends_midway", said
+        if self._controls(ids):
+            return "control_tokens", said
         if length > self.max_length:
             return "too_long", f"{length} tokens"
         self.longest = max(self.longest, length)

@@ -552,9 +552,10 @@ def note_reuse(result: Result, pipeline_run: str | None) -> None:
 
 
 def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
-    """Address of MLflow's page that shows runs side by side; without a server, as `alignflow ui` would serve it.
+    """Address of MLflow's page that shows evaluations side by side; without a server, as `alignflow ui` would serve it.
 
-    CHART shows their metrics as bars, ARTIFACT their tables, such as the answers to each prompt.
+    CHART shows their metrics as bars, ARTIFACT the answers to each prompt. The best judged come first, since MLflow
+    draws ten runs until it is asked for more.
     """
     if not run_ids:
         return None
@@ -564,6 +565,7 @@ def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART
     server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
     query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
+    query |= {"orderByKey": "metrics.`eval/judge_score`", "orderByAsc": "false"}
     page = f"experiments/{experiments[0]}/runs"
     if len(experiments) > 1:
         page, query["experiments"] = "compare-experiments/s", json.dumps(experiments)

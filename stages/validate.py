@@ -24,7 +24,7 @@ import polars as pl
 from pydantic import ValidationError
 
 from schemas.config import Kind, ValidateParams
-from schemas.rows import problems
+from schemas.rows import HIDING, IGNORED, problems
 from schemas.stage import EXIT_CODES, Request, StageError, Strict
 from stages import forms
 from stages.derive import derive
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PARTS = ("train", "eval", "gold")
 _CHUNK = 20_000
 _CUT = 200
+LEFT_OUT = "(left out: log_text is false)"
 _SIDES = ("chosen", "rejected")
 """Never guessed: the wrong way round they invert every preference."""
 _YOURS = "YOUR_COLUMN"
@@ -74,10 +75,10 @@ class Report(Strict):
 
 
 class Quarantine:
-    """Writes bad rows as JSON lines and counts them."""
+    """Writes bad rows as JSON lines and counts them. Without `log_text` their values stay out."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, log_text: bool = True) -> None:
+        self.file, self.log_text = file, log_text
         self.rows: set[int] = set()
         self.checks: Counter[tuple[str, str]] = Counter()
         self._reasons: dict[str, set[int]] = {}
@@ -91,7 +92,7 @@ class Quarantine:
 
     def add(self, row: int, column: str, reason: str, value: object, line: int | None = None) -> None:
         """Put a row aside. `column` is empty when the row as a whole is broken."""
-        entry = {"row": row, "column": column, "reason": reason, "value": _cut(value)}
+        entry = {"row": row, "column": column, "reason": reason, "value": _cut(value) if self.log_text else LEFT_OUT}
         if line is not None:
             entry["line"] = line
         self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -117,6 +118,7 @@ def _cut(value: object) -> str:
 class _Tally:
     """What is counted on the way."""
 
+    log_text: bool = True
     rows: int = 0
     kept: int = 0
     columns: dict[str, None] = field(default_factory=dict)
@@ -145,15 +147,18 @@ def check(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    log_text: bool = True,
 ) -> Report:
     """Check, split and derive; write everything to `out`. Needs no MLflow.
 
     `evaluation`: a data folder whose evaluation prompts must not be trained on. `rows`: folder of stage `generate`.
+    Without `log_text` the quarantine holds no values and the report no column of unknown name: a CSV file without a
+    header has its first row there.
     Raises StageError (refused) when the data cannot be used; quarantine.jsonl and report.json are written even then.
     """
     _clear(out)
-    tally, error = _Tally(), None
-    with Quarantine(out / "quarantine.jsonl") as bad:
+    tally, error = _Tally(log_text), None
+    with Quarantine(out / "quarantine.jsonl", log_text) as bad:
         try:
             _refuse_unknown_columns(params)
             frame = _clean(params, _read(params, rows, seed, tally, bad), codec, tally, bad, progress)
@@ -233,7 +238,7 @@ def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quar
                 tally.first_line = record.raw
             bad.add(number, "", record.reason, record.raw.decode(errors="backslashreplace"), record.line)
             continue
-        tally.columns.update(dict.fromkeys(record.row))
+        tally.columns.update(dict.fromkeys(record.row if tally.log_text else _known(params, record.row)))
         try:
             parsed.append(_form(params, record.row))
             numbers.append(number)
@@ -243,6 +248,13 @@ def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quar
     for name in {name for row in parsed for name in row.get("notes", ())}:
         tally.note(name, [n for n, row in zip(numbers, parsed, strict=True) if name in row["notes"]])
     return forms.to_frame(params.kind, numbers, parsed)
+
+
+def _known(params: ValidateParams, columns: Iterable[str]) -> Iterator[str]:
+    """The columns' names, where they are names for sure; the others by their place."""
+    known = {*forms.KNOWN[params.kind], *params.columns.values()}
+    for place, name in enumerate(columns, 1):
+        yield name if name in known else f"column {place}"
 
 
 def _form(params: ValidateParams, row: forms.Row) -> forms.Parsed:
@@ -358,6 +370,7 @@ def _clean(
         bad.add(frame["row"][index], column, reason, value)
     frame = _without(frame, bad)
     tally.note("look_alike", _look_alikes(params.kind, frame))
+    tally.note("hidden_characters", _hiding(params.kind, frame))
     if tokens is not None:
         tally.longest = tokens.longest
         tally.note("prompt_tokens_differ", tokens.differ(params.kind, frame))
@@ -392,9 +405,23 @@ def _look_alikes(kind: Kind, frame: pl.DataFrame) -> list[int]:
     return frame.filter(~keys.select(pl.struct(pl.all()).is_first_distinct()).to_series())["row"].to_list()
 
 
+def _hiding(kind: Kind, frame: pl.DataFrame) -> list[int]:
+    """Rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
+    contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
+    answers = [pl.col(name).list.join("\n") if name == "responses" else pl.col(name) for name in ANSWERS[kind]]
+    found = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *answers))
+    return frame.filter(found)["row"].to_list()
+
+
 def _plain(text: pl.Expr) -> pl.Expr:
     """schemas.rows.normalise, near enough, at the speed of columns."""
-    return text.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+    return (
+        text.str.replace_all(IGNORED, "")
+        .str.normalize("NFKC")
+        .str.to_lowercase()
+        .str.replace_all(r"\W+", " ")
+        .str.strip_chars()
+    )
 
 
 def _with_parts(params: ValidateParams, frame: pl.DataFrame) -> pl.DataFrame:
@@ -508,6 +535,7 @@ def run(request: Request, run: "StageRun") -> dict[str, float]:
             run.input("rows") if run.has("rows") else None,
             seed=request.seed,
             progress=run.progress,
+            log_text=request.log_text,
         )
     finally:
         metrics = _log(run, params, out)

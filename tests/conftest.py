@@ -6,9 +6,14 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.whole import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +61,27 @@ def ready_home(home: Path, database: Path) -> Path:
     """An ALIGNFLOW_HOME in which MLflow's database stands already."""
     shutil.copy(database, home / "mlflow.db")
     return home
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., Run]]":
+    """Runs a tiny whole pipeline with planted secrets (tests/whole.py)."""
+    from tests.whole import whole  # torch, which few tests need
+
+    with whole(tmp_path_factory.mktemp("whole")) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def quiet_run(whole: "Callable[..., Run]") -> "Run":
+    """All of it, with log_text false. The first run of its home."""
+    return whole("log_text=false")
+
+
+@pytest.fixture(scope="session")
+def plain_run(whole: "Callable[..., Run]", quiet_run: "Run") -> "Run":
+    """Data, evaluation and report, with log_text true."""
+    return whole("sft=null", "generate=null", "align={}")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,10 @@ entry.MODULES["fake"] = "fake_stages"
 
 
 def run(request: Request, run: StageRun) -> dict[str, float]:
-    """Count to `steps`, keeping the count as a checkpoint; then publish it, or end as `end` says."""
+    """Count to `steps`, keeping the count as a checkpoint; then publish it, or end as `end` says.
+
+    With FAKE_HOLD in the environment the third step waits until a file of that name exists: no part of the key.
+    """
     params = request.params
     if run.rank > 0:  # the counting is rank 0's
         return {}
@@ -25,6 +28,8 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
     for name in request.inputs:
         run.input(name)
     for step in range(start, int(str(params.get("steps", 3)))):
+        while step == 2 and "FAKE_HOLD" in os.environ and not Path(os.environ["FAKE_HOLD"]).exists():
+            time.sleep(0.05)
         if params.get("die_at") == step and start == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         run.metrics({"train/loss": 1.0 / (step + 1)}, step=step)

@@ -67,3 +67,34 @@ def test_a_foreign_checkpoint_is_not_used(tmp_path: Path) -> None:
 def test_a_file_beside_the_manifest_is_noticed(tmp_path: Path) -> None:
     shutil.copy(__file__, write(tmp_path, 1) / "model.pkl")
     assert checkpoint.newest(tmp_path, KEY) is None
+
+
+def test_a_snapshot_is_of_its_moment(tmp_path: Path) -> None:
+    weights = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    state = {"model": weights, "turned": weights.t(), "numbers": [1, 2]}
+    taken = checkpoint.snapshot(state)
+    with torch.no_grad():
+        weights.zero_()
+    state["numbers"].append(3)  # type: ignore[union-attr]
+    checkpoint.write(tmp_path, "state", taken)
+    found = checkpoint.read_state(tmp_path, "state")
+    assert torch.equal(found["model"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(found["turned"], torch.arange(6.0).view(2, 3).t()) and found["numbers"] == [1, 2]
+
+
+def test_the_writer_raises_what_its_work_met(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with checkpoint.Writer() as writer:
+        writer.check()  # nothing yet
+        writer.start(fail)
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+        writer.wait()  # said once
+    with pytest.raises(OSError, match="No space left"), checkpoint.Writer() as writer:
+        writer.start(fail)
+    with pytest.raises(RuntimeError, match="first"), checkpoint.Writer() as writer:
+        writer.start(fail)
+        raise RuntimeError("the first error counts")
+    assert "a checkpoint could not be written" in caplog.text

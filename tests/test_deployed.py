@@ -155,7 +155,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
             }
             hosts = [Host(pool, folder / f"host-{pool}", shared) for pool in pools.LOCAL]
             with get_client(sync_client=True) as client:
-                deploy(client, folder)
+                deploy(client)
                 try:
                     for host in hosts:
                         host.start()
@@ -167,8 +167,8 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
                             host.worker.wait()
 
 
-def deploy(client: SyncPrefectClient, folder: Path) -> None:
-    """Pools, deployments, and the automations with less patience than they have by default."""
+def deploy(client: SyncPrefectClient) -> None:
+    """Pools, deployments and automations."""
     for pool in pools.LOCAL:
         pools.apply(client, pool)
     for flow, names in ((pipeline, {"pipeline": "cpu"}), (stage, {"cpu": "cpu", "gpu": "gpu"})):
@@ -179,9 +179,7 @@ def deploy(client: SyncPrefectClient, folder: Path) -> None:
             client.create_deployment(
                 flow_id, name, entrypoint=entrypoint, work_pool_name=pool, parameter_openapi_schema=schema
             )
-    impatient = folder / "automations.yaml"
-    impatient.write_text(automations.automations_file().read_text().replace("within: 90", "within: 45"))
-    assert automations.apply(impatient) == automations.apply(impatient)
+    assert automations.apply() == automations.apply()
 
 
 def config(plant: Plant, name: str, **more: Any) -> dict[str, Any]:

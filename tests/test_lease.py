@@ -1,19 +1,22 @@
-"""Leases on the Prefect server: one holder at a time, and free again when the holder has been killed."""
+"""Leases on the Prefect server: one holder at a time, taken again when they ran out. Deaths: test_faults_race.py."""
 
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from flows import pipeline
+from flows import lease as leases
+from flows import pipeline, runner
 from flows.lease import STAGE_NAMES, lease, stage_lease
-
-HOLD = "import time; from flows.lease import lease\nwith lease('held'): print('held', flush=True); time.sleep(600)"
+from schemas.stage import StageError
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
         with pipeline.local_prefect():
             yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "ASK_SECONDS", 0.2)
 
 
 @pytest.mark.slow
@@ -43,20 +52,82 @@ def test_one_holder_at_a_time(server: str) -> None:
     assert all(end <= start for (_, end), (start, _) in pairwise(stays))
 
 
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def take_away(lease_id: UUID) -> None:
+    """What the server does with a lease that has run out."""
+    with get_client(sync_client=True) as client:
+        client.release_concurrency_slots_with_lease(lease_id)
+
+
+def held(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        limit = client.read_global_concurrency_limit_by_name(name)
+        return limit.active_slots == 1
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[leases._Lease]:
+    """The leases that are made in the test."""
+    found: list[leases._Lease] = []
+    inner = leases._Lease.__init__
+
+    def init(self: leases._Lease, name: str, log: leases.Log) -> None:
+        inner(self, name, log)
+        found.append(self)
+
+    monkeypatch.setattr(leases._Lease, "__init__", init)
+    return found
+
+
 @pytest.mark.slow
-def test_a_killed_holder_frees_the_next(server: str) -> None:
-    environment = {**os.environ, "PREFECT_API_URL": server}
-    with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        holder.kill()
-    began = time.monotonic()
-    with lease("held"):
-        assert time.monotonic() - began < 180
+def test_one_that_ran_out_is_taken_again(server: str, impatient: None, made: list[leases._Lease]) -> None:
+    with lease("again"):
+        first = made[0].id
+        assert first is not None
+        take_away(first)
+        wait_for(lambda: made[0].id not in (None, first))
+        assert held("again")
+    assert not held("again")
+
+
+@pytest.mark.slow
+def test_one_that_another_took_meanwhile_is_said(
+    server: str, made: list[leases._Lease], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 2.0)
+    with lease("lost"):
+        first = made[0].id
+        assert first is not None
+        take_away(first)
+        other = leases._Lease("lost", logging.getLogger("other"))
+        assert other.take() is True
+        wait_for(lambda: "another host has it now" in caplog.text)
+        other.release()  # that one is done: the first takes the lease again
+        wait_for(lambda: made[0].id not in (None, first))
+    assert not held("lost")
+
+
+@pytest.mark.slow
+def test_a_wait_ends_when_the_run_is_stopped(server: str, impatient: None) -> None:
+    with lease("stopped"):
+        runner.stop_all()
+        try:
+            with pytest.raises(StageError) as stopped, lease("stopped"):
+                pass
+        finally:
+            runner.begin()
+    assert stopped.value.status == "preempted"
 
 
 def test_keys_share_a_fixed_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
-    monkeypatch.setattr("flows.lease.lease", names.add)
+    monkeypatch.setattr("flows.lease.lease", lambda name, log: names.add(name))
     for number in range(2000):
         stage_lease(f"{number * 7919:08x}" + "0" * 56)
     assert len(names) <= STAGE_NAMES

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from schemas.stage import Request, StageError
 from schemas.training import Training, steps_for
-from stages.engine import loop
+from stages.engine import checkpoint, loop
 from stages.engine.method import Metrics, Totals
 
 ROWS = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
@@ -144,3 +145,39 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path
     assert stopped.value.status == "diverged"
     assert math.isnan(run.logged["train/loss", 4])  # the fourth step, counted from 1
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write of step 2 lasts until step 4 is done; what it wrote is the state after step 2, bit for bit."""
+    plain = Regression()
+    loop.train(plain, TRAINING, total_steps=2, run=Run(tmp_path / "plain"), seed=5)  # type: ignore[arg-type]
+    run, inner, went_on = Run(tmp_path / "run"), checkpoint.seal, threading.Event()
+    progress = run.progress
+
+    def seal(draft: Path, target: Path, **named: Any) -> None:
+        assert went_on.wait(60)
+        inner(draft, target, **named)
+
+    def note(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        if done == 3:
+            went_on.set()
+
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    monkeypatch.setattr(run, "progress", note)
+    loop.train(Regression(), TRAINING, total_steps=4, run=run, seed=5)  # type: ignore[arg-type]
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-2", "model")
+    assert [torch.equal(a, b) for a, b in zip(state["model"].values(), weights(plain), strict=True)] == [True] * 4
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints", run.key) == tmp_path / "run" / "checkpoints" / "step-4"
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seal(draft: Path, target: Path, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    run = Run(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(Regression(), TRAINING, total_steps=1000, run=run, seed=0)  # type: ignore[arg-type]
+    assert ("train/loss", 1000) not in run.logged
+    assert not list((tmp_path / "checkpoints").iterdir())

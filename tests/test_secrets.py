@@ -1,14 +1,17 @@
 """Planted secrets, found nowhere: not in logs, databases, artifacts or results, whether a stage ends well or not."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows import runner
-from schemas.stage import STAGES
+from schemas.stage import EXIT_CODES, STAGES
 from stages import tracking
 from tests.test_runner import FAKE, fake_request
+from tests.whole import SECRETS as PLANTED
+from tests.whole import Run, encoded
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0000000000000000000000001",
@@ -41,6 +44,29 @@ def test_secrets_of_the_environment_are_written_nowhere(
     for value in SECRETS.values():
         assert value not in caplog.text
         assert [path for path, content in found.items() if value.encode() in content] == []
+
+
+@pytest.fixture(scope="module")
+def failed_run(whole: Callable[..., Run], plain_run: Run) -> Run:
+    """A judge's endpoint refuses, and quotes the key that it was sent."""
+    judge = "{judge: endpoint, url: ENDPOINT_URL, model: m, api_key_env: MY_JUDGES_KEY}"
+    return whole("sft=null", "align={}", f"generate.judge={judge}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quiet_run", "plain_run", "failed_run"])
+def test_whole_runs_write_no_secret(name: str, request: pytest.FixtureRequest) -> None:
+    """Neither as they are nor as they travel in a header; and the search is known to find."""
+    run: Run = request.getfixturevalue(name)
+    assert run.code == (EXIT_CODES["refused"] if name == "failed_run" else 0), run.said
+    if name == "failed_run":
+        assert "bad request with Bearer [key]" in run.said
+        assert run.holding("MY_JUDGES_KEY")
+    assert run.holding("whole") and any(path.name == "mlflow.log" for path in run.files)
+    headers = [encoded("someone", PLANTED["MLFLOW_TRACKING_URI"]), encoded("admin", PLANTED["PREFECT_API_AUTH_STRING"])]
+    for secret in (*PLANTED.values(), *headers):
+        assert secret not in run.said
+        assert run.holding(secret) == []
 
 
 def test_a_password_in_a_servers_address_is_not_shown(

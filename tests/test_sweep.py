@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows import pipeline, sweep
+from flows import estimate, pipeline, sweep
 from flows.plan import Node, params_of, plan
 from schemas import methods
 from schemas.config import PipelineConfig, SFTConfig
@@ -182,6 +182,11 @@ def test_the_schedule_runs_over_the_tokens(name: str, inputs: dict[str, Path], t
     assert limited.run.steps("train/learning_rate") == pytest.approx([1e-3 * factor for factor in factors])
 
 
+def test_how_many_steps_a_limit_means_is_not_known_before() -> None:
+    assert estimate.steps(methods.DPO(train_tokens=100), 1000) is None
+    assert estimate.steps(methods.PPO(train_tokens=100), None) is None
+
+
 def test_a_limit_is_end_enough() -> None:
     assert swept("dpo", "0.1", "0", "align.dpo={epochs: null, batch_size: 8}", tokens=100).align
 
@@ -280,7 +285,8 @@ def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
     }
     given = {name: evaluation(1.0 + v["beta"] + v["seed"], 0.7, 2.0, answer=name) for name, v in variants.items()}
     folders = {}
-    for name, value in {**given, "sft": evaluation(0.0, 0.5, 0.0)}.items():
+    others = {"champion": evaluation(0.5, 0.6, 1.0), "sft": evaluation(0.0, 0.5, 0.0)}
+    for name, value in {**given, **others}.items():
         folders[name] = tmp_path / name
         folders[name].mkdir()
         value.save(folders[name])
@@ -292,7 +298,7 @@ def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
     # judge_score of `evaluation(score)` is score + 1.5: 2.6 and 3.6, then 2.8 and 3.8.
     assert [point["judge_score"] for point in points] == pytest.approx([3.1, 3.3])
     table = json.loads(run.published["comparison/table.json"])
-    assert [r["model"] for r in table] == ["sft", *variants] and table[2]["seed"] == 1
+    assert [r["model"] for r in table] == ["sft", *variants, "champion"] and table[2]["seed"] == 1
     assert run.published["comparison/table.txt"].decode().startswith("Method")
     page = Page(run.published["comparison/report.html"].decode())
     assert "The highest mean judge score is that of dpo at beta 0.3: 3.30 ± 0.50" in page.text

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def test_find_takes_only_what_is_whole(home: Path, tmp_path: Path) -> None:
     again = finished(asked, folder_with(tmp_path / "data", rows="r"))
     assert again.run_id != result.run_id
     assert tracking.find(asked.key()) == again.model_copy(update={"reused": True})
+    shutil.rmtree(tracking.fetch(again.outputs["data"]))
+    assert tracking.find(asked.key()) is None
 
 
 def test_a_source_stands_for_its_path() -> None:
@@ -249,3 +252,29 @@ def test_names_that_mlflow_takes() -> None:
     assert len(tracking.acceptable_name("x" * 400)) == 250
     assert tracking.acceptable_name("x" * 400) != tracking.acceptable_name("x" * 401)
     assert tracking.flatten({"a": {"b": {"c": 1}, "d": []}, "e": "f"}) == {"a.b.c": "1", "a.d": "[]", "e": "f"}
+
+
+def test_a_source_that_changes_is_not_published(home: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("one\n")
+    given = {"source": Artifact(uri=str(source), sha256=tracking.digest(source))}
+    asked = request(a=1).model_copy(update={"inputs": given})
+    with pytest.raises(StageError, match="changed while it was read") as stopped, StageRun(asked) as run:
+        assert run.input("source") == source
+        source.write_text("one\ntwo\n")
+        run.publish("data", folder_with(tmp_path / "data", rows="r"))
+    assert stopped.value.status == "refused" and stopped.value.problem.value == str(source)
+    assert not run.outputs
+    assert not [file for file in tracking.client().list_artifacts(run.run_id) if file.path == "data"]
+
+
+def test_a_step_done_again_replaces_only_what_was_not_finite(home: Path, tmp_path: Path) -> None:
+    run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
+    for values in ((1.0, math.nan), (2.0, 0.5), (3.0, math.nan)):
+        journal = tracking.Journal(tmp_path / "journal.jsonl", run_id)
+        for step, value in enumerate(values):
+            journal.add({"train/loss": value}, step)
+        journal.close()
+    points = sorted(history(run_id, "train/loss"), key=lambda point: (point[0], not math.isnan(point[1])))
+    assert [step for step, _ in points] == [0, 1, 1]
+    assert points[0][1] == 1.0 and math.isnan(points[1][1]) and points[2][1] == 0.5

@@ -34,7 +34,7 @@ from schemas.training import NO_END
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import order, step_rows
 from stages.engine.method import Metrics, Totals
-from stages.engine.models import Output, Policy, Scorer, choose_layout, load_policy, load_scorer
+from stages.engine.models import Output, Policy, Scorer, choose_layout, load_judge, load_policy, load_scorer
 from stages.engine.rollout import context_length, sample, seed_of
 from stages.engine.rows import Row, rank, read, share, world
 from stages.engine.text import Codec
@@ -153,7 +153,7 @@ class Judge:
     """The reward model. It may have a tokenizer and a chat template of its own: then it reads the answers' text."""
 
     def __init__(self, folder: Path, policy_folder: Path, config: methods.PPO) -> None:
-        self.scorer = load_scorer(folder, config, trainable=False)
+        self.scorer = load_judge(folder, config)
         self.codec, self.policy_codec, self.config = Codec.load(folder), Codec.load(policy_folder), config
         self.same_tokens = same_tokens(folder, policy_folder)
         self.scaled = getattr(self.scorer.plain.config, "alignflow_score", None) is not None

@@ -1,8 +1,9 @@
 """What an evaluation folder holds: metrics.json, samples.jsonl, settings.json. No torch."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ class Sample:
     """A model's answer to one held-out prompt beside the SFT model's, and what is known of both."""
 
     prompt: list[dict[str, str]]
-    answer: str
+    """Where texts are not kept (`log_text: false`) one message of the role `sha256`, the prompt's digest."""
+    answer: str | None
+    """None where texts are not kept."""
     score: float
     """By the judge. Of a judge that only compares: 1 won, 1/2 tied, 0 lost against the SFT model's answer."""
-    sft_answer: str
+    sft_answer: str | None
     sft_score: float
     win: float
     """1 when better than the SFT model's answer, 0 when worse, 1/2 for a tie."""
@@ -75,6 +78,34 @@ class Evaluation:
         return cls(metrics, samples, settings)
 
 
+def digest_of(prompt: Sequence[Message]) -> str:
+    """sha256 of a prompt, also of one whose text was not kept."""
+    if [message["role"] for message in prompt] == ["sha256"]:
+        return prompt[0]["content"]
+    turns = [[message["role"], message["content"]] for message in prompt]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+
+
+def without_text(sample: Sample) -> Sample:
+    """All that a sample says in numbers, and its prompt's digest."""
+    digest = [{"role": "sha256", "content": digest_of(sample.prompt)}]
+    return replace(sample, prompt=digest, answer=None, sft_answer=None)
+
+
+def texts(samples: Sequence[Sample], name: str) -> list[str]:
+    """The answers. Raises StageError where the evaluation was told to keep none."""
+    answers = [sample.answer for sample in samples if sample.answer is not None]
+    if len(answers) < len(samples):
+        raise StageError(
+            f"{name}'s evaluation holds no answers, and the judge can only compare.",
+            kind="missing_input",
+            field="evaluate.judge",
+            value="endpoint",
+            mend="evaluate it with log_text: true, or use a judge that scores",
+        )
+    return answers
+
+
 def _write(path: Path, text: str) -> None:
     """UTF-8; a lone surrogate, which no encoding has, becomes `?`."""
     path.write_bytes(text.encode("utf-8", errors="replace"))
@@ -104,7 +135,7 @@ def check_comparable(
                 value=settings[key],
                 mend="evaluate both under the same settings",
             )
-    if [list(map(dict, prompt)) for prompt in prompts] != [sample.prompt for sample in other.samples]:
+    if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
         raise StageError(
             f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same.",
             kind="not_comparable",

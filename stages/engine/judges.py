@@ -15,7 +15,7 @@ from schemas.stage import StageError
 from stages.engine import demo, metrics
 from stages.engine.batch import Tree, collate, cut, tree_tokens
 from stages.engine.endpoint import EndpointJudge
-from stages.engine.models import choose_layout, load_scorer
+from stages.engine.models import choose_layout, load_judge
 from stages.engine.text import Codec, Message
 from stages.tracking import StageRun
 
@@ -81,7 +81,7 @@ class RewardJudge(Scoring):
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         self.codec = Codec.load(folder)
-        self.scorer = load_scorer(folder, trainable=False).eval()
+        self.scorer = load_judge(folder).eval()
         self.progress = progress
 
     @torch.no_grad()
@@ -120,6 +120,14 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
     if isinstance(config, settings.SentimentJudge):
         return SentimentJudge(field)
     if isinstance(config, settings.EndpointJudge):
+        if not run.request.log_text:
+            raise StageError(
+                "an endpoint is sent prompts and answers, which log_text: false forbids.",
+                kind="config",
+                field=field,
+                value="endpoint",
+                mend="use a judge that runs here (rule, sentiment, reward), or log_text: true",
+            )
         return EndpointJudge(config, field, progress)
     if not run.has("judge"):
         raise StageError(

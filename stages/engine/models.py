@@ -295,6 +295,13 @@ def load_scorer(
     return _prepare(scorer, training, trainable, seed)
 
 
+def load_judge(folder: Path | str, training: Training | None = None) -> Scorer:
+    """A reward model that is not trained here. Raises StageError for a language model: its score would be random."""
+    if not _is_scorer(Path(folder)):
+        raise _unusable(Path(folder), "it is a language model without a score", "give a reward model")
+    return load_scorer(folder, training, trainable=False)
+
+
 def device() -> torch.device:
     """This process's accelerator where there is one, else the CPU."""
     if torch.cuda.is_available():

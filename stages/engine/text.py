@@ -40,6 +40,8 @@ class Codec:
         """Fills rows; may equal `end_id`, so masks go by length and never by id."""
         self.stop_ids: frozenset[int] = frozenset([self.end_id, *([] if eos is None else [eos]), *stop_ids])
         """Any of these ends a sampled answer."""
+        self.control_ids: frozenset[int] = self.stop_ids | _controls(tokenizer)
+        """What only the template may write: special tokens, without the one for unknown words."""
 
     @classmethod
     def load(cls, folder: Path | str) -> "Codec":
@@ -151,6 +153,11 @@ def _pattern_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special += [str(token) for token in tokenizer.all_special_tokens]
     return re.compile("|".join(re.escape(token) for token in sorted(set(special), key=len, reverse=True)) or "(?!)")
+
+
+def _controls(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special.union(tokenizer.all_special_ids) - {_number(tokenizer.unk_token_id)}
 
 
 def _find_end(codec: Codec) -> int:
