@@ -215,12 +215,20 @@ def auth_config() -> Path:
 
 
 def allowed_hosts() -> str:
-    """Names under which MLflow may be asked (others it refuses, against DNS rebinding): this machine's and private
+    """Names under which MLflow may be asked (others it refuses, against DNS rebinding): this machine's, and private
     addresses.
     """
-    own = {"localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn()}
+    own = {"localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn(), own_address()}
     private = ["10.*", "192.168.*", *(f"172.{number}.*" for number in range(16, 32))]
     return ",".join([*sorted(own), *(f"{name}:*" for name in sorted(own)), *private])
+
+
+def own_address() -> str:
+    """The address by which this machine speaks to others. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # an address that is nobody's
+        return probe.getsockname()[0]
+    return HOST
 
 
 # --- Their processes --------------------------------------------------------------------------------------------------

@@ -18,14 +18,6 @@ from flows.servers import descendants
 UP = [sys.executable, "-m", "flows.cli", "up"]
 START_SECONDS = 300
 
-PREFECT_FILE = """
-deployments:
-  - name: cpu
-    entrypoint: flows/stage.py:stage
-    work_pool: {name: cpu}
-    schedules: [{cron: "0 3 * * 1", timezone: Europe/Berlin, active: false}]
-"""
-
 
 def free_port() -> int:
     """A port that nobody listens at."""

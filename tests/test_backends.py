@@ -104,14 +104,13 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
     url, bucket = store
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()
-    (home / "prefect.yaml").write_text(control.PREFECT_FILE)
     settings = KEYS | {
         "MLFLOW_BACKEND_STORE_URI": f"postgresql://{postgres}/mlflow",
         "MLFLOW_ARTIFACTS_DESTINATION": "s3://alignflow/artifacts",
         "MLFLOW_S3_ENDPOINT_URL": url,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{postgres}/prefect",
     }
-    deploy = [sys.executable, "-m", "flows.cli", "deploy", "--file", str(home / "prefect.yaml")]
+    deploy = [sys.executable, "-m", "flows.cli", "deploy"]
     environment = {**os.environ, "ALIGNFLOW_HOME": str(home)}
     with control.up(home, "--pool", "cpu", **settings) as (process, where):
         answer = subprocess.run(deploy, env=environment, capture_output=True, text=True)

@@ -47,13 +47,6 @@ def running(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Addresses]]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def prefect_file(home: Path) -> Path:
-    file = home / "prefect.yaml"
-    file.write_text(control.PREFECT_FILE)
-    return file
-
-
 def deployed(where: Addresses) -> dict[str, str]:
     """Kind and name -> id of the pools, deployments and automations on the server."""
     kinds = ("work_pools", "deployments", "automations")
@@ -79,16 +72,16 @@ def test_a_second_one_says_where_the_first_is(
 
 @pytest.mark.slow
 def test_deploying_twice_is_like_once_and_a_worker_takes_a_run_up(
-    home: Path, running: tuple["subprocess.Popen[str]", Addresses], prefect_file: Path, tmp_path: Path
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
 ) -> None:
     _, where = running
-    first = alignflow(home, "deploy", "--file", prefect_file)
+    first = alignflow(home, "deploy")
     assert first.returncode == 0, first.stderr
     assert "stage/cpu on cpu" in first.stdout
     before = deployed(where)
-    second = alignflow(home, "deploy", "--file", prefect_file)
+    second = alignflow(home, "deploy")
     assert second.returncode == 0, second.stderr
-    assert deployed(where) == before and set(before) >= {"deployments cpu", "automations alignflow zombies"}
+    assert deployed(where) == before and set(before) >= {"deployments pipeline", "automations alignflow zombies"}
     assert "created" not in second.stdout and "updated" not in second.stdout
     # through the worker, and from a host that shares nothing but the address
     ended = control.run_stage(home)
