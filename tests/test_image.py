@@ -84,6 +84,8 @@ def test_templates_and_compose_find_what_they_expect(instructions: list[tuple[st
         for name in ("ALIGNFLOW_HOME", "ALIGNFLOW_ROOTS", "DO_NOT_TRACK"):
             assert variables["env"]["default"][name] == set_here[name]
     assert {set_here["ALIGNFLOW_HOME"], set_here["ALIGNFLOW_ROOTS"]} <= owned
+    volumes = pools.read("docker")["variables"]["properties"]["volumes"]["default"]
+    assert {volume.split(":")[1] for volume in volumes} <= owned
     pod = pools.read("kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert str(pod["securityContext"]["fsGroup"]) == dict(last_stage(instructions))["USER"]
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -73,7 +73,6 @@ def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: py
         DockerWorkerJobConfiguration,
         "docker",
         image="alignflow:1",
-        volumes=["/data:/data:ro"],
         env={"PREFECT_API_URL": "http://10.0.0.5:4200/api"},
     )
     with contextlib.closing(docker.DockerClient(base_url="tcp://127.0.0.1:9", version="1.45")) as client:
@@ -82,9 +81,11 @@ def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: py
     assert asked["command"] == "python -P -m flows.job" and asked["image"] == "alignflow:1"
     assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://10.0.0.5:5000"}).items() <= asked["environment"].items()
     host = asked["host_config"]
-    assert host["Binds"] == ["/data:/data:ro"] and host["Init"] is True and host["ShmSize"] == 8 * 2**30
+    assert host["Init"] is True and host["ShmSize"] == 8 * 2**30
     (request,) = host["DeviceRequests"]
-    assert request["Count"] == 1 and request["Capabilities"] == [["gpu"]]
+    assert request["Count"] == -1 and request["Capabilities"] == [["gpu"]]
+    # All containers see all GPUs; the locks by which each takes its own lie where all see them too.
+    assert f"alignflow-devices:{asked['environment']['ALIGNFLOW_DEVICE_LOCKS']}" in host["Binds"]
     assert refuses("docker", shm_size="much") and refuses("docker", gpus=[{"count": -2}])
     assert not refuses("docker", gpus=[]) and not refuses("docker", gpus=[{"count": -1, "capabilities": [["gpu"]]}])
 
