@@ -12,7 +12,7 @@ import docker
 import jsonschema
 import kubernetes_validate
 import pytest
-from docker.models.containers import _create_container_args
+from docker.models.containers import _create_container_args  # type: ignore[attr-defined]
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
@@ -139,7 +139,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectCli
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
         server = servers.prefect_server(servers.port(None, 0, "port"))
-        address = {PREFECT_API_URL: f"{server.url}/api"}
+        address: dict[Any, Any] = {PREFECT_API_URL: f"{server.url}/api"}
         with servers.running([server]), temporary_settings(address), get_client(sync_client=True) as client:
             yield client
 
