@@ -217,7 +217,7 @@ def test_a_job_that_somebody_cancels_comes_back_as_preempted(launched: Path, tmp
     assert said("squeue", "-h", "-o", "%i").split()
     for number in said("squeue", "-h", "-o", "%i").split():
         said("scancel", number)
-    assert process.wait(120) == EXIT_CODES["preempted"]
+    assert process.wait(300) == EXIT_CODES["preempted"]
     assert "ended as CANCELLED" in (tmp_path / "log").read_text()
 
 
