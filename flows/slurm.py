@@ -31,8 +31,10 @@ SAVE_SECONDS = 60
 OPTIONS = {"partition": "partition", "account": "account", "gres": "gres", "cpus": "cpus-per-task", "memory": "mem"}
 OPTIONS |= {"time": "time"}
 RUNNING = {"CONFIGURING", "COMPLETING", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "STAGE_OUT", "SUSPENDED"}
-STOPPED = {"CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
-"""States of a job that was ended from outside: the stage goes on when it is started again."""
+STOPPED = {"CANCELLED", "FORGOTTEN", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
+"""States of a job that was ended from outside, or may have been: the stage goes on when it is started again."""
+SAID = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
+"""Exit codes by which a stage says itself why it stopped."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -62,7 +64,9 @@ def script(options: argparse.Namespace, log: Path) -> str:
     lines = ["#!/bin/bash", "#SBATCH --job-name=alignflow", f"#SBATCH --output={log}", "#SBATCH --open-mode=append"]
     lines += [f"#SBATCH --{OPTIONS[name]}={value}" for name, value in asked(options).items()]
     lines += [f"#SBATCH --signal=TERM@{SAVE_SECONDS}", "#SBATCH --no-requeue"]
-    return "\n".join([*lines, f"exec srun --ntasks=1 --kill-on-bad-exit=1 {shlex.join(options.command)}", ""])
+    step = ["srun", "--ntasks=1", "--kill-on-bad-exit=1"]
+    step += [f"--cpus-per-task={options.cpus}"] if options.cpus else []  # srun takes no notice of the job's own
+    return "\n".join([*lines, f"exec {shlex.join([*step, *options.command])}", ""])
 
 
 @dataclass
@@ -75,20 +79,22 @@ class Job:
     read: int = 0
 
     def state(self) -> tuple[str, int]:
-        """The job's state and exit code. Slurm's controller may be away for a while: then the state is RUNNING."""
+        """The job's state and exit code. Slurm's controller may be away for a while: then the state is RUNNING. Some
+        minutes after a job's end the controller knows nothing of it: then it is FORGOTTEN.
+        """
         answer = subprocess.run(["scontrol", "show", "job", self.number, "-o"], capture_output=True, text=True)
         found = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
         if found is None:
-            return "RUNNING", 0
+            return ("FORGOTTEN" if "Invalid job id" in answer.stderr else "RUNNING"), 0
         return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
 
     def end(self) -> None:
-        """Tell the job to save and end, once; where it has not begun, take it out of the queue."""
+        """Let the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
+        when nobody is left here.
+        """
         if not self.told:
             self.told = True
-            pending = self.state()[0] in ("PENDING", "CONFIGURING")
-            how = [] if pending else ["--signal=TERM"]
-            subprocess.run(["scancel", *how, self.number], check=False)
+            subprocess.run(["scancel", self.number], check=False)
 
     def pass_on(self) -> None:
         """Print what the job has said since the last call."""
@@ -126,10 +132,19 @@ def follow(submitted: Job, stopping: list[int]) -> int:
         if stopping:
             submitted.end()
         time.sleep(POLL_SECONDS)
-    if (state in STOPPED and code not in EXIT_CODES.values()) or (state in STOPPED and code == 0):
-        print(f"warning: Slurm job {submitted.number} ended as {state}", flush=True)
+    print(f"Slurm job {submitted.number} ended as {state}", flush=True)
+    return meaning(state, code, bool(stopping))
+
+
+def meaning(state: str, code: int, stopped: bool) -> int:
+    """The stage's exit code by its job's state and code. Death by SIGTERM is a stop from outside, as is all that comes
+    after one, unless the stage says otherwise.
+    """
+    if state == "COMPLETED" or code in SAID:
+        return code
+    if state in STOPPED or stopped or code == 128 + signal.SIGTERM:
         return EXIT_CODES["preempted"]
-    return code if code in EXIT_CODES.values() else EXIT_CODES["failed"]
+    return EXIT_CODES["failed"]
 
 
 def run_stage(options: argparse.Namespace) -> int:

@@ -1,21 +1,24 @@
 """The work pools' templates, each rendered by the worker that will use it; and the deployments on a real server."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import docker
 import jsonschema
 import kubernetes_validate
 import pytest
+from docker.models.containers import _create_container_args  # type: ignore[attr-defined]
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration
-from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from flows import deploy, pools, preflight, servers
@@ -23,6 +26,8 @@ from tests.test_deployed import wait_for
 
 PREFECT_FILE = Path(deploy.__file__).parent.parent / "deploy" / "prefect.yaml"
 KUBERNETES = "1.31"
+EVERYWHERE = {"ALIGNFLOW_HOME": "/var/lib/alignflow", "ALIGNFLOW_ROOTS": "/inputs", "DO_NOT_TRACK": "1"}
+"""What every container is told, whatever a deployment adds."""
 
 
 def rendered(kind: Any, pool: str, **values: Any) -> Any:
@@ -58,23 +63,35 @@ def test_a_process_runs_the_engine_that_dies_with_its_worker() -> None:
     job = rendered(ProcessJobConfiguration, "slurm", partition="a100", gres="gpu:2", time="1-00:00:00")
     assert job.command.startswith("python -P -m flows.slurm job --partition=a100 --account= --gres=gpu:2")
     assert refuses("slurm", gres="two gpus") and refuses("slurm", cpus=0) and refuses("slurm", time="; rm -r /")
+    assert refuses("slurm", partition="a100 --uid=0") and refuses("slurm", account="$(id)")
     assert not refuses("slurm", gres="gpu:a100:4", time="02:00:00")
 
 
-def test_a_container_gets_gpus_and_shared_memory() -> None:
-    job = rendered(DockerWorkerJobConfiguration, "docker", image="alignflow:1", volumes=["/data:/data:ro"])
-    assert job.command == "python -P -m flows.job" and job.image == "alignflow:1" and job.volumes == ["/data:/data:ro"]
-    made = job.container_create_kwargs
-    assert made["shm_size"] == "8g" and made["init"] is True
-    from docker.types import HostConfig
-
-    host = HostConfig(version="1.45", shm_size=made["shm_size"], device_requests=made["device_requests"])
-    assert host["DeviceRequests"][0]["Count"] == 1 and host["DeviceRequests"][0]["Capabilities"] == [["gpu"]]
-    assert host["ShmSize"] == 8 * 2**30
+def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.5:5000")
+    job = rendered(
+        DockerWorkerJobConfiguration,
+        "docker",
+        image="alignflow:1",
+        env={"PREFECT_API_URL": "http://10.0.0.5:4200/api"},
+    )
+    with contextlib.closing(docker.DockerClient(base_url="tcp://127.0.0.1:9", version="1.45")) as client:
+        settings = DockerWorker(work_pool_name="docker")._build_container_settings(client, job)
+    asked = _create_container_args({**settings, "version": "1.45"})  # what the worker's library sends to the engine
+    assert asked["command"] == "python -P -m flows.job" and asked["image"] == "alignflow:1"
+    assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://10.0.0.5:5000"}).items() <= asked["environment"].items()
+    host = asked["host_config"]
+    assert host["Init"] is True and host["ShmSize"] == 8 * 2**30
+    (request,) = host["DeviceRequests"]
+    assert request["Count"] == -1 and request["Capabilities"] == [["gpu"]]
+    # All containers see all GPUs; the locks by which each takes its own lie where all see them too.
+    assert f"alignflow-devices:{asked['environment']['ALIGNFLOW_DEVICE_LOCKS']}" in host["Binds"]
     assert refuses("docker", shm_size="much") and refuses("docker", gpus=[{"count": -2}])
+    assert not refuses("docker", gpus=[]) and not refuses("docker", gpus=[{"count": -1, "capabilities": [["gpu"]]}])
 
 
-def test_a_kubernetes_job_is_valid_and_has_what_training_needs() -> None:
+def test_a_kubernetes_job_is_valid_and_has_what_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     toleration = {"key": "pool", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
     job = rendered(
         KubernetesWorkerJobConfiguration,
@@ -84,7 +101,7 @@ def test_a_kubernetes_job_is_valid_and_has_what_training_needs() -> None:
         gpus=4,
         node_selector={"gpu": "a100"},
         tolerations=[toleration],
-        env={"MLFLOW_TRACKING_URI": "http://mlflow:5000"},
+        env={"PREFECT_API_URL": "http://prefect:4200/api"},
         env_from=[{"secretRef": {"name": "alignflow"}}],
     )
     manifest = job.job_manifest
@@ -97,7 +114,10 @@ def test_a_kubernetes_job_is_valid_and_has_what_training_needs() -> None:
     assert shm["emptyDir"]["medium"] == "Memory"
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
     assert container["envFrom"] == [{"secretRef": {"name": "alignflow"}}]
-    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow:5000"} in container["env"]
+    told = {one["name"]: one["value"] for one in container["env"]}
+    addresses = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "PREFECT_API_URL": "http://prefect:4200/api"}
+    assert (EVERYWHERE | addresses).items() <= told.items()
+    assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": 10001}
     assert container["args"] == ["python", "-P", "-m", "flows.job"]
     assert manifest["spec"]["backoffLimit"] == 0  # Prefect starts it again, not Kubernetes
     assert manifest["metadata"]["namespace"] == "training"
@@ -149,5 +169,6 @@ def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
     def scheduled() -> list[FlowRun]:
         return [run for run in prefect.read_flow_runs() if run.deployment_id == there["retrain"].id]
 
+    # Newer versions of what the server stands on break its scheduler without a word.
     wait_for(scheduled, 120, lambda: "the scheduler creates no runs")
     assert all(run.auto_scheduled and run.expected_start_time.hour == 3 for run in scheduled())  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows import runner, slurm
-from schemas.stage import EXIT_CODES, STAGES, Request
+from schemas.stage import EXIT_CODES, STAGES, Request, Status
 from stages import tracking
 from tests.control import free_port
 
@@ -69,8 +69,31 @@ def test_the_batch_script() -> None:
         "#SBATCH --time=12:00:00",
         "#SBATCH --signal=TERM@60",
         "#SBATCH --no-requeue",
-        "exec srun --ntasks=1 --kill-on-bad-exit=1 python -P -m stages sft '/home/ask one/request.json'",
+        "exec srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=8 "
+        "python -P -m stages sft '/home/ask one/request.json'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "stopped", "status"),
+    [
+        ("COMPLETED", 0, False, "done"),
+        ("FAILED", 65, False, "refused"),
+        ("FAILED", 70, False, "diverged"),
+        ("FAILED", 75, False, "preempted"),  # told at its time limit, or by a stop, it has saved
+        ("FAILED", 1, False, "failed"),
+        ("OUT_OF_MEMORY", 125, False, "failed"),
+        ("TIMEOUT", 0, False, "preempted"),
+        ("PREEMPTED", 1, False, "preempted"),
+        ("NODE_FAIL", 1, False, "preempted"),
+        ("FORGOTTEN", 0, False, "preempted"),
+        ("CANCELLED", 70, True, "diverged"),
+        ("FAILED", 143, False, "preempted"),  # SIGTERM came before the stage could take it
+        ("FAILED", 1, True, "preempted"),  # as torchrun ends when it is stopped
+    ],
+)
+def test_what_a_job_s_end_means(state: str, code: int, stopped: bool, status: Status) -> None:
+    assert slurm.meaning(state, code, stopped) == EXIT_CODES[status]
 
 
 # --- A real Slurm -----------------------------------------------------------------------------------------------------
@@ -166,7 +189,8 @@ def test_stopping_the_launcher_ends_the_job(how: signal.Signals, launched: Path,
     marker = tmp_path / "ended"
     script = tmp_path / "work.sh"
     script.write_text(
-        f"#!/bin/bash\ntrap 'echo saved > {marker}; exit 75' TERM\necho begun\nwhile true; do sleep 0.1; done\n"
+        f"#!/bin/bash\ntrap 'sleep 2; echo saved > {marker}; exit 75' TERM\n"
+        "echo begun\nwhile true; do sleep 0.1; done\n"
     )
     command = [*LAUNCHER, "--partition=training", "--cpus=1", "--", "bash", str(script)]
     # A parent of its own, as a flow run is one: killed without a word, it takes the launcher along.
@@ -207,3 +231,18 @@ def test_two_ranks_train_in_a_job(
     assert result.status == "done", result.error
     run = tracking.client().get_run(str(result.run_id))
     assert run.data.metrics["train/loss"] > 0 and run.data.params["max_steps"] == "3"
+
+
+# Last: on a busy machine Slurm may drain the node of a job that is slow to die.
+@pytest.mark.slow
+def test_a_job_that_somebody_cancels_comes_back_as_preempted(launched: Path, tmp_path: Path) -> None:
+    # It takes no notice of SIGTERM, so that Slurm has to kill it, as at a time limit.
+    command = [*LAUNCHER, "--partition=training", "--cpus=1", "--", "bash", "-c", "trap '' TERM; echo begun; sleep 300"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    until(lambda: "begun" in (tmp_path / "log").read_text(), 60, "the job does not begin")
+    assert said("squeue", "-h", "-o", "%i").split()
+    for number in said("squeue", "-h", "-o", "%i").split():
+        said("scancel", number)
+    assert process.wait(300) == EXIT_CODES["preempted"]
+    assert "ended as CANCELLED" in (tmp_path / "log").read_text()
