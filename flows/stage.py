@@ -28,7 +28,9 @@ def stage(request: Request) -> State[Any]:
     """
     runner.begin()
     try:
-        check_request_roots(request, deployed=bool(deployment.id))
+        if deployment.id:
+            check_request_roots(request, deployed=True)
+            preflight.check_experiment(tracking.experiment_name(request), placed=True)
         if request.stage in devices.TAKE_DEVICES:
             preflight.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
         log = get_run_logger()

@@ -128,6 +128,7 @@ def test_a_kubernetes_job_of_defaults_is_valid_and_bad_values_are_refused() -> N
     kubernetes_validate.validate(job.job_manifest, KUBERNETES, strict=True)
     assert refuses("kubernetes", gpus=-1) and refuses("kubernetes", gpus="two")
     assert refuses("kubernetes", image_pull_policy="Sometimes")
+    assert refuses("kubernetes", gpu=2)  # mistyped: it would have got the default without a word
 
 
 # --- On a server ------------------------------------------------------------------------------------------------------
