@@ -278,7 +278,9 @@ def local_prefect() -> Iterator[None]:
     quieten()
     if PREFECT_API_URL.value():
         refuse_no_server()
-        patience = {} if "PREFECT_CLIENT_MAX_RETRIES" in os.environ else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        patience: dict[Any, Any] = (
+            {} if "PREFECT_CLIENT_MAX_RETRIES" in os.environ else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        )
         with temporary_settings(patience):
             yield
         return

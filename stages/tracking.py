@@ -615,10 +615,11 @@ class Journal:
         with self._guard:
             for name, value in values.items():
                 point = (acceptable_name(name), float(value), step or 0, when)
-                known, finite = self._seen.get(point[::2]), math.isfinite(value)
+                place, finite = (point[0], point[2]), math.isfinite(value)
+                known = self._seen.get(place)
                 if step is not None and known is not None and (known or not finite):
                     continue
-                self._seen[point[::2]] = finite
+                self._seen[place] = finite
                 # repr: NaN and infinity are no JSON numbers
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)

@@ -93,7 +93,8 @@ def make_deterministic() -> None:
     """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # only costs: nothing here reads such memory
+        # Filling what nothing here reads only costs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Loop:
