@@ -12,6 +12,8 @@ from stages.parent import die_with_parent
 
 HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is marked Crashed (deploy/automations.yaml)
 
+RETRIES = "7"  # about four minutes in which the server may be away
+
 
 def main() -> None:
     """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
@@ -20,6 +22,7 @@ def main() -> None:
     if roots:
         os.chdir(roots.split(os.pathsep)[0])
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from prefect import flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import pipeline, registry, runner, settings
 from flows.plan import candidate, plan, promotion
 from flows.registry import Version
+from flows.roots import check_source
 from schemas.config import PipelineConfig, PromoteConfig
 from schemas.decision import Decision
 from schemas.stage import STAGES, Artifact, Request, Result, StageError
@@ -81,6 +82,8 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     """
     runner.begin()
     try:
+        if deployment.id and source not in settings.presets():
+            check_source(source, deployed=True)
         config = settings.load(source, overrides)
         outcome = retrained(config, str(flow_run.id), force)
     except StageError as error:

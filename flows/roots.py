@@ -16,6 +16,8 @@ from schemas.config import ModelConfig, PipelineConfig, RewardJudge
 from schemas.stage import Problem, Request
 
 VARIABLE = "ALIGNFLOW_ROOTS"
+KEYS = "ALIGNFLOW_API_KEYS"
+"""Names of variables, with commas between them, that a deployed config may use as an endpoint's key."""
 NAME = r"[A-Za-z0-9_][\w.-]*"
 HUB_MODEL, HUB_DATASET = re.compile(f"{NAME}/{NAME}", re.ASCII), re.compile(f"{NAME}(/{NAME})?", re.ASCII)
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
@@ -32,19 +34,43 @@ def declared() -> list[Path]:
 
 def check_roots(config: PipelineConfig, *, deployed: bool = False) -> None:
     """Raise StageError, kind "config", for paths outside the declared roots. Does nothing when none are declared,
-    unless the run is `deployed`: then no local path may be named at all."""
-    _check(list(paths_of_config(config)), deployed)
+    unless the run is `deployed`: then no local path may be named at all, and no variable as a key for an endpoint that
+    ALIGNFLOW_API_KEYS does not name."""
+    judges = {f"{field}.judge": part.judge for field in ("evaluate", "generate") if (part := getattr(config, field))}
+    keys = [(f"{field}.api_key_env", getattr(judge, "api_key_env", None)) for field, judge in judges.items()]
+    _check(list(paths_of_config(config)), keys, deployed)
 
 
 def check_request_roots(request: Request, *, deployed: bool = False) -> None:
     """The same for the parameters and the inputs of a single stage."""
-    _check(list(paths_of_request(request)), deployed)
+    judge = request.params.get("judge")
+    key = judge.get("api_key_env") if isinstance(judge, dict) else None
+    _check(list(paths_of_request(request)), [("params.judge.api_key_env", key)], deployed)
 
 
-def _check(paths: Sequence[Named], deployed: bool) -> None:
+def check_source(source: str, *, deployed: bool = False) -> None:
+    """The same for the config file that a deployed run is told to read."""
+    _check([("source", source, source)], [], deployed)
+
+
+def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed: bool) -> None:
     roots = declared()
-    if (roots or deployed) and (problems := outside_roots(paths, roots)):
+    problems = outside_roots(paths, roots) if roots or deployed else []
+    if deployed:
+        problems += undeclared_keys(keys)
+    if problems:
         raise refusal(problems)
+
+
+def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
+    """A problem per variable that would go to an address of the config's choice, and that nobody has declared."""
+    allowed = os.environ.get(KEYS, "").split(",")
+    mend = f"name it in {KEYS} where the worker starts"
+    return [
+        problem("a deployed run may send no variable that is not declared.", field, str(key), mend)
+        for field, key in keys
+        if key is not None and key not in allowed
+    ]
 
 
 def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem]:

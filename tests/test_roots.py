@@ -251,3 +251,25 @@ def test_parameters_of_requests(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     roots.check_request_roots(request("validate", data, source="/etc/passwd"))
     with pytest.raises(StageError, match="ALIGNFLOW_ROOTS"):
         roots.check_request_roots(request("sft", model=str(root / "model")), deployed=True)
+
+
+def test_a_deployed_config_sends_no_undeclared_variable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = {"judge": "endpoint", "url": "http://example.org", "model": "m", "api_key_env": "AWS_SECRET_ACCESS_KEY"}
+    checked, asked = config(evaluate={"judge": judge}), request("evaluate", {"judge": judge})
+    roots.check_roots(checked)  # from the command line it is the user's own
+    for check, field in (
+        (lambda: roots.check_roots(checked, deployed=True), "evaluate"),
+        (lambda: roots.check_request_roots(asked, deployed=True), "params"),
+    ):
+        with pytest.raises(StageError, match=f"{field}.judge.api_key_env = AWS_SECRET_ACCESS_KEY"):
+            check()
+    monkeypatch.setenv(roots.KEYS, "OTHER,AWS_SECRET_ACCESS_KEY")
+    roots.check_roots(checked, deployed=True)
+    roots.check_request_roots(asked, deployed=True)
+
+
+def test_a_deployed_run_reads_no_config_from_elsewhere(root: Path) -> None:
+    (root / "my.yaml").touch()
+    roots.check_source(str(root / "my.yaml"), deployed=True)
+    with pytest.raises(StageError, match="source = /etc/hostname"):
+        roots.check_source("/etc/hostname", deployed=True)
