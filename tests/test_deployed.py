@@ -336,7 +336,7 @@ def test_a_scheduled_run_fires_at_its_time_and_finishes(plant: Plant) -> None:
         return [run for run in runs if run.state is not None and not run.state.is_scheduled()]
 
     wait_for(fired, 200, plant.story)
-    plant.prefect.set_deployment_paused_state(deployment_id, True)
+    plant.prefect.pause_deployment(deployment_id)
     (run, *_) = fired()
     ended = plant.ended(run.id)
     assert ended.state is not None and ended.state.is_completed(), plant.story()
