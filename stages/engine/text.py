@@ -128,7 +128,8 @@ class Codec:
             return []
         chats = [[dict(message) for message in messages] for messages in conversations]
         try:
-            return list(self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            return list(map(str, texts))
         except TemplateError:
             return [self._render_or_refusal(messages) for messages in conversations]
 
