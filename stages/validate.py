@@ -521,7 +521,7 @@ def run(request: Request, run: "StageRun") -> dict[str, float]:
     """Inputs: source (the file), model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
     from stages.engine.text import Codec
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the runner has it off for stages that load data in processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the runner turns it off; this stage tokenizes large batches
     params = ValidateParams.model_validate(request.params)
     _refuse_moving_dataset(params)
     if run.has("source"):

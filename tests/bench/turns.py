@@ -36,7 +36,7 @@ class Turns:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def done(self, **found: Any) -> None:
-        """Stop the clocks and answer. CPU seconds, of all threads, hardly depend on what else the machine does."""
+        """Stop the clocks and answer. CPU seconds, of all threads, depend less on what else the machine does."""
         seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.cpu_began
         found |= {"seconds": seconds, "cpu": cpu, "memory": peak_memory()}
         self.answers.write(json.dumps(found) + "\n")

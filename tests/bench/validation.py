@@ -2,7 +2,7 @@
 
     python -m tests.bench.validation [--rows 200000,1000000,5000000] [--model FOLDER] [--tokenized 200000,1000000]
 
-Rows are pairs of made-up text, about 450 bytes each. Seconds, rows per second and the process's peak memory.
+Rows are pairs of made-up text, about 335 bytes each. Seconds, rows per second and the process's peak memory.
 """
 
 import argparse
