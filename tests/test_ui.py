@@ -74,7 +74,7 @@ def write_pairs(file: Path) -> None:
             lines.write(json.dumps({"prompt": prompt, "chosen": notes[-1], "rejected": notes[0]}) + "\n")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Sweep]:
     folder = tmp_path_factory.mktemp("ui")
     shutil.copy(database, folder / "mlflow.db")
