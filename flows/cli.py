@@ -3,6 +3,7 @@
 Imports of Prefect, MLflow and pydantic stand inside the commands: together they take seconds, and help should not.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -448,6 +449,7 @@ def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
     from schemas.stage import EXIT_CODES, StageError
 
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # read when Prefect is imported
     try:
         app()
     except StageError as error:

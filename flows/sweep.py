@@ -35,6 +35,7 @@ def load(
     grid = itertools.product(method_names(methods), numbers("--beta", betas, float), numbers("--seeds", seeds, int))
     align = {f"{method}-{beta:.15g}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid}
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
+    raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
     return settings.checked(raw)
 
 

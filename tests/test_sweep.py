@@ -77,6 +77,10 @@ def test_what_cannot_be_swept_is_named(arguments: tuple[str, ...], words: str) -
     assert str(caught.value).startswith(words)
 
 
+def test_a_config_that_promotes_can_be_swept() -> None:
+    assert swept("dpo", "0.1", "0,1", "promote.candidate=dpo").promote is None
+
+
 def test_a_seed_changes_the_alignment_run_alone() -> None:
     one, both = nodes(swept("dpo,ppo", "0.1", "1")), nodes(swept("dpo,ppo", "0.1", "0,1"))
     assert {name for name in one if one[name] != both[name]} == {"compare"}
