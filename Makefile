@@ -54,6 +54,7 @@ clean:  ## remove the environment and caches; results in .alignflow stay
 
 # torch comes first and alone: what pip picks for it (CPU or CUDA) is then kept by the second line.
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv: a few minutes, in which pip says nothing."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[sentiment,dev]'

@@ -65,12 +65,12 @@ def run(
     from flows import settings
 
     checked = settings.load(config, overrides)
+    use_servers(checked)
     if dry_run:
         from flows.outlook import outlook
 
         print(outlook(checked))
         return
-    use_servers(checked)
     from flows import pipeline
 
     pipeline.run(checked)
@@ -166,12 +166,12 @@ def sweep(
     from flows import sweep as sweeping
 
     checked = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    use_servers(checked)
     if dry_run:
         from flows.outlook import outlook
 
         print(outlook(checked))
         return
-    use_servers(checked)
     from flows import pipeline
 
     print(sweeping.tokens_line(checked, pipeline.run(checked)))
@@ -422,10 +422,13 @@ def submit(
 
 
 def use_servers(config: "PipelineConfig") -> None:
-    """Let a run whose stages are placed on work pools use the servers of `alignflow up`."""
-    from flows.addresses import adopt
+    """Let a run use the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its
+    experiment's artifacts lie behind MLflow's server.
+    """
+    from flows.addresses import adopt, found
+    from stages import tracking
 
-    if config.pools:
+    if found() is not None and (config.pools or tracking.behind_server(config.name)):
         adopt()
 
 

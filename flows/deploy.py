@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows import automations, pools, preflight
@@ -28,13 +30,27 @@ def deploy(prefect_file: Path | None = None) -> None:
     preflight.check_schedules(prefect_file)
     found = preflight.deployments(prefect_file)
     with get_client(sync_client=True) as client:
+        check_pool_names(client, found)
         for pool in pools.templates():
             print(f"work pool   {pool}: {pools.apply(client, pool)}", flush=True)
-    preflight.check_pools([name for one in found if (name := (one.get("work_pool") or {}).get("name"))], workers=False)
     create_deployments(prefect_file)
     say_deployments({str(one.get("name")) for one in found})
     for name in automations.apply():
         print(f"automation  {name}")
+
+
+def check_pool_names(client: SyncPrefectClient, found: list[dict[str, Any]]) -> None:
+    """Raise StageError for a deployment on a pool that neither is there nor has a template."""
+    known = {*pools.templates(), *(pool.name for pool in client.read_work_pools())}
+    for one in found:
+        name = (one.get("work_pool") or {}).get("name")
+        if name is not None and name not in known:
+            field = f"deployments[{one.get('name')}].work_pool.name"
+            near = get_close_matches(name, known, 1)
+            mend = (
+                f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}, or create it first"
+            )
+            raise StageError("there is no such work pool.", kind="pool", field=field, value=name, mend=mend)
 
 
 def create_deployments(prefect_file: Path) -> None:

@@ -144,6 +144,10 @@ def lineage(what: str) -> Item:
         StageError: there is neither model nor data of that name or digest.
     """
     graph = Graph()
+    looks_like_a_file = "/" in what and not what.startswith(("models:/", "runs:/"))
+    if looks_like_a_file and not Path(what).expanduser().exists():
+        mend = "give a data file, a sha256, models:/NAME@ALIAS, or a model of the last run"
+        raise StageError("there is no such file.", kind="lineage", field="WHAT", value=what, mend=mend)
     if Path(what).expanduser().is_file():
         return forward(graph, tracking.digest(Path(what).expanduser()), what)
     if re.fullmatch(r"[0-9a-f]{8,64}", what):

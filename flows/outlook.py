@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from flows import estimate
+from flows import estimate, preflight
 from flows.pipeline import Outlook, dry_run
 from flows.plan import Node
 from schemas.config import PipelineConfig, ValidateParams
@@ -17,6 +17,7 @@ STATES = {"reused": "reused", "run": "run", "unknown": "run *"}
 
 def outlook(config: PipelineConfig) -> str:
     """The outlook as text, one line per stage."""
+    preflight.check_experiment(config.name, placed=bool(config.pools))
     outlooks = dry_run(config)
     nodes = {one.node.name: one for one in outlooks}
     memory = estimate.memory(config)

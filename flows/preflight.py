@@ -170,7 +170,8 @@ def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
     if pool.is_paused:
         log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
     if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
-        log.warning("no worker serves work pool %s: its runs wait. Start one: alignflow up --pool %s", name, name)
+        how = "alignflow up --pool" if pool.type == "process" else "prefect worker start --pool"
+        log.warning("no worker serves work pool %s: its runs wait. Start one: %s %s", name, how, name)
 
 
 # --- Schedules --------------------------------------------------------------------------------------------------------

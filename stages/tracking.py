@@ -261,6 +261,12 @@ def experiment(name: str) -> str:
         return found.experiment_id
 
 
+def behind_server(name: str) -> bool:
+    """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
+    found = retrying(lambda: client().get_experiment_by_name(name))
+    return found is not None and str(found.artifact_location).startswith("mlflow-artifacts:")
+
+
 # --- Artifacts --------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows import deploy, pools, preflight, servers
+from flows import deploy, pools, preflight, servers, settings
+from flows.plan import candidate
 from tests.test_deployed import wait_for
 
 PREFECT_FILE = Path(deploy.__file__).parent.parent / "deploy" / "prefect.yaml"
@@ -152,6 +153,8 @@ def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
     declared = preflight.deployments(PREFECT_FILE)
     for one in declared:
         assert load_flow_from_entrypoint(one["entrypoint"]).name == one["entrypoint"].split(".")[1]
+    (asked,) = (one["parameters"] for one in declared if one["name"] == "retrain")
+    assert candidate(settings.load(asked["source"], asked["overrides"])) == "dpo"  # it runs as it is shipped
     # As a user does it: their own file, with the schedule on.
     file = tmp_path / "prefect.yaml"
     file.write_text(PREFECT_FILE.read_text().replace("active: false", "active: true"))

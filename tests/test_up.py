@@ -128,6 +128,28 @@ def test_checks_name_pool_worker_and_experiment(
 
 
 @pytest.mark.slow
+def test_a_run_finds_the_server_that_keeps_its_experiment(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, where = running
+    answer = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=30)
+    answer.raise_for_status()
+    looked = alignflow(home, "run", "demo", "--set", "name=kept", "--dry-run")
+    assert looked.returncode == 0 and "15 stages" in looked.stdout, looked.stderr
+
+
+@pytest.mark.slow
+def test_a_mistyped_pool_is_named_before_anything_is_deployed(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
+) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text("deployments: [{name: gpu, entrypoint: flows.stage.stage, work_pool: {name: gpuu}}]")
+    refused = alignflow(home, "deploy", "--file", file)
+    assert refused.returncode == EXIT_CODES["refused"] and not refused.stdout
+    assert "deployments[gpu].work_pool.name = gpuu" in refused.stderr and "'gpu'" in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses]
 ) -> None:
