@@ -250,14 +250,14 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
     if skipped:
         logger.warning("not done: %s", ", ".join(skipped))
     text = ""
-    if "compare" in results:
+    if "compare" in results and any(node.name == "compare" for node in nodes):
         table = tracking.fetch(results["compare"].outputs["comparison"]) / "table.txt"
         text = table.read_text().rstrip() if table.exists() else ""
         if results["compare"].reused and text:  # a stage that ran has said it
             logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
     runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
-    found = [run for run in runs if run]
+    found = [run for run in runs if run] if len(runs) > 1 else []  # one alone is beside nothing
     pages = {"metrics": tracking.compare_link(found), "answers": tracking.compare_link(found, "ARTIFACT")}
     links = {what: link for what, link in pages.items() if link}
     for what, link in links.items():
