@@ -79,6 +79,19 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     assert again["both"].key != results["both"].key
 
 
+def test_a_stage_that_is_killed_is_started_again_and_goes_on(
+    prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    planned[:] = [fake("dies", steps=4, die_at=2)]
+    results = pipeline.run(config())
+    assert results["dies"].status == "done" and results["dies"].metrics["resumed/at"] == 1.0
+    assert "was killed by SIGKILL" in caplog.text and "Started again, try 2 of 3" in caplog.text
+    (run,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'dies'")
+    history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in history) == [0, 1, 2, 3]
+
+
 def test_log_lines_reach_prefect(prefect: SyncPrefectClient, planned: list[Node]) -> None:
     planned[:] = [fake("only")]
     pipeline.run(config())
