@@ -132,9 +132,9 @@ def test_a_run_finds_the_server_that_keeps_its_experiment(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, where = running
-    answer = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=30)
+    answer = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "found-again"}, timeout=30)
     answer.raise_for_status()
-    looked = alignflow(home, "run", "demo", "--set", "name=kept", "--dry-run")
+    looked = alignflow(home, "run", "demo", "--set", "name=found-again", "--dry-run")
     assert looked.returncode == 0 and "15 stages" in looked.stdout, looked.stderr
 
 
