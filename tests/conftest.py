@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
     from tests.whole import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +99,22 @@ def shared() -> Path:
 def tinystories(shared: Path) -> Path:
     """The folder of the 260k-parameter TinyStories model."""
     return shared / "models" / "tinystories-260k"
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectClient]":
+    """One Prefect server for all tests of a file, as `alignflow run` starts it, and a client for it."""
+    from prefect.client.orchestration import get_client
+
+    from flows import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
+        with pipeline.local_prefect(), get_client(sync_client=True) as client:
+            yield client
+
+
+@pytest.fixture(scope="module")
+def server(prefect: "SyncPrefectClient") -> str:
+    """The address of that server."""
+    return str(prefect.api_url).rstrip("/")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -18,6 +19,7 @@ import torch
 from schemas import methods
 from schemas.config import RewardConfig, SFTConfig
 from schemas.training import Training
+from stages import __main__ as entry
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
 from stages.align.ppo import PPO
@@ -123,3 +125,10 @@ def killed_after(seconds: float, call: Callable[..., None], *arguments: object) 
     process.join(seconds)
     process.kill()
     return ended(process)
+
+
+def whole_stage(home: Path, request: Path) -> None:
+    """The stage's own entry point, in this process."""
+    os.environ["ALIGNFLOW_HOME"] = str(home)
+    os.environ.pop("ALIGNFLOW_PARENT", None)
+    sys.exit(entry.main([json.loads(request.read_text())["stage"], str(request)]))

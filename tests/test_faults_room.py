@@ -1,12 +1,9 @@
 """Running out: of disk, of memory, of sane numbers. The error has a name, and what was good is kept."""
 
 import contextlib
-import json
-import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +13,13 @@ from schemas import methods
 from schemas.config import BaseParams, Scratch, SFTConfig
 from schemas.stage import EXIT_CODES, STAGES, Artifact, Request, Result
 from schemas.training import Training
-from stages import __main__ as entry
 from stages import tracking
 from stages.base import build
 from stages.engine import demo, loop
 from stages.engine.models import load_scorer, save_scorer
 from stages.engine.text import Codec
 from tests import tiny
-from tests.faults import run
+from tests.faults import run, whole_stage
 
 WIDE = Scratch(hidden_size=192, layers=2, heads=4, intermediate_size=768, max_length=64)
 
@@ -61,13 +57,6 @@ def result_of(request: Path) -> Result:
 
 
 # --- what children do ---
-
-
-def whole_stage(home: Path, request: Path) -> None:
-    """The stage's own entry point, in this process."""
-    os.environ["ALIGNFLOW_HOME"] = str(home)
-    os.environ.pop("ALIGNFLOW_PARENT", None)
-    sys.exit(entry.main([json.loads(request.read_text())["stage"], str(request)]))
 
 
 def disk_fills_up(home: Path, request: Path) -> None:

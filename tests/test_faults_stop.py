@@ -1,10 +1,8 @@
 """A training stage that is told to stop, or whose numbers go bad: its exit code, what it keeps, what MLflow shows."""
 
-import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,13 @@ from schemas import methods
 from schemas.config import SFTConfig
 from schemas.stage import EXIT_CODES, STAGES, Artifact, Request, Result
 from schemas.training import Training
-from stages import __main__ as entry
 from stages import tracking
 from stages.align import ppo
 from stages.engine import checkpoint, loop
 from stages.engine.models import load_scorer, save_scorer
 from stages.engine.text import Codec
 from tests import tiny
-from tests.faults import run
+from tests.faults import run, whole_stage
 
 AT = 3  # steps that are done when the fault comes
 
@@ -70,13 +67,6 @@ def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 # --- what children do ---
-
-
-def whole_stage(home: Path, request: Path) -> None:
-    """The stage's own entry point, in this process."""
-    os.environ["ALIGNFLOW_HOME"] = str(home)
-    os.environ.pop("ALIGNFLOW_PARENT", None)
-    sys.exit(entry.main([json.loads(request.read_text())["stage"], str(request)]))
 
 
 def terminated_in_a_step(home: Path, request: Path) -> None:

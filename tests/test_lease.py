@@ -5,26 +5,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL
 
 from flows import lease as leases
-from flows import pipeline, runner
+from flows import runner
 from flows.lease import STAGE_NAMES, lease, stage_lease
 from schemas.stage import StageError
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with pipeline.local_prefect():
-            yield str(PREFECT_API_URL.value())
 
 
 @pytest.fixture

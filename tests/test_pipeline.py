@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 
 from flows import pipeline, runner
 from flows.plan import Node
@@ -18,15 +18,6 @@ from schemas.stage import EXIT_CODES, STAGES, Artifact, Result, StageError
 from stages import tracking
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_stages.py"))]
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
-    """One Prefect server for all tests here, as `run` starts it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with pipeline.local_prefect(), get_client(sync_client=True) as client:
-            yield client
 
 
 def config(**more: Any) -> PipelineConfig:

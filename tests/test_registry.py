@@ -4,13 +4,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_API_URL
 
-from flows import pipeline, registry, servers
+from flows import registry, servers
 from schemas.stage import Artifact, Request, StageError
 from stages import tracking
 from stages.tracking import StageRun
@@ -226,14 +224,6 @@ def check_one_winner(said: list[str]) -> None:
 def test_two_racing_promotions_leave_one_winner(models: list[tuple[Artifact, str]], tmp_path: Path) -> None:
     settle(models[0], None)
     check_one_winner(race(models, tmp_path, {}, {}))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with pipeline.local_prefect():
-            yield str(PREFECT_API_URL.value())
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 
-from flows import lineage, pipeline, registry, retrain, settings
+from flows import lineage, registry, retrain, settings
 from flows.plan import plan, promotion
 from schemas.config import PipelineConfig
 from schemas.stage import StageError
@@ -125,14 +125,6 @@ def test_data_settings_and_gate_count_and_places_do_not(tmp_path: Path) -> None:
 
 
 # --- From end to end ---
-
-
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with pipeline.local_prefect(), get_client(sync_client=True) as client:
-            yield client
 
 
 def states(prefect: SyncPrefectClient) -> list[tuple[str, str]]:
