@@ -14,8 +14,9 @@ from schemas.stage import StageError
 from schemas.training import LoRA, Training
 from stages.engine import logprobs
 from stages.engine.batch import Batch, collate
+from stages.engine.cpu import threads_for
 from stages.engine.logprobs import linear_logps
-from stages.engine.models import load_policy, load_scorer, save_policy, save_scorer, sums, threads_for
+from stages.engine.models import load_policy, load_scorer, save_policy, save_scorer, sums
 
 PAD = 2
 LORA = Training(lora=LoRA(rank=4, alpha=8))
@@ -149,9 +150,9 @@ def test_sums_are_per_answer(batch: Batch) -> None:
 
 def test_small_models_get_one_thread(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(llama)
-    monkeypatch.setattr("stages.engine.models._DEFAULT_THREADS", 8)
+    monkeypatch.setattr("stages.engine.cpu._DEFAULT_THREADS", 8)
     assert torch.get_num_threads() == threads_for(policy) == 1
-    monkeypatch.setattr("stages.engine.models.SMALL", 10)
+    monkeypatch.setattr("stages.engine.cpu.SMALL", 10)
     assert threads_for(policy) == 8
 
 

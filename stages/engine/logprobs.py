@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stages.engine.cpu import product_for
+
 CHUNK = 2**23
 """Logits of one chunk: 32 MB in float32."""
 
@@ -42,7 +44,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits_RV = (hidden_RD @ weight_VD.T).float()
+    logits_RV = product_for(weight_VD)(hidden_RD, weight_VD).float()
     return logits_RV if bias_V is None else logits_RV.add_(bias_V.float())
 
 
@@ -92,7 +94,7 @@ class _LinearLogps(torch.autograd.Function):
                 bias_grad_V += grad_RV.sum(0)
             grad_RV = grad_RV.to(ctx.dtype)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[rows] = grad_RV @ low_VD
+                hidden_grad_ND[rows] = product_for(low_VD)(grad_RV, low_VD.T)
             if weight_grad_VD is not None:
                 _add_product(weight_grad_VD, grad_RV.T, low_ND[rows])
         weight_grad = None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype)

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from schemas.stage import StageError
 from schemas.training import LoRA, Training
-from stages.engine import attention
+from stages.engine import attention, cpu
 from stages.engine.batch import Batch, Layout, Tree, collate, tree_tokens
 from stages.engine.logprobs import linear_logps
 
@@ -58,10 +58,6 @@ TREE_TYPES = frozenset(
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
-SMALL = 5_000_000
-"""Parameters below which one thread is fastest."""
-_DEFAULT_THREADS = torch.get_num_threads()
-_threads = 1
 
 
 class Output(NamedTuple):
@@ -150,7 +146,7 @@ class Policy(_Trunk):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The head works at `predict_N` alone; models with more than a linear head make their own logits."""
         head = self.plain.get_output_embeddings()
-        if type(head) is nn.Linear and self.plain.config.model_type in TREE_TYPES:
+        if type(head) is cpu.Linear and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
             given = (hidden_ND, head.weight, head.bias, batch.labels_N)
             return *linear_logps(*given, entropy=entropy, temperature=temperature), hidden_ND
@@ -309,18 +305,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def threads_for(model: nn.Module) -> int:
-    """Threads to compute with: one for a small model, else what torch would take."""
-    return 1 if sum(p.numel() for p in model.parameters()) < SMALL else _DEFAULT_THREADS
-
-
-def _use_threads(model: nn.Module) -> None:
-    """As many threads as the largest model that this process has loaded wants."""
-    global _threads
-    _threads = max(_threads, threads_for(model))
-    torch.set_num_threads(_threads)
-
-
 def _load(
     folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), **kwargs: Any
 ) -> PreTrainedModel:
@@ -398,7 +382,7 @@ def _dropouts(config: PretrainedConfig) -> dict[str, float]:
 
 def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: int) -> ModelT:
     """Adapters, gradient checkpointing, frozen or not, device."""
-    _use_threads(model)
+    cpu.get_ready(model)
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         return model.requires_grad_(False).eval().to(device())
