@@ -19,7 +19,6 @@ QUIET = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # whose turn it is not, leaves the cores alone
 }
 
 
