@@ -132,7 +132,7 @@ def pass_on(line: str, log: Log) -> None:
 
 def environment(request: Request) -> dict[str, str]:
     """The process's environment: where this code lies, its parent, and how many threads it may use."""
-    root = str(Path(tracking.__file__).resolve().parent.parent)
+    root = str(Path(tracking.__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     values = {
         **os.environ,

@@ -12,6 +12,7 @@ import pytest
 from flows import runner
 from schemas.stage import STAGES, Request
 from stages import tracking
+from stages.tracking.reuse import runs_with
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_stages.py"))]
 
@@ -34,7 +35,7 @@ def losses(run_id: str) -> list[tuple[int, float]]:
 
 def only_run(request: Request) -> str:
     """Id of the one run of a key."""
-    (run,) = tracking._runs_with(request.key(), "attributes.status = 'RUNNING'")
+    (run,) = runs_with(request.key(), "attributes.status = 'RUNNING'")
     return run.info.run_id
 
 

@@ -16,6 +16,7 @@ import pytest
 from flows import servers
 from schemas.stage import Request, Result
 from stages import tracking
+from stages.tracking.reuse import runs_with
 
 FAKE = str(Path(__file__).with_name("fake_stages.py"))
 
@@ -106,7 +107,7 @@ def losses(result: Result) -> list[tuple[int, float]]:
 
 def one_finished(request: Request) -> str:
     """Id of the only run of a key that has ended well."""
-    (run,) = tracking._runs_with(request.key(), "attributes.status = 'FINISHED'")
+    (run,) = runs_with(request.key(), "attributes.status = 'FINISHED'")
     return run.info.run_id
 
 
@@ -122,7 +123,7 @@ def test_two_hosts_make_it_once(shared_servers: None, hosts: list[Host], tmp_pat
     assert made.status == taken.status == "done" and (made.reused, taken.reused) == (False, True)
     assert made.run_id == taken.run_id == one_finished(request) and made.outputs == taken.outputs
     assert not list(hosts[1].work.glob("asks/*/result.json")), "the other has started a stage of its own"
-    assert len(tracking._runs_with(request.key(), "attributes.status != ''")) == 1
+    assert len(runs_with(request.key(), "attributes.status != ''")) == 1
 
 
 @pytest.mark.slow
@@ -139,7 +140,7 @@ def test_a_killed_host_frees_the_other(shared_servers: None, hosts: list[Host], 
     assert result.run_id == one_finished(request)
     assert losses(result) == [(step, 1.0 / (step + 1)) for step in range(5)]
     # The dead host's run is the one that went on: nothing is left RUNNING, and no step stands in it twice.
-    assert len(tracking._runs_with(request.key(), "attributes.status != ''")) == 1
+    assert len(runs_with(request.key(), "attributes.status != ''")) == 1
 
 
 @pytest.mark.slow

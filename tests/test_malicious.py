@@ -28,6 +28,7 @@ from stages.engine import checkpoint
 from stages.engine.models import load_policy, load_scorer
 from stages.engine.text import Codec
 from stages.sources import records
+from stages.tracking import server
 from tests import tiny
 from tests.faults import Case, run
 
@@ -231,6 +232,6 @@ def test_mlflow_may_not_unpickle(before: str | None, ready_home: Path, monkeypat
         monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", raising=False)
     else:
         monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", before)
-    tracking._client_for.cache_clear()
+    server._client_for.cache_clear()
     tracking.client()
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"

@@ -11,6 +11,8 @@ import pytest
 from schemas.stage import Artifact, Request, Result, StageError
 from stages import tracking
 from stages.tracking import StageRun
+from stages.tracking.journal import Journal
+from stages.tracking.names import PARAM_LENGTH
 
 
 def request(**params: object) -> Request:
@@ -71,7 +73,7 @@ def test_a_run_is_whole_in_mlflow(home: Path, tmp_path: Path) -> None:
     assert kept.data.tags["stage.key"] == asked.key()
     assert kept.data.params["a.b"] == "1" and kept.data.params["a.c"] == "null"
     assert kept.data.params["odd_name"] == "[1, 2]"
-    assert len(kept.data.params["long"]) == tracking.PARAM_LENGTH
+    assert len(kept.data.params["long"]) == PARAM_LENGTH
     assert kept.data.metrics["eval/loss"] == 0.25
     assert history(run.run_id, "train/loss") == [(step, 1.0 / (step + 1)) for step in range(1500)]
     assert math.isnan(history(run.run_id, "train/bad")[0][1])
@@ -170,17 +172,17 @@ def test_a_journal_that_death_cut_short(home: Path, tmp_path: Path) -> None:
     run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
     path = tmp_path / "journal.jsonl"
     path.write_text('["train/loss", "1.0", 0, 5]\n["train/loss", "nan", 1, 6]\n["train/lo')
-    journal = tracking.Journal(path, run_id)
+    journal = Journal(path, run_id)
     journal.add({"train/loss": 0.25}, 2)
     journal.close()
-    tracking.Journal(path, run_id).close()  # shipping all of it again leaves no duplicate
+    Journal(path, run_id).close()  # shipping all of it again leaves no duplicate
     points = history(run_id, "train/loss")
     assert [step for step, _ in points] == [0, 1, 2]
     assert [points[0][1], points[2][1]] == [1.0, 0.25] and math.isnan(points[1][1])
 
 
 def test_metrics_wait_while_mlflow_is_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.02)
+    monkeypatch.setattr("stages.tracking.journal.SHIP_SECONDS", 0.02)
     with StageRun(request(a=1)) as run:
         client = tracking.client()
         with monkeypatch.context() as away:
@@ -228,7 +230,7 @@ def test_other_ranks_write_nothing(home: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_progress_says_how_far(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("stages.tracking.run.time.monotonic", lambda: now[0])
     run = StageRun(request(a=1))
     for done in range(1, 11):
         now[0] += 2.0
@@ -271,7 +273,7 @@ def test_a_source_that_changes_is_not_published(home: Path, tmp_path: Path) -> N
 def test_a_step_done_again_replaces_only_what_was_not_finite(home: Path, tmp_path: Path) -> None:
     run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
     for values in ((1.0, math.nan), (2.0, 0.5), (3.0, math.nan)):
-        journal = tracking.Journal(tmp_path / "journal.jsonl", run_id)
+        journal = Journal(tmp_path / "journal.jsonl", run_id)
         for step, value in enumerate(values):
             journal.add({"train/loss": value}, step)
         journal.close()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import tracking
+from stages.tracking.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIGNFLOW = [sys.executable, "-m", "flows.cli"]
@@ -57,7 +58,7 @@ def work_in(home: Path) -> list[dict[str, Any]]:
 def journal_seconds(points: int = 20_000) -> float:
     """Seconds that the training loop spends on logging one step of ten metrics, shipping aside."""
     with tempfile.TemporaryDirectory() as folder:
-        journal = tracking.Journal(Path(folder) / "journal", "none")
+        journal = Journal(Path(folder) / "journal", "none")
         journal._closing.set()
         values = {f"train/metric {i}": 1.0 for i in range(10)}
         began = time.perf_counter()

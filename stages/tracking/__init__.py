@@ -1,0 +1,57 @@
+"""Where runs, metrics and artifacts are kept: the one place that talks to MLflow.
+
+`StageRun` is what a stage sees of it. Training never waits here: metrics go to a journal file, and a side thread ships
+them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both check its digest.
+"""
+
+from stages.tracking.artifacts import digest, fetch, locate, portable, registered
+from stages.tracking.journal import close_left
+from stages.tracking.names import acceptable_name, flatten
+from stages.tracking.places import clear_work, home, lock, place, work_folder, write_whole
+from stages.tracking.reuse import compare_link, find, note_reuse
+from stages.tracking.run import StageRun, code_version, label
+from stages.tracking.server import (
+    as_default,
+    behind_server,
+    client,
+    clock,
+    experiment,
+    experiment_name,
+    retrying,
+    setup,
+    tracking_uri,
+    without_passwords,
+)
+
+__all__ = [
+    "StageRun",
+    "acceptable_name",
+    "as_default",
+    "behind_server",
+    "clear_work",
+    "client",
+    "clock",
+    "close_left",
+    "code_version",
+    "compare_link",
+    "digest",
+    "experiment",
+    "experiment_name",
+    "fetch",
+    "find",
+    "flatten",
+    "home",
+    "label",
+    "locate",
+    "lock",
+    "note_reuse",
+    "place",
+    "portable",
+    "registered",
+    "retrying",
+    "setup",
+    "tracking_uri",
+    "without_passwords",
+    "work_folder",
+    "write_whole",
+]

@@ -1,0 +1,142 @@
+"""Metrics on their way to MLflow: written to a file at once, shipped by a side thread; and what a death leaves."""
+
+import json
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.tracking.names import acceptable_name
+from stages.tracking.places import home, lock_if_free, work_folder, write_whole
+from stages.tracking.server import client, first_line, retrying, value_classes
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+log = logging.getLogger("alignflow")
+
+SHIP_SECONDS = 2.0
+METRICS_PER_BATCH = 1000
+
+
+def journal_file(key: str, run_id: str) -> Path:
+    """Where a run's metrics are written down until its stage is done."""
+    return work_folder(key) / f"metrics-{run_id}.jsonl"
+
+
+def points_of(run_id: str) -> dict[tuple[str, int], bool]:
+    """(name, step) of all metrics that MLflow has of a run, and whether their value is finite."""
+    found: dict[tuple[str, int], bool] = {}
+    for name in retrying(lambda: client().get_run(run_id)).data.metrics:
+        for point in retrying(lambda name=name: client().get_metric_history(run_id, name)):
+            found[name, point.step] = math.isfinite(point.value)
+    return found
+
+
+class Journal:
+    """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
+
+    Each line holds its timestamp, so that shipping a line twice (after a crash, or when an answer got lost) leaves one
+    point in MLflow. A point that is already there, from before a resume, is not written again.
+    """
+
+    def __init__(self, path: Path, run_id: str, known: Mapping[tuple[str, int], bool] | None = None) -> None:
+        """`known`: points (name, step) that MLflow has and this journal has not, and whether their value is finite."""
+        self.run_id = run_id
+        self._seen: dict[tuple[str, int], bool] = dict(known or {})
+        """Points that are written down, and whether their value is finite: a step that fails is done again."""
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._guard = threading.Lock()
+        self._closing = threading.Event()
+        self._error: Exception | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._read(path)
+        self._file = path.open("a", buffering=1)
+        self._thread = threading.Thread(target=self._ship_on, name="metrics", daemon=True)
+        self._thread.start()
+
+    def _read(self, path: Path) -> None:
+        """Take up what an earlier process has left; a last line cut short by its death is dropped."""
+        if not path.exists():
+            return
+        text = path.read_text()
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            write_whole(path, text)
+        for line in text.splitlines():
+            name, value, step, when = json.loads(line)
+            self._waiting.append((name, float(value), step, when))
+            self._seen[name, step] = math.isfinite(float(value))
+
+    def add(self, values: Mapping[str, float], step: int | None) -> None:
+        """Write values down; `step` None is a final value, of which the last one counts."""
+        when = time.time_ns() // 1_000_000
+        with self._guard:
+            for name, value in values.items():
+                point = (acceptable_name(name), float(value), step or 0, when)
+                place, finite = (point[0], point[2]), math.isfinite(value)
+                known = self._seen.get(place)
+                if step is not None and known is not None and (known or not finite):
+                    continue
+                self._seen[place] = finite
+                # repr: NaN and infinity are no JSON numbers
+                self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
+                self._waiting.append(point)
+
+    def _ship_on(self) -> None:
+        while not self._closing.wait(SHIP_SECONDS):
+            try:
+                self._ship()
+                self._error = None
+            except Exception as error:  # kept and tried again; `close` raises what remains
+                if self._error is None:
+                    log.warning("metrics wait, MLflow does not answer: %s", first_line(error))
+                self._error = error
+
+    def _ship(self) -> None:
+        while batch := self._waiting[:METRICS_PER_BATCH]:
+            client().log_batch(self.run_id, metrics=[self._metric(point) for point in batch])
+            with self._guard:
+                del self._waiting[: len(batch)]
+
+    def _metric(self, point: tuple[str, float, int, int]) -> "Metric":
+        name, value, step, when = point
+        return value_classes().Metric(name, value, when, step)
+
+    def close(self) -> None:
+        """Ship what is left. Raises MLflow's error when it stays away; the journal is kept for the next start."""
+        self._closing.set()
+        self._thread.join()
+        retrying(self._ship)
+        self._file.close()
+
+
+def close_left() -> list[str]:
+    """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
+
+    Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
+    stage that is asked for again goes on in the same run.
+    """
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
+    left = retrying(lambda: client().search_runs(experiments, query))
+    mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]
+    return [run.info.run_id for run in mine if _close(run.data.tags["stage.key"], run.info.run_id)]
+
+
+def _close(key: str, run_id: str) -> bool:
+    """Close one run as KILLED, its journal shipped, unless its stage lives or has ended it since it was found."""
+    with lock_if_free(work_folder(key) / "lock") as free:
+        if not free or retrying(lambda: client().get_run(run_id)).info.status != "RUNNING":
+            return False
+        if journal_file(key, run_id).exists():
+            Journal(journal_file(key, run_id), run_id).close()
+        problem = "the process was killed, or its machine went down. Mend: start it again: it goes on"
+        retrying(lambda: client().set_tag(run_id, "problem", problem))
+        retrying(lambda: client().set_terminated(run_id, "KILLED"))
+    log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)
+    return True

@@ -1,0 +1,77 @@
+"""Where things lie on this disk: the home folder, a stage's work folder, locks, whole files."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("alignflow")
+
+
+def home() -> Path:
+    """Folder of everything that is kept here: ALIGNFLOW_HOME, else `.alignflow` in the working directory."""
+    return Path(os.environ.get("ALIGNFLOW_HOME") or ".alignflow").absolute()
+
+
+def work_folder(key: str) -> Path:
+    """Folder of a stage's lock, checkpoints and journal; it outlives a crash."""
+    return home() / "work" / key
+
+
+def clear_work(key: str) -> None:
+    """Drop the checkpoints and journals of a stage that is done. ALIGNFLOW_KEEP_WORK=1 keeps them."""
+    if os.environ.get("ALIGNFLOW_KEEP_WORK") == "1":
+        return
+    for path in work_folder(key).iterdir():
+        if path.is_dir() and path.name != "asks":
+            shutil.rmtree(path)
+        elif path.name.startswith("metrics-"):
+            path.unlink()
+
+
+def place() -> dict[str, str]:
+    """Tags that say where a run is made: whose locks tell whether it lives."""
+    return {"host": socket.gethostname(), "home": str(home())}
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on a file. The kernel frees it when the holder dies. `waiting` is logged before a wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                log.info("%s", waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file unless another process does; whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

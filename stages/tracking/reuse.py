@@ -1,0 +1,87 @@
+"""Finished runs: found by their key, taken again, compared."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote, urlencode
+
+from schemas.stage import Result
+from stages.tracking.artifacts import BAD, intact, local_path, location_of
+from stages.tracking.names import TAG_LENGTH
+from stages.tracking.server import client, retrying, tracking_uri, without_passwords
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+def runs_with(key: str, condition: str) -> "list[Run]":
+    """Runs of a stage key that fit a condition on their attributes, newest first, in any experiment."""
+    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
+    query = f"tags.`stage.key` = '{key}' and {condition}"
+    return list(retrying(lambda: client().search_runs(experiments, query, order_by=["attributes.start_time DESC"])))
+
+
+def _result_of(run_id: str) -> Result | None:
+    """The result that a finished run has left, else None."""
+    location = location_of(f"runs:/{run_id}/result.json")
+    path = local_path(location)
+    if path is not None:
+        return Result.model_validate_json(path.read_text()) if path.exists() else None
+    if not any(file.path == "result.json" for file in retrying(lambda: client().list_artifacts(run_id))):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        got = retrying(lambda: client().download_artifacts(run_id, "result.json", folder))
+        return Result.model_validate_json(Path(got).read_text())
+
+
+def find(key: str) -> Result | None:
+    """A finished run of this key whose outputs still exist with their digests, else None."""
+    for run in runs_with(key, "attributes.status = 'FINISHED'"):
+        if BAD in run.data.tags:
+            continue
+        result = _result_of(run.info.run_id)
+        if result is not None and all(intact(artifact) for artifact in result.outputs.values()):
+            return result.model_copy(update={"reused": True})
+    return None
+
+
+def note_reuse(result: Result, pipeline_run: str | None) -> None:
+    """Say on a reused run which pipeline run took it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
+    if not pipeline_run or not result.run_id:
+        return
+    run_id = result.run_id
+    tags = retrying(lambda: client().get_run(run_id)).data.tags
+    if tags.get("pipeline.run") == pipeline_run:
+        return
+    others = [name for name in tags.get("pipeline.reused_by", "").split() if name != pipeline_run]
+    value = " ".join([*others, pipeline_run])
+    while len(value) > TAG_LENGTH:
+        value = value.partition(" ")[2]  # forget the oldest
+    retrying(lambda: client().set_tag(run_id, "pipeline.reused_by", value))
+    # For "the last comparison": a run that is taken again counts as new.
+    retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
+
+
+def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
+    """Address of MLflow's page that shows evaluations side by side; without a server, as `alignflow ui` would serve it.
+
+    CHART shows their metrics as bars, ARTIFACT the answers to each prompt. The best judged come first, since MLflow
+    draws ten runs until it is asked for more.
+    """
+    if not run_ids:
+        return None
+    runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
+    experiments = sorted({run.info.experiment_id for run in runs})
+    uri = tracking_uri()
+    server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
+    query |= {"orderByKey": "metrics.`eval/judge_score`", "orderByAsc": "false"}
+    page = f"experiments/{experiments[0]}/runs"
+    if len(experiments) > 1:
+        page, query["experiments"] = "compare-experiments/s", json.dumps(experiments)
+    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}" + (
+        "" if uri.startswith("http") else "  (start `alignflow ui`)"
+    )

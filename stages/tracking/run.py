@@ -1,0 +1,355 @@
+"""A stage's run: what a stage sees of MLflow."""
+
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from schemas.stage import Artifact, Problem, Request, Result, StageError
+from stages.tracking.artifacts import arrived, digest, fetch
+from stages.tracking.journal import Journal, journal_file, points_of
+from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.places import place, work_folder
+from stages.tracking.reuse import runs_with
+from stages.tracking.server import (
+    client,
+    experiment,
+    experiment_name,
+    first_line,
+    retrying,
+    value_classes,
+    without_passwords,
+)
+
+log = logging.getLogger("alignflow")
+
+# Stages that make or judge a model; their runs carry its name as the tag `model`.
+WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
+
+ENTRIES_PER_BATCH = 100
+PROGRESS_SECONDS = 5.0
+
+
+@cache
+def code_version() -> str:
+    """The package's version, and in a checkout the git commit: `0.1.0+1a2b3c4d5e6f`, with `.dirty` where changed."""
+    try:
+        version = metadata.version("alignflow")
+    except metadata.PackageNotFoundError:  # run from a plain folder
+        version = "unknown"
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return version
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=.dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or not one that answers
+        return version
+    return f"{version}+{commit}" if commit else version
+
+
+def label(request: Request) -> str:
+    """Short name of a request for people: `sft`, `dpo`, `eval dpo`."""
+    if request.stage == "evaluate":
+        return f"eval {request.name}" if request.name else "eval"
+    return request.name or request.stage
+
+
+class StageRun:
+    """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
+
+    Leaving the block closes the MLflow run: FINISHED, KILLED on a preemption, FAILED on any other error.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.key = request.key()
+        self.work = work_folder(self.key)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.run_id = ""
+        self.outputs: dict[str, Artifact] = {}
+        self.result: Result | None = None
+        self._fetched: dict[str, Path] = {}
+        self._pace = Pace()
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def label(self) -> str:
+        """The request's short name."""
+        return label(self.request)
+
+    def __enter__(self) -> Self:
+        if self.rank == 0:
+            continued = self._open()
+            journal = journal_file(self.key, self.run_id)
+            elsewhere = continued and not journal.exists()  # another host has begun the run
+            self._journal = Journal(journal, self.run_id, points_of(self.run_id) if elsewhere else None)
+            self._describe()
+        return self
+
+    def _open(self) -> bool:
+        """Continue the run that a stopped process has left for this key, else start one; whether it continues."""
+        left = runs_with(self.key, "attributes.status != 'FINISHED'")
+        if left:
+            self.run_id = left[0].info.run_id
+            log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
+            retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+            if "problem" in left[0].data.tags:
+                retrying(lambda: client().delete_tag(self.run_id, "problem"))
+            return True
+        name = experiment(experiment_name(self.request))
+        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
+        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        return False
+
+    def _describe(self) -> None:
+        """Tags, parameters and the full config."""
+        request = self.request
+        tags = {
+            "stage": request.stage,
+            "stage.version": str(request.version),
+            "stage.key": self.key,
+            "pipeline.run": request.pipeline_run,
+            "method": request.params.get("method") if request.stage == "align" else None,
+            "model": request.name if request.stage in WITH_MODEL else None,
+            "code.version": code_version(),
+        }
+        tags |= place() | {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags
+        self._tags({name: value for name, value in tags.items() if value is not None})
+        self.text(request.model_dump_json(indent=2), "config.json")
+        self.params({**request.params, "seed": request.seed, **request.about})
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.rank > 0:
+            return
+        status = "FINISHED"
+        if error is not None:
+            preempted = isinstance(error, StageError) and error.status == "preempted"
+            status = "KILLED" if preempted or isinstance(error, KeyboardInterrupt) else "FAILED"
+        try:
+            try:
+                self._journal.close()
+            finally:
+                retrying(lambda: client().set_terminated(self.run_id, status))
+        except Exception as second:
+            if error is None:
+                raise
+            log.warning("MLflow does not hear how the run ended: %s", first_line(second))  # the first error matters
+
+    def finish(self, metrics: Mapping[str, float]) -> Result:
+        """Log the final metrics and leave the result where `find` looks for it."""
+        # Training metrics have their points already; one more, at step 0, would bend their curves.
+        self.metrics({name: value for name, value in metrics.items() if not name.startswith("train/")})
+        self.result = Result(
+            status="done", key=self.key, run_id=self.run_id, outputs=self.outputs, metrics=dict(metrics)
+        )
+        self.text(self.result.model_dump_json(indent=2), "result.json")
+        return self.result
+
+    def fail(self, problem: Problem, trace: str | None = None) -> None:
+        """Write down on the run why the stage stops; where even that cannot be written, say so."""
+        try:
+            self.tag("problem", str(problem))
+            if trace:
+                self.text(without_passwords(trace), "traceback.txt")
+        except Exception as error:
+            log.warning("MLflow does not hear why the stage stops: %s", first_line(error))
+
+    def has(self, name: str) -> bool:
+        """Whether the request brings an input of that name."""
+        return name in self.request.inputs
+
+    def input(self, name: str) -> Path:
+        """Local folder of an input, verified once.
+
+        Raises:
+            StageError: the request has no such input, or the artifact is gone or altered.
+        """
+        if name not in self.request.inputs:
+            have = ", ".join(sorted(self.request.inputs)) or "none"
+            message = f"stage {self.request.stage} needs the input {name!r}; the request has {have}."
+            raise StageError(
+                message, kind="input", field=f"inputs.{name}", value="missing", mend="add it to the request"
+            )
+        if name not in self._fetched:
+            self._fetched[name] = fetch(self.request.inputs[name])
+        return self._fetched[name]
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics at a step, or without one as final. Returns at once; NaN and infinity are logged as such."""
+        if self.rank == 0:
+            self._journal.add(values, step)
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""
+        if self.rank > 0:
+            return
+        known = retrying(lambda: client().get_run(self.run_id)).data.params
+        flat = {acceptable_name(name): value for name, value in flatten(values).items()}
+        param = value_classes().Param
+        new = [param(name, shortened(value, PARAM_LENGTH)) for name, value in flat.items() if name not in known]
+        for start in range(0, len(new), ENTRIES_PER_BATCH):
+            batch = new[start : start + ENTRIES_PER_BATCH]
+            retrying(lambda batch=batch: client().log_batch(self.run_id, params=batch))
+
+    def tag(self, name: str, value: object) -> None:
+        """Set a tag of the run."""
+        if self.rank == 0:
+            self._tags({name: value})
+
+    def _tags(self, values: Mapping[str, object]) -> None:
+        tag = value_classes().RunTag
+        tags = [tag(acceptable_name(name), shortened(str(value), TAG_LENGTH)) for name, value in values.items()]
+        retrying(lambda: client().log_batch(self.run_id, tags=tags))
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Log a file as an artifact of the run, in a folder of it."""
+        if self.rank == 0:
+            retrying(lambda: client().log_artifact(self.run_id, str(path), folder or None))
+
+    def text(self, text: str, name: str) -> None:
+        """Log a text as an artifact file of that name."""
+        if self.rank == 0:
+            clean = text.encode(errors="replace").decode()  # a lone surrogate cannot be written
+            retrying(lambda: client().log_text(self.run_id, clean, name))
+
+    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
+        """Log a table that MLflow's UI shows side by side across runs, e.g. as `eval/samples.json`.
+
+        Written here and not by MLflow's `log_table`, which appends to what a killed process has left.
+        """
+        if self.rank > 0:
+            return
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.text(json.dumps({"columns": list(columns), "data": rows}), name)
+        self._tables = [*getattr(self, "_tables", []), {"path": name, "type": "table"}]
+        self.tag("mlflow.loggedArtifacts", json.dumps(self._tables))
+
+    def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
+        """Log which data the run has seen, with a sha256 of all of it (MLflow's own looks at the first rows only)."""
+        if self.rank > 0:
+            return
+        entities = value_classes()
+        dataset = entities.Dataset(
+            name=shortened(name, 500),
+            digest=digest[:36],
+            source_type="local",
+            source=json.dumps({"uri": path}),
+            profile=json.dumps({"num_rows": rows, "sha256": digest}),
+        )
+        context = [entities.InputTag("mlflow.data.context", self.request.stage)]
+        logged = [entities.DatasetInput(dataset=dataset, tags=context)]
+        retrying(lambda: client().log_inputs(self.run_id, datasets=logged))
+
+    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
+        """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
+        if self.rank > 0:
+            return Artifact(uri="", sha256="")
+        self._verify_source()
+        sha256 = digest(folder)
+        uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
+        self.outputs[name] = Artifact(uri=uri, sha256=sha256)
+        if not arrived(self.outputs[name], folder):
+            message = f"{folder} changed while it was published."
+            raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+        self.tag(f"output.{name}", sha256)
+        return self.outputs[name]
+
+    def _verify_source(self) -> None:
+        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            raise StageError(
+                "it changed while it was read; nothing is published.",
+                kind="source_changed",
+                field="source",
+                value=source.uri,
+                mend="start the run again once nothing writes to it",
+            )
+
+    def _publish_folder(self, name: str, folder: Path) -> str:
+        taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}
+        place = name
+        while place in taken:
+            place += "-again"  # a killed process has left part of it
+        retrying(lambda: client().log_artifacts(self.run_id, str(folder), place))
+        return f"runs:/{self.run_id}/{place}"
+
+    def _publish_model(self, folder: Path, sha256: str) -> str:
+        entities, request = value_classes(), self.request
+        run = retrying(lambda: client().get_run(self.run_id))
+        model = retrying(
+            lambda: client().create_logged_model(
+                run.info.experiment_id,
+                name=re.sub(r"[^\w\- ]", "_", self.label),
+                source_run_id=self.run_id,
+                tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
+                params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
+                model_type=request.stage,
+            )
+        )
+        try:
+            retrying(lambda: client().log_model_artifacts(model.model_id, str(folder)))
+        except BaseException:
+            client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
+            raise
+        retrying(lambda: client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY))
+        output = [entities.LoggedModelOutput(model.model_id, 0)]
+        retrying(lambda: client().log_outputs(self.run_id, output))
+        return f"models:/{model.model_id}"
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Say on stderr, every few seconds and at the end, how far the stage is: `sft  120/400 steps  0:34 left`."""
+        if self.rank > 0:
+            return
+        now = time.monotonic()
+        if done <= self._pace.done or total != self._pace.total:
+            self._pace = Pace(began=now, first=done, total=total)
+        pace = self._pace
+        pace.done = done
+        if done < total and now - pace.said < PROGRESS_SECONDS:
+            return
+        pace.said = now
+        left = ""
+        if pace.first < done < total:
+            left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
+        sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.flush()
+
+
+@dataclass
+class Pace:
+    """How fast a piece of work goes: when it was first heard of, how far it was then, and what was said last."""
+
+    began: float = 0.0
+    first: int = 0
+    total: int = -1
+    done: int = -1
+    said: float = -math.inf
+
+
+def _clock(seconds: float) -> str:
+    whole = math.ceil(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
