@@ -5,6 +5,7 @@ Stages are reused by their keys, so a longer list of betas or seeds runs only wh
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ def load(
         StageError: a list holds what it cannot, or the config is wrong.
     """
     base = settings.validate(settings.raw_of(source, overrides))
-    grid = itertools.product(method_names(methods), numbers("--beta", betas, float), numbers("--seeds", seeds, int))
+    names = method_names(methods)
+    grid = itertools.product(names, beta_values(betas, names), numbers("--seeds", seeds, int))
     align = {f"{method}-{beta:.15g}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid}
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
@@ -50,6 +52,16 @@ def method_names(text: str) -> list[str]:
         if config.strength not in config.model_fields:
             raise refuse("the method has no beta.", "--methods", name, "leave it out; `alignflow run` trains it")
     return names
+
+
+def beta_values(text: str, methods: Sequence[str]) -> list[float]:
+    """The list's betas. Raises StageError for one that a method cannot take: 0 is for PPO alone, without KL then."""
+    found = numbers("--beta", text, float)
+    allow_zero = all(CONFIGS[name] is PPO for name in methods)
+    for beta in found:
+        if not (0 < beta < math.inf or (beta == 0 and allow_zero)):
+            raise refuse("a beta must be above 0.", "--beta", f"{beta:g}", "give numbers such as 0.05,0.1,0.3")
+    return found
 
 
 def numbers(option: str, text: str, kind: type[T]) -> list[T]:

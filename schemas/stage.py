@@ -68,7 +68,10 @@ class Problem(Strict):
 
     def __str__(self) -> str:
         where = f"{self.field} = {self.value}: " if self.field else ""
-        return f"{where}{self.message}" + (f" Mend: {self.mend}" if self.mend else "")
+        if not self.mend:
+            return f"{where}{self.message}"
+        stop = "" if self.message.endswith((".", "!", "?", ":")) else "."
+        return f"{where}{self.message}{stop} Mend: {self.mend}"
 
 
 class Placement(Strict):

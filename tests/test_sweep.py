@@ -66,8 +66,9 @@ def test_a_method_that_the_config_does_not_name_has_its_defaults() -> None:
         (("dpo", "0.1,high"), "--beta = high: this is no number"),
         (("dpo", "0.1,0.10"), "--beta = 0.1,0.10: a number stands twice"),
         (("dpo", "0.1", "0,1.5"), "--seeds = 1.5: this is no whole number"),
-        (("dpo", "-1", "0"), "align.dpo--1-s0.beta = -1.0: must be greater than 0"),
-        (("dpo", "nan", "0"), "align.dpo-nan-s0.beta"),
+        (("dpo", "-1", "0"), "--beta = -1: a beta must be above 0. Mend: give numbers"),
+        (("ppo,dpo", "0", "0"), "--beta = 0: a beta must be above 0"),
+        (("dpo", "nan", "0"), "--beta = nan: a beta must be above 0"),
         (("ppo", "0.1", "0", "align.ppo.kl_target=6"), "align.ppo.kl_target = 6.0: a sweep needs a fixed KL"),
     ],
 )
@@ -75,6 +76,11 @@ def test_what_cannot_be_swept_is_named(arguments: tuple[str, ...], words: str) -
     with pytest.raises(StageError) as caught:
         swept(*arguments)
     assert str(caught.value).startswith(words)
+
+
+def test_ppo_alone_can_be_swept_without_a_kl_penalty() -> None:
+    ppo = swept("ppo", "0,0.1", "0").align["ppo-0-s0"]
+    assert isinstance(ppo, methods.PPO) and ppo.kl_coef == 0
 
 
 def test_a_config_that_promotes_can_be_swept() -> None:
