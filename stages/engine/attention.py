@@ -70,14 +70,15 @@ class Segments:
     """How the tokens of one row attend to each other. Masks are made once per window and kept."""
 
     groups: list[Group]
-    back_T: Tensor
-    """Where each token's result stands among the groups' results laid end to end."""
+    back_T: Tensor | None
+    """Where each token's result stands among the groups' results laid end to end; None: where the token stands."""
     longest: int
     """Positions of the longest sequence: a window at least as large hides nothing."""
     masks: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Segments":
-        return Segments([group.to(device) for group in self.groups], self.back_T.to(device), self.longest)
+        back_T = None if self.back_T is None else self.back_T.to(device)
+        return Segments([group.to(device) for group in self.groups], back_T, self.longest)
 
     def masks_for(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
         if window is not None and window >= self.longest:
@@ -104,7 +105,8 @@ def segments(spans: list[Span], positions_T: Tensor) -> Segments:
             back_T[span.start : span.start + span.length] = torch.arange(first, first + span.length)
         offset += len(chosen) * queries
         groups.append(group)
-    return Segments(groups, back_T, int(positions_T.max()) + 1)
+    in_order = offset == len(back_T) and torch.equal(back_T, torch.arange(offset))
+    return Segments(groups, None if in_order else back_T, int(positions_T.max()) + 1)
 
 
 def _alike(spans: list[Span]) -> list[list[Span]]:
@@ -149,7 +151,8 @@ def attend(
     query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, tree: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention of one row, (T, H, d). Keys and values may have fewer heads (grouped queries)."""
-    repeats = query_THd.shape[1] // key_THd.shape[1]
+    grouped = query_THd.device.type == "cpu"  # on a GPU the kernels that take masks want as many heads of each
+    repeats = 1 if grouped else query_THd.shape[1] // key_THd.shape[1]
     results = []
     for group, mask in zip(tree.groups, tree.masks_for(window, query_THd.dtype), strict=True):
         result_SHQd = scaled_dot_product_attention(
@@ -159,9 +162,11 @@ def attend(
             attn_mask=mask,
             is_causal=mask is None,
             scale=scaling,
+            enable_gqa=grouped,
         )
         results.append(result_SHQd.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results).index_select(0, tree.back_T)
+    rows_THd = torch.cat(results) if len(results) > 1 else results[0]
+    return rows_THd if tree.back_T is None else rows_THd.index_select(0, tree.back_T)
 
 
 def _gather(rows_THd: Tensor, index_SL: Tensor, repeats: int = 1) -> Tensor:
