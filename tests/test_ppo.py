@@ -250,9 +250,20 @@ def test_the_objective_does_not_depend_on_how_a_step_is_cut(start: Callable[...,
         for micro in micros:
             ppo.loss(micro, totals)[0].backward()
         gradients.append((len(micros), tiny.gradient(ppo.model)))
-    assert gradients[0][0] == 10 and gradients[2][0] == 1
+    assert gradients[0][0] == 20 and gradients[2][0] == 2  # policy and critic
     for _, gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_policy_and_critic_by_turns_are_as_both_at_once(start: Callable[..., PPO]) -> None:
+    turns, at_once = start(batch_size=10), start(batch_size=10)
+    at_once.parts = ("both",)
+    found = [tiny.one_step(ppo) for ppo in (turns, at_once)]
+    assert torch.equal(tiny.gradient(turns.model), tiny.gradient(at_once.model))
+    (loss, metrics), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-6) and metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value)
 
 
 def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO]) -> None:

@@ -128,7 +128,7 @@ def one_step(method: Method[Any], step: int = 0) -> tuple[float, Metrics]:
         summand, some = method.loss(micro, totals)
         summand.backward()
         loss = loss + summand.detach()
-        metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in some.items()}
+        metrics |= {name: metrics.get(name, 0.0) + value.detach() for name, value in some.items()}
     return float(loss), metrics
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -34,7 +34,7 @@ from schemas.training import NO_END
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import order, step_rows
 from stages.engine.method import Metrics, Totals
-from stages.engine.models import Output, Policy, Scorer, choose_layout, load_judge, load_policy, load_scorer
+from stages.engine.models import Policy, Scorer, choose_layout, load_judge, load_policy, load_scorer
 from stages.engine.rollout import context_length, sample, seed_of
 from stages.engine.rows import Row, rank, read, share, world
 from stages.engine.text import Codec
@@ -94,6 +94,10 @@ def adapt_kl(kl_coef: float, kl: float, target: float, answers: int, horizon: in
     return kl_coef * (1 + error * answers / horizon)
 
 
+Part = Literal["both", "policy", "value"]
+"""What a micro-batch computes a loss and a gradient of."""
+
+
 class ActorCritic(nn.Module):
     """All that PPO trains, in one module with one forward: the policy, and the critic unless it shares the trunk."""
 
@@ -101,10 +105,19 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
 
-    def forward(self, batch: Batch, *, entropy: bool = False, temperature: float = 1.0) -> Output:
-        """log pi and value of every answer token: the value is that of the state before the token."""
+    def forward(
+        self, batch: Batch, part: Part = "both", *, entropy: bool = False, temperature: float = 1.0
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """log pi, value and entropy of every answer token, N each: the value is that of the state before the token.
+
+        None where `part` leaves it out.
+        """
+        if part == "value":
+            assert self.critic is not None, "a shared trunk is computed whole"
+            return None, self.critic(batch, every=True), None
         out = self.policy(batch, value=self.critic is None, entropy=entropy, temperature=temperature)
-        return out if self.critic is None else out._replace(values_N=self.critic(batch, every=True))
+        values_N = self.critic(batch, every=True) if self.critic and part == "both" else out.values_N
+        return out.logps_N, values_N, out.entropy_N
 
 
 @dataclass
@@ -132,6 +145,7 @@ class Rollout:
 class Micro:
     """Some answers of a rollout: tokens, and what the update compares with."""
 
+    part: Part
     batch: Batch
     old_logps_N: Tensor
     old_values_N: Tensor
@@ -226,6 +240,9 @@ class PPO:
         self.far = 0
         """Iterations in a row that were farther from the reference than `max_kl`."""
         self.new_tokens = 0
+        # One after the other, policy and critic need memory for one of them. Under DDP every backward pass has to reach
+        # all parameters.
+        self.parts: tuple[Part, ...] = ("both",) if shared or world() > 1 else ("policy", "value")
 
     # --- setting up ---
 
@@ -282,7 +299,8 @@ class PPO:
             if self.rollout is None or self.rollout.iteration != iteration:
                 self.rollout = self.collect(iteration)
                 self.check_kl(self.rollout.stats["train/kl_to_reference"], step + 1)  # as the loop counts
-            yield [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
+            groups = self.minibatch(self.rollout, within)
+            yield [self.micro(self.rollout, positions, part) for part in self.parts for positions in groups]
 
     def check_kl(self, kl: float, step: int) -> None:
         """Count rollouts too far from the reference; too many in a row end the training before it learns from them."""
@@ -302,25 +320,31 @@ class PPO:
 
     def prepare(self, micros: list[Micro]) -> Totals:
         """Answer tokens of the step: every mean is over them."""
-        return {"tokens": torch.tensor(float(sum(len(micro.old_logps_N) for micro in micros)))}
+        own = sum(len(micro.old_logps_N) for micro in micros if micro.part != "value")
+        return {"tokens": torch.tensor(float(own))}
 
     def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
         """Clipped policy loss plus value_coef times clipped value loss, means over the step's tokens."""
-        config = self.config
-        out = self.model(micro.batch, temperature=config.temperature)
-        tokens = totals["tokens"].to(out.logps_N.device)
-        policy_N, ratio_N = policy_loss(out.logps_N, micro.old_logps_N, micro.advantages_N, config.clip)
-        value_N = value_loss(out.values_N, micro.old_values_N, micro.returns_N, config.value_clip)
-        policy, value = policy_N.sum() / tokens, value_N.sum() / tokens
-        with torch.no_grad():
-            metrics = {
-                "train/policy_loss": policy.detach(),
-                "train/value_loss": value.detach(),
+        config, metrics = self.config, Metrics()
+        logps_N, values_N, _ = self.model(micro.batch, micro.part, temperature=config.temperature)
+        tokens = totals["tokens"].to(micro.old_logps_N.device)
+        loss = torch.zeros((), device=tokens.device)
+        if logps_N is not None:
+            policy_N, ratio_N = policy_loss(logps_N, micro.old_logps_N, micro.advantages_N, config.clip)
+            loss = loss + policy_N.sum() / tokens
+            ratio_N = ratio_N.detach()
+            metrics |= {
+                "train/policy_loss": loss.detach(),
                 "train/ratio_mean": ratio_N.sum() / tokens,
                 "train/clip_fraction": ((ratio_N - 1).abs() > config.clip).sum() / tokens,
                 "compute/train_tokens": torch.tensor(float(micro.batch.tokens)),
             }
-        return policy + config.value_coef * value, metrics
+        if values_N is not None:
+            value_N = value_loss(values_N, micro.old_values_N, micro.returns_N, config.value_clip)
+            value = value_N.sum() / tokens
+            loss = loss + config.value_coef * value
+            metrics["train/value_loss"] = value.detach()
+        return loss, metrics
 
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
         """The iteration's own metrics, with every step of it; its sampled tokens once."""
@@ -362,10 +386,10 @@ class PPO:
         trees = [self.tree(rollout.rows[i], rollout.answers[i]) for i in positions]
         return collate(trees, self.layout, self.codec.pad_id).to(self.policy.device)
 
-    def micro(self, rollout: Rollout, positions: list[int]) -> Micro:
+    def micro(self, rollout: Rollout, positions: list[int], part: Part) -> Micro:
         names = ("logps_N", "values_N", "advantages_N", "returns_N")
         tensors = [rollout.of(name, positions).to(self.policy.device) for name in names]
-        return Micro(self.batch(rollout, positions), *tensors)
+        return Micro(part, self.batch(rollout, positions), *tensors)
 
     # --- rollouts ---
 
@@ -426,9 +450,10 @@ class PPO:
         for within in range(self.steps_per_epoch):
             for positions in self.minibatch(rollout, within):
                 batch = self.batch(rollout, positions)
-                out = self.actor_critic(batch, entropy=True, temperature=self.config.temperature)
+                own = self.actor_critic(batch, entropy=True, temperature=self.config.temperature)
+                logps_N, values_N, entropy_N = own
                 lengths = [len(rollout.answers[i]) for i in positions]
-                tensors = (out.logps_N, out.values_N, self.reference_logps(batch), out.entropy_N)
+                tensors = (logps_N, values_N, self.reference_logps(batch), entropy_N)
                 parts = [tensor.float().cpu().split(lengths) for tensor in tensors]
                 seen |= {i: Seen(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
         return whole(seen)

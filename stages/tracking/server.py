@@ -53,7 +53,7 @@ def tracking_uri() -> str:
 @cache
 def value_classes() -> Any:
     """MLflow's value classes. Imported late: MLflow takes over a second, and much of this module needs none of it."""
-    import mlflow.value_classes
+    import mlflow.entities
 
     return mlflow.entities
 
