@@ -85,5 +85,5 @@ def test_every_tensor_moves(layout: Layout) -> None:
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert {t.device.type for t in tensors} == {"meta"}
     if moved.segments is not None:
-        assert moved.segments.back_T.is_meta
+        assert moved.segments.back_T is not None and moved.segments.back_T.is_meta
         assert all(group.query_SQ.is_meta and group.key_SK.is_meta for group in moved.segments.groups)

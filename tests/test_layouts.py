@@ -48,6 +48,14 @@ def test_policies(kind: str, tmp_path: Path) -> None:
     assert_layouts_agree(load_policy(save_tiny(tmp_path, kind)), random_trees(7))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_by_itself_is_not_moved(kind: str, tmp_path: Path) -> None:
+    tree = Tree(tuple(range(3, 15)), (tuple(range(20, 27)),))
+    segments = collate([tree], "packed", PAD).segments
+    assert segments is not None and segments.back_T is None
+    assert_layouts_agree(load_policy(save_tiny(tmp_path, kind)), [tree])
+
+
 @pytest.mark.parametrize("kind", SCORERS)
 def test_scorers(kind: str, tmp_path: Path) -> None:
     assert_layouts_agree(load_scorer(save_tiny(tmp_path, kind)), random_trees(7))
