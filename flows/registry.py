@@ -18,7 +18,6 @@ from flows.history import quoted
 from flows.lease import lease
 from schemas.stage import Artifact, StageError
 from stages import tracking
-from stages.tracking.names import TAG_LENGTH, shortened
 
 log = logging.getLogger("alignflow")
 
@@ -174,7 +173,7 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
 def tag(one: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a version; a long value is shortened."""
     for name, value in tags.items():
-        short = shortened(value, TAG_LENGTH)
+        short = tracking.shortened(value, tracking.TAG_LENGTH)
         tracking.retrying(
             lambda name=name, short=short: tracking.client().set_model_version_tag(one.model, one.number, name, short)
         )

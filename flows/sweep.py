@@ -5,10 +5,11 @@ Stages are reused by their keys, so a longer list of betas or seeds runs only wh
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from flows import settings
 from schemas.config import PipelineConfig
@@ -55,12 +56,16 @@ def method_names(text: str) -> list[str]:
 
 
 def beta_values(text: str, methods: Sequence[str]) -> list[float]:
-    """The list's betas. Raises StageError for one that a method cannot take: 0 is for PPO alone, without KL then."""
+    """The list's betas. Raises StageError for one that a method cannot take."""
     found = numbers("--beta", text, float)
-    allow_zero = all(CONFIGS[name] is PPO for name in methods)
-    for beta in found:
-        if not (0 < beta < math.inf or (beta == 0 and allow_zero)):
-            raise refuse("a beta must be above 0.", "--beta", f"{beta:g}", "give numbers such as 0.05,0.1,0.3")
+    for beta, name in itertools.product(found, methods):
+        config = CONFIGS[name]
+        try:
+            config.model_validate({config.strength: beta})
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].replace("Input should be", "it must be")
+            mend = "give numbers such as 0.05,0.1,0.3"
+            raise refuse(f"{name} takes no such beta: {why}.", "--beta", f"{beta:g}", mend) from error
     return found
 
 

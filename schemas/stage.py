@@ -19,7 +19,7 @@ STAGES: dict[str, int] = {
     "compare": 1,
     "promote": 1,
 }
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 # Stages that write prompts or answers where people look at them, unless `log_text` is false.
 SHOW_TEXT = {"validate", "generate", "evaluate", "compare"}
@@ -70,8 +70,9 @@ class Problem(Strict):
         where = f"{self.field} = {self.value}: " if self.field else ""
         if not self.mend:
             return f"{where}{self.message}"
-        stop = "" if self.message.endswith((".", "!", "?", ":")) else "."
-        return f"{where}{self.message}{stop} Mend: {self.mend}"
+        message = self.message.rstrip()
+        stop = "" if message.endswith((".", "!", "?", ":")) else "."
+        return f"{where}{message}{stop} Mend: {self.mend}"
 
 
 class Placement(Strict):

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from schemas.config import BaseParams, Scratch
 from schemas.methods import PPO as Config
@@ -255,9 +255,21 @@ def test_the_objective_does_not_depend_on_how_a_step_is_cut(start: Callable[...,
         torch.testing.assert_close(gradient, gradients[0][1], rtol=1e-4, atol=1e-6)
 
 
-def test_policy_and_critic_by_turns_are_as_both_at_once(start: Callable[..., PPO]) -> None:
+class Wrapped(nn.Module):
+    """Stands around a model as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_policy_and_critic_in_turn_equal_both_at_once(start: Callable[..., PPO]) -> None:
     turns, at_once = start(batch_size=10), start(batch_size=10)
-    at_once.parts = ("both",)
+    at_once.model = Wrapped(at_once.model)
+    assert (turns.parts(), at_once.parts()) == (("policy", "value"), ("both",))
     found = [tiny.one_step(ppo) for ppo in (turns, at_once)]
     assert torch.equal(tiny.gradient(turns.model), tiny.gradient(at_once.model))
     (loss, metrics), (expected_loss, expected) = found

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -186,11 +187,13 @@ def test_metrics_wait_while_mlflow_is_away(home: Path, monkeypatch: pytest.Monke
     with StageRun(request(a=1)) as run:
         client = tracking.client()
         with monkeypatch.context() as away:
-            away.setattr(tracking, "client", lambda: (_ for _ in ()).throw(ConnectionError("away")))
+            away.setattr("stages.tracking.journal.client", lambda: (_ for _ in ()).throw(ConnectionError("away")))
             for step in range(50):
                 run.metrics({"train/loss": float(step)}, step=step)
+            end = time.monotonic() + 30
             while run._journal._error is None:
-                pass
+                assert time.monotonic() < end, "nothing was tried"
+                time.sleep(0.01)
         assert client is tracking.client()
     assert history(run.run_id, "train/loss") == [(step, float(step)) for step in range(50)]
 

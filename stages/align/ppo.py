@@ -19,7 +19,7 @@ Shapes: B answers of a rollout, T tokens of its longest answer, N answer tokens 
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,7 @@ def adapt_kl(kl_coef: float, kl: float, target: float, answers: int, horizon: in
 
 
 Part = Literal["both", "policy", "value"]
-"""What a micro-batch computes a loss and a gradient of."""
+"""What a micro-batch trains."""
 
 
 class ActorCritic(nn.Module):
@@ -145,12 +145,12 @@ class Rollout:
 class Micro:
     """Some answers of a rollout: tokens, and what the update compares with."""
 
-    part: Part
     batch: Batch
     old_logps_N: Tensor
     old_values_N: Tensor
     advantages_N: Tensor
     returns_N: Tensor
+    part: Part = "both"
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,6 @@ class PPO:
         self.far = 0
         """Iterations in a row that were farther from the reference than `max_kl`."""
         self.new_tokens = 0
-        # One after the other, policy and critic need memory for one of them. Under DDP every backward pass has to reach
-        # all parameters.
-        self.parts: tuple[Part, ...] = ("both",) if shared or world() > 1 else ("policy", "value")
 
     # --- setting up ---
 
@@ -299,8 +296,15 @@ class PPO:
             if self.rollout is None or self.rollout.iteration != iteration:
                 self.rollout = self.collect(iteration)
                 self.check_kl(self.rollout.stats["train/kl_to_reference"], step + 1)  # as the loop counts
-            groups = self.minibatch(self.rollout, within)
-            yield [self.micro(self.rollout, positions, part) for part in self.parts for positions in groups]
+            micros = [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
+            yield [replace(micro, part=part) for part in self.parts() for micro in micros]
+
+    def parts(self) -> tuple[Part, ...]:
+        """In turn, policy and critic hold the activations of one of them only. Under DDP a backward pass that
+        synchronises has to reach all parameters.
+        """
+        apart = self.critic is not None and self.model is self.actor_critic
+        return ("policy", "value") if apart else ("both",)
 
     def check_kl(self, kl: float, step: int) -> None:
         """Count rollouts too far from the reference; too many in a row end the training before it learns from them."""
@@ -386,10 +390,10 @@ class PPO:
         trees = [self.tree(rollout.rows[i], rollout.answers[i]) for i in positions]
         return collate(trees, self.layout, self.codec.pad_id).to(self.policy.device)
 
-    def micro(self, rollout: Rollout, positions: list[int], part: Part) -> Micro:
+    def micro(self, rollout: Rollout, positions: list[int]) -> Micro:
         names = ("logps_N", "values_N", "advantages_N", "returns_N")
         tensors = [rollout.of(name, positions).to(self.policy.device) for name in names]
-        return Micro(part, self.batch(rollout, positions), *tensors)
+        return Micro(self.batch(rollout, positions), *tensors)
 
     # --- rollouts ---
 

@@ -151,7 +151,8 @@ def attend(
     query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, tree: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention of one row, (T, H, d). Keys and values may have fewer heads (grouped queries)."""
-    grouped = query_THd.device.type == "cpu"  # on a GPU the kernels that take masks want as many heads of each
+    # On a GPU the kernels that take masks want as many key heads as query heads.
+    grouped = query_THd.device.type == "cpu"
     repeats = 1 if grouped else query_THd.shape[1] // key_THd.shape[1]
     results = []
     for group, mask in zip(tree.groups, tree.masks_for(window, query_THd.dtype), strict=True):

@@ -20,7 +20,7 @@ from transformers import pytorch_utils
 SMALL = 5_000_000
 """Parameters below which one thread is fastest."""
 LARGE_MATRIX = 2**16
-"""Elements of a matrix from which on the choice of library counts."""
+"""Elements of a weight from which on the choice of library matters."""
 _DEFAULT_THREADS = torch.get_num_threads()
 _threads = 1
 _ONEDNN = (
@@ -29,6 +29,7 @@ _ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MOST, _MOST_BEFORE_GLIBC_2_35 = 2**31 - 1, 2**25  # a higher threshold for mmap is refused
 
 
 def get_ready(model: nn.Module) -> None:
@@ -36,7 +37,7 @@ def get_ready(model: nn.Module) -> None:
     global _threads
     _threads = max(_threads, threads_for(model))
     torch.set_num_threads(_threads)
-    if not is_small(model):
+    if not is_small(model) and not torch.cuda.is_available():
         keep_freed_memory()
     faster = {nn.Linear: Linear, pytorch_utils.Conv1D: Conv1D}
     for module in model.modules():
@@ -55,18 +56,17 @@ def threads_for(model: nn.Module) -> int:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed: gradients and logits come back at every step, and fresh pages cost time."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # musl has none
+        _ = mallopt(_M_MMAP_THRESHOLD, _MOST) or mallopt(_M_MMAP_THRESHOLD, _MOST_BEFORE_GLIBC_2_35)
+        mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
 def product_for(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The faster way to left @ right.T, (N, I) and (O, I) to (N, O), in a layer with this weight.
 
-    Either operand may be a transposed view; no gradient flows through the product. The choice is a function of type and
-    size alone, so that a resumed run computes the same bits.
+    Either operand may be a transposed view; no gradient flows through the product. On one machine the choice is a
+    function of type and size alone, so that a resumed run computes the same bits.
     """
     large = weight.numel() >= LARGE_MATRIX and weight.device.type == "cpu" and weight.dtype == torch.float32
     return _onednn if _ONEDNN and large else _matmul
@@ -85,8 +85,8 @@ def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     plain = product_for(weight_OI) is _matmul or torch.is_autocast_enabled("cpu")
     if plain or x.dtype != torch.float32 or not x.numel():
         return linear(x, weight_OI, bias_O)
-    out: Any = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
-    return out.unflatten(0, x.shape[:-1])
+    out_NO: Any = _LinearFunction.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_OI, bias_O)
+    return out_NO.reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -108,7 +108,8 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_OI)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_NI if for_weight else None, weight_OI if for_x else None)
         out_NO = _onednn(x_NI, weight_OI)
         return out_NO if bias_O is None else out_NO.add_(bias_O)
 

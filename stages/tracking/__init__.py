@@ -6,7 +6,7 @@ them. `find` looks up a finished run by its key, `fetch` brings an artifact, and
 
 from stages.tracking.artifacts import digest, fetch, locate, portable, registered
 from stages.tracking.journal import close_left
-from stages.tracking.names import acceptable_name, flatten
+from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.places import clear_work, home, lock, place, work_folder, write_whole
 from stages.tracking.reuse import compare_link, find, note_reuse
 from stages.tracking.run import StageRun, code_version, label
@@ -24,6 +24,7 @@ from stages.tracking.server import (
 )
 
 __all__ = [
+    "TAG_LENGTH",
     "StageRun",
     "acceptable_name",
     "as_default",
@@ -50,6 +51,7 @@ __all__ = [
     "registered",
     "retrying",
     "setup",
+    "shortened",
     "tracking_uri",
     "without_passwords",
     "work_folder",

@@ -52,7 +52,7 @@ def tracking_uri() -> str:
 
 @cache
 def value_classes() -> Any:
-    """MLflow's value classes. Imported late: MLflow takes over a second, and much of this module needs none of it."""
+    """MLflow's value classes. Imported late: MLflow takes over a second, and much of tracking needs none of it."""
     import mlflow.entities
 
     return mlflow.entities

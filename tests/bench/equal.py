@@ -76,7 +76,7 @@ def curve(plan: Work) -> list[dict[str, Any]]:
         line(plan.method, f"loss over {STEPS} steps, fp32 (it moves by {span:.3f})", apart(*full.values()), TOLERANCE),
         line(
             plan.method,
-            f"our loss in bf16 from ours in fp32 (TRL's from its own: {drift['peer']:.1e})",
+            f"distance of our bf16 loss from our fp32 (TRL's from its own: {drift['peer']:.1e})",
             drift["ours"],
             max(drift["peer"], TOLERANCE),
         ),
