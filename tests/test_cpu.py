@@ -170,7 +170,7 @@ def test_every_method_has_its_golden_losses(name: str, tmp_path: Path, home: Pat
 
 @needs_onednn
 @pytest.mark.parametrize("name", ["sft, LoRA with dropout", "ppo"])
-def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Path, products: list[torch.Size]) -> None:
+def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Path, home: Path, products: list[torch.Size]) -> None:
     steady: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "gradient_checkpointing": True}
     config = {
         "sft, LoRA with dropout": CONFIGS["sft"].model_copy(update={**steady, "lora": LoRA(rank=4, dropout=0.1)}),
