@@ -179,10 +179,10 @@ def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Path, home: Path, produc
     inputs = inputs_for(tmp_path)
     ends = []
     for folder, parts in {"at once": [5], "in parts": [3, 5]}.items():
-        for steps in parts:
-            method = CLASSES[type(config)](config, tiny.Run(tmp_path / folder, config, inputs), 0)
+        methods = [CLASSES[type(config)](config, tiny.Run(tmp_path / folder, config, inputs), 0) for _ in parts]
+        for method, steps in zip(methods, parts, strict=True):
             train(method, config, total_steps=steps, run=method.run, seed=0)
-        ends.append(torch.cat([p.detach().flatten() for p in method.model.parameters()]))
+        ends.append(torch.cat([p.detach().flatten() for p in methods[-1].model.parameters()]))
     assert torch.equal(*ends) and products
 
 

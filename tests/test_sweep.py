@@ -69,8 +69,8 @@ def test_a_method_that_the_config_does_not_name_has_its_defaults() -> None:
         (("dpo", "-1", "0"), "--beta = -1: dpo takes no such beta: it must be greater than 0. Mend: give numbers"),
         (("ppo,dpo", "0", "0"), "--beta = 0: dpo takes no such beta"),
         (("ppo", "-0.1", "0"), "--beta = -0.1: ppo takes no such beta: it must be greater than or equal to 0"),
-        (("kto", "inf", "0"), "--beta = inf: kto takes no such beta"),
-        (("dpo", "nan", "0"), "--beta = nan: dpo takes no such beta"),
+        (("kto", "inf", "0"), "--beta = inf: kto takes no such beta: it must be a finite number"),
+        (("dpo", "nan", "0"), "--beta = nan: dpo takes no such beta: it must be a finite number"),
         (("ppo", "0.1", "0", "align.ppo.kl_target=6"), "align.ppo.kl_target = 6.0: a sweep needs a fixed KL"),
     ],
 )

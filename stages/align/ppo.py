@@ -393,7 +393,8 @@ class PPO:
     def micro(self, rollout: Rollout, positions: list[int]) -> Micro:
         names = ("logps_N", "values_N", "advantages_N", "returns_N")
         tensors = [rollout.of(name, positions).to(self.policy.device) for name in names]
-        return Micro(self.batch(rollout, positions), *tensors)
+        logps_N, values_N, advantages_N, returns_N = tensors
+        return Micro(self.batch(rollout, positions), logps_N, values_N, advantages_N, returns_N)
 
     # --- rollouts ---
 
