@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.bench import work
-from tests.bench.__main__ import FLOORS, line
+from tests.bench.__main__ import FLOORS, line, parse
 from tests.bench.sides import ours
 from tests.bench.work import Work
 
@@ -65,3 +65,32 @@ def test_a_ratio_below_its_floor_fails() -> None:
     assert fast["ratio"] == floor + 0.01 and fast["passed"]
     assert not line(TINY, "sft", [1.0], [floor - 0.01], 1.0, 100.0)["passed"]
     assert not line(TINY, "sft", [1.0], [9.0], 100 * ceiling + 1, 100.0)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "dpo,dqo"], "argument --only: 'dqo' is none of sft, reward"),
+        (["--data", "missing.jsonl"], "argument --data: 'missing.jsonl' is no file"),
+        (["--rounds", "0"], "argument --rounds: '0' is no whole number above 0"),
+        (["--batch-size", "-1"], "argument --batch-size: '-1' is no whole number above 0"),
+    ],
+)
+def test_options_that_cannot_be(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_each_model_is_made_for_itself(tmp_path: Path) -> None:
+    one, other = (tiny.model_folder(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "other")))
+    made = [work.base_model(str(path), tmp_path / "models") for path in (one, other, one)]
+    assert made[0] == made[2] != made[1]
+    with pytest.raises(SystemExit, match=r"--model: model\.path = nonsense: there is no such model"):
+        work.base_model("nonsense", tmp_path / "models")
+
+
+def test_rows_that_are_too_few_or_too_long(tmp_path: Path) -> None:
+    plan = replace(TINY, folder=str(tmp_path / "work"), model=str(tiny.model_folder(tmp_path / "model")), max_length=5)
+    with pytest.raises(SystemExit, match="--data: dpo needs 16 rows of at most 5 tokens, and 0 of 16 are"):
+        work.lay_out(plan, pairs(16))

