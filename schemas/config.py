@@ -264,7 +264,7 @@ class PipelineConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the MLflow experiment."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelConfig
     data: PipelineData
     sft: SFTConfig | None = SFTConfig()

@@ -15,7 +15,7 @@ class MethodConfig(Training):
     strength: ClassVar[str] = "beta"
     method: str
     learning_rate: float = Field(default=1e-6, gt=0)
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of this method's training alone: data, SFT and reward model keep the run's. Default: the run's."""
 
 

@@ -72,6 +72,7 @@ def test_a_ratio_below_its_floor_fails() -> None:
     [
         (["--only", "dpo,dqo"], "argument --only: 'dqo' is none of sft, reward"),
         (["--data", "missing.jsonl"], "argument --data: 'missing.jsonl' is no file"),
+        (["--skip-equal", "--skip-speed"], "leave nothing to do"),
         (["--rounds", "0"], "argument --rounds: '0' is no whole number above 0"),
         (["--batch-size", "-1"], "argument --batch-size: '-1' is no whole number above 0"),
     ],

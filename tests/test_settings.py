@@ -85,6 +85,8 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft", "--set sft: is not of the form a.b=value"),
         ("evaluate.judge.model=x", "evaluate.judge is 'rule' and has no keys"),
         ("sft.epochs=[1", "the value is no YAML"),
+        ("seed=9223372036854775808", "seed = 9223372036854775808: must be less than 9223372036854775808"),
+        ("align.dpo.seed=9223372036854775808", "align.dpo.seed = 9223372036854775808: must be less than"),
         ("align.dpo.beta=.inf", "align.dpo.beta = inf: must be a finite number"),
         ("sft={epochs: null}", "sft.epochs = None: training has no end. Mend: set epochs or max_steps"),
     ],

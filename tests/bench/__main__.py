@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -178,13 +179,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--skip-equal", action="store_true", help="time only")
     parser.add_argument("--skip-speed", action="store_true", help="compare losses only")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder for bench.json and the logs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.skip_equal and options.skip_speed:
+        parser.error("--skip-equal and --skip-speed leave nothing to do")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     chosen = options.only
     check_peer()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers and scratch files go
     options.out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=options.out))
     report: dict[str, Any] = {"arguments": list(arguments), "speed": [], "sections": {}}
