@@ -154,11 +154,16 @@ def validate(raw: dict[str, Any]) -> PipelineConfig:
         raise StageError("\n".join(lines), kind="config") from None
 
 
+def wording(details: Any) -> str:
+    """What is wrong, in our words: `must be greater than 0`."""
+    return details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+
+
 def explain(details: Any, raw: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: field, value, what is wrong, mend."""
     loc = details["loc"]
     path = ".".join(str(part) for part in loc)
-    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = wording(details)
     if details["type"] == "extra_forbidden":
         known = known_keys(loc, raw)
         return f"{path}: unknown key. {_near(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"

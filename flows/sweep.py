@@ -63,9 +63,8 @@ def beta_values(text: str, methods: Sequence[str]) -> list[float]:
         try:
             config.model_validate({config.strength: beta})
         except ValidationError as error:
-            why = error.errors()[0]["msg"].replace("Input should be", "it must be")
-            mend = "give numbers such as 0.05,0.1,0.3"
-            raise refuse(f"{name} takes no such beta: {why}.", "--beta", f"{beta:g}", mend) from error
+            why = f"{name} takes no such beta: it {settings.wording(error.errors()[0])}."
+            raise refuse(why, "--beta", f"{beta:g}", "give numbers such as 0.05,0.1,0.3") from error
     return found
 
 

@@ -176,6 +176,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, default=512, help="our tokens_per_micro_batch: it changes no result")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--plain", action="store_true", help="our side without oneDNN and without memory that is kept")
     parser.add_argument("--skip-equal", action="store_true", help="time only")
     parser.add_argument("--skip-speed", action="store_true", help="compare losses only")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder for bench.json and the logs")
@@ -243,6 +244,7 @@ def plan_for(method: str, model: Path, reward: Path, scratch: Path, options: arg
         answer_length=32,
         ppo_epochs=4,  # the default of both
         threads=options.threads,
+        plain=options.plain,
     )
 
 

@@ -23,6 +23,7 @@ from schemas.training import Training
 from stages.align import ppo
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
+from stages.engine import cpu
 from stages.engine.batch import Tree
 from stages.engine.loop import train
 from stages.engine.offline import OfflineAlignment
@@ -141,6 +142,8 @@ def first_update(work: Work, run: Run, config: Any) -> None:
 def main(arguments: Sequence[str]) -> None:
     work = Work.read(arguments[0])
     torch.set_num_threads(work.threads)
+    if work.plain:
+        cpu._ONEDNN, cpu.keep_freed_memory = False, lambda: None
     turns, config, folder = Turns(), config_for(work), Path(work.folder)
     inputs = {
         "data": folder / "data",

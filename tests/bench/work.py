@@ -53,6 +53,8 @@ class Work:
     """PPO: tokens of every sampled answer."""
     ppo_epochs: int
     threads: int
+    plain: bool = False
+    """Our side without oneDNN's products and without the memory that it keeps."""
 
     @property
     def rows(self) -> int:
