@@ -342,4 +342,5 @@ def test_a_scheduled_run_fires_at_its_time_and_finishes(plant: Plant) -> None:
     assert ended.state is not None and ended.state.is_completed(), plant.story()
     assert ended.auto_scheduled and ended.start_time is not None and ended.expected_start_time is not None
     late = (ended.start_time - ended.expected_start_time).total_seconds()
-    assert ended.expected_start_time.second == 0 and 0 <= late < 60
+    # Prefect waits whole seconds, rounded, so that a run may start up to half a second and a request early.
+    assert ended.expected_start_time.second == 0 and -1 < late < 60
