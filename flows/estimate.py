@@ -12,8 +12,10 @@ micro-batch, L layers, h hidden size, i intermediate size, V vocabulary, b bytes
 - the head's logits, computed in chunks of at most 2^23 numbers, twice: 8 min(T V, 2^23).
 
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
-critic of its size that is trained too (unless the trunk is shared), the reference (with LoRA the policy itself with its
-adapters off) and the reward model. What Python, torch and its allocator need comes on top, about 1 GB.
+critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
+reference is the policy itself with its adapters off, and the critic's adapters stand on weights that are there already:
+the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone.
+What Python, torch and its allocator need comes on top, about 1 GB.
 """
 
 import json
@@ -25,7 +27,7 @@ from pathlib import Path
 from flows.runner import source_file
 from schemas.config import ModelConfig, PipelineConfig, Scratch
 from schemas.methods import PPO
-from schemas.training import Training, steps_for
+from schemas.training import LoRA, Training, steps_for
 
 CHUNK = 2**23
 """Logits that the head computes at once."""
@@ -124,7 +126,12 @@ def trained_bytes(sizes: Sizes, training: Training) -> int:
     """Weights, gradients and Adam's moments of a model in training."""
     if training.lora is None:
         return 16 * sizes.parameters
-    return 4 * sizes.parameters + 16 * training.lora.rank * sizes.linear
+    return 4 * sizes.parameters + adapter_bytes(sizes, training.lora)
+
+
+def adapter_bytes(sizes: Sizes, lora: LoRA) -> int:
+    """Adapters in training: weights, gradients and Adam's moments."""
+    return 16 * lora.rank * sizes.linear
 
 
 def activation_bytes(sizes: Sizes, training: Training) -> int:
@@ -136,15 +143,25 @@ def activation_bytes(sizes: Sizes, training: Training) -> int:
     return tokens * kept * number + 8 * min(tokens * sizes.vocabulary, CHUNK)
 
 
-def training_bytes(sizes: Sizes, training: Training, reward: Sizes | None = None) -> int:
-    """Memory of one device that trains: SFT, a reward model, or a method. `reward` is PPO's reward model."""
+def training_bytes(
+    sizes: Sizes, training: Training, reward: Sizes | None = None, reward_lora: LoRA | None = None
+) -> int:
+    """Memory of one device that trains: SFT, a reward model, or a method.
+
+    `reward` is PPO's reward model, `reward_lora` its adapters where it was trained with them on the same SFT model.
+    """
     total = trained_bytes(sizes, training) + activation_bytes(sizes, training)
-    if isinstance(training, PPO):
-        total += 0 if training.lora else 4 * sizes.parameters
-        total += 4 * (reward or sizes).parameters
-        if training.value_trunk == "separate":
-            total += trained_bytes(sizes, training)
-    return total
+    if not isinstance(training, PPO):
+        return total
+    separate = training.value_trunk == "separate"
+    if training.lora is None:
+        critic = trained_bytes(sizes, training) if separate else 0
+        return total + critic + 4 * sizes.parameters + 4 * (reward or sizes).parameters
+    critic = adapter_bytes(sizes, training.lora) if separate else 0
+    if reward_lora is None:
+        return total + critic + 4 * (reward or sizes).parameters
+    given = 4 * reward_lora.rank * sizes.linear
+    return total + critic + (given * 2 if separate else given)
 
 
 def memory(config: PipelineConfig) -> dict[str, int] | None:
@@ -155,7 +172,9 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
     reward = folder_sizes(Path(config.reward_model).expanduser()) if config.reward_model else sizes
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
     stages |= config.align
-    return {name: training_bytes(sizes, training, reward) for name, training in stages.items() if training is not None}
+    own = None if config.reward_model or config.reward is None else config.reward.lora
+    found = {name: training for name, training in stages.items() if training is not None}
+    return {name: training_bytes(sizes, training, reward, own) for name, training in found.items()}
 
 
 def steps(training: Training, rows: int | None) -> int | None:

@@ -176,7 +176,7 @@ def publish(method: Reward, run: StageRun) -> dict[str, float]:
         log.warning("the reward model gives all %d sampled answers the same score: it is not scaled", len(scores))
         std = 1.0
     folder = run.work / "model"
-    save_scorer(method.scorer, method.codec, folder, mean=mean, std=std)
+    save_scorer(method.scorer, method.codec, folder, mean, std, base=run.request.inputs["model"].sha256)
     run.publish("model", folder, model=True)
     return {"data/score_mean": mean, "data/score_std": std}
 

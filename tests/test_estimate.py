@@ -60,6 +60,12 @@ def test_ppo_holds_a_critic_a_reference_and_a_reward_model() -> None:
     shared = ppo.model_copy(update={"value_trunk": "shared", "lora": LoRA(rank=3)})
     expected = 4 * P + 16 * 3 * LINEAR + 32 * 2 * 56 * 4 + 8 * 32 * 10 + 4 * 7
     assert estimate.training_bytes(SIZES, shared, reward) == expected
+    lora = shared.model_copy(update={"value_trunk": "separate"})
+    assert estimate.training_bytes(SIZES, lora, reward) == expected + 16 * 3 * LINEAR
+    # A reward model that is adapters on the same base: one set for the reward model, one under the critic's own.
+    on_one_base = expected - 4 * 7 + 16 * 3 * LINEAR + 2 * 4 * 5 * LINEAR
+    assert estimate.training_bytes(SIZES, lora, reward, LoRA(rank=5)) == on_one_base
+    assert estimate.training_bytes(SIZES, ppo, reward, LoRA(rank=5)) == full + 16 * P + 4 * P + 4 * 7
 
 
 def test_a_folder_is_read_from_its_headers(tinystories: Path) -> None:

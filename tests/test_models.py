@@ -8,7 +8,7 @@ import torch
 from tiny_models import KINDS, SCORERS, VOCABULARY, NoTokenizer, random_trees, save_tiny
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from schemas.stage import StageError
 from schemas.training import LoRA, Training
@@ -179,75 +179,6 @@ def test_everything_is_computed_inside_forward_as_ddp_asks(
     torch.testing.assert_close(*gradients)
 
 
-# --- LoRA ---
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_with_adapters_off_the_policy_is_exactly_the_loaded_model(kind: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path, kind)
-    batch = collate(random_trees(4), "shared", PAD)
-    start = load_policy(folder)(batch).logps_N
-    policy = load_policy(folder, LORA)
-    assert torch.equal(policy(batch).logps_N, start)  # fresh adapters change nothing
-    stir(policy)
-    assert not torch.equal(policy(batch).logps_N, start)
-    with policy.reference():
-        assert torch.equal(policy(batch).logps_N, start)
-    assert not torch.equal(policy(batch).logps_N, start)
-
-
-def test_adapters_stand_in_every_layer_and_nothing_else_learns(llama: Path) -> None:
-    policy = load_policy(llama, LORA, value_head=True)
-    learning = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    assert all(".lora_" in name or name.startswith("value_head") for name in learning)
-    assert len(learning) == 2 * 7 * 3 + 2  # A and B for q, k, v, o, gate, up, down of three layers; the value head
-
-
-def test_adapters_are_a_function_of_the_seed(llama: Path) -> None:
-    def first(seed: int) -> Tensor:
-        policy = load_policy(llama, LORA, seed=seed)
-        return next(p for name, p in policy.named_parameters() if "lora_A" in name)
-
-    before = torch.get_rng_state()
-    assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_adapters_can_be_aimed(llama: Path) -> None:
-    policy = load_policy(llama, Training(lora=LoRA(target=r".*\.(q|v)_proj")))
-    learning = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    assert learning and all("q_proj" in name or "v_proj" in name for name in learning)
-    with pytest.raises(StageError, match=r"lora\.target"):
-        load_policy(llama, Training(lora=LoRA(target="nothing")))
-    with pytest.raises(StageError, match="embeddings and heads"):
-        load_policy(llama, Training(lora=LoRA(target=r".*\.(q_proj|embed_tokens)")))
-
-
-def test_adapters_learn_with_checkpointed_layers(llama: Path, batch: Batch) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        policy = load_policy(llama, LORA.model_copy(update={"gradient_checkpointing": checkpointing})).train()
-        stir(policy)
-        policy(batch).logps_N.sum().backward()
-        gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_policy_has_its_adapters_merged(kind: str, tmp_path: Path) -> None:
-    policy = load_policy(save_tiny(tmp_path / "start", kind), LORA, value_head=True)
-    stir(policy)
-    batch = collate(random_trees(4), "padded", PAD)
-    before = policy(batch).logps_N
-    save_policy(policy, NoTokenizer(), tmp_path / "saved")
-    assert torch.equal(policy(batch).logps_N, before)  # saving changes nothing here
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    logits = plain(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    logps_N = logits.flatten(0, 1)[batch.predict_N].log_softmax(-1).gather(-1, batch.labels_N[:, None]).squeeze(-1)
-    torch.testing.assert_close(logps_N, before, atol=1e-4, rtol=1e-4)
-    assert {file.suffix for file in (tmp_path / "saved").iterdir()} == {".json", ".safetensors"}
-
-
 # --- saving and loading ---
 
 
@@ -329,17 +260,6 @@ def test_a_scorer_is_a_critic_with_a_value_before_every_token(llama: Path, batch
     values_N = scorer(batch, every=True)
     head = scorer.plain.get_submodule("score")
     torch.testing.assert_close(values_N, head(scorer.hidden(batch)[batch.predict_N]).squeeze(-1))
-
-
-def test_a_scorer_learns_with_adapters_and_saves_them_merged(llama: Path, tmp_path: Path, batch: Batch) -> None:
-    scorer = load_scorer(llama, LORA)
-    learning = {name for name, parameter in scorer.named_parameters() if parameter.requires_grad}
-    assert all(".lora_" in name or name.endswith("score.weight") for name in learning)
-    assert any(name.endswith("score.weight") for name in learning)
-    stir(scorer)
-    expected = scorer(batch)
-    save_scorer(scorer, NoTokenizer(), tmp_path / "saved")
-    torch.testing.assert_close(load_scorer(tmp_path / "saved")(batch), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- folders that cannot be used ---

@@ -6,6 +6,7 @@ Shapes: B answers, T tokens of the longest, N answer tokens end to end.
 import math
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def adapted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model and data, with a reward model whose adapter stands on that model."""
+    folder = tmp_path_factory.mktemp("adapted")
+    for name in ("model", "data"):
+        (folder / name).symlink_to(inputs / name)
+    scorer = load_scorer(folder / "model", Config(lora=LoRA(rank=3)), seed=4)
+    tiny.perturb(scorer)
+    codec, digest = Codec.load(inputs / "model"), memory(folder, folder / "work").request.inputs["model"].sha256
+    save_scorer(scorer, codec, folder / "reward", mean=0.1, std=0.5, base=digest)
+    return folder
+
+
 def settings(**changes: Any) -> Config:
     small = {"iterations": 2, "rollout_size": 10, "batch_size": 4, "ppo_epochs": 2, "max_new_tokens": 6}
     return Config(**{**small, "learning_rate": 1e-3, "tokens_per_micro_batch": 64, **changes})
@@ -287,10 +301,10 @@ def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO])
     assert ppo.collect(1).answers != ppo.collect(0).answers
 
 
-@pytest.mark.parametrize("cut_at", [3, 6, 8])
-def test_resume_is_exact_also_within_an_iteration(inputs: Path, tmp_path: Path, cut_at: int) -> None:
+@pytest.mark.parametrize(("cut_at", "lora"), [(3, None), (6, None), (8, None), (3, LoRA(rank=4)), (8, LoRA(rank=4))])
+def test_resume_is_exact_also_within_an_iteration(adapted: Path, tmp_path: Path, cut_at: int, lora: Any) -> None:
     def ppo(work: str) -> PPO:
-        return PPO(settings(kl_target=0.01, kl_horizon=20), memory(inputs, tmp_path / work), 0)
+        return PPO(settings(kl_target=0.01, kl_horizon=20, lora=lora), memory(adapted, tmp_path / work), 0)
 
     whole, before, after = ppo("whole"), ppo("cut"), ppo("cut")
     logged = run_loop(whole, 12)
@@ -304,13 +318,17 @@ def test_resume_is_exact_also_within_an_iteration(inputs: Path, tmp_path: Path, 
 
 
 def train_shared(inputs: Path, work: Path) -> dict[str, Tensor]:
-    """Two iterations with a frozen reference and a critic of its own; the weights, and what was logged."""
-    # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
-    ppo = PPO(settings(adam_eps=1.0, learning_rate=0.1, kl_target=0.01), memory(inputs, work), 0)
-    logged = run_loop(ppo)
-    skip = {"compute/seconds", "train/tokens_per_second"}
-    numbers = {name: torch.tensor(values) for name, values in logged.items() if name not in skip}
-    return {**{name: p.detach().clone() for name, p in ppo.model.named_parameters()}, **numbers}
+    """Two iterations in full, and two with all models on one base; the weights, and what was logged."""
+    found: dict[str, Tensor] = {}
+    for name, lora in {"full": None, "lora": LoRA(rank=4)}.items():
+        # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
+        config = settings(adam_eps=1.0, learning_rate=0.1, kl_target=0.01, lora=lora)
+        ppo = PPO(config, memory(inputs, work / name), 0)
+        logged = run_loop(ppo)
+        skip = {"compute/seconds", "train/tokens_per_second"}
+        found |= {f"{name}/{key}": torch.tensor(values) for key, values in logged.items() if key not in skip}
+        found |= {f"{name}/{key}": p.detach().clone() for key, p in ppo.model.named_parameters()}
+    return found
 
 
 def work_as_rank(rank: int, port: int, inputs: Path, folder: Path) -> None:
@@ -323,15 +341,15 @@ def work_as_rank(rank: int, port: int, inputs: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_sample_and_train_like_one(inputs: Path, tmp_path: Path) -> None:
+def test_two_ranks_sample_and_train_like_one(adapted: Path, tmp_path: Path) -> None:
     context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=work_as_rank, args=(rank, port, inputs, tmp_path)) for rank in (0, 1)]
+    ranks = [context.Process(target=work_as_rank, args=(rank, port, adapted, tmp_path)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(300)
     assert [process.exitcode for process in ranks] == [0, 0]
-    alone = train_shared(inputs, tmp_path / "alone")
+    alone = train_shared(adapted, tmp_path / "alone")
     for rank in (0, 1):
         shared = load_file(tmp_path / f"{rank}.safetensors")
         assert shared.keys() == alone.keys()
@@ -380,6 +398,10 @@ def test_a_reward_model_with_another_tokenizer_and_template_reads_the_text(
     assert ppo.score(rollout) == pytest.approx(expected, abs=1e-4)
     assert rollout.values_N.abs().max() == 0, "the critic begins as the policy, with values of 0"
     run_loop(ppo, 2)
+    adapted = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert adapted.critic is not None
+    assert len(held(adapted.critic) - held(adapted.policy)) == 1, "it stands on the policy's weights"
+    assert adapted.collect(0).values_N.abs().max() == 0
 
 
 def test_a_reward_model_without_a_scale_gets_that_of_the_first_rollout(
@@ -409,6 +431,46 @@ def test_the_critic_begins_as_the_reward_model(start: Callable[..., PPO], inputs
     assert all(torch.equal(p, theirs[name]) for name, p in ppo.critic.named_parameters())
     assert all(p.requires_grad for p in ppo.critic.parameters())
     assert not any(p.requires_grad for p in ppo.judge.scorer.parameters())
+
+
+def held(*models: nn.Module) -> set[int]:
+    """Where the models' numbers lie, adapters left out."""
+    return {p.data_ptr() for model in models for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
+    start: Callable[..., PPO], adapted: Path, tmp_path: Path
+) -> None:
+    ppo = start(folder=adapted, lora=LoRA(rank=4))
+    assert ppo.critic is not None and ppo.frozen is None
+    assert len(held(ppo.critic, ppo.judge.scorer) - held(ppo.policy)) == 2, "the heads"
+
+    # Without its adapter the same reward model is a model of its own: the same scores and values.
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(adapted / name)
+    shutil.copytree(adapted / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("adapter"))
+    apart = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert apart.critic is not None
+    assert len(held(apart.critic) - held(apart.judge.scorer)) == 1, "a frozen reward model lends its weights too"
+    assert not held(apart.critic) & held(apart.policy)
+    one, other = ppo.collect(0), apart.collect(0)
+    assert one.answers == other.answers
+    assert ppo.score(one) == pytest.approx(apart.score(other), abs=1e-5)
+    torch.testing.assert_close(one.values_N, other.values_N, atol=1e-5, rtol=1e-5)
+
+    scores = ppo.score(one)
+    logged = run_loop(ppo)
+    assert (logged["train/ratio_mean"][0], logged["train/kl_to_reference"][0]) == (1.0, 0.0)
+    assert logged["train/kl_to_reference"][-1] != 0.0
+    assert ppo.score(one) == scores, "neither the policy's nor the critic's adapter moves the judge"
+
+
+def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapted: Path, tmp_path: Path) -> None:
+    for name in ("data", "reward"):
+        (tmp_path / name).symlink_to(adapted / name)
+    shutil.copytree(adapted / "model", tmp_path / "model")  # another digest
+    ppo = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert not held(ppo.judge.scorer) & held(ppo.policy)
 
 
 def test_prompts_without_room_for_an_answer_are_left_out_or_refused(start: Callable[..., PPO]) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from schemas.config import RewardConfig
 from schemas.stage import StageError
 from stages import reward
+from stages.engine.lora import base_of
 from stages.engine.models import load_scorer
 from stages.engine.text import Codec
 from tests import tiny
@@ -178,6 +179,7 @@ def test_stage_learns_and_publishes_scores_of_mean_0_and_std_1(tmp_path: Path, l
     assert scale == pytest.approx({"mean": metrics["data/score_mean"], "std": metrics["data/score_std"]})
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert not [name for name in plain.state_dict() if "lora" in name]
+    assert base_of(folder) == (run.request.inputs["model"].sha256 if lora else None)
 
     # The same samples scored by the published model: what PPO will see.
     again = reward.Reward(training, run, seed=0)

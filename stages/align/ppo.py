@@ -33,6 +33,7 @@ from schemas.stage import StageError
 from schemas.training import NO_END
 from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.loop import order, step_rows
+from stages.engine.lora import base_of
 from stages.engine.method import Metrics, Totals
 from stages.engine.models import Policy, Scorer, choose_layout, load_judge, load_policy, load_scorer
 from stages.engine.rollout import context_length, sample, seed_of
@@ -166,8 +167,8 @@ class Seen:
 class Judge:
     """The reward model. It may have a tokenizer and a chat template of its own: then it reads the answers' text."""
 
-    def __init__(self, folder: Path, policy_folder: Path, config: methods.PPO) -> None:
-        self.scorer = load_judge(folder, config)
+    def __init__(self, folder: Path, policy_folder: Path, config: methods.PPO, on: Policy | None) -> None:
+        self.scorer = load_judge(folder, config, on=on)
         self.codec, self.policy_codec, self.config = Codec.load(folder), Codec.load(policy_folder), config
         self.same_tokens = same_tokens(folder, policy_folder)
         self.scaled = getattr(self.scorer.plain.config, "alignflow_score", None) is not None
@@ -223,8 +224,9 @@ class PPO:
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=seed)
-        self.judge = Judge(reward, folder, config)
-        self.critic = None if shared else self.new_critic(folder, reward)
+        one_base = config.lora is not None and base_of(reward) == run.request.inputs["model"].sha256
+        self.judge = Judge(reward, folder, config, on=policy if one_base else None)
+        self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
         self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
         self.rows, self.prompts = self.fitting(read(run.input("data"), "train", "prompt"))
@@ -243,11 +245,17 @@ class PPO:
 
     # --- setting up ---
 
-    def new_critic(self, folder: Path, reward: Path) -> Scorer:
-        """From the reward model where it reads the same tokens, else from the policy's start, with values of 0."""
+    def new_critic(self, folder: Path, reward: Path, policy: Policy, one_base: bool) -> Scorer:
+        """From the reward model where it reads the same tokens, else from the policy's start, with values of 0.
+
+        Under LoRA it brings no weights of its own but adapters and head. With `one_base` policy, reference, reward
+        model and critic all stand on the SFT model's.
+        """
+        lora = self.config.lora is not None
         if self.judge.same_tokens:
-            return load_scorer(reward, self.config, seed=self.seed)
-        critic = load_scorer(folder, self.config, seed=self.seed)
+            on = policy if one_base else self.judge.scorer if lora else None
+            return load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
+        critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
         nn.init.zeros_(critic.plain.get_parameter("score.weight"))
         return critic
 

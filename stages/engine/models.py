@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -28,12 +27,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from schemas.stage import StageError
-from schemas.training import LoRA, Training
-from stages.engine import attention, cpu
+from schemas.training import Training
+from stages.engine import attention, cpu, lora
 from stages.engine.batch import Batch, Layout, Tree, collate, tree_tokens
 from stages.engine.logprobs import linear_logps
 
@@ -89,7 +87,7 @@ class _Trunk(nn.Module):
     @property
     def plain(self) -> PreTrainedModel:
         """The transformers model itself; adapters, where there are some, sit inside its layers."""
-        return self.hf.get_base_model() if isinstance(self.hf, PeftModel) else self.hf  # type: ignore[return-value]
+        return lora.plain(self.hf)
 
     @property
     def device(self) -> torch.device:
@@ -273,9 +271,19 @@ def load_policy(
 
 
 def load_scorer(
-    folder: Path | str, training: Training | None = None, *, seed: int = 0, trainable: bool = True
+    folder: Path | str,
+    training: Training | None = None,
+    *,
+    seed: int = 0,
+    trainable: bool = True,
+    on: Policy | Scorer | None = None,
+    adapter: bool = False,
 ) -> Scorer:
-    """A reward model from its folder, or from a causal LM's folder with a fresh score head (a function of `seed`)."""
+    """A reward model from its folder, or from a causal LM's folder with a fresh score head (a function of `seed`).
+
+    `on`: a model under LoRA, or frozen, whose trunk weights this one uses instead of a copy: they have to be those of
+    the folder, or with `adapter` those that the folder's adapter was trained on (`lora.base_of`).
+    """
     path = Path(folder)
     fresh = not _is_scorer(path)
     names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -287,15 +295,21 @@ def load_scorer(
         weight = hf.get_parameter("score.weight")
         generator = torch.Generator().manual_seed(seed)
         weight.data.normal_(0.0, 1 / math.sqrt(weight.shape[1] + 1), generator=generator)  # Huang et al. 2024
-    scorer = Scorer(hf, precision=training.precision if training else "fp32")
+    if on is not None and not adapter:
+        lora.share(hf, on.plain)
+    model = lora.put_on(hf, on.plain, path) if on is not None and adapter else hf
+    scorer = Scorer(model, precision=training.precision if training else "fp32")
     return _prepare(scorer, training, trainable, seed)
 
 
-def load_judge(folder: Path | str, training: Training | None = None) -> Scorer:
-    """A reward model that is not trained here. Raises StageError for a language model: its score would be random."""
+def load_judge(folder: Path | str, training: Training | None = None, *, on: Policy | None = None) -> Scorer:
+    """A reward model that is not trained here; with `on` its adapter on the weights of that policy.
+
+    Raises StageError for a language model: its score would be random.
+    """
     if not _is_scorer(Path(folder)):
         raise _unusable(Path(folder), "it is a language model without a score", "give a reward model")
-    return load_scorer(folder, training, trainable=False)
+    return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None)
 
 
 def device() -> torch.device:
@@ -387,7 +401,7 @@ def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: in
     if not trainable:
         return model.requires_grad_(False).eval().to(device())
     if training and training.lora:
-        model.hf = _adapted(model.plain, training.lora, seed)
+        model.hf = lora.add(model.hf, training.lora, seed)
         if isinstance(model, Scorer):
             model.plain.get_submodule("score").requires_grad_(True)
     if training and training.gradient_checkpointing:
@@ -402,80 +416,47 @@ def checkpoint_layers(hf: PreTrainedModel) -> None:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _adapted(hf: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
-    """The model with fresh adapters (they change nothing yet), everything else frozen. Heads get none by default."""
-    targets = lora.target
-    if targets == "all-linear":
-        prefix = hf.base_model_prefix
-        linear = [name for name, module in hf.base_model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        targets = [f"{prefix}.{name}" for name in linear]
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in hf.modules()),
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks it
-        torch.manual_seed(seed)
-        try:
-            adapted = get_peft_model(hf, config)
-        except ValueError as error:
-            raise _bad_target(lora, str(error)) from error
-    if any(isinstance(module, LoraLayer) for module in (hf.get_input_embeddings(), hf.get_output_embeddings())):
-        raise _bad_target(lora, "embeddings and heads take none")  # tied ones could not be merged
-    return adapted
-
-
-def _bad_target(lora: LoRA, why: str) -> StageError:
-    message = f"no adapter can be added: {why}."
-    return StageError(message, kind="config", field="lora.target", value=lora.target, mend="use all-linear")
-
-
 # --- saving ---
 
 
-def save_policy(policy: Policy, codec: Saves, folder: Path | str) -> None:
-    """Write a plain transformers folder of the policy, adapters merged, value head left out. Changes nothing here."""
-    _save(policy, codec, Path(folder))
+def save_policy(policy: Policy, codec: Saves, folder: Path | str, base: str | None = None) -> None:
+    """Write a plain transformers folder of the policy, adapters merged, value head left out. Changes nothing here.
+
+    `base`: the digest of the artifact that it was trained from; an adapter is then written apart too (`lora.save`).
+    """
+    _save(policy, codec, Path(folder), base)
 
 
-def save_scorer(scorer: Scorer, codec: Saves, folder: Path | str, mean: float = 0.0, std: float = 1.0) -> None:
+def save_scorer(
+    scorer: Scorer, codec: Saves, folder: Path | str, mean: float = 0.0, std: float = 1.0, base: str | None = None
+) -> None:
     """Write a plain transformers folder of the reward model: raw scores, and `alignflow_score` in its config.
 
     mean, std: of the raw scores on samples of the reference policy. A loaded scorer gives (raw - mean) / std.
+    `base` as in `save_policy`.
     """
     if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
         raise ValueError(f"scores cannot be normalised by mean {mean} and std {std}")
     config = scorer.plain.config
     config.pad_token_id = codec.pad_id
     config.alignflow_score = {"mean": mean, "std": std}
-    _save(scorer, codec, Path(folder))
+    _save(scorer, codec, Path(folder), base)
 
 
-def _save(model: _Trunk, codec: Saves, folder: Path) -> None:
+def _save(model: _Trunk, codec: Saves, folder: Path, base: str | None) -> None:
     plain = model.plain
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)
     try:
-        plain.save_pretrained(folder, state_dict=_merged(plain) if isinstance(model.hf, PeftModel) else None)
+        plain.save_pretrained(folder, state_dict=lora.merged(plain) if isinstance(model.hf, PeftModel) else None)
     finally:
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
-    for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+    if base is not None and isinstance(model.hf, PeftModel):
+        lora.save(model.hf, folder, base)
+    for file in folder.rglob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
     codec.save(folder)
-
-
-def _merged(plain: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model without adapters, their products added to the weights."""
-    state = {k.replace(".base_layer.", "."): v for k, v in plain.state_dict().items() if ".lora_" not in k}
-    for name, module in plain.named_modules():
-        if isinstance(module, LoraLayer):
-            product = module.get_delta_weight("default")  # type: ignore[operator]  # each kind of layer has its own
-            state[f"{name}.weight"] = state[f"{name}.weight"] + product.detach()
-    return state
 
 
 def sums(values_N: Tensor, answer_N: Tensor, answers: int) -> Tensor:

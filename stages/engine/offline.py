@@ -178,5 +178,5 @@ class OfflineAlignment(PolicyMethod):
 def publish_policy(policy: Policy, codec: Codec, run: StageRun) -> None:
     """Save the trained policy and publish it as the stage's `model`. For the first rank alone."""
     folder = run.work / "model"
-    save_policy(policy, codec, folder)
+    save_policy(policy, codec, folder, base=run.request.inputs["model"].sha256)
     run.publish("model", folder, model=True)
