@@ -1,6 +1,7 @@
 """From a preset or a YAML file and `--set` to a checked config: all mistakes are found here, before anything starts."""
 
 import gzip
+import json
 import re
 import types
 import zlib
@@ -169,6 +170,8 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
         return f"{path}: unknown key. {_near(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
     if details["type"] == "missing":
         return f"{path}: missing. Mend: add it{_description(loc, raw)}"
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "must be keys with values, `{key: value}`"
     if details["type"] == "string_pattern_mismatch":
         message = "must be up to 63 letters, digits, dots, dashes and underscores, a letter or digit first"
     if details["type"] == "literal_error":
@@ -185,7 +188,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

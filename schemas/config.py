@@ -3,9 +3,10 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from schemas.methods import Method
-from schemas.stage import STAGES, Strict
+from schemas.stage import STAGES, Strict, no_truth
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -117,6 +118,8 @@ def _choose_judge(value: Any) -> Any:
         if value.get("judge") not in _JUDGES:
             raise ValueError(f"judge {value.get('judge')!r} is not known. Mend: use one of {', '.join(_JUDGES)}")
         return _JUDGES[value["judge"]].model_validate(value)
+    if not isinstance(value, tuple(_JUDGES.values())):
+        raise PydanticCustomError("no_judge", f"must be one of {', '.join(_JUDGES)}, or keys with values")
     return value
 
 
@@ -216,7 +219,7 @@ class Gate(Strict):
     """Share of empty answers."""
     prompts_min: int = Field(default=100, ge=1)
     """Prompts that candidate, champion and SFT model have answered."""
-    tolerances: dict[str, Annotated[float, Field(ge=0)]] = {}
+    tolerances: dict[str, Annotated[float, BeforeValidator(no_truth), Field(ge=0)]] = {}
     """`eval/` metric (`preference_accuracy: 0.02`) -> by how much it may be worse than the champion's, or than the SFT
     model's where there is no champion yet."""
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from schemas.training import Training
 
@@ -93,6 +94,8 @@ def _choose(value: Any) -> Any:
         if name not in CONFIGS:
             raise ValueError(f"method {name!r} is not known. Mend: use one of {', '.join(CONFIGS)}")
         return CONFIGS[name].model_validate(value)
+    if not isinstance(value, MethodConfig):
+        raise PydanticCustomError("dict_type", "must be keys with values")
     return value
 
 

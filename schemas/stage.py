@@ -4,7 +4,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 # Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
 STAGES: dict[str, int] = {
@@ -34,20 +35,22 @@ EXIT_CODES: dict[Status, int] = {"done": 0, "refused": 65, "diverged": 70, "pree
 _NUMBERS = (int, float, int | None, float | None)
 
 
+def no_truth(value: Any) -> Any:
+    """Refuse true and false where a number is wanted; pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("no_number", "this is no number. Mend: give a number")
+    return value
+
+
 class Strict(BaseModel):
     """A model that refuses unknown fields and cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, values: Any) -> Any:
-        """Refuse true and false where a number is wanted; pydantic would read them as 1 and 0."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation in _NUMBERS:
-                raise ValueError(f"{name} is {str(value).lower()}, which is no number. Mend: give a number")
-        return values
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        return no_truth(value) if cls.model_fields[info.field_name or ""].annotation in _NUMBERS else value
 
 
 class Artifact(Strict):
