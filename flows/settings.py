@@ -157,6 +157,8 @@ def validate(raw: dict[str, Any]) -> PipelineConfig:
 
 def wording(details: Any) -> str:
     """What is wrong, in our words: `must be greater than 0`."""
+    if details["type"] == "finite_number" and details["input"] != details["input"]:
+        return "must be a number, which NaN is not"
     return details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 

@@ -45,7 +45,8 @@ def no_truth(value: Any) -> Any:
 class Strict(BaseModel):
     """A model that refuses unknown fields and cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # JSON, in which a stage is asked, has neither infinity nor NaN.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -128,6 +129,8 @@ class Request(Strict):
 
 class Result(Strict):
     """What a stage answers; written as `result.json` beside the request."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # what was measured is no setting
 
     status: Status
     key: str

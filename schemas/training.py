@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from schemas.stage import StageError, Strict
 
@@ -20,8 +20,6 @@ class LoRA(Strict):
 
 class Training(Strict):
     """One optimizer step sees `batch_size` rows; how they are cut into micro-batches changes no result."""
-
-    model_config = ConfigDict(allow_inf_nan=False)  # JSON, in which a stage is asked, has neither
 
     epochs: float | None = Field(default=1.0, gt=0)
     """Passes over the data. PPO counts iterations instead."""

@@ -1,14 +1,17 @@
 """Every mistake in a config is found before anything starts, and its message names field, value and mend."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from flows import settings
 from schemas.methods import DPO, PPO
-from schemas.stage import StageError
+from schemas.stage import Result, StageError, Strict
 
 
 @pytest.fixture
@@ -60,6 +63,33 @@ def test_overrides_are_typed_by_yaml_and_make_maps(raw: dict[str, Any]) -> None:
 )
 def test_true_is_no_number(raw: dict[str, Any], key: str) -> None:
     assert refused(raw, f"{key}=true") == f"{key} = true: this is no number. Mend: give a number"
+
+
+NOT_FINITE = {".nan": "nan: must be a number, which NaN is not", ".inf": "inf: must be a finite number"}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(
+    "key", ["seed", "generate.noise", "data.preference.eval_fraction", "promote.gate.kl_max", "sft.lora.alpha"]
+)
+def test_neither_nan_nor_infinity_is_a_setting(raw: dict[str, Any], key: str, value: str) -> None:
+    assert refused(raw, f"{key}={value}").startswith(f"{key} = {NOT_FINITE[value]}")
+
+
+def configs(model: type[Strict] = Strict) -> Iterator[type[Strict]]:
+    for inner in model.__subclasses__():
+        yield from configs(inner)
+        if inner.__module__.startswith("schemas.") and inner is not Result:
+            yield inner
+
+
+def test_no_field_of_any_config_takes_nan() -> None:
+    """Each by itself, so that a new one cannot slip through."""
+    for model in set(configs()):
+        for name in model.model_fields:
+            with pytest.raises(ValidationError) as caught:
+                model.model_validate({name: math.nan})
+            assert name in {error["loc"][0] for error in caught.value.errors()}, f"{model}.{name}"
 
 
 def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
