@@ -35,8 +35,10 @@ def load(
     """
     base = settings.validate(settings.raw_of(source, overrides))
     names = method_names(methods)
-    grid = itertools.product(names, beta_values(betas, names), numbers("--seeds", seeds, int))
-    align = {f"{method}-{beta:.15g}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid}
+    grid = itertools.product(names, beta_values(betas, names), seed_values(seeds, names))
+    align = {
+        f"{method}-{shown(beta)}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid
+    }
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
     return settings.checked(raw)
@@ -57,15 +59,38 @@ def method_names(text: str) -> list[str]:
 
 def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     """The list's betas. Raises StageError for one that a method cannot take."""
-    found = numbers("--beta", text, float)
+    found, mend = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
     for beta, name in itertools.product(found, methods):
-        config = CONFIGS[name]
-        try:
-            config.model_validate({config.strength: beta})
-        except ValidationError as error:
-            why = f"{name} takes no such beta: it {settings.wording(error.errors()[0])}."
-            raise refuse(why, "--beta", f"{beta:g}", "give numbers such as 0.05,0.1,0.3") from error
+        if why := refusal(name, CONFIGS[name].strength, beta):
+            raise refuse(f"{name} takes no such beta: it {why}.", "--beta", f"{beta:g}", mend)
+        if "+" in shown(beta):
+            raise refuse("it must be less than 1e15.", "--beta", f"{beta:g}", mend)
+    if len(set(map(shown, found))) < len(found):
+        raise refuse("two numbers differ beyond 15 digits only.", "--beta", text, mend)
     return found
+
+
+def shown(beta: float) -> str:
+    """A beta as it stands in a variant's name, which takes no `+`."""
+    return f"{beta:.15g}"
+
+
+def seed_values(text: str, methods: Sequence[str]) -> list[int]:
+    """The list's seeds. Raises StageError for what cannot be one."""
+    found = numbers("--seeds", text, int)
+    for seed in found:
+        if why := refusal(methods[0], "seed", seed):
+            raise refuse(f"it {why}.", "--seeds", seed, "give whole numbers such as 0,1,2")
+    return found
+
+
+def refusal(method: str, field: str, value: float) -> str | None:
+    """Why a method cannot have this value in a field, `must be greater than 0`; None where it can."""
+    try:
+        CONFIGS[method].model_validate({field: value})
+    except ValidationError as error:
+        return settings.wording(error.errors()[0])
+    return None
 
 
 def numbers(option: str, text: str, kind: type[T]) -> list[T]:

@@ -70,7 +70,14 @@ def test_a_method_that_the_config_does_not_name_has_its_defaults() -> None:
         (("ppo,dpo", "0", "0"), "--beta = 0: dpo takes no such beta"),
         (("ppo", "-0.1", "0"), "--beta = -0.1: ppo takes no such beta: it must be greater than or equal to 0"),
         (("kto", "inf", "0"), "--beta = inf: kto takes no such beta: it must be a finite number"),
-        (("dpo", "nan", "0"), "--beta = nan: dpo takes no such beta: it must be a finite number"),
+        (
+            ("dpo", "nan", "0"),
+            "--beta = nan: dpo takes no such beta: it must be a number, which NaN is not. Mend: give",
+        ),
+        (("dpo,kto", "0.1,1e300", "0"), "--beta = 1e+300: it must be less than 1e15. Mend: give numbers such as"),
+        (("dpo", "0.3,0.30000000000000004"), "--beta = 0.3,0.30000000000000004: two numbers differ beyond 15 digits"),
+        (("dpo,kto", "0.1,0.3", "0,-1"), "--seeds = -1: it must be greater than or equal to 0. Mend: give whole"),
+        (("dpo", "0.1", "9223372036854775808"), "--seeds = 9223372036854775808: it must be less than"),
         (("ppo", "0.1", "0", "align.ppo.kl_target=6"), "align.ppo.kl_target = 6.0: a sweep needs a fixed KL"),
     ],
 )
