@@ -225,10 +225,14 @@ def validate(
     - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
     - alignflow validate pairs.jsonl --kind preference --out checked --json
     """
-    named = {"kind": kind, "out": out, "columns": columns, "model": model, "evaluation": evaluation}
-    named |= {"max-bad": max_bad, "max-length": max_length, "eval-fraction": eval_fraction}
-    named |= {"gold-fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
-    forward("stages.validate", [path], named | {"json": json})
+    from flows.options import check_data
+
+    given = {"kind": kind, "max_bad": max_bad, "max_length": max_length, "eval_fraction": eval_fraction}
+    given |= {"gold_fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
+    check_data(columns, evaluation, out, path=path, **given)
+    named = {name.replace("_", "-"): value for name, value in given.items()}
+    named |= {"out": out, "columns": columns, "model": model, "evaluation": evaluation, "json": json}
+    forward("stages.validate", [path], named)
 
 
 @app.command()

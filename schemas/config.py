@@ -50,7 +50,7 @@ class DataConfig(Strict):
     split: str = "train"
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Take the first so many rows."""
     eval_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of prompts held out for evaluation, chosen by the prompt's hash."""
@@ -60,6 +60,13 @@ class DataConfig(Strict):
     """Share of quarantined rows above which the flow stops."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
+
+    @field_validator("path")
+    @classmethod
+    def _names_something(cls, path: str) -> str:
+        if not path.removeprefix("hub:").strip():
+            raise PydanticCustomError("no_name", "must name a file, or hub:NAME")
+        return path
 
 
 class PipelineData(Strict):
@@ -164,7 +171,7 @@ class GenerateConfig(Strict):
     """None exports the answers as JSONL for people to rank."""
     noise: float = Field(default=0.0, ge=0)
     """Temperature of Bradley-Terry label noise: answer i beats j with probability sigmoid((s_i - s_j) / noise)."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Take the first so many prompts."""
 
 
@@ -174,7 +181,7 @@ class EvaluateConfig(Strict):
     judge: Judge = SentimentJudge()
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Take the first so many prompts."""
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""

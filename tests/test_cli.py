@@ -101,6 +101,32 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
     assert sum(found["reasons"].values()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-bad", "5"], "--max-bad = 5.0: must be less than or equal to 1"),
+        (["--eval-fraction", "nan"], "--eval-fraction = nan: must be a number, which NaN is not"),
+        (["--gold-fraction", "1"], "--gold-fraction = 1.0: must be less than 1"),
+        (["--limit", "0", "--max-length", "1"], "--max-length = 1: must be greater than or equal to 8"),
+        (["--limit", "9" * 30], f"--limit = {'9' * 30}: must be less than 9223372036854775808"),
+        (["--kind", "prefrence"], "Did you mean 'preference'?"),
+        (["--columns", "prompt"], "--columns = prompt: this is no pair of column names. Mend: write OURS=THEIRS"),
+        (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
+        (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Mend: name the folder"),
+        (["--out", "rows.jsonl"], "--out = rows.jsonl: this is no folder."),
+    ],
+)
+def test_validate_names_the_option_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", list(PAIRS))
+    answer = alignflow("validate", "rows.jsonl", "--kind", "preference", "--out", "out", *options)
+    assert answer.returncode == EXIT_CODES["refused"]
+    assert message in answer.stderr and answer.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
 def test_validate_passes_refusals_and_options_through(tmp_path: Path) -> None:
     rows = [{"q": f"Question {i}?", "a": f"Answer {i}."} for i in range(20)]
     file = write_rows(tmp_path / "rows.jsonl", rows)

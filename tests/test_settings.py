@@ -119,6 +119,7 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft.epochs=[1", "the value is no YAML"),
         ("seed=9223372036854775808", "seed = 9223372036854775808: must be less than 9223372036854775808"),
         ("align.dpo.seed=9223372036854775808", "align.dpo.seed = 9223372036854775808: must be less than"),
+        ("data.preference.path='hub:'", "data.preference.path = 'hub:': must name a file, or hub:NAME"),
         ("align.dpo=3", "align.dpo = 3: must be keys with values"),
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
