@@ -17,7 +17,7 @@ STAGES: dict[str, int] = {
     "budget": 1,
     "align": 1,
     "evaluate": 1,
-    "compare": 1,
+    "compare": 2,
     "promote": 1,
 }
 ENGINE_VERSION = 2

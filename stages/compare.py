@@ -11,7 +11,7 @@ from schemas.stage import Request, StageError
 from stages import frontier
 from stages.engine import metrics
 from stages.engine.evaluation import Evaluation, check_comparable, text_of
-from stages.report import STARTING_POINTS, Comparison, draw, render_html, render_text
+from stages.report import STARTING_POINTS, Comparison, draw, over, render_html, render_text
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
@@ -118,10 +118,10 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 
 def text(comparison: Comparison) -> str:
-    """The table for people; of a sweep the frontier first."""
+    """The table for people, and over how many prompts it is; of a sweep the frontier first."""
     points = frontier.points(comparison.table)
     above = f"{frontier.render_text(points)}\n\n" if points else ""
-    return above + render_text(comparison.table)
+    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}"
 
 
 def write(comparison: Comparison, folder: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from schemas.config import EvaluateConfig
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -26,6 +28,7 @@ MARKERS = {"base": "s", "sft": "D"}
 STARTING_POINTS = ("base", "sft")
 SAMPLES, OPEN_SAMPLES = 20, 3
 Z95 = 1.96  # standard errors to each side of a 95 % interval
+ENOUGH_PROMPTS = EvaluateConfig().min_prompts
 OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest other would squeeze them together
 
 
@@ -128,6 +131,22 @@ def render_text(table: Sequence[Row]) -> str:
     columns = shown_columns(table)
     lines = [["Model", *(column.title for column in columns)]]
     return lay_out(lines + [[str(row["model"]), *(column.cell(row) for column in columns)] for row in table])
+
+
+def over(prompts: int) -> str:
+    """The line under a table: over how many prompts its numbers are, and a caution where these are few."""
+    return f"Over {counted(prompts)}; in brackets: 95 % intervals. {caution(prompts)}".strip()
+
+
+def counted(prompts: int) -> str:
+    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
+
+
+def caution(prompts: int) -> str:
+    """What numbers over few prompts cannot tell; nothing where there are enough."""
+    if prompts >= ENOUGH_PROMPTS:
+        return ""
+    return f"With fewer than {ENOUGH_PROMPTS} prompts differences may be chance, whatever the intervals say."
 
 
 def lay_out(lines: Sequence[Sequence[str]]) -> str:
@@ -316,7 +335,7 @@ def render_html(comparison: Comparison, finding: str = "", frontier: str = "") -
 <main>
 <h1>Which alignment method did better?</h1>
 {_intro(comparison)}
-<p class="finding">{escape(finding or headline(comparison.table))}</p>
+<p class="finding">{escape(finding or headline(comparison.table))} {caution(len(comparison.prompts))}</p>
 {frontier}
 <h2>The models side by side</h2>
 {_table(comparison.table)}
@@ -335,8 +354,8 @@ def _intro(comparison: Comparison) -> str:
     settings = " · ".join(f"{escape(name)}: {escape(value)}" for name, value in comparison.settings.items())
     return (
         "<p>Every aligned model below started from the same fine-tuned model, called SFT, and was then taught from "
-        f"preferences by another method. All models answered the same {len(comparison.prompts)} prompts, which none of "
-        "them had trained on, under the same random seeds. Judge of the answers: "
+        f"preferences by another method. All models answered the same {counted(len(comparison.prompts))}, which "
+        "none of them had trained on, under the same random seeds. Judge of the answers: "
         f"{escape(comparison.judge)}.</p>" + (f'<p class="soft">{settings}</p>' if settings else "")
     )
 

@@ -16,8 +16,9 @@ import pytest
 from schemas.stage import Artifact, Request, StageError
 from stages import compare
 from stages.engine.evaluation import Evaluation, Sample
-from stages.report import SPARE_COLOURS, colours, draw, headline, render_html, render_text, shown_columns, verdict
+from stages.report import SPARE_COLOURS, colours, draw, headline, over, render_html, render_text, shown_columns, verdict
 from stages.tracking import StageRun
+from tests.conftest import ROOT
 
 SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
 HOSTILE = "<script>alert('x')</script><img src=http://evil/x onerror=alert(1)>&\"' $x_1$ \u202edesrever \x00 \u2028 end"
@@ -137,6 +138,29 @@ def test_the_text_table_lines_up_and_leaves_out_what_no_model_has() -> None:
     dpo = next(line for line in lines if line.startswith("dpo"))
     assert "80 % [70, 90]" in dpo and "3.00 ± 0.30" in dpo and "3.50" in dpo
     assert render_text([{"model": "x", "judge_score": None, "length": 2.0}]).splitlines()[-1].split() == ["x", "2.0"]
+
+
+def test_the_readme_shows_the_table_as_it_is_printed() -> None:
+    (block,) = re.findall(r"^```text\n(Model .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    head, _, *_, last = block.splitlines()
+    printed = compare.text(compare.compare(evaluations())).splitlines()[0]
+    assert " ".join(printed.split()).startswith(" ".join(head.removesuffix("...").split()))
+    (prompts,) = re.findall(r"\d+(?= prompts)", last)
+    assert last == over(int(prompts))
+
+
+@pytest.mark.parametrize(("answers", "few"), [(1, True), (99, True), (100, False), (250, False)])
+def test_table_and_page_say_over_how_many_prompts_and_when_these_are_few(answers: int, few: bool) -> None:
+    sample = evaluations()["sft"].samples[0]
+    samples = [replace(sample, prompt=[{"role": "user", "content": f"say {i}"}]) for i in range(answers)]
+    comparison = compare.compare({name: replace(value, samples=samples) for name, value in evaluations().items()})
+    line = compare.text(comparison).splitlines()[-1]
+    count = "1 prompt" if answers == 1 else f"{answers} prompts"
+    assert line.startswith(f"Over {count}; in brackets: 95 % intervals.")
+    page = Page(render_html(comparison)).text
+    assert f"the same {count}, which" in page
+    warning = "With fewer than 100 prompts differences may be chance"
+    assert (warning in line, warning in page) == (few, few)
 
 
 def test_the_verdict_is_the_side_of_one_half_that_the_interval_lies_on() -> None:
@@ -275,7 +299,7 @@ def test_the_stage_publishes_table_picture_and_page(tmp_path: Path, caplog: pyte
     assert run.logged == {"report.html", "table.json", "table.txt", "reward_kl.png"}
     table = json.loads(run.published["comparison/table.json"])
     assert [row["model"] for row in table] == ["base", "sft", "dpo", "kto"]
-    assert render_text(table) in caplog.text
+    assert render_text(table) in caplog.text and "Over 4 prompts" in caplog.text
     assert "odd \u2028 \u85cf 0" in run.published["comparison/report.html"].decode()
 
 
