@@ -24,7 +24,7 @@ from prefect.settings import (
 )
 from prefect.states import Completed, Failed, State
 
-from flows import preflight, runner, servers
+from flows import addresses, preflight, runner, servers
 from flows.lease import stage_lease
 from flows.placement import run_placed
 from flows.plan import Node, plan
@@ -258,12 +258,28 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
         logger.info("report: %s", table.with_name("report.html"))
     runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
     found = [run for run in runs if run] if len(runs) > 1 else []  # one alone is beside nothing
-    pages = {"metrics": tracking.compare_link(found), "answers": tracking.compare_link(found, "ARTIFACT")}
+    server, first = mlflow_pages()
+    pages = {
+        "metrics": tracking.compare_link(server, found),
+        "answers": tracking.compare_link(server, found, "ARTIFACT"),
+    }
     links = {what: link for what, link in pages.items() if link}
     for what, link in links.items():
-        logger.info("%s side by side in MLflow: %s", what, link)
+        logger.info("%s side by side in MLflow: %s%s", what, link, first)
     if PREFECT_API_URL.value() not in own_servers:
         show_in_prefect(text, links)
+
+
+def mlflow_pages() -> tuple[str, str]:
+    """Where a browser finds MLflow's pages of this home, and what has to be done first: nothing where a server runs."""
+    uri, running = tracking.tracking_uri(), addresses.found()
+    if uri.startswith("http"):
+        return tracking.without_passwords(uri).rstrip("/"), ""
+    if running is not None and "MLFLOW_TRACKING_URI" not in os.environ:
+        return running.mlflow, ""
+    if servers.port(None, servers.MLFLOW_PORT, "port") == servers.MLFLOW_PORT:
+        return servers.address(servers.HOST, servers.MLFLOW_PORT), "  (start `alignflow ui`)"
+    return "", "  (start `alignflow ui`, and put the address that it says for MLflow before this)"
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:

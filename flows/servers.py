@@ -23,6 +23,8 @@ from stages import tracking
 from stages.parent import die_with_parent
 
 HOST = "127.0.0.1"
+MLFLOW_PORT = 5000
+"""The port that MLflow gets, unless it is taken or another is asked for."""
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""

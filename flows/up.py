@@ -143,7 +143,7 @@ def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, pref
             servers.check_access(name, host)
     ours = []
     if "MLflow" not in elsewhere:
-        number = servers.port(mlflow_port, 5000, "--mlflow-port", host)
+        number = servers.port(mlflow_port, servers.MLFLOW_PORT, "--mlflow-port", host)
         ours.append(servers.mlflow_server(number, host))
         if not os.environ.get("MLFLOW_BACKEND_STORE_URI"):
             tracking.setup()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import addresses, pools, preflight, servers
+from flows import addresses, pipeline, pools, preflight, servers
 from flows.addresses import Addresses
 from schemas.stage import EXIT_CODES, StageError
 from tests import control
@@ -330,6 +330,28 @@ def test_addresses_count_only_while_somebody_holds_the_lock(no_settings: None) -
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert addresses.found() == where
     assert addresses.found() is None
+
+
+def test_a_run_names_mlflow_where_it_is_or_would_be(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+    import socket
+
+    with socket.socket() as other:  # another home's server, say
+        other.bind((servers.HOST, 0))
+        other.listen()
+        monkeypatch.setattr(servers, "MLFLOW_PORT", other.getsockname()[1])
+        server, first = pipeline.mlflow_pages()
+        assert server == "" and "put the address that it says for MLflow before this" in first
+        where = Addresses(pid=1, mlflow="http://127.0.0.1:5017", prefect="http://127.0.0.1:4200/api")
+        addresses.file().write_text(where.model_dump_json())
+        with addresses.lock_file().open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert pipeline.mlflow_pages() == ("http://127.0.0.1:5017", "")
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hidden@mlflow.example/")
+            assert pipeline.mlflow_pages() == ("http://mlflow.example", "")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    server, first = pipeline.mlflow_pages()
+    assert server == f"http://127.0.0.1:{servers.MLFLOW_PORT}" and "start `alignflow ui`" in first
 
 
 def test_every_template_is_one() -> None:

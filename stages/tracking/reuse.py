@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 from schemas.stage import Result
 from stages.tracking.artifacts import BAD, intact, local_path, location_of
 from stages.tracking.names import TAG_LENGTH
-from stages.tracking.server import client, retrying, tracking_uri, without_passwords
+from stages.tracking.server import client, retrying
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -64,8 +64,8 @@ def note_reuse(result: Result, pipeline_run: str | None) -> None:
     retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
 
 
-def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
-    """Address of MLflow's page that shows evaluations side by side; without a server, as `alignflow ui` would serve it.
+def compare_link(server: str, run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
+    """Address of MLflow's page that shows evaluations side by side, at this server; None without evaluations.
 
     CHART shows their metrics as bars, ARTIFACT the answers to each prompt. The best judged come first, since MLflow
     draws ten runs until it is asked for more.
@@ -74,14 +74,10 @@ def compare_link(run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART
         return None
     runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
     experiments = sorted({run.info.experiment_id for run in runs})
-    uri = tracking_uri()
-    server = without_passwords(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
     query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
     query |= {"orderByKey": "metrics.`eval/judge_score`", "orderByAsc": "false"}
     page = f"experiments/{experiments[0]}/runs"
     if len(experiments) > 1:
         page, query["experiments"] = "compare-experiments/s", json.dumps(experiments)
-    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}" + (
-        "" if uri.startswith("http") else "  (start `alignflow ui`)"
-    )
+    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}"
