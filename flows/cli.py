@@ -412,7 +412,8 @@ def submit(
 ) -> None:
     """Start the deployed pipeline, which a worker runs, and don't wait for it.
 
-    The server is that of `alignflow up`, or PREFECT_API_URL. Files must lie below the worker's ALIGNFLOW_ROOTS.
+    The server is that of `alignflow up`, or PREFECT_API_URL. Files must lie below the worker's ALIGNFLOW_ROOTS; by
+    their whole path they need not be on this machine.
 
     Examples:
 
@@ -422,7 +423,7 @@ def submit(
     from flows import settings
     from flows.submit import submit as start
 
-    print(start(settings.load(config, overrides)))
+    print(start(settings.load(config, overrides, here=False)))
 
 
 def use_servers(config: "PipelineConfig") -> None:

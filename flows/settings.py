@@ -57,12 +57,14 @@ def headline(file: Path) -> str:
     return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("#").strip() for line in lines))[0]
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> PipelineConfig:
+def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> PipelineConfig:
     """Read a preset or file, apply `a.b=value` overrides, validate, and check what can be checked cheaply.
+
+    `here`: it runs on this machine. Elsewhere a whole path (`/data/pairs.jsonl`) may lead to what is there alone.
 
     Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, mend.
     """
-    return checked(raw_of(source, overrides))
+    return checked(raw_of(source, overrides), here)
 
 
 def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,10 +75,10 @@ def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
-def checked(raw: dict[str, Any]) -> PipelineConfig:
+def checked(raw: dict[str, Any], here: bool = True) -> PipelineConfig:
     """The config, valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
-    problems = list(check(config))
+    problems = [problem for problem in check(config) if here or not only_elsewhere(problem.value or "")]
     try:
         plan(config)
     except StageError as error:
@@ -84,6 +86,11 @@ def checked(raw: dict[str, Any]) -> PipelineConfig:
     if problems:
         raise refusal(problems)
     return config
+
+
+def only_elsewhere(path: str) -> bool:
+    """Whether a value is a whole path of which this machine has nothing."""
+    return Path(path).is_absolute() and not Path(path).exists()
 
 
 def refusal(problems: Sequence[Problem]) -> StageError:
@@ -264,6 +271,10 @@ def problem(message: str, field: str, value: Any, mend: str) -> Problem:
 
 
 def _check_model(model: ModelConfig) -> Iterator[Problem]:
+    template = model.chat_template
+    if template is not None and "{" not in template and not Path(template).expanduser().is_file():
+        mend = "give its path, or a template: Jinja with {{ messages }}"
+        yield problem("no such file.", "model.chat_template", template, mend)
     if (model.path is None) == (model.scratch is None):
         given = "both are set" if model.path else "neither is set"
         yield problem(f"{given}.", "model.path, model.scratch", given, "set exactly one of them")
@@ -308,6 +319,8 @@ def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
             yield problem(
                 "a data set of the Hub needs a revision.", f"{field}.path", data.path, f"set {field}.revision"
             )
+    elif not data.path.startswith(("demo:", "input:")) and Path(data.path).expanduser().is_dir():
+        yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
     elif not data.path.startswith(("demo:", "input:")) and not Path(data.path).expanduser().is_file():
         folder = Path(data.path).expanduser().parent
         names = [file.name for file in folder.iterdir()] if folder.is_dir() else []

@@ -1,8 +1,10 @@
 """`alignflow submit`: start the deployed pipeline. A worker runs it; this process does not wait."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -12,6 +14,7 @@ from flows import preflight
 from flows.roots import paths_of_config
 from schemas.config import PipelineConfig
 from schemas.stage import StageError
+from stages import tracking
 
 DEPLOYMENT = "pipeline/pipeline"
 
@@ -19,15 +22,20 @@ DEPLOYMENT = "pipeline/pipeline"
 def submit(config: PipelineConfig) -> str:
     """Start a run of the deployed pipeline; returns its name and where Prefect shows it.
 
+    Warns of pools that no worker serves, the pipeline's own among them.
+
     Raises:
-        StageError: no server is set or answers, a pool is missing, or nothing is deployed.
+        StageError: no server is set or answers, a pool is missing, the pools' workers could not reach the experiment's
+            artifacts, or nothing is deployed.
     """
     if not PREFECT_API_URL.value():
         raise StageError(
             "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", mend=preflight.START
         )
     preflight.check_servers()
-    preflight.check_pools(list(config.pools.values()))
+    preflight.check_pools([*own_pool(), *config.pools.values()])
+    if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
+        preflight.check_experiment(config.name, placed=bool(config.pools))
     try:
         run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
     except ObjectNotFound as error:
@@ -38,6 +46,13 @@ def submit(config: PipelineConfig) -> str:
     assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
     pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))
     return f"{config.name}: {pages}/runs/flow-run/{run.id}"
+
+
+def own_pool() -> list[str]:
+    """The pool that the deployed pipeline itself waits on; none where it is not deployed."""
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
+        return list(filter(None, [client.read_deployment_by_name(DEPLOYMENT).work_pool_name]))
+    return []
 
 
 def absolute(config: PipelineConfig) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("seed=9223372036854775808", "seed = 9223372036854775808: must be less than 9223372036854775808"),
         ("align.dpo.seed=9223372036854775808", "align.dpo.seed = 9223372036854775808: must be less than"),
         ("data.preference.path='hub:'", "data.preference.path = 'hub:': must name a file, or hub:NAME"),
+        ("data.preference.path=/", "data.preference.path = /: this is a folder, not a file. Mend: name a file in it"),
+        ("model.chat_template=chat.jinja", "model.chat_template = chat.jinja: no such file. Mend: give its path"),
         ("align.dpo=3", "align.dpo = 3: must be keys with values"),
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
@@ -134,6 +136,18 @@ def test_a_wrong_key_or_value_is_named_with_its_mend(raw: dict[str, Any], overri
 def test_an_unknown_key_of_one_method_is_not_taken_from_another(raw: dict[str, Any]) -> None:
     raw["align"] = {"kto": {"iteration": 3}}
     assert "Did you mean" not in refused(raw)
+
+
+def test_what_runs_elsewhere_may_name_what_is_only_there(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["data"]["preference"]["path"] = raw["model"]["path"] = f"{tmp_path}/there"
+    raw["model"]["scratch"] = None
+    assert refused(raw).count("no such") == 2
+    assert settings.load("config.yaml", here=False).model.path == f"{tmp_path}/there"
+    Path("there").mkdir()  # what is here is looked at
+    with pytest.raises(StageError, match=r"model\.path = .*there: the folder holds no config\.json"):
+        settings.load("config.yaml", here=False)
+    with pytest.raises(StageError, match=r"data\.preference\.path = none\.jsonl: no such file"):
+        settings.load("config.yaml", ["data.preference.path=none.jsonl"], here=False)
 
 
 def test_all_mistakes_come_at_once(raw: dict[str, Any]) -> None:

@@ -128,6 +128,29 @@ def test_checks_name_pool_worker_and_experiment(
 
 
 @pytest.mark.slow
+def test_what_is_submitted_is_checked_as_a_run_from_here_is(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, where = running
+    assert alignflow(home, "deploy").returncode == 0
+    own = f"{where.prefect}/work_pools/cpu"
+    httpx.patch(own, json={"is_paused": True}, timeout=30).raise_for_status()
+    refused = alignflow(home, "submit", "demo", "--set", "pools.sft=tpu")
+    httpx.patch(own, json={"is_paused": False}, timeout=30).raise_for_status()
+    assert refused.returncode == EXIT_CODES["refused"] and "pools = tpu: there is no such work pool" in refused.stderr
+    assert "work pool cpu is paused: its runs wait" in refused.stderr, "the pool of the pipeline itself"
+    from stages import tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
+    tracking.client().create_experiment("kept-here", artifact_location=str(tmp_path))
+    refused = alignflow(home, "submit", "demo", "--set", "name=kept-here", "--set", "pools.sft=gpu")
+    assert refused.returncode == EXIT_CODES["refused"]
+    assert "name = kept-here: this experiment keeps its artifacts in" in refused.stderr
+    found = httpx.post(f"{where.prefect}/flow_runs/filter", json={}, timeout=30).raise_for_status().json()
+    assert not {"demo", "kept-here"} & {run["name"] for run in found}, "nothing was started"
+
+
+@pytest.mark.slow
 def test_a_run_finds_the_server_that_keeps_its_experiment(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
