@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas.methods import Method
@@ -20,6 +20,13 @@ class Scratch(Strict):
     heads: int = Field(default=4, ge=1)
     intermediate_size: int = Field(default=256, ge=8)
     max_length: int = Field(default=128, ge=16)
+
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> "Scratch":
+        if self.hidden_size % (2 * self.heads):
+            what = f"hidden_size is {self.hidden_size}, of which {self.heads} heads cannot take an even part each"
+            raise ValueError(f"{what}. Mend: make it a multiple of {2 * self.heads}")
+        return self
 
 
 class ModelConfig(Strict):
@@ -290,7 +297,7 @@ class PipelineConfig(Strict):
     """Name in tables and pictures -> method. `method` defaults to the name."""
     equal_tokens: bool = False
     """Every method under `align` trains on the same number of tokens: the least that one of them would by itself."""
-    sweep: str | None = None
+    sweep: str | None = Field(default=None, max_length=250)
     """Name of a sweep, the tag `sweep` of its runs: the comparison then groups the models by method, beta and seed.
     `alignflow sweep` sets it."""
     evaluate: EvaluateConfig = EvaluateConfig()

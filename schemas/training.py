@@ -21,7 +21,7 @@ class LoRA(Strict):
 class Training(Strict):
     """One optimizer step sees `batch_size` rows; how they are cut into micro-batches changes no result."""
 
-    epochs: float | None = Field(default=1.0, gt=0)
+    epochs: float | None = Field(default=1.0, gt=0, le=1_000_000)
     """Passes over the data. PPO counts iterations instead."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps, whatever `epochs` says."""

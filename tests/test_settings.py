@@ -122,6 +122,12 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("data.preference.path='hub:'", "data.preference.path = 'hub:': must name a file, or hub:NAME"),
         ("data.preference.path=/", "data.preference.path = /: this is a folder, not a file. Mend: name a file in it"),
         ("model.chat_template=chat.jinja", "model.chat_template = chat.jinja: no such file. Mend: give its path"),
+        (
+            "model.scratch.heads=7",
+            "model.scratch: hidden_size is 96, of which 7 heads cannot take an even part each. M",
+        ),
+        ("sft.epochs=1e308", "sft.epochs = 1e+308: must be less than or equal to 1000000"),
+        (f"sweep={'x' * 300}", "should have at most 250 characters"),
         ("align.dpo=3", "align.dpo = 3: must be keys with values"),
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
