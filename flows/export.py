@@ -32,11 +32,21 @@ def export(what: str, out: Path) -> Path:
     """Write the model to the folder `out`, which must not hold anything yet; returns it.
 
     Raises:
-        StageError: there is no such model, or `out` is taken.
+        StageError: there is no such model, or `out` is taken or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StageError("is there already.", kind="export", field="--out", value=out, mend="name a new folder")
     found = model(what)
+    try:
+        write(found, out)
+    except OSError as error:
+        mend = "name a place where you may write, with room for the model"
+        raise StageError(f"cannot be written: {error}.", kind="export", field="--out", value=out, mend=mend) from error
+    return out
+
+
+def write(found: Model, out: Path) -> None:
+    """Put the model's files and card into a new folder; under its name it is whole at once."""
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +55,6 @@ def export(what: str, out: Path) -> Path:
     if out.exists():
         out.rmdir()
     beside.replace(out)
-    return out
 
 
 def card(found: Model, out: Path) -> str:

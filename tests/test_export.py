@@ -47,6 +47,12 @@ def aligned(ready_home: Path, tmp_path: Path) -> Result:
     return trained
 
 
+def test_a_place_that_cannot_be_written_is_named(aligned: Result, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StageError, match=r"--out = .*file/model: cannot be written: .*Mend: name a place"):
+        export.export("dpo", tmp_path / "file" / "model")
+
+
 def test_an_exported_model_loads_in_plain_transformers(aligned: Result, tmp_path: Path) -> None:
     out = export.export("dpo", tmp_path / "exported")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
