@@ -347,8 +347,8 @@ def chat(
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000, or a free one.")] = None,
-    prefect_port: Annotated[int | None, typer.Option(help="Default 4200, or a free one.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")] = None,
 ) -> None:
     """Start MLflow (models and numbers) and Prefect (runs) on this machine, until Ctrl-C.
 
@@ -370,8 +370,8 @@ def up(
     host: Annotated[str, typer.Option(help="Address that the servers listen at; others than this need passwords.")] = (
         "127.0.0.1"
     ),
-    mlflow_port: Annotated[int | None, typer.Option(help="Default 5000, or a free one.")] = None,
-    prefect_port: Annotated[int | None, typer.Option(help="Default 4200, or a free one.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 5000, or a free one.")] = None,
+    prefect_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")] = None,
 ) -> None:
     """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
 

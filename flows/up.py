@@ -59,6 +59,11 @@ def up(
     Raises:
         StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
     """
+    if mlflow_port and mlflow_port == prefect_port:
+        raise StageError("it is MLflow's.", field="--prefect-port", value=prefect_port, mend="give each its own")
+    if not all(wanted):
+        raise StageError("the name is empty.", field="--pool", value="", mend="name a work pool, such as cpu or gpu")
+    wanted = list(dict.fromkeys(wanted))
     tracking.home().mkdir(parents=True, exist_ok=True)
     with addresses.lock_file().open("a") as lock:
         while not taken(lock):

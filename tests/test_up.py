@@ -341,6 +341,21 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         preflight.check_gpu(3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mlflow-port", "99999"], "'--mlflow-port'"),
+        (["--mlflow-port", "4321", "--prefect-port", "4321"], "--prefect-port = 4321: it is MLflow's."),
+        (["--pool", "cpu", "--pool", ""], "--pool = : the name is empty."),
+    ],
+)
+def test_up_refuses_what_cannot_start(tmp_path: Path, options: list[str], message: str) -> None:
+    answer = alignflow(tmp_path / "home", "up", *options)
+    assert answer.returncode in (2, EXIT_CODES["refused"])
+    assert message in answer.stderr and "Traceback" not in answer.stderr
+    assert not (tmp_path / "home").exists(), "nothing was begun"
+
+
 def test_addresses_count_only_while_somebody_holds_the_lock(no_settings: None) -> None:
     import fcntl
 
