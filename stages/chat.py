@@ -5,6 +5,7 @@ A MODEL is a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_
 """
 
 import argparse
+import math
 import shutil
 import sys
 import textwrap
@@ -150,8 +151,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default 0)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
     options = parser.parse_args(argv)
-    if options.temperature < 0 or options.max_new_tokens < 1:
-        parser.error("--temperature must be at least 0 and --max-new-tokens at least 1")
+    if not 0 <= options.temperature < math.inf or options.max_new_tokens < 1:
+        parser.error("--temperature must be at least 0 and finite, and --max-new-tokens at least 1")
     return options
 
 

@@ -94,7 +94,8 @@ def test_a_missing_model_is_a_clear_error(monkeypatch, capsys, home: Path) -> No
         assert "Mend:" in error
 
 
-def test_settings_out_of_range_are_refused(capsys) -> None:
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+def test_settings_out_of_range_are_refused(capsys, temperature: str) -> None:
     with pytest.raises(SystemExit):
-        chat.main(["--model", "x", "--temperature", "-1"])
+        chat.main(["--model", "x", "--temperature", temperature])
     assert "--temperature" in capsys.readouterr().err
