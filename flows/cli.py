@@ -463,6 +463,15 @@ def main() -> None:
     except StageError as error:
         print(f"alignflow: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[error.status])
+    except OSError as error:
+        from stages.tracking import home
+
+        place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
+        if place != home() and not (barred and place.is_relative_to(home())):
+            raise
+        mend = "give a folder that you may write to, with room"
+        print(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Mend: {mend}", file=sys.stderr)
+        sys.exit(EXIT_CODES["refused"])
 
 
 if __name__ == "__main__":

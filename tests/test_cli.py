@@ -86,6 +86,15 @@ def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: 
     assert answer.stdout == ""
 
 
+@pytest.mark.parametrize("command", [["compare"], ["run", "demo", "--dry-run"], ["up"]])
+def test_a_home_that_cannot_be_is_named(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", tmp_path / "file" / "home"):
+        answer = alignflow(*command, ALIGNFLOW_HOME=str(home))
+        assert answer.returncode == EXIT_CODES["refused"]
+        assert f"ALIGNFLOW_HOME = {home}: cannot be used: " in answer.stderr and "Traceback" not in answer.stderr
+
+
 def test_presets_are_listed_and_printed() -> None:
     listed = alignflow("presets")
     assert {line.split()[0] for line in listed.stdout.splitlines()} >= {"demo", "smollm2"}
