@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import types
 import zlib
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows.plan import plan
 from flows.runner import source_file
-from schemas.config import DataConfig, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
+from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.methods import PPO
 from schemas.model_folder import misfit
 from schemas.stage import Problem, StageError
@@ -79,6 +80,7 @@ def checked(raw: dict[str, Any], here: bool = True) -> PipelineConfig:
     """The config, valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
     problems = [problem for problem in check(config) if here or not only_elsewhere(problem.value or "")]
+    problems += _check_keys(config) if here else ()
     try:
         plan(config)
     except StageError as error:
@@ -351,6 +353,17 @@ def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
         yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
     if isinstance(judge, RewardJudge) and judge.model != "gold":
         yield from _check_folder(f"{field}.model", judge.model, scorer=True)
+
+    if isinstance(judge, EndpointJudge) and not judge.url.startswith(("http://", "https://")):
+        yield problem("this is no http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
+
+
+def _check_keys(config: PipelineConfig) -> Iterator[Problem]:
+    """Keys of endpoints that stages need here, not where a pool's workers are."""
+    for stage, part in (("evaluate", config.evaluate), ("generate", config.generate)):
+        name = part.judge.api_key_env if part and isinstance(part.judge, EndpointJudge) else None
+        if name is not None and stage not in config.pools and not os.environ.get(name, "").strip():
+            yield problem("this variable is not set.", f"{stage}.judge.api_key_env", name, f"export {name} first")
 
 
 def _check_training(config: PipelineConfig) -> Iterator[Problem]:

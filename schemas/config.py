@@ -115,7 +115,7 @@ class EndpointJudge(Strict):
 
     judge: Literal["endpoint"] = "endpoint"
     url: str
-    model: str
+    model: str = Field(min_length=1)
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself stands nowhere."""
     timeout: float = Field(default=60.0, gt=0)
@@ -192,7 +192,7 @@ class EvaluateConfig(Strict):
     """Take the first so many prompts."""
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
-    bootstrap: int = Field(default=2000, ge=100)
+    bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for the 95 % interval of the win rate."""
 
 

@@ -1,9 +1,11 @@
 """How a model is trained: optimizer, schedule, length, precision, LoRA, checkpoints. Shared by all training stages."""
 
 import math
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from schemas.stage import StageError, Strict
 
@@ -16,6 +18,15 @@ class LoRA(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target: str = "all-linear"
     """Modules that get an adapter: peft's word `all-linear`, or a regular expression."""
+
+    @field_validator("target")
+    @classmethod
+    def _is_an_expression(cls, target: str) -> str:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise PydanticCustomError("no_expression", "is no regular expression: {why}", {"why": str(error)}) from None
+        return target
 
 
 class Training(Strict):

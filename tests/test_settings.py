@@ -128,6 +128,19 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ),
         ("sft.epochs=1e308", "sft.epochs = 1e+308: must be less than or equal to 1000000"),
         (f"sweep={'x' * 300}", "should have at most 250 characters"),
+        (
+            "align.dpo.lora={target: '('}",
+            "align.dpo.lora.target = '(': is no regular expression: missing ), unterminated",
+        ),
+        (
+            "evaluate.judge={judge: endpoint, url: 'h:80', model: m}",
+            "evaluate.judge.url = h:80: this is no http(s) add",
+        ),
+        (
+            "evaluate.judge={judge: endpoint, url: 'http://h', model: ''}",
+            "evaluate.judge.model = '': string should have",
+        ),
+        ("evaluate.bootstrap=1000000000", "evaluate.bootstrap = 1000000000: must be less than or equal to 100000"),
         ("align.dpo=3", "align.dpo = 3: must be keys with values"),
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
@@ -154,6 +167,21 @@ def test_what_runs_elsewhere_may_name_what_is_only_there(raw: dict[str, Any], tm
         settings.load("config.yaml", here=False)
     with pytest.raises(StageError, match=r"data\.preference\.path = none\.jsonl: no such file"):
         settings.load("config.yaml", ["data.preference.path=none.jsonl"], here=False)
+
+
+def test_a_judges_key_is_missed_before_anything_is_trained(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["evaluate"]["judge"] = {"judge": "endpoint", "url": "http://h/v1", "model": "m", "api_key_env": "JUDGES_KEY"}
+    monkeypatch.delenv("JUDGES_KEY", raising=False)
+    assert (
+        refused(raw)
+        == "evaluate.judge.api_key_env = JUDGES_KEY: this variable is not set. Mend: export JUDGES_KEY first"
+    )
+    load(raw, "pools.evaluate=cpu")  # its workers have the key
+    settings.load("config.yaml", here=False)
+    monkeypatch.setenv("JUDGES_KEY", "k")
+    load(raw)
 
 
 def test_all_mistakes_come_at_once(raw: dict[str, Any]) -> None:
