@@ -133,7 +133,8 @@ def _choose_judge(value: Any) -> Any:
             raise ValueError(f"judge {value.get('judge')!r} is not known. Mend: use one of {', '.join(_JUDGES)}")
         return _JUDGES[value["judge"]].model_validate(value)
     if not isinstance(value, tuple(_JUDGES.values())):
-        raise PydanticCustomError("no_judge", f"must be one of {', '.join(_JUDGES)}, or keys with values")
+        names = ", ".join(_JUDGES)
+        raise PydanticCustomError("no_judge", "must be one of {names}, or keys with values", {"names": names})
     return value
 
 
