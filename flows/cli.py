@@ -229,7 +229,7 @@ def validate(
 
     given = {"kind": kind, "max_bad": max_bad, "max_length": max_length, "eval_fraction": eval_fraction}
     given |= {"gold_fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
-    check_data(columns, evaluation, out, path=path, **given)
+    check_data(columns, model, evaluation, out, path=path, **given)
     named = {name.replace("_", "-"): value for name, value in given.items()}
     named |= {"out": out, "columns": columns, "model": model, "evaluation": evaluation, "json": json}
     forward("stages.validate", [path], named)

@@ -6,18 +6,21 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from flows.plan import refuse
 from flows.settings import explain
 from schemas.config import DataConfig
 from schemas.stage import StageError
 
 
-def check_data(columns: Sequence[str], evaluation: Path | None, out: Path, **given: Any) -> None:
+def check_data(columns: Sequence[str], model: Path | None, evaluation: Path | None, out: Path, **given: Any) -> None:
     """Hold the options of `alignflow validate` against a config's `data`, before a process starts for it.
 
     Raises:
         StageError: an option has a value that its field cannot, or names a folder that is none.
     """
     check(DataConfig, given | {"columns": pairs("--columns", columns)})
+    if model is not None and not model.is_dir():
+        raise refuse("there is no such folder.", "--model", model, f"give its path as seen from {Path.cwd()}")
     if evaluation is not None and not (evaluation / "eval" / "prompt.parquet").is_file():
         mend = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
         raise refuse("there are no held-out prompts.", "--evaluation", evaluation, mend)
@@ -35,8 +38,8 @@ def check(config: type[BaseModel], given: dict[str, Any]) -> None:
 
 
 def option(field: int | str) -> str:
-    """The option that sets a field."""
-    return "--" + str(field).replace("_", "-")
+    """The option or argument that sets a field."""
+    return "PATH" if field == "path" else "--" + str(field).replace("_", "-")
 
 
 def pairs(name: str, values: Sequence[str]) -> dict[str, str]:
@@ -50,7 +53,3 @@ def pairs(name: str, values: Sequence[str]) -> dict[str, str]:
             raise refuse(f"{ours} stands twice.", name, value, "give each of our names once")
         found[ours] = theirs
     return found
-
-
-def refuse(message: str, field: str, value: object, mend: str) -> StageError:
-    return StageError(message, kind="config", field=field, value=value, mend=mend)

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flows import settings
+from flows.plan import refuse
 from schemas.config import PipelineConfig
 from schemas.methods import CONFIGS, PPO, MethodConfig
-from schemas.stage import Result, StageError
+from schemas.stage import Result
 
 T = TypeVar("T", int, float)
 
@@ -113,10 +114,6 @@ def words(option: str, text: str) -> list[str]:
     if not found or len(set(found)) < len(found):
         raise refuse("the list is empty or names something twice.", option, text, "give each once, with commas")
     return found
-
-
-def refuse(message: str, field: str, value: object, mend: str) -> StageError:
-    return StageError(message, kind="config", field=field, value=value, mend=mend)
 
 
 def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: int | None) -> dict[str, Any]:

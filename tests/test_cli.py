@@ -122,6 +122,7 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
         (["--columns", "prompt"], "--columns = prompt: this is no pair of column names. Mend: write OURS=THEIRS"),
         (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
         (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Mend: name the folder"),
+        (["--model", "nowhere"], "--model = nowhere: there is no such folder. Mend: give its path as seen from"),
         (["--out", "rows.jsonl"], "--out = rows.jsonl: this is no folder."),
     ],
 )
