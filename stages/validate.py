@@ -509,9 +509,11 @@ def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Tally) -> None:
         rows = frame.filter(pl.col("part") == part).drop("part")
         kinds = {name: table for name, table in derive(kind, rows).items() if table.height}
         tally.parts[part] = {name: table.height for name, table in kinds.items()}
-        for name, table in kinds.items():
+        for name in list(kinds):
             (out / part).mkdir(exist_ok=True)
-            table.write_parquet(out / part / f"{name}.parquet")
+            # For every row group polars copies the whole chunk that it lies in: small chunks keep that linear.
+            pieces = pl.concat(kinds.pop(name).iter_slices(_CHUNK), rechunk=False)
+            pieces.write_parquet(out / part / f"{name}.parquet")
 
 
 # --- as a stage
