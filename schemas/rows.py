@@ -167,6 +167,20 @@ def _failures(kind: Kind, error: SchemaError) -> pl.DataFrame:
     )
 
 
+_SLICE = 50_000
+
+
+def alike(frame: pl.DataFrame, content: Iterable[str | pl.Expr]) -> pl.Series:
+    """True for every row that may equal another in its content (columns, or expressions that look at one row each).
+
+    Equal rows have equal hashes, so whoever seeks repetitions need compare these few rows only. To compare all rows at
+    once polars writes each of them out a second time, texts and all.
+    """
+    key = pl.struct(*content).hash()
+    parts = (frame.slice(start, _SLICE) for start in range(0, frame.height or 1, _SLICE))
+    return pl.concat([part.select(key).to_series() for part in parts]).is_duplicated()
+
+
 # Unicode's default ignorables: zero-width and variation marks, soft hyphens, fillers, marks of direction, tags.
 IGNORED = (
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"

@@ -7,7 +7,7 @@ feedback -> sft, prompt                             sft -> prompt
 import polars as pl
 
 from schemas.config import Kind
-from schemas.rows import Numbers
+from schemas.rows import Numbers, alike
 
 _HEAD = ["row", "prompt", "prompt_id"]
 
@@ -17,9 +17,7 @@ def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
 
     A ranking without any comparison (all answers tied) gives its prompt only.
     """
-    kinds: dict[Kind, pl.DataFrame] = {
-        "prompt": frame.select(_HEAD).unique("prompt", keep="first", maintain_order=True)
-    }
+    kinds: dict[Kind, pl.DataFrame] = {"prompt": _distinct(frame.select(_HEAD), "prompt")}
     if kind == "ranking":
         kinds |= _from_ranking(frame.filter(pl.col("winners").list.len() > 0))
     elif kind == "preference":
@@ -96,7 +94,9 @@ def _liked(feedback: pl.DataFrame) -> pl.DataFrame:
     return _distinct(feedback.filter("label").select(*_HEAD, response="completion"))
 
 
-def _distinct(frame: pl.DataFrame) -> pl.DataFrame:
-    """The first of equal rows, whatever their number."""
-    content = [name for name in frame.columns if name != "row"]
-    return frame.unique(content, keep="first", maintain_order=True)
+def _distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:
+    """The first of rows that are equal in some columns; where none is named, in all but their number."""
+    names = content or [name for name in frame.columns if name != "row"]
+    maybe = alike(frame, names)
+    first = frame.filter(maybe).select(pl.struct(names).is_first_distinct()).to_series()
+    return frame.filter((~maybe).scatter(maybe.arg_true(), first)).rechunk()

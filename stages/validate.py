@@ -25,7 +25,7 @@ import polars as pl
 from pydantic import ValidationError
 
 from schemas.config import Kind, ValidateParams
-from schemas.rows import HIDING, IGNORED, problems
+from schemas.rows import HIDING, IGNORED, alike, problems
 from schemas.stage import EXIT_CODES, Request, StageError, Strict
 from stages import forms
 from stages.derive import derive
@@ -390,6 +390,7 @@ def _without(frame: pl.DataFrame, bad: Quarantine) -> pl.DataFrame:
 def _repetitions(frame: pl.DataFrame) -> Iterator[tuple[int, int]]:
     """(row, first row) of every row that repeats an earlier one in all it says."""
     content = [name for name in frame.columns if name not in ("row", "prompt_id")]
+    frame = frame.filter(alike(frame, content))
     again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
     if again.height:
         firsts = frame.unique(content, keep="first", maintain_order=True).select(*content, first="row")
@@ -402,7 +403,9 @@ def _look_alikes(kind: Kind, frame: pl.DataFrame) -> list[int]:
     if kind == "ranking":
         plain = [_plain(pl.col("responses").list.join("\n")).alias("responses")]
     labels = [name for name in ("label", "winners") if name in frame.columns]
-    keys = frame.select("prompt_id", *plain, *labels)
+    content = ["prompt_id", *plain, *labels]
+    frame = frame.filter(alike(frame, content))
+    keys = frame.select(content)
     return frame.filter(~keys.select(pl.struct(pl.all()).is_first_distinct()).to_series())["row"].to_list()
 
 

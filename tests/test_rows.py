@@ -9,7 +9,18 @@ import pytest
 from pandera.errors import SchemaError
 
 from schemas.config import Kind
-from schemas.rows import ROWS, Indices, Messages, Numbers, Strings, normalise, problems, prompt_id, with_prompt_ids
+from schemas.rows import (
+    ROWS,
+    Indices,
+    Messages,
+    Numbers,
+    Strings,
+    alike,
+    normalise,
+    problems,
+    prompt_id,
+    with_prompt_ids,
+)
 
 ASK = [{"role": "user", "content": "Name a river."}]
 GOOD: dict[Kind, dict[str, Any]] = {
@@ -121,3 +132,14 @@ def test_prompts_without_words_keep_apart() -> None:
     """Where normalising leaves nothing, the text itself counts."""
     assert normalise("?!") == normalise("🙂") == ""
     assert prompt_id([{"content": "?!"}]) != prompt_id([{"content": "🙂"}])
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 100))
+def test_alike_misses_no_repetition(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Equal rows are found wherever the slices are cut, as polars has them equal: null is null, and -0.0 is 0.0."""
+    monkeypatch.setattr("schemas.rows._SLICE", size)
+    numbers = (1.0, -0.0, None, 2.0, 0.0, None)
+    table = frame("preference", *({"margin": number} for number in numbers))
+    content = ["prompt", "chosen", "margin"]
+    assert alike(table, content).to_list() == [False, False, True, True, False, True, True]
+    assert alike(table.clear(), content).to_list() == []
