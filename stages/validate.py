@@ -246,7 +246,7 @@ def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quar
         except forms.Bad as problem:
             bad.add(number, problem.column, problem.reason, problem.value, record.line)
     tally.rows += len(chunk)
-    for name in {name for row in parsed for name in row.get("notes", ())}:
+    for name in sorted({name for row in parsed for name in row.get("notes", ())}):
         tally.note(name, [n for n, row in zip(numbers, parsed, strict=True) if name in row["notes"]])
     return forms.to_frame(params.kind, numbers, parsed)
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -342,6 +343,22 @@ def test_look_alikes_are_counted_and_kept(tmp_path: Path) -> None:
     rows = [{"prompt": "What is 2?", "response": "Two."}, {"prompt": "what is ２", "response": "two"}]
     report = checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out")
     assert (report.kept, report.notes, report.noted) == (2, {"look_alike": 1}, {"look_alike": [1]})
+
+
+def test_notes_stand_in_one_order(tmp_path: Path) -> None:
+    """The report, and with it the data's digest, is the same in every process, however Python hashes its texts."""
+    votes = [{"a": 0, "b": 1, "winner": winner} for winner in (0, 1)]
+    ranks: list[dict[str, Any]] = [{"scores": [1, 0]}, {"scores": [0, 0]}, {"scores": []}, {"comparisons": votes}]
+    ranks.append({"responses": ["x", "x", "z"], "scores": [0, 0, 1]})
+    rows = [{"prompt": f"p{i}", "responses": ["x", "y"], **rank} for i, rank in enumerate(ranks)]
+    command = [sys.executable, "-m", "stages.validate", write(tmp_path / "a.jsonl", rows), "--kind", "ranking"]
+    reports = []
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*command, "--out", tmp_path / seed], env=environment, check=True, capture_output=True)
+        reports.append((tmp_path / seed / "report.json").read_text())
+    assert reports == reports[:1] * 3
+    assert len(json.loads(reports[0])["notes"]) == 4
 
 
 def test_cycles_are_reported(tmp_path: Path) -> None:
