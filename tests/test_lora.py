@@ -76,6 +76,8 @@ def test_adapters_can_be_aimed(llama: Path) -> None:
         load_policy(llama, Training(lora=LoRA(target="nothing")))
     with pytest.raises(StageError, match="embeddings and heads"):
         load_policy(llama, Training(lora=LoRA(target=r".*\.(q_proj|embed_tokens)")))
+    with pytest.raises(StageError, match="embeddings and heads"):
+        load_scorer(llama, Training(lora=LoRA(target=r".*(q_proj|score)")))
 
 
 def test_adapters_learn_with_checkpointed_layers(llama: Path, batch: Batch) -> None:

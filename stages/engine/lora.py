@@ -58,8 +58,9 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
             adapted = _inject(hf, config, TRAINED)
         except ValueError as error:
             raise _bad_target(lora, str(error)) from error
-    if any(isinstance(module, LoraLayer) for module in (inner.get_input_embeddings(), inner.get_output_embeddings())):
-        raise _bad_target(lora, "embeddings and heads take none")  # tied ones could not be merged
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings(), getattr(inner, "score", None))
+    if any(isinstance(module, LoraLayer) for module in ends):
+        raise _bad_target(lora, "embeddings and heads take none")  # tied ones could not be merged; a score trains whole
     return adapted
 
 
@@ -145,7 +146,7 @@ def put_on(hf: PreTrainedModel, base: PreTrainedModel, folder: Path) -> PeftMode
         raise _unusable(place, str(error)) from error
     if lacking := get_peft_model_state_dict(adapted, adapter_name=GIVEN).keys() ^ state.keys():
         raise _unusable(place, f"weights are missing or too many: {', '.join(sorted(lacking)[:3])}")
-    return adapted
+    return adapted.requires_grad_(False)
 
 
 def share(hf: PreTrainedModel, base: PreTrainedModel) -> None:
