@@ -130,7 +130,8 @@ class Request(Strict):
 class Result(Strict):
     """What a stage answers; written as `result.json` beside the request."""
 
-    model_config = ConfigDict(allow_inf_nan=True)  # what was measured is no setting
+    # What was measured is no setting: NaN is written as NaN, where pydantic's null could not be read back.
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
     status: Status
     key: str

@@ -280,3 +280,9 @@ def test_a_gold_judge_with_rows_of_its_own_is_fine(raw: dict[str, Any]) -> None:
 def test_generated_pairs_feed_every_method(raw: dict[str, Any]) -> None:
     data = "data={sft: {path: 'demo:sft', kind: sft}}"
     load(raw, data, "generate={}", "align={dpo: null, kto: null, ppo: null}")
+
+
+def test_a_result_with_nan_and_infinity_reads_back() -> None:
+    result = Result(status="done", key="k", metrics={"eval/nan": math.nan, "eval/infinite": math.inf})
+    again = Result.model_validate_json(result.model_dump_json())
+    assert math.isnan(again.metrics["eval/nan"]) and again.metrics["eval/infinite"] == math.inf
