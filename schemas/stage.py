@@ -20,7 +20,7 @@ STAGES: dict[str, int] = {
     "compare": 2,
     "promote": 1,
 }
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 
 # Stages that write prompts or answers where people look at them, unless `log_text` is false.
 SHOW_TEXT = {"validate", "generate", "evaluate", "compare"}
