@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
+    from stages.engine.batch import Batch
     from tests.whole import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,23 @@ def shared() -> Path:
 def tinystories(shared: Path) -> Path:
     """The folder of the 260k-parameter TinyStories model."""
     return shared / "models" / "tinystories-260k"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """The folder of a tiny Llama with random weights."""
+    from tests.tiny_models import save_tiny
+
+    return save_tiny(tmp_path / "llama", "llama")
+
+
+@pytest.fixture
+def batch() -> "Batch":
+    """Four random trees for a tiny model, in the shared layout."""
+    from stages.engine.batch import collate
+    from tests.tiny_models import random_trees
+
+    return collate(random_trees(4), "shared", 2)
 
 
 @pytest.fixture(scope="module")

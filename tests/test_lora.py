@@ -18,21 +18,7 @@ from schemas.training import LoRA, Training
 from stages.engine.batch import Batch, collate
 from stages.engine.lora import base_of
 from stages.engine.models import load_judge, load_policy, load_scorer, save_policy, save_scorer
-from tests.test_models import stir
-
-PAD = 2
-LORA = Training(lora=LoRA(rank=4, alpha=8))
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "llama", "llama")
-
-
-@pytest.fixture
-def batch() -> Batch:
-    return collate(random_trees(4), "shared", PAD)
-
+from tests.test_models import LORA, PAD, stir
 
 # --- in training ---
 

@@ -22,16 +22,6 @@ PAD = 2
 LORA = Training(lora=LoRA(rank=4, alpha=8))
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "llama", "llama")
-
-
-@pytest.fixture
-def batch() -> Batch:
-    return collate(random_trees(4), "shared", PAD)
-
-
 def stir(model: nn.Module, seed: int = 5) -> None:
     """Move every trainable weight, as training would."""
     torch.manual_seed(seed)
