@@ -469,8 +469,8 @@ def main() -> None:
         place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
         if place != home() and not (barred and place.is_relative_to(home())):
             raise
-        mend = "give a folder that you may write to, with room"
-        print(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Mend: {mend}", file=sys.stderr)
+        fix = "give a folder that you may write to, with room"
+        print(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", file=sys.stderr)
         sys.exit(EXIT_CODES["refused"])
 
 

@@ -24,8 +24,8 @@ def deploy(prefect_file: Path | None = None) -> None:
     """
     prefect_file = (prefect_file or Path(str(files("deploy"))) / "prefect.yaml").absolute()
     if not PREFECT_API_URL.value():
-        mend = f"{preflight.START}, then call this in another terminal; or set it to a server's address"
-        raise StageError("no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", mend=mend)
+        fix = f"{preflight.START}, then call this in another terminal; or set it to a server's address"
+        raise StageError("no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=fix)
     preflight.check_servers()
     preflight.check_schedules(prefect_file)
     found = preflight.deployments(prefect_file)
@@ -47,10 +47,10 @@ def check_pool_names(client: SyncPrefectClient, found: list[dict[str, Any]]) -> 
         if name is not None and name not in known:
             field = f"deployments[{one.get('name')}].work_pool.name"
             near = get_close_matches(name, known, 1)
-            mend = (
+            fix = (
                 f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}, or create it first"
             )
-            raise StageError("there is no such work pool.", kind="pool", field=field, value=name, mend=mend)
+            raise StageError("there is no such work pool.", kind="pool", field=field, value=name, fix=fix)
 
 
 def create_deployments(prefect_file: Path) -> None:
@@ -70,8 +70,8 @@ def create_deployments(prefect_file: Path) -> None:
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if answer.returncode:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
-        mend = "mend what it says there, and deploy again"
-        raise StageError(f"Prefect refuses it:\n{tail}\n", kind="deploy", field="file", value=prefect_file, mend=mend)
+        fix = "fix what it says there, and deploy again"
+        raise StageError(f"Prefect refuses it:\n{tail}\n", kind="deploy", field="file", value=prefect_file, fix=fix)
 
 
 def say_deployments(names: set[str]) -> None:

@@ -59,9 +59,9 @@ def held(request: Request, log: Log, stopping: Callable[[], bool]) -> Iterator[t
         return
     wanted = request.placement.devices
     if wanted > len(there):
-        mend = "ask for fewer, or place the stage on a pool of larger machines"
+        fix = "ask for fewer, or place the stage on a pool of larger machines"
         message = f"this machine has {len(there)}."
-        raise StageError(message, kind="devices", field="devices", value=wanted, mend=mend)
+        raise StageError(message, kind="devices", field="devices", value=wanted, fix=fix)
     taken = take(there, wanted, log, stopping)
     try:
         named = [name for name in taken if not name.startswith("slot-")]
@@ -91,8 +91,8 @@ def take(there: Sequence[str], wanted: int, log: Log, stopping: Callable[[], boo
     finally:
         if turn is not None:
             os.close(turn)
-    message, mend = "stopped while it waited for a device.", "start it again"
-    raise StageError(message, status="preempted", kind="preempted", mend=mend)
+    message, fix = "stopped while it waited for a device.", "start it again"
+    raise StageError(message, status="preempted", kind="preempted", fix=fix)
 
 
 def free(there: Sequence[str], wanted: int) -> dict[str, int]:

@@ -35,13 +35,13 @@ def export(what: str, out: Path) -> Path:
         StageError: there is no such model, or `out` is taken or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StageError("is there already.", kind="export", field="--out", value=out, mend="name a new folder")
+        raise StageError("is there already.", kind="export", field="--out", value=out, fix="name a new folder")
     found = model(what)
     try:
         write(found, out)
     except OSError as error:
-        mend = "name a place where you may write, with room for the model"
-        raise StageError(f"cannot be written: {error}.", kind="export", field="--out", value=out, mend=mend) from error
+        fix = "name a place where you may write, with room for the model"
+        raise StageError(f"cannot be written: {error}.", kind="export", field="--out", value=out, fix=fix) from error
     return out
 
 

@@ -50,7 +50,7 @@ def quoted(value: str) -> str:
         StageError: the value holds one.
     """
     if "'" in value:
-        raise StageError("a name cannot hold quotes.", kind="name", field="name", value=value, mend="mend the name")
+        raise StageError("a name cannot hold quotes.", kind="name", field="name", value=value, fix="fix the name")
     return f"'{value}'"
 
 
@@ -63,7 +63,7 @@ def comparison(which: str | None = None) -> Comparison:
     found = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
     if not found:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
-        raise StageError(message, kind="history", mend="start one with `alignflow run`, or look into `alignflow ui`")
+        raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
     result = result_of(found[0].info.run_id)
     ids = _run_ids(found[0])
     return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
@@ -103,8 +103,8 @@ def model(what: str) -> Model:
         return _made(what, runs[0].info.run_id)
     if (Path(what).expanduser() / "config.json").is_file():
         return Model(Path(what).name, tracking.locate(what))
-    mend = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"
-    raise StageError("there is no such model.", kind="history", field="MODEL", value=what, mend=mend)
+    fix = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"
+    raise StageError("there is no such model.", kind="history", field="MODEL", value=what, fix=fix)
 
 
 def names() -> list[str]:
@@ -135,8 +135,8 @@ def _made(name: str, run_id: str) -> Model:
     result, request = result_of(run_id), request_of(run_id)
     output: Artifact | None = result.outputs.get("model")
     if output is None:
-        mend = "name a run of a stage that makes a model"
-        raise StageError("the run made no model.", kind="history", field="run", value=run_id, mend=mend)
+        fix = "name a run of a stage that makes a model"
+        raise StageError("the run made no model.", kind="history", field="run", value=run_id, fix=fix)
     tags = dict(tracking.client().get_run(run_id).data.tags)
     evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
     metrics = dict(evaluations[0].data.metrics) if evaluations else {}

@@ -146,8 +146,8 @@ def lineage(what: str) -> Item:
     graph = Graph()
     looks_like_a_file = "/" in what and not what.startswith(("models:/", "runs:/"))
     if looks_like_a_file and not Path(what).expanduser().exists():
-        mend = "give a data file, a sha256, models:/NAME@ALIAS, or a model of the last run"
-        raise StageError("there is no such file.", kind="lineage", field="WHAT", value=what, mend=mend)
+        fix = "give a data file, a sha256, models:/NAME@ALIAS, or a model of the last run"
+        raise StageError("there is no such file.", kind="lineage", field="WHAT", value=what, fix=fix)
     if Path(what).expanduser().is_file():
         return forward(graph, tracking.digest(Path(what).expanduser()), what)
     if re.fullmatch(r"[0-9a-f]{8,64}", what):
@@ -162,8 +162,8 @@ def whole_digest(graph: Graph, start: str) -> str:
     known = {sha256 for sha256 in [*graph.makers, *graph.users] if sha256.startswith(start)}
     if len(known) != 1:
         message = f"{len(known) or 'no'} known digests begin so."
-        mend = "give more of it" if known else "give a data file, or a digest that stands in MLflow"
-        raise StageError(message, kind="lineage", field="WHAT", value=start, mend=mend)
+        fix = "give more of it" if known else "give a data file, or a digest that stands in MLflow"
+        raise StageError(message, kind="lineage", field="WHAT", value=start, fix=fix)
     return known.pop()
 
 
@@ -179,16 +179,16 @@ def digest_of_model(what: str) -> str:
     else:
         return made_by(history.model(what), what)
     if number is None:
-        mend = "look them up with `alignflow ui`"
-        raise StageError("there is no such registered model.", kind="lineage", field="WHAT", value=what, mend=mend)
+        fix = "look them up with `alignflow ui`"
+        raise StageError("there is no such registered model.", kind="lineage", field="WHAT", value=what, fix=fix)
     return registry.version(name, number).artifact.sha256
 
 
 def made_by(model: history.Model, what: str) -> str:
     """The digest of a model that a run has made."""
     if model.request is None:
-        mend = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
-        raise StageError("no run here has made it.", kind="lineage", field="WHAT", value=what, mend=mend)
+        fix = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
+        raise StageError("no run here has made it.", kind="lineage", field="WHAT", value=what, fix=fix)
     return tracking.digest(model.folder)
 
 
@@ -246,8 +246,8 @@ def forward(graph: Graph, sha256: str, what: str) -> Item:
     below = uses(graph, sha256, set())
     if not below:
         message = "no stage has taken this data" + ("" if maker else ", nor made it") + "."
-        mend = "give a file as it was when it was used, or its sha256"
-        raise StageError(message, kind="lineage", field="WHAT", value=f"{what} (sha256 {sha256[:SHORT]})", mend=mend)
+        fix = "give a file as it was when it was used, or its sha256"
+        raise StageError(message, kind="lineage", field="WHAT", value=f"{what} (sha256 {sha256[:SHORT]})", fix=fix)
     return Item(what, facts, below)
 
 

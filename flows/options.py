@@ -22,8 +22,8 @@ def check_data(columns: Sequence[str], model: Path | None, evaluation: Path | No
     if model is not None and not model.is_dir():
         raise refuse("there is no such folder.", "--model", model, f"give its path as seen from {Path.cwd()}")
     if evaluation is not None and not (evaluation / "eval" / "prompt.parquet").is_file():
-        mend = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
-        raise refuse("there are no held-out prompts.", "--evaluation", evaluation, mend)
+        fix = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
+        raise refuse("there are no held-out prompts.", "--evaluation", evaluation, fix)
     if out.exists() and not out.is_dir():
         raise refuse("this is no folder.", "--out", out, "name a folder, or one that does not exist yet")
 

@@ -332,7 +332,7 @@ def refuse_no_server() -> None:
             kind="server",
             field="PREFECT_API_URL",
             value=tracking.without_passwords(str(PREFECT_API_URL.value())),
-            mend="start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+            fix="start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
         )
 
 
@@ -393,9 +393,9 @@ def from_here(call: Callable[[], T]) -> T:
                 database.result()
                 return call()
     except (KeyboardInterrupt, TerminationSignal):
-        mend = "start it again: finished stages are reused, and training goes on from its last checkpoint"
+        fix = "start it again: finished stages are reused, and training goes on from its last checkpoint"
         message = "the run was stopped from outside."
-        raise StageError(message, status="preempted", kind="preempted", mend=mend) from None
+        raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
 
 
 # --- What a run would do ----------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
             )
             assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
         except ObjectNotFound as error:
-            mend = f"deploy it (`alignflow deploy`), or place the stage on another pool than {pool}"
+            fix = f"deploy it (`alignflow deploy`), or place the stage on another pool than {pool}"
             message = f"there is no deployment {name}."
             raise StageError(
-                message, kind="placement", field=f"pools.{request.stage}", value=pool, mend=mend
+                message, kind="placement", field=f"pools.{request.stage}", value=pool, fix=fix
             ) from error
         if run.state is None or not run.state.is_final():
             return run
@@ -125,8 +125,8 @@ def outcome(state: State, request: Request) -> Result:
         found = tracking.find(request.key())
         if found is not None:
             return found.model_copy(update={"reused": False})
-        message, mend = "the stage is done, but MLflow does not have its result.", "see that both use the same MLflow"
-        problem = Problem(kind="placement", message=message, mend=mend)
+        message, fix = "the stage is done, but MLflow does not have its result.", "see that both use the same MLflow"
+        problem = Problem(kind="placement", message=message, fix=fix)
         return Result(status="failed", key=request.key(), error=problem)
     status: Status = STATUSES.get(state.name, "failed")
     if state.is_crashed() or state.is_cancelled():

@@ -42,7 +42,7 @@ SLOTS = {
     "feedback": ("feedback", "preference"),
     "prompt": ("prompt", "preference", "sft", "feedback"),
 }
-MENDS = {
+FIXES = {
     "sft": "set data.sft or data.preference, or sft: null for a model that is tuned already",
     "preference": "set data.preference (pairs or rankings), or generate",
     "feedback": "set data.feedback or data.preference, or generate",
@@ -108,8 +108,8 @@ def candidate(config: PipelineConfig) -> str:
         return known[0]
     if named not in known:
         message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
-        mend = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
-        raise refuse(message, "promote.candidate", named, mend)
+        fix = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
+        raise refuse(message, "promote.candidate", named, fix)
     return named
 
 
@@ -131,9 +131,9 @@ def variants_of(config: PipelineConfig) -> dict[str, Any]:
     }
 
 
-def refuse(message: str, field: str, value: object, mend: str) -> StageError:
-    """An error in the config, with where it is and how to mend it."""
-    return StageError(message, kind="config", field=field, value="null" if value is None else value, mend=mend)
+def refuse(message: str, field: str, value: object, fix: str) -> StageError:
+    """An error in the config, with where it is and how to fix it."""
+    return StageError(message, kind="config", field=field, value="null" if value is None else value, fix=fix)
 
 
 class Planner:
@@ -169,22 +169,22 @@ class Planner:
         """Names of aligned models must not be those of other nodes."""
         for name in self.config.align:
             if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII):
-                mend = f"letters, digits, dots, dashes and underscores, and none of {', '.join(sorted(RESERVED))}"
-                raise refuse("this name cannot be used.", "align", name, mend)
+                fix = f"letters, digits, dots, dashes and underscores, and none of {', '.join(sorted(RESERVED))}"
+                raise refuse("this name cannot be used.", "align", name, fix)
 
     def check_judges(self) -> None:
         """The gold judge needs rows of its own; generated preferences cannot be judged by what is trained on them."""
         config = self.config
         generate = config.generate
         if generate is not None and config.data.preference is not None:
-            mend = "leave out one of them; generated answers want data.prompt or data.sft"
-            raise refuse("preferences are both given and generated.", "generate", "set", mend)
+            fix = "leave out one of them; generated answers want data.prompt or data.sft"
+            raise refuse("preferences are both given and generated.", "generate", "set", fix)
         if generate is not None and generate.judge is None:
-            mend = "set generate.judge, or export with `alignflow generate` and give the ranked file as data.preference"
-            raise refuse("answers that people rank end a pipeline run.", "generate.judge", None, mend)
+            fix = "set generate.judge, or export with `alignflow generate` and give the ranked file as data.preference"
+            raise refuse("answers that people rank end a pipeline run.", "generate.judge", None, fix)
         if generate is not None and isinstance(generate.judge, RewardJudge) and generate.judge.model == "gold":
-            mend = "set it to the folder of a reward model"
-            raise refuse("the gold model is trained after `generate`.", "generate.judge.model", "gold", mend)
+            fix = "set it to the folder of a reward model"
+            raise refuse("the gold model is trained after `generate`.", "generate.judge.model", "gold", fix)
         if self.judged_by_gold():
             self.check_gold()
         if not config.log_text:
@@ -195,9 +195,9 @@ class Planner:
         parts = {"evaluate": self.config.evaluate, "generate": self.config.generate}
         for name, part in parts.items():
             if part is not None and isinstance(part.judge, EndpointJudge):
-                mend = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
+                fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
                 message = "an endpoint is sent prompts and answers, which log_text: false forbids."
-                raise refuse(message, f"{name}.judge", "endpoint", mend)
+                raise refuse(message, f"{name}.judge", "endpoint", fix)
 
     def judged_by_gold(self) -> bool:
         judge = self.config.evaluate.judge
@@ -208,11 +208,11 @@ class Planner:
         if self.config.gold is None:
             raise refuse("no gold reward model is trained.", "gold", None, "set gold: {}, or another evaluate.judge")
         if preference is None:
-            mend = "set data.preference, or another evaluate.judge"
-            raise refuse("the gold reward model needs preferences.", "data.preference", None, mend)
+            fix = "set data.preference, or another evaluate.judge"
+            raise refuse("the gold reward model needs preferences.", "data.preference", None, fix)
         if preference.gold_fraction == 0:
-            mend = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
-            raise refuse("the gold reward model has no rows.", "data.preference.gold_fraction", 0, mend)
+            fix = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
+            raise refuse("the gold reward model has no rows.", "data.preference.gold_fraction", 0, fix)
 
     def check_gate(self) -> None:
         """It is clear who the candidate is, and the gate gets as many prompts as it asks for."""
@@ -220,9 +220,9 @@ class Planner:
         gate, evaluate = (self.config.promote or PromoteConfig()).gate, self.config.evaluate
         for name, value in (("limit", evaluate.limit), ("min_prompts", evaluate.min_prompts)):
             if value is not None and value < gate.prompts_min:
-                mend = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
+                fix = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
                 message = f"evaluate.{name} is {value}, which may be too few for the gate."
-                raise refuse(message, "promote.gate.prompts_min", gate.prompts_min, mend)
+                raise refuse(message, "promote.gate.prompts_min", gate.prompts_min, fix)
 
     def reward_is_there(self) -> bool:
         """Whether there is a reward model: a given one, or one trained on the preferences unless `reward` is null."""
@@ -297,8 +297,8 @@ class Planner:
         if self.reward_is_there():
             return self.reward("reward")
         what = "`reward` is null" if self.config.reward is None else "there are no preferences to train one on"
-        mend = "set reward and give data.preference or generate, or set reward_model"
-        raise refuse(f"needs a reward model, and {what}.", f"align.{name}", "set", mend)
+        fix = "set reward and give data.preference or generate, or set reward_model"
+        raise refuse(f"needs a reward model, and {what}.", f"align.{name}", "set", fix)
 
     # --- Data ---
 
@@ -327,8 +327,8 @@ class Planner:
             source = getattr(self.config.data, kind)
             given = ", ".join(sorted(GIVES[source.kind]))
             message = f"{who} needs rows of kind {kind}; from this kind come {given} only."
-            raise refuse(message, f"data.{kind}.kind", source.kind, MENDS[kind])
-        raise refuse(f"needs {kind} data, which nothing gives.", who, "set", MENDS[kind])
+            raise refuse(message, f"data.{kind}.kind", source.kind, FIXES[kind])
+        raise refuse(f"needs {kind} data, which nothing gives.", who, "set", FIXES[kind])
 
     def evaluation_slot(self) -> str:
         """The slot whose held-out prompts all models are evaluated on."""

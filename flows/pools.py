@@ -41,9 +41,9 @@ def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated",
         client.create_work_pool(WorkPoolCreate(name=pool, type=kind(pool), base_job_template=template))
         return "created"
     if there.type != kind(pool):
-        mend = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
+        fix = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
         message = f"the work pool exists with the type {there.type!r}; it should be {kind(pool)!r}."
-        raise StageError(message, kind="pool", field="pool", value=pool, mend=mend)
+        raise StageError(message, kind="pool", field="pool", value=pool, fix=fix)
     if there.base_job_template == template:
         return "unchanged"
     client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
@@ -53,6 +53,6 @@ def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated",
 def read(pool: str) -> dict[str, Any]:
     """A pool's base job template. Raises StageError when there is none."""
     if pool not in templates():
-        mend = f"use {', '.join(templates())}, or add deploy/pools/{pool}.json"
-        raise StageError("no template has this name.", kind="pool", field="pool", value=pool, mend=mend)
+        fix = f"use {', '.join(templates())}, or add deploy/pools/{pool}.json"
+        raise StageError("no template has this name.", kind="pool", field="pool", value=pool, fix=fix)
     return json.loads(templates()[pool].read_text())

@@ -1,5 +1,5 @@
 """What must stand before something long begins: servers, work pools, schedules, GPUs. Each check takes seconds, and
-raises a StageError that names what is missing and how to mend it.
+raises a StageError that names what is missing and how to fix it.
 """
 
 import base64
@@ -48,19 +48,19 @@ def check_servers() -> None:
 
 def check_prefect(url: str) -> None:
     """Whether a Prefect server answers at its API's address and lets us in."""
-    mend = f"{START}; or correct PREFECT_API_URL; or unset it, then runs from here need no server"
+    fix = f"{START}; or correct PREFECT_API_URL; or unset it, then runs from here need no server"
     if not urlparse(url).path.strip("/"):
         raise unreachable("PREFECT_API_URL", url, "the address lacks its end.", f"write {url.rstrip('/')}/api")
-    answer = ask(f"{url}/health", "PREFECT_API_URL", url, mend)
+    answer = ask(f"{url}/health", "PREFECT_API_URL", url, fix)
     if answer.status_code != 200:
-        raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", mend)
+        raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
     allowed = ask(
-        f"{url}/work_pools/filter", "PREFECT_API_URL", url, mend, headers=prefect_headers(), json={"limit": 1}
+        f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1}
     )
     if allowed.status_code in (401, 403):
-        mend = "set it to the server's PREFECT_SERVER_API_AUTH_STRING, user:password"
+        fix = "set it to the server's PREFECT_SERVER_API_AUTH_STRING, user:password"
         message = "the Prefect server refuses the password."
-        raise StageError(message, kind="access", field="PREFECT_API_AUTH_STRING", value="***", mend=mend)
+        raise StageError(message, kind="access", field="PREFECT_API_AUTH_STRING", value="***", fix=fix)
 
 
 def prefect_headers() -> dict[str, str]:
@@ -78,29 +78,29 @@ def secret(value: Any) -> str:
 
 def check_mlflow(url: str) -> None:
     """Whether an MLflow server answers there and lets us in."""
-    mend = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {tracking.home()}"
+    fix = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {tracking.home()}"
     shown = tracking.without_passwords(url)
-    answer = ask(f"{url}/health", "MLFLOW_TRACKING_URI", shown, mend)
+    answer = ask(f"{url}/health", "MLFLOW_TRACKING_URI", shown, fix)
     if answer.status_code != 200:
-        raise unreachable("MLFLOW_TRACKING_URI", shown, f"no MLflow server is there ({answer.status_code}).", mend)
+        raise unreachable("MLFLOW_TRACKING_URI", shown, f"no MLflow server is there ({answer.status_code}).", fix)
     who = (os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
     password = httpx.BasicAuth(*who) if all(who) else None  # type: ignore[arg-type]
     search = f"{url}/api/2.0/mlflow/experiments/search"
-    allowed = ask(search, "MLFLOW_TRACKING_URI", shown, mend, json={"max_results": 1}, auth=password)
+    allowed = ask(search, "MLFLOW_TRACKING_URI", shown, fix, json={"max_results": 1}, auth=password)
     if allowed.status_code == 401:
-        mend = "set both to those of a user of that server"
+        fix = "set both to those of a user of that server"
         field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
-        raise StageError("MLflow refuses them.", kind="access", field=field, value=f"{who[0]}, ***", mend=mend)
+        raise StageError("MLflow refuses them.", kind="access", field=field, value=f"{who[0]}, ***", fix=fix)
     if allowed.status_code == 403 and "Host" in allowed.text:
-        mend = (
+        fix = (
             f"set MLFLOW_SERVER_ALLOWED_HOSTS of the server so that it holds {urlparse(url).netloc.rpartition('@')[2]}"
         )
-        raise unreachable("MLFLOW_TRACKING_URI", shown, "MLflow does not go by this name.", mend)
+        raise unreachable("MLFLOW_TRACKING_URI", shown, "MLflow does not go by this name.", fix)
     if allowed.status_code == 404:
-        raise unreachable("MLFLOW_TRACKING_URI", shown, "something else than MLflow is there.", mend)
+        raise unreachable("MLFLOW_TRACKING_URI", shown, "something else than MLflow is there.", fix)
 
 
-def ask(url: str, field: str, value: str, mend: str, **request: Any) -> httpx.Response:
+def ask(url: str, field: str, value: str, fix: str, **request: Any) -> httpx.Response:
     """The answer to a GET, or to a POST when there is something to send.
 
     Raises:
@@ -111,12 +111,12 @@ def ask(url: str, field: str, value: str, mend: str, **request: Any) -> httpx.Re
         with httpx.Client(timeout=ANSWER_SECONDS, trust_env=not local) as client:
             return client.request("POST" if "json" in request else "GET", url, **request)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise unreachable(field, value, f"nobody answers there ({type(error).__name__}).", mend) from error
+        raise unreachable(field, value, f"nobody answers there ({type(error).__name__}).", fix) from error
 
 
-def unreachable(field: str, value: str, message: str, mend: str) -> StageError:
+def unreachable(field: str, value: str, message: str, fix: str) -> StageError:
     """A server's problem."""
-    return StageError(message, kind="server", field=field, value=tracking.without_passwords(value), mend=mend)
+    return StageError(message, kind="server", field=field, value=tracking.without_passwords(value), fix=fix)
 
 
 def check_experiment(name: str, placed: bool) -> None:
@@ -127,21 +127,21 @@ def check_experiment(name: str, placed: bool) -> None:
     """
     uri = tracking.tracking_uri()
     if placed and not uri.startswith(("http", "postgresql", "mysql")):
-        mend = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
+        fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
         message = "stages on work pools need an MLflow server."
-        raise StageError(message, kind="server", field="MLFLOW_TRACKING_URI", value=uri, mend=mend)
+        raise StageError(message, kind="server", field="MLFLOW_TRACKING_URI", value=uri, fix=fix)
     found = tracking.retrying(lambda: tracking.client().get_experiment_by_name(name))
     location = "" if found is None else str(found.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
-        mend = (
+        fix = (
             "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"
         )
         message = f"this experiment keeps its artifacts in {location}, which workers on other hosts don't have."
-        raise StageError(message, kind="experiment", field="name", value=name, mend=mend)
+        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
     if location.startswith("mlflow-artifacts:") and not uri.startswith("http"):
         message = "this experiment keeps its artifacts with an MLflow server."
-        mend = f"{START}, or set MLFLOW_TRACKING_URI to its address; or give the config another `name`"
-        raise StageError(message, kind="experiment", field="name", value=name, mend=mend)
+        fix = f"{START}, or set MLFLOW_TRACKING_URI to its address; or give the config another `name`"
+        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
 
 
 # --- Pools ------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
     except ObjectNotFound as error:
         there = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
         message = f"there is no such work pool; the server has {there}."
-        mend = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
-        raise StageError(message, kind="pool", field="pools", value=name, mend=mend) from error
+        fix = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
+        raise StageError(message, kind="pool", field="pools", value=name, fix=fix) from error
     if pool.is_paused:
         log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
     if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
@@ -188,16 +188,16 @@ def check_schedules(path: Path) -> None:
         if cron is None:
             continue
         value = f"{cron} ({schedule.get('timezone') or 'UTC'})"
-        mend = "give minute, hour, day, month and weekday (0 3 * * 1), and a timezone like Europe/Berlin"
+        fix = "give minute, hour, day, month and weekday (0 3 * * 1), and a timezone like Europe/Berlin"
         if "{{" in value:
             variables = ", ".join(re.findall(r"{{\s*\$(\w+)", value))
             message = f"it is taken from {variables}, which is not set."
-            raise StageError(message, kind="schedule", field=field, value=value, mend="set it in the environment")
+            raise StageError(message, kind="schedule", field=field, value=value, fix="set it in the environment")
         try:
             CronSchedule(cron=cron, timezone=schedule.get("timezone"))
         except ValueError as error:
             message = f"Prefect does not understand it: {reason(error)}."
-            raise StageError(message, kind="schedule", field=field, value=value, mend=mend) from error
+            raise StageError(message, kind="schedule", field=field, value=value, fix=fix) from error
 
 
 def reason(error: ValueError) -> str:
@@ -212,14 +212,14 @@ def deployments(path: Path) -> list[dict[str, Any]]:
     Raises:
         StageError: the file is missing, or holds none.
     """
-    mend = "give a prefect.yaml with `deployments:`"
+    fix = "give a prefect.yaml with `deployments:`"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise StageError(f"it cannot be read ({error}).", kind="file", field="file", value=path, mend=mend) from error
+        raise StageError(f"it cannot be read ({error}).", kind="file", field="file", value=path, fix=fix) from error
     found = content.get("deployments") if isinstance(content, dict) else None
     if not found:
-        raise StageError("it has no deployments.", kind="file", field="file", value=path, mend=mend)
+        raise StageError("it has no deployments.", kind="file", field="file", value=path, fix=fix)
     return apply_values(found, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
 
 
@@ -247,6 +247,6 @@ def check_gpu(wanted: int = 1) -> None:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES={visible!r} shows no more)" if visible is not None else ""
-    mend = "run it on a machine with GPUs, or place the stage on the pool cpu"
+    fix = "run it on a machine with GPUs, or place the stage on the pool cpu"
     message = f"this machine has {len(there)} that can be used{why}."
-    raise StageError(message, kind="gpu", field="GPUs", value=wanted, mend=mend)
+    raise StageError(message, kind="gpu", field="GPUs", value=wanted, fix=fix)

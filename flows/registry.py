@@ -190,7 +190,7 @@ def check_still_champion(model: str, expected: str | None) -> None:
             kind="conflict",
             field="champion",
             value=f"{model}@{CHAMPION}",
-            mend="retrain again: what is trained is reused, and the candidate is held against the new champion",
+            fix="retrain again: what is trained is reused, and the candidate is held against the new champion",
         )
 
 
@@ -202,7 +202,7 @@ def check_not_rolled_back(one: Version) -> None:
             kind=ROLLED_BACK,
             field="candidate",
             value=one.artifact.sha256[:16],
-            mend=f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
+            fix=f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
         )
 
 
@@ -243,17 +243,17 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
     with held(model):
         bad = champion(model)
         if bad is None:
-            mend = f"name one of {', '.join(names()) or 'the registered models, after a retraining has promoted one'}"
-            raise StageError("has no champion.", kind="registry", field="MODEL", value=model, mend=mend)
+            fix = f"name one of {', '.join(names()) or 'the registered models, after a retraining has promoted one'}"
+            raise StageError("has no champion.", kind="registry", field="MODEL", value=model, fix=fix)
         former = bad.tags.get(FORMER, "none")
         if former == "none":
-            mend = "point the alias at another version in MLflow, or take it away there"
-            raise StageError("there was no champion before it.", kind="registry", field="MODEL", value=bad, mend=mend)
+            fix = "point the alias at another version in MLflow, or take it away there"
+            raise StageError("there was no champion before it.", kind="registry", field="MODEL", value=bad, fix=fix)
         restored = version(model, former)
         if ROLLED_BACK in restored.tags:
-            mend = "point the alias at a version that you trust in MLflow"
+            fix = "point the alias at a version that you trust in MLflow"
             message = f"the champion before it, version {former}, was rolled back itself."
-            raise StageError(message, kind="registry", field="MODEL", value=bad, mend=mend)
+            raise StageError(message, kind="registry", field="MODEL", value=bad, fix=fix)
         tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
         tracking.retrying(lambda: tracking.client().set_registered_model_alias(model, CHAMPION, former))
         before = restored.tags.get(FORMER, "none")
@@ -265,6 +265,6 @@ def _only_model() -> str:
     known = names()
     if len(known) != 1:
         have = f"there are {len(known)} registered models with a champion."
-        mend = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
-        raise StageError(have, kind="registry", field="MODEL", value="none given", mend=mend)
+        fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
+        raise StageError(have, kind="registry", field="MODEL", value="none given", fix=fix)
     return known[0]

@@ -194,9 +194,9 @@ def as_result(champion: Version) -> Result:
         StageError: nothing says what its files should be.
     """
     if not champion.artifact.sha256:
-        mend = "point the alias at a version that `alignflow retrain` has registered"
+        fix = "point the alias at a version that `alignflow retrain` has registered"
         message = "the champion was registered by other means: its content's sha256 is not known."
-        raise StageError(message, kind="registry", field="champion", value=champion, mend=mend)
+        raise StageError(message, kind="registry", field="champion", value=champion, fix=fix)
     key = champion.tags.get("stage.key", "")
     return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
 

@@ -65,9 +65,9 @@ def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed:
 def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
     """A problem per variable that would go to an address of the config's choice, and that nobody has declared."""
     allowed = os.environ.get(KEYS, "").split(",")
-    mend = f"name it in {KEYS} where the worker starts"
+    fix = f"name it in {KEYS} where the worker starts"
     return [
-        problem("a deployed run may send no variable that is not declared.", field, str(key), mend)
+        problem("a deployed run may send no variable that is not declared.", field, str(key), fix)
         for field, key in keys
         if key is not None and key not in allowed
     ]
@@ -81,11 +81,11 @@ def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem
 
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
     if path is None:
-        mend = "give the name with its commit in `revision`, or a folder inside the declared roots"
-        return problem("this is no name that a deployed run may load.", field, value, mend)
+        fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
+        return problem("this is no name that a deployed run may load.", field, value, fix)
     if not roots:
-        mend = f"set {VARIABLE} where the worker starts to the folders that runs may read"
-        return problem(f"a deployed run may read no local path: {VARIABLE} is not set there.", field, value, mend)
+        fix = f"set {VARIABLE} where the worker starts to the folders that runs may read"
+        return problem(f"a deployed run may read no local path: {VARIABLE} is not set there.", field, value, fix)
     try:
         stray = next((place for place in _reached(Path(path)) if not any(map(place.is_relative_to, roots))), None)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
@@ -93,8 +93,8 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
     if stray is None:
         return None
     where = os.pathsep.join(map(str, roots))
-    mend = f"put it into one of them, or add its folder to {VARIABLE} where the worker starts"
-    return problem(f"it leads to {stray}, outside of the declared roots {where}.", field, value, mend)
+    fix = f"put it into one of them, or add its folder to {VARIABLE} where the worker starts"
+    return problem(f"it leads to {stray}, outside of the declared roots {where}.", field, value, fix)
 
 
 def _reached(path: Path) -> Iterator[Path]:

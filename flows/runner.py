@@ -181,12 +181,12 @@ def read_result(path: Path, request: Request, code: int) -> Result:
     if path.exists():
         return Result.model_validate_json(path.read_text())
     if code == EXIT_CODES["preempted"]:
-        problem = Problem(kind="preempted", message="the stage stopped before it began.", mend="start it again")
+        problem = Problem(kind="preempted", message="the stage stopped before it began.", fix="start it again")
         return Result(status="preempted", key=request.key(), error=problem)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    mend = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
+    fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
     problem = Problem(
-        kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", mend=mend
+        kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", fix=fix
     )
     return Result(status="failed", key=request.key(), error=problem)
 
@@ -238,6 +238,6 @@ def _ggufs(folders: list[str]) -> Iterator[Path]:
 def source_digest(file: Path, field: str) -> str:
     """The file's sha256. Raises StageError naming the config's field when it is missing."""
     if not file.exists():
-        mend = f"give its path as seen from {Path.cwd()}"
-        raise StageError("there is no such file.", kind="file", field=field, value=str(file), mend=mend)
+        fix = f"give its path as seen from {Path.cwd()}"
+        raise StageError("there is no such file.", kind="file", field=field, value=str(file), fix=fix)
     return tracking.digest(file)

@@ -93,9 +93,9 @@ def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
                 probe.bind((host, candidate))
                 return probe.getsockname()[1]
     if wanted is None:
-        mend = "give an address of this machine, or 0.0.0.0 for all of them"
-        raise StageError("nothing can listen there.", field="--host", value=host, mend=mend)
-    raise StageError("the port is taken.", field=option, value=wanted, mend="choose another, or leave it out")
+        fix = "give an address of this machine, or 0.0.0.0 for all of them"
+        raise StageError("nothing can listen there.", field="--host", value=host, fix=fix)
+    raise StageError("the port is taken.", field=option, value=wanted, fix="choose another, or leave it out")
 
 
 # --- MLflow and Prefect -----------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def needs(variable: str, uri: str, scheme: str, module: str) -> None:
     """Raise StageError when a uri of this scheme needs a module that is not installed."""
     if uri.startswith(scheme) and importlib.util.find_spec(module) is None:
         shown = tracking.without_passwords(uri)
-        raise StageError(f"{module} is not installed.", kind="server", field=variable, value=shown, mend=EXTRA)
+        raise StageError(f"{module} is not installed.", kind="server", field=variable, value=shown, fix=EXTRA)
 
 
 def check_prefect_database() -> None:
@@ -152,9 +152,9 @@ def check_prefect_database() -> None:
     for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
         uri = os.environ.get(variable, "")
         if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
-            mend = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
+            fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
             shown = tracking.without_passwords(uri)
-            raise StageError("Prefect has no driver for it.", kind="server", field=variable, value=shown, mend=mend)
+            raise StageError("Prefect has no driver for it.", kind="server", field=variable, value=shown, fix=fix)
 
 
 # --- Who may ask them -------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def check_access(name: str, host: str) -> None:
     if asks and not os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY"):
         missing.append("MLFLOW_FLASK_SERVER_SECRET_KEY (any long random text)")
     if missing:
-        mend = f"set {' and '.join(missing)} in the environment, or listen on {HOST}"
-        raise StageError(f"{name} needs a password there.", kind="access", field="--host", value=host, mend=mend)
+        fix = f"set {' and '.join(missing)} in the environment, or listen on {HOST}"
+        raise StageError(f"{name} needs a password there.", kind="access", field="--host", value=host, fix=fix)
     if asks:
         check_passwords()
 
@@ -197,9 +197,9 @@ def check_passwords() -> None:
     """Raise StageError when MLflow's first password is a known one, or what asks for it is not installed."""
     field = "MLFLOW_AUTH_ADMIN_PASSWORD"
     if os.environ.get(field, "").lower() in KNOWN_PASSWORDS:
-        raise StageError("everybody knows this password.", kind="access", field=field, value="***", mend="take another")
+        raise StageError("everybody knows this password.", kind="access", field=field, value="***", fix="take another")
     if importlib.util.find_spec("flask_wtf") is None:
-        raise StageError("flask_wtf is not installed.", kind="access", field=field, value="***", mend=EXTRA)
+        raise StageError("flask_wtf is not installed.", kind="access", field=field, value="***", fix=EXTRA)
 
 
 def auth_config() -> Path:

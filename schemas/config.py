@@ -25,7 +25,7 @@ class Scratch(Strict):
     def _heads_share_evenly(self) -> "Scratch":
         if self.hidden_size % (2 * self.heads):
             what = f"hidden_size is {self.hidden_size}, of which {self.heads} heads cannot take an even part each"
-            raise ValueError(f"{what}. Mend: make it a multiple of {2 * self.heads}")
+            raise ValueError(f"{what}. Fix: make it a multiple of {2 * self.heads}")
         return self
 
 
@@ -130,7 +130,7 @@ def _choose_judge(value: Any) -> Any:
         value = {"judge": value}
     if isinstance(value, dict):
         if value.get("judge") not in _JUDGES:
-            raise ValueError(f"judge {value.get('judge')!r} is not known. Mend: use one of {', '.join(_JUDGES)}")
+            raise ValueError(f"judge {value.get('judge')!r} is not known. Fix: use one of {', '.join(_JUDGES)}")
         return _JUDGES[value["judge"]].model_validate(value)
     if not isinstance(value, tuple(_JUDGES.values())):
         names = ", ".join(_JUDGES)
@@ -243,7 +243,7 @@ class Gate(Strict):
     def _have_a_better_side(cls, tolerances: dict[str, float]) -> dict[str, float]:
         for name in tolerances:
             if name not in BETTER:
-                raise ValueError(f"{name!r} is no metric with a better side. Mend: use {', '.join(BETTER)}")
+                raise ValueError(f"{name!r} is no metric with a better side. Fix: use {', '.join(BETTER)}")
         return tolerances
 
 
@@ -273,7 +273,7 @@ def _name_methods(value: Any) -> Any:
 def _known_stages(pools: dict[str, str]) -> dict[str, str]:
     for stage in pools:
         if stage not in STAGES:
-            raise ValueError(f"{stage!r} is no stage. Mend: use {', '.join(STAGES)}")
+            raise ValueError(f"{stage!r} is no stage. Fix: use {', '.join(STAGES)}")
     return pools
 
 

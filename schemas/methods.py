@@ -92,7 +92,7 @@ def _choose(value: Any) -> Any:
     if isinstance(value, dict):
         name = value.get("method")
         if name not in CONFIGS:
-            raise ValueError(f"method {name!r} is not known. Mend: use one of {', '.join(CONFIGS)}")
+            raise ValueError(f"method {name!r} is not known. Fix: use one of {', '.join(CONFIGS)}")
         return CONFIGS[name].model_validate(value)
     if not isinstance(value, MethodConfig):
         raise PydanticCustomError("dict_type", "must be keys with values")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def misfit(folder: Path, scorer: bool) -> tuple[str, str] | None:
-    """What does not fit, and its mend; None for a folder in order. `scorer`: a reward model is wanted.
+    """What does not fit, and its fix; None for a folder in order. `scorer`: a reward model is wanted.
 
     What the files do not say (no tokenizer.json, no `vocab_size`) is left to those who load them.
     """
@@ -31,8 +31,8 @@ def _misfit_of_head(config: dict[str, Any], scorer: bool) -> tuple[str, str] | N
         return "it is a reward model, not a language model", "give it as `reward_model`"
     labels = len(config.get("id2label") or {0: "", 1: ""})  # transformers' default is two
     if scorer and labels != 1:
-        mend = "give a classifier with one label, whose logit is the score"
-        return f"a reward model has one score, this one has {labels}", mend
+        fix = "give a classifier with one label, whose logit is the score"
+        return f"a reward model has one score, this one has {labels}", fix
     return None
 
 

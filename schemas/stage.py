@@ -38,7 +38,7 @@ _NUMBERS = (int, float, int | None, float | None)
 def no_truth(value: Any) -> Any:
     """Refuse true and false where a number is wanted; pydantic would read them as 1 and 0."""
     if isinstance(value, bool):
-        raise PydanticCustomError("no_number", "this is no number. Mend: give a number")
+        raise PydanticCustomError("no_number", "this is no number. Fix: give a number")
     return value
 
 
@@ -62,21 +62,21 @@ class Artifact(Strict):
 
 
 class Problem(Strict):
-    """Why a stage stopped, for a person: what is wrong, with which field and value, and how to mend it."""
+    """Why a stage stopped, for a person: what is wrong, with which field and value, and how to fix it."""
 
     kind: str
     message: str
     field: str | None = None
     value: str | None = None
-    mend: str | None = None
+    fix: str | None = None
 
     def __str__(self) -> str:
         where = f"{self.field} = {self.value}: " if self.field else ""
-        if not self.mend:
+        if not self.fix:
             return f"{where}{self.message}"
         message = self.message.rstrip()
         stop = "" if message.endswith((".", "!", "?", ":")) else "."
-        return f"{where}{message}{stop} Mend: {self.mend}"
+        return f"{where}{message}{stop} Fix: {self.fix}"
 
 
 class Placement(Strict):

@@ -79,7 +79,7 @@ def steps_for(rows: int, training: Training) -> int:
         return NO_END
     if training.epochs is None:
         if training.max_steps is None:
-            raise StageError("training has no end", field="epochs", value=None, mend="set epochs or max_steps")
+            raise StageError("training has no end", field="epochs", value=None, fix="set epochs or max_steps")
         return training.max_steps
     steps = max(1, math.ceil(rows * training.epochs / training.batch_size))
     return min(steps, training.max_steps or steps)

@@ -42,7 +42,7 @@ def stay_with_parent() -> None:
 def preempt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", mend="start it again: it goes on")
+    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", fix="start it again: it goes on")
 
 
 class Lines(logging.Formatter):
@@ -75,10 +75,10 @@ def read_request(name: str, path: Path) -> Request:
         raise StageError(f"the request cannot be read: {error}", kind="request", field="request", value=path) from error
     if name not in MODULES or request.stage != name:
         known = ", ".join(MODULES)
-        raise StageError(f"asked to run {name!r}.", kind="request", field="stage", value=request.stage, mend=known)
+        raise StageError(f"asked to run {name!r}.", kind="request", field="stage", value=request.stage, fix=known)
     if request.version != STAGES[name]:
-        mend = f"this code has version {STAGES[name]}; make the request with the same code"
-        raise StageError("another version.", kind="request", field="version", value=request.version, mend=mend)
+        fix = f"this code has version {STAGES[name]}; make the request with the same code"
+        raise StageError("another version.", kind="request", field="version", value=request.version, fix=fix)
     return request
 
 
@@ -148,7 +148,7 @@ def lack_of(error: BaseException) -> Problem | None:
     """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
     text = f"{type(error).__name__}: {error}"
     again = "then start it again: it goes on from its last checkpoint"
-    for kind, words, field, mend in (
+    for kind, words, field, fix in (
         ("disk", r"No space left on device|disk is full|Disk quota exceeded", "ALIGNFLOW_HOME", "make room there"),
         ("disk", r"Read-only file system|Permission denied|readonly database", "ALIGNFLOW_HOME", "make it writable"),
         (
@@ -160,7 +160,7 @@ def lack_of(error: BaseException) -> Problem | None:
     ):
         if re.search(words, text, re.IGNORECASE):
             value = str(tracking.home()) if field == "ALIGNFLOW_HOME" else None
-            return Problem(kind=kind, message=f"{error}.", field=field, value=value, mend=f"{mend}, {again}")
+            return Problem(kind=kind, message=f"{error}.", field=field, value=value, fix=f"{fix}, {again}")
     return None
 
 

@@ -59,14 +59,14 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
 
 
 def build(params: BaseParams, seed: int, folder: Path) -> int:
-    """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a mend."""
+    """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a fix."""
     if (params.scratch is None) == (params.path is None):
         raise StageError(
             "a base model is either a path or made from scratch",
             kind="config",
             field="model.path",
             value=params.path,
-            mend="set exactly one of model.path and model.scratch",
+            fix="set exactly one of model.path and model.scratch",
         )
     if params.scratch is not None:
         tokenizer = demo.tokenizer()
@@ -126,17 +126,17 @@ def download(name: str, revision: str | None) -> Path:
             kind="missing_revision",
             field="model.revision",
             value=revision,
-            mend=f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
+            fix=f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        mend = "connect to the network (and unset HF_HUB_OFFLINE), or download it elsewhere and give the folder"
-        raise _refused("the Hub cannot be reached and the model is not in the local cache", name, mend) from error
+        fix = "connect to the network (and unset HF_HUB_OFFLINE), or download it elsewhere and give the folder"
+        raise _refused("the Hub cannot be reached and the model is not in the local cache", name, fix) from error
     except (HfHubHTTPError, HFValidationError) as error:
         first_line = str(error).strip().splitlines()[0]
-        mend = "check name and revision; for a gated model set HF_TOKEN"
-        raise _refused(f"the Hub does not give the model: {first_line}", name, mend) from error
+        fix = "check name and revision; for a gated model set HF_TOKEN"
+        raise _refused(f"the Hub does not give the model: {first_line}", name, fix) from error
 
 
 def check_fit(folder: Path) -> None:
@@ -201,8 +201,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises all sorts here; each means the same to the user
-        mend = "put the model's tokenizer.json into the folder"
-        raise _refused(f"the folder has no tokenizer that can be read: {error}", folder, mend) from error
+        fix = "put the model's tokenizer.json into the folder"
+        raise _refused(f"the folder has no tokenizer that can be read: {error}", folder, fix) from error
     if not tokenizer.is_fast:
         raise _refused("the tokenizer has no tokenizer.json", folder, "put one into the folder")
     return tokenizer
@@ -218,8 +218,8 @@ def load_whole(auto: Any, folder: Path, **options: Any) -> PreTrainedModel:
             raise _refused(f"the model cannot be loaded: {error}", folder, "load it in plain transformers") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
-        mend = "give a folder whose weights are whole and fit its config.json"
-        raise _refused(f"{len(info['missing_keys'])} weights are missing: {names}", folder, mend)
+        fix = "give a folder whose weights are whole and fit its config.json"
+        raise _refused(f"{len(info['missing_keys'])} weights are missing: {names}", folder, fix)
     return model
 
 
@@ -247,7 +247,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
     except ValueError as error:
-        raise _refused(f"config.json cannot be read: {error}", folder, "mend the file") from error
+        raise _refused(f"config.json cannot be read: {error}", folder, "fix the file") from error
 
 
 # --- Reward models ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
             kind="chat_template",
             field="model.system_prompt",
             value=params.system_prompt,
-            mend="set model.chat_template to one that writes system messages",
+            fix="set model.chat_template to one that writes system messages",
         )
     return Codec(tokenizer)
 
@@ -305,7 +305,7 @@ def template_text(given: str) -> str:
             kind="chat_template",
             field="model.chat_template",
             value=given,
-            mend="give the path of a file with a Jinja template, or the template's text",
+            fix="give the path of a file with a Jinja template, or the template's text",
         )
     return file.read_text()
 
@@ -351,13 +351,13 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
             kind="chat_template",
             field="model.chat_template",
             value=template,
-            mend="mend the template, or leave it out to use the model's own",
+            fix="fix the template, or leave it out to use the model's own",
         ) from error
     return codec
 
 
-def _refused(message: str, path: object, mend: str) -> StageError:
-    return StageError(message, kind="model", field="model.path", value=path, mend=mend)
+def _refused(message: str, path: object, fix: str) -> StageError:
+    return StageError(message, kind="model", field="model.path", value=path, fix=fix)
 
 
 @contextlib.contextmanager

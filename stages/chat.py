@@ -72,7 +72,7 @@ class Talker:
                 raise StageError(
                     f"the message has {len(prompt)} tokens; {room} fit",
                     kind="too_long",
-                    mend="write a shorter message, or lower --max-new-tokens",
+                    fix="write a shorter message, or lower --max-new-tokens",
                 )
             del self.messages[first : first + 2]  # the oldest question and its answer
             prompt = self.codec.prompt(self.messages)

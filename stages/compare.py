@@ -63,7 +63,7 @@ def compare(
             kind="missing_input",
             field="inputs",
             value="none",
-            mend="give the outputs `evaluation` of stage evaluate, by the models' names",
+            fix="give the outputs `evaluation` of stage evaluate, by the models' names",
         )
     names = list(evaluations)
     first = evaluations[names[0]]

@@ -78,7 +78,7 @@ class Evaluator:
                 kind="too_few_prompts",
                 field="evaluate.min_prompts",
                 value=self.config.min_prompts,
-                mend="hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
+                fix="hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
             )
         return kept
 
@@ -178,7 +178,7 @@ def check_judge(request: Request) -> None:
             kind="config",
             field="evaluate.judge",
             value="reward",
-            mend="train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
+            fix="train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
         )
 
 
@@ -204,7 +204,7 @@ def read_baseline(
             kind="missing_input",
             field="inputs.baseline",
             value="missing",
-            mend="evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
+            fix="evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
         )
     baseline = Evaluation.load(run.input("baseline"))
     check_comparable("this model", settings, prompts, "the baseline", baseline)
@@ -237,7 +237,7 @@ def _finite(scores: list[float]) -> list[float]:
             kind="judge",
             field="evaluate.judge",
             value=next(score for score in scores if not math.isfinite(score)),
-            mend="look at the training of the judging reward model: it may have diverged",
+            fix="look at the training of the judging reward model: it may have diverged",
         )
     return scores
 

@@ -109,7 +109,7 @@ def answer(
             kind="no_prompts",
             field="generate.max_new_tokens",
             value=config.max_new_tokens,
-            mend="lower it, or give shorter prompts",
+            fix="lower it, or give shorter prompts",
         )
     every = [(ids, seed_of(seed, "generate", json.dumps(p), k)) for p, ids in fitting for k in range(config.answers)]
     sampled = sample(
@@ -246,9 +246,9 @@ def prompts_of(path: str, limit: int | None) -> list[Messages]:
                 raise forms.Bad("row", record.reason)
             turns = forms.parse("prompt", record.row)["prompt"]
         except forms.Bad as problem:
-            mend = "`alignflow validate --kind prompt` cleans a file"
+            fix = "`alignflow validate --kind prompt` cleans a file"
             message = f"row {number} holds no prompt: {problem}"
-            raise StageError(message, kind="bad_data", field="--prompts", value=path, mend=mend) from problem
+            raise StageError(message, kind="bad_data", field="--prompts", value=path, fix=fix) from problem
         prompt = [{"role": role, "content": content} for role, content in turns]
         found.setdefault(json.dumps(prompt), prompt)
     if not found:
@@ -278,8 +278,8 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     config = GenerateConfig(judge=None, **{name: getattr(arguments, name) for name in names})
     out: Path = arguments.out
     if out.exists():
-        mend = "name another file, or move this one away: it may hold people's rankings"
-        raise StageError("the file exists already.", kind="file_exists", field="--out", value=out, mend=mend)
+        fix = "name another file, or move this one away: it may hold people's rankings"
+        raise StageError("the file exists already.", kind="file_exists", field="--out", value=out, fix=fix)
     began = time.monotonic()
     judge = judge_named(arguments.judge)
     prompts = prompts_of(arguments.prompts, config.limit)

@@ -128,7 +128,7 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
             kind="data",
             field="data.preference",
             value=f"{len(rows)} rows",
-            mend="give rows in which one answer is better than another",
+            fix="give rows in which one answer is better than another",
         )
     if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
         raise StageError(
@@ -136,7 +136,7 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
             kind="data",
             field="reward.margin",
             value=True,
-            mend="set it to false, or name the column of the margins in data.preference.columns",
+            fix="set it to false, or name the column of the margins in data.preference.columns",
         )
     return encode(kept, _answers, codec)
 

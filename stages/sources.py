@@ -62,7 +62,7 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Reco
                 kind="missing_input",
                 field="path",
                 value=params.path,
-                mend="use input:rows after stage `generate` only; elsewhere name a file",
+                fix="use input:rows after stage `generate` only; elsewhere name a file",
             )
         return _from_file(rows / "rows.jsonl")
     return _from_file(Path(params.path).expanduser())
@@ -85,7 +85,7 @@ def _from_file(file: Path) -> Iterator[Record]:
         kind="unknown_format",
         field="path",
         value=file,
-        mend=f"give a file that ends in {_FORMATS}",
+        fix=f"give a file that ends in {_FORMATS}",
     )
 
 
@@ -98,7 +98,7 @@ def _refuse_missing(file: Path) -> None:
             kind="not_a_file",
             field="path",
             value=file,
-            mend=f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
+            fix=f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
         )
     beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, beside, n=1)
@@ -107,7 +107,7 @@ def _refuse_missing(file: Path) -> None:
         kind="missing_file",
         field="path",
         value=file,
-        mend=f"did you mean {file.parent / near[0]}?" if near else "check the path; it counts from where you started",
+        fix=f"did you mean {file.parent / near[0]}?" if near else "check the path; it counts from where you started",
     )
 
 
@@ -131,7 +131,7 @@ def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
             kind="broken_file",
             field="path",
             value=file,
-            mend="fetch or pack it again; `gzip -t` tells whether it is whole",
+            fix="fetch or pack it again; `gzip -t` tells whether it is whole",
         ) from error
     except OSError as error:
         raise StageError(
@@ -195,7 +195,7 @@ def _from_csv(file: Path) -> Iterator[Record]:
                 kind="broken_file",
                 field="path",
                 value=file,
-                mend='quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
+                fix='quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
             ) from error
 
 
@@ -207,7 +207,7 @@ def _refuse_repeated(header: list[str], file: Path) -> None:
             kind="broken_file",
             field="path",
             value=file,
-            mend="give every column a name of its own",
+            fix="give every column a name of its own",
         )
 
 
@@ -227,7 +227,7 @@ def _from_parquet(file: Path) -> Iterator[Record]:
             kind="broken_file",
             field="path",
             value=file,
-            mend="write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
+            fix="write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
         ) from error
     yield from _from_frame(frame)
 
@@ -258,7 +258,7 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             kind="missing_dataset",
             field="path",
             value=params.path,
-            mend="check name, subset, split and revision; offline it has to be in the cache of `datasets`",
+            fix="check name, subset, split and revision; offline it has to be in the cache of `datasets`",
         ) from error
     _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
     for part in table.with_format("arrow").iter(_CHUNK):
@@ -279,7 +279,7 @@ def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> Non
             kind="stray_file",
             field="path",
             value=params.path,
-            mend="put the file into the dataset's folder, and name it in its README from there",
+            fix="put the file into the dataset's folder, and name it in its README from there",
         )
 
 
@@ -291,7 +291,7 @@ def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
             kind="other_revision",
             field="revision",
             value=params.revision,
-            mend="go online to fetch this commit, or name the one that is cached",
+            fix="go online to fetch this commit, or name the one that is cached",
         )
 
 

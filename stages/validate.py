@@ -225,7 +225,7 @@ def _refuse_other_json(params: ValidateParams, tally: _Tally, bad: Quarantine) -
             kind="bad_data",
             field="path",
             value=params.path,
-            mend="write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
+            fix="write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
         )
 
 
@@ -278,7 +278,7 @@ def _refuse_unknown_columns(params: ValidateParams) -> None:
                 kind="unknown_column",
                 field="columns",
                 value=name,
-                mend=f"did you mean `{near}`? Write our name first: {meant}"
+                fix=f"did you mean `{near}`? Write our name first: {meant}"
                 if meant
                 else f"write one of our names first, then the file's: --columns OURS={theirs}",
             )
@@ -307,7 +307,7 @@ def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> N
                 kind="missing_column",
                 field=f"columns.{ours}",
                 value=theirs,
-                mend=f"did you mean `{near}`? {_mapping({ours: near})}"
+                fix=f"did you mean `{near}`? {_mapping({ours: near})}"
                 if (near := None if ours in _SIDES else _nearest(theirs, there))
                 else f"name the column that holds it: {_mapping({ours: _YOURS})}",
             )
@@ -339,7 +339,7 @@ def _wrong_columns(
         kind="wrong_columns",
         field="kind",
         value=params.kind,
-        mend=", or ".join(hint for hint in hints if hint),
+        fix=", or ".join(hint for hint in hints if hint),
     )
 
 
@@ -470,9 +470,9 @@ def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Qua
     raise StageError(
         f"{what}; {found}.",
         kind="bad_data" if usable.height else "nothing_left",
-        mend="mend the rows, map the right columns, or raise max_bad"
+        fix="fix the rows, map the right columns, or raise max_bad"
         if usable.height
-        else "mend the rows or map the right columns",
+        else "fix the rows or map the right columns",
     )
 
 
@@ -481,13 +481,13 @@ def _refuse_few_held_out(params: ValidateParams, frame: pl.DataFrame) -> None:
     prompts = frame["prompt_id"].n_unique()
     held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
     if held_out < params.min_eval_prompts:
-        mend = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
+        fix = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
         raise StageError(
             f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on.",
             kind="few_prompts",
             field="evaluate.min_prompts",
             value=params.min_eval_prompts,
-            mend=mend,
+            fix=fix,
         )
 
 
@@ -501,7 +501,7 @@ def _refuse_unranked(params: ValidateParams, rows: int, tally: _Tally, bad: Quar
         f"{params.path}: no line has {'an order' if column == 'order' else column} yet: "
         f"nobody has ranked the answers of {rows} of {tally.rows} lines{rest}.",
         kind="not_ranked",
-        mend=f"fill in `{column}` on each line{how}",
+        fix=f"fill in `{column}` on each line{how}",
     )
 
 
@@ -560,7 +560,7 @@ def _refuse_moving_dataset(params: ValidateParams) -> None:
             kind="no_revision",
             field="revision",
             value=params.revision,
-            mend="set it to the full commit that you want, so that the same config means the same rows",
+            fix="set it to the full commit that you want, so that the same config means the same rows",
         )
 
 
@@ -645,7 +645,7 @@ def _params(options: argparse.Namespace) -> ValidateParams:
             kind="config",
             field="columns",
             value=options.columns,
-            mend="write OURS=THEIRS",
+            fix="write OURS=THEIRS",
         ) from error
 
 

@@ -37,7 +37,7 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
         checkpoint.write_text(str(step))  # behind by one: the last step is done again, as after a real crash
         time.sleep(float(str(params.get("sleep", 0))))
     if params.get("end") == "refuse":
-        raise StageError("the rows are bad.", kind="data", field="path", value="x.jsonl", mend="mend them")
+        raise StageError("the rows are bad.", kind="data", field="path", value="x.jsonl", fix="fix them")
     if params.get("end") == "bug":
         raise RuntimeError("this is a bug")
     run.publish("folder", write(run.work / "out", str(params)), model=bool(params.get("model")))

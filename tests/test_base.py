@@ -33,7 +33,7 @@ def build(folder: Path, seed: int = 0, **params: Any) -> Path:
 def refusal(folder: Path, **params: Any) -> StageError:
     with pytest.raises(StageError) as caught:
         build(folder / "out", **params)
-    assert caught.value.problem.mend
+    assert caught.value.problem.fix
     return caught.value
 
 

@@ -91,7 +91,7 @@ def test_a_missing_model_is_a_clear_error(monkeypatch, capsys, home: Path) -> No
         assert chat.main(["--model", uri]) == 65
         error = capsys.readouterr().err
         assert uri in error
-        assert "Mend:" in error
+        assert "Fix:" in error
 
 
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])

@@ -49,7 +49,7 @@ def aligned(ready_home: Path, tmp_path: Path) -> Result:
 
 def test_a_place_that_cannot_be_written_is_named(aligned: Result, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StageError, match=r"--out = .*file/model: cannot be written: .*Mend: name a place"):
+    with pytest.raises(StageError, match=r"--out = .*file/model: cannot be written: .*Fix: name a place"):
         export.export("dpo", tmp_path / "file" / "model")
 
 
@@ -127,7 +127,7 @@ def test_the_last_used_model_of_a_name_counts(aligned: Result, tmp_path: Path) -
 
 
 def test_an_unknown_model_names_those_that_are_there(aligned: Result, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"MODEL = ppo: there is no such model. Mend: name one of dpo"):
+    with pytest.raises(StageError, match=r"MODEL = ppo: there is no such model. Fix: name one of dpo"):
         export.export("ppo", tmp_path / "exported")
     with pytest.raises(StageError, match="cannot hold quotes"):
         export.export("o'neill", tmp_path / "exported")

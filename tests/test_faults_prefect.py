@@ -141,4 +141,4 @@ def test_a_server_that_is_not_there_is_named() -> None:
     with temporary_settings({PREFECT_API_URL: nowhere}), pytest.raises(StageError) as refused, pipeline.local_prefect():
         pass
     problem = refused.value.problem
-    assert (problem.field, problem.value) == ("PREFECT_API_URL", nowhere) and "alignflow ui" in str(problem.mend)
+    assert (problem.field, problem.value) == ("PREFECT_API_URL", nowhere) and "alignflow ui" in str(problem.fix)

@@ -241,7 +241,7 @@ def test_an_unreachable_server_is_an_error_that_names_it() -> None:
             EndpointJudge(config, "evaluate.judge", pause=0.0).compare(user("?"), "x", "y")
     problem = error.value.problem
     assert problem.field == "evaluate.judge.url" and problem.value == config.url
-    assert f"after {endpoint.TRIES} tries" in problem.message and problem.mend
+    assert f"after {endpoint.TRIES} tries" in problem.message and problem.fix
 
 
 def test_a_refused_key_is_an_error_at_once_and_stays_secret(

@@ -114,7 +114,7 @@ def test_a_single_prompt_is_refused(tmp_path: Path, n: int) -> None:
     with pytest.raises(StageError, match="at least two different prompts") as stopped:
         make(tmp_path, config(), rows)
     assert stopped.value.problem.field == "data.feedback"
-    assert stopped.value.problem.mend
+    assert stopped.value.problem.fix
 
 
 def step_by_hand(method: KTO, run: tiny.Run, moved: Path) -> tuple[float, float]:

@@ -165,7 +165,7 @@ def test_a_run_without_the_tags_is_followed_by_its_files(ready_home: Path, tmp_p
 def test_what_is_not_there_is_said(world: World, what: str, words: str) -> None:
     with pytest.raises(StageError, match=words) as error:
         lineage.lineage(what)
-    assert error.value.problem.mend
+    assert error.value.problem.fix
 
 
 def test_a_file_that_no_stage_has_read_is_said(world: World) -> None:

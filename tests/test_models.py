@@ -259,7 +259,7 @@ def refusal(folder: Path, load: type | object = load_policy) -> str:
     with pytest.raises(StageError) as caught:
         load(folder)  # type: ignore[operator]
     assert caught.value.status == "refused"
-    assert str(folder) in str(caught.value) and "Mend:" in str(caught.value)
+    assert str(folder) in str(caught.value) and "Fix:" in str(caught.value)
     return str(caught.value)
 
 

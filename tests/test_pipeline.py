@@ -98,7 +98,7 @@ def test_a_failure_stops_what_needs_it_only(
     planned[:] = a_plan(end="refuse")
     with pytest.raises(StageError) as stopped:
         pipeline.run(config())
-    assert str(stopped.value) == "right: path = x.jsonl: the rows are bad. Mend: mend them"
+    assert str(stopped.value) == "right: path = x.jsonl: the rows are bad. Fix: fix them"
     assert EXIT_CODES[stopped.value.status] == 65
     assert "not done: right, both" in caplog.text
     failed = [run for run in prefect.read_flow_runs() if run.state is not None and run.state.is_failed()]

@@ -27,7 +27,7 @@ def nodes(**config: Any) -> dict[str, Node]:
 def error(**config: Any) -> str:
     with pytest.raises(StageError) as caught:
         nodes(**config)
-    assert caught.value.problem.mend
+    assert caught.value.problem.fix
     return str(caught.value)
 
 

@@ -88,7 +88,7 @@ def test_another_champion_than_the_one_decided_against_is_a_conflict(
     settle(models[1], "1", promote=False)
     with pytest.raises(StageError, match="now it is version 1; nothing was moved") as error:
         settle(models[2], expected)
-    assert error.value.problem.kind == "conflict" and error.value.problem.mend
+    assert error.value.problem.kind == "conflict" and error.value.problem.fix
     assert aliases() == {"champion": "1"}
     assert registry.version("assistant", "3").tags["decision"] == "conflict"
 
@@ -103,13 +103,13 @@ def test_rollback_restores_the_former_champion_and_bars_the_way_back(models: lis
     assert "rolled_back" in registry.version("assistant", "3").tags
     with pytest.raises(StageError, match="version 3, which was rolled back at") as error:
         settle(models[2], "2")
-    assert error.value.problem.kind == "rolled_back" and "delete the version's tag" in str(error.value.problem.mend)
+    assert error.value.problem.kind == "rolled_back" and "delete the version's tag" in str(error.value.problem.fix)
     assert aliases()["champion"] == "2"
     registry.rollback("assistant")
     assert aliases() == {"champion": "1"}
     with pytest.raises(StageError, match="there was no champion before it"):
         registry.rollback("assistant")
-    tracking.client().delete_model_version_tag("assistant", "3", "rolled_back")  # as the mend says
+    tracking.client().delete_model_version_tag("assistant", "3", "rolled_back")  # as the fix says
     assert settle(models[2], "1").number == "3" and aliases()["champion"] == "3"
 
 
@@ -127,7 +127,7 @@ def test_the_command_line_rolls_back_the_only_model_with_a_champion(models: list
     for name in ("other", "it's", None):
         with pytest.raises(StageError) as error:
             registry.rollback(name)
-        assert error.value.status == "refused" and error.value.problem.mend
+        assert error.value.status == "refused" and error.value.problem.fix
     settle(models[0], None)
     settle(models[1], "1")
     answer = alignflow("rollback")

@@ -74,8 +74,8 @@ def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["align.kto={}"], "promote.candidate = null: align has dpo, kto. Mend: set it to one of dpo, kto"),
-        (["promote.candidate=ppo"], "promote.candidate = ppo: there is no such method. Mend: set it to one of dpo"),
+        (["align.kto={}"], "promote.candidate = null: align has dpo, kto. Fix: set it to one of dpo, kto"),
+        (["promote.candidate=ppo"], "promote.candidate = ppo: there is no such method. Fix: set it to one of dpo"),
         (["align={}"], "promote.candidate = null: align has no method."),
         (["promote.gate.prompts_min=5"], "promote.gate.prompts_min = 5: evaluate.min_prompts is 4, which may be too"),
         (["evaluate.limit=3"], "promote.gate.prompts_min = 4: evaluate.limit is 3, which may be too few"),

@@ -93,7 +93,7 @@ def test_what_leads_out(case: str, root: Path) -> None:
         roots.check_roots(of_data(value))
     found = refused.value.problem
     assert (refused.value.status, found.kind, found.field, found.value) == ("refused", "config", "data.sft.path", value)
-    assert found.mend
+    assert found.fix
 
 
 def test_links_inside_a_named_folder(root: Path) -> None:
@@ -147,7 +147,7 @@ def test_every_field_that_names_a_file(root: Path) -> None:
     assert fields(checked) == expected
     with pytest.raises(StageError) as refused:
         roots.check_roots(checked)
-    assert str(refused.value).count("Mend:") == len(expected)
+    assert str(refused.value).count("Fix:") == len(expected)
 
 
 # Texts of a config that name no file. A new one has to be put here, or into flows/roots.py.
@@ -177,7 +177,7 @@ def test_no_field_is_forgotten() -> None:
 def test_without_declared_roots(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(roots.VARIABLE)
     roots.check_roots(of_data("/etc/x.jsonl"))  # from the command line: whatever the user names
-    with pytest.raises(StageError, match=r"data\.sft\.path = rows\.jsonl: .* Mend: set ALIGNFLOW_ROOTS"):
+    with pytest.raises(StageError, match=r"data\.sft\.path = rows\.jsonl: .* Fix: set ALIGNFLOW_ROOTS"):
         roots.check_roots(of_data("rows.jsonl"), deployed=True)
     for checked in (config(), of_data("hub:owner/name", revision=COMMIT), config(model={"path": "package:llm_x"})):
         roots.check_roots(checked, deployed=True)

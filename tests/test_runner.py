@@ -90,7 +90,7 @@ def test_killed_and_started_again(fake: Path) -> None:
 
 def test_a_stage_that_refuses(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = runner.run_stage(fake_request(end="refuse"))
-    assert result.status == "refused" and str(result.error) == "path = x.jsonl: the rows are bad. Mend: mend them"
+    assert result.status == "refused" and str(result.error) == "path = x.jsonl: the rows are bad. Fix: fix them"
     assert "refused: path = x.jsonl: the rows are bad." in caplog.text
     assert result.run_id is not None
     run = tracking.client().get_run(result.run_id)
@@ -252,7 +252,7 @@ def test_a_changed_file_is_another_key(tmp_path: Path) -> None:
     assert runner.with_sources(validate_request(str(copy)), "data.sft").key() == key
     one.write_text("other rows")
     assert runner.with_sources(validate_request(str(one)), "data.sft").key() != key
-    with pytest.raises(StageError, match=r"data\.sft\.path = .*no such file.*Mend: give its path"):
+    with pytest.raises(StageError, match=r"data\.sft\.path = .*no such file.*Fix: give its path"):
         runner.with_sources(validate_request(str(tmp_path / "none")), "data.sft")
 
 

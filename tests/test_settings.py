@@ -1,4 +1,4 @@
-"""Every mistake in a config is found before anything starts, and its message names field, value and mend."""
+"""Every mistake in a config is found before anything starts, and its message names field, value and fix."""
 
 import math
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def test_overrides_are_typed_by_yaml_and_make_maps(raw: dict[str, Any]) -> None:
     "key", ["sft.lora.rank", "sft.epochs", "align.dpo.beta", "seed", "promote.gate.tolerances.distinct_2"]
 )
 def test_true_is_no_number(raw: dict[str, Any], key: str) -> None:
-    assert refused(raw, f"{key}=true") == f"{key} = true: this is no number. Mend: give a number"
+    assert refused(raw, f"{key}=true") == f"{key} = true: this is no number. Fix: give a number"
 
 
 NOT_FINITE = {".nan": "nan: must be a number, which NaN is not", ".inf": "inf: must be a finite number"}
@@ -106,12 +106,12 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft.lora={rnk: 1}", "sft.lora.rnk: unknown key. Did you mean 'rank'?"),
         ("model.zzz=1", "model.zzz: unknown key. Known here: chat_template, path, revision, scratch, system_prompt"),
         ("evaluate.judge={judge: endpoint, ulr: x}", "evaluate.judge.ulr: unknown key. Did you mean 'url'?"),
-        ("evaluate.judge={judge: endpoint, url: x}", "evaluate.judge.model: missing. Mend: add it"),
+        ("evaluate.judge={judge: endpoint, url: x}", "evaluate.judge.model: missing. Fix: add it"),
         ("data.preference.kind=prefrence", "= 'prefrence': must be 'sft', 'preference', 'ranking', 'feedback' or"),
         ("data.preference.kind=prefrence", "Did you mean 'preference'?"),
         ("align.dpo.beta=-1", "align.dpo.beta = -1: must be greater than 0"),
         ("align.dpo.beta=much", "align.dpo.beta = 'much': must be a valid number"),
-        ("align.grpo={}", "align.grpo: method 'grpo' is not known. Mend: use one of dpo, kto, ppo"),
+        ("align.grpo={}", "align.grpo: method 'grpo' is not known. Fix: use one of dpo, kto, ppo"),
         ("evaluate.judge=vibes", "evaluate.judge: judge 'vibes' is not known"),
         ("name=a b", "name = 'a b': must be up to 63 letters"),
         ("sft", "--set sft: is not of the form a.b=value"),
@@ -120,8 +120,8 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("seed=9223372036854775808", "seed = 9223372036854775808: must be less than 9223372036854775808"),
         ("align.dpo.seed=9223372036854775808", "align.dpo.seed = 9223372036854775808: must be less than"),
         ("data.preference.path='hub:'", "data.preference.path = 'hub:': must name a file, or hub:NAME"),
-        ("data.preference.path=/", "data.preference.path = /: this is a folder, not a file. Mend: name a file in it"),
-        ("model.chat_template=chat.jinja", "model.chat_template = chat.jinja: no such file. Mend: give its path"),
+        ("data.preference.path=/", "data.preference.path = /: this is a folder, not a file. Fix: name a file in it"),
+        ("model.chat_template=chat.jinja", "model.chat_template = chat.jinja: no such file. Fix: give its path"),
         (
             "model.scratch.heads=7",
             "model.scratch: hidden_size is 96, of which 7 heads cannot take an even part each. M",
@@ -145,10 +145,10 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
         ("align.dpo.beta=.inf", "align.dpo.beta = inf: must be a finite number"),
-        ("sft={epochs: null}", "sft.epochs = None: training has no end. Mend: set epochs or max_steps"),
+        ("sft={epochs: null}", "sft.epochs = None: training has no end. Fix: set epochs or max_steps"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_its_mend(raw: dict[str, Any], override: str, message: str) -> None:
+def test_a_wrong_key_or_value_is_named_with_its_fix(raw: dict[str, Any], override: str, message: str) -> None:
     assert message in refused(raw, override)
 
 
@@ -176,7 +176,7 @@ def test_a_judges_key_is_missed_before_anything_is_trained(
     monkeypatch.delenv("JUDGES_KEY", raising=False)
     assert (
         refused(raw)
-        == "evaluate.judge.api_key_env = JUDGES_KEY: this variable is not set. Mend: export JUDGES_KEY first"
+        == "evaluate.judge.api_key_env = JUDGES_KEY: this variable is not set. Fix: export JUDGES_KEY first"
     )
     load(raw, "pools.evaluate=cpu")  # its workers have the key
     settings.load("config.yaml", here=False)
@@ -233,7 +233,7 @@ def test_an_unknown_preset_names_the_nearest(tmp_path: Path, monkeypatch: pytest
 
 def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]) -> None:
     message = refused(raw, "data.preference.path=pair.jsonl")
-    assert message == "data.preference.path = pair.jsonl: no such file. Mend: Did you mean 'pairs.jsonl'?"
+    assert message == "data.preference.path = pair.jsonl: no such file. Fix: Did you mean 'pairs.jsonl'?"
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]
         (["model={path: some/name}"], "a name on the Hugging Face Hub needs a revision"),
         (
             ["model={path: 'package:no-such-package'}"],
-            "is installed. Mend: pip install no-such-package",
+            "is installed. Fix: pip install no-such-package",
         ),
         (["model={path: none.gguf}"], "model.path = none.gguf: no such file"),
         (["model={}"], "neither is set"),
         (["model.path=x"], "both are set"),
-        (["data.preference.path='hub:some/data'"], "Mend: set data.preference.revision"),
+        (["data.preference.path='hub:some/data'"], "Fix: set data.preference.revision"),
         (["reward_model=nowhere"], "reward_model = nowhere: no such folder"),
         (["evaluate.judge={judge: reward, model: nowhere}"], "evaluate.judge.model = nowhere: no such folder"),
         (["evaluate.judge=reward"], "gold = "),

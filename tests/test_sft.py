@@ -109,7 +109,7 @@ def test_missing_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"no rows of kind `sft`.*only: prompt") as stopped:
         sft.SFT(config(), run, seed=0)
     assert stopped.value.problem.field == "data.sft"
-    assert stopped.value.problem.mend
+    assert stopped.value.problem.fix
 
 
 @pytest.mark.parametrize("lora", [None, tiny.LORA])

@@ -68,7 +68,7 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
                 kind="data",
                 field="data.feedback",
                 value=f"{len(prompt_ids)} rows with one prompt",
-                mend="give rows of more prompts, or use another method",
+                fix="give rows of more prompts, or use another method",
             )
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)
         found.append(by_prompt[drawn if drawn < first else drawn + end - first])

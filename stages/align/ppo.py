@@ -285,7 +285,7 @@ class PPO:
                 kind="data",
                 field="max_new_tokens",
                 value=config.max_new_tokens,
-                mend="lower it, raise max_length, or give shorter prompts",
+                fix="lower it, raise max_length, or give shorter prompts",
             )
         return [rows[i] for i in kept], [prompts[i] for i in kept]
 
@@ -326,7 +326,7 @@ class PPO:
                 kind="diverged",
                 field="max_kl",
                 value=bound,
-                mend="lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
+                fix="lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
                 "is kept",
             )
 

@@ -105,7 +105,7 @@ def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
             kind="unknown_data",
             field="path",
             value=f"demo:{kind}",
-            mend="use demo:sft or demo:prompt; pairs come from stage `generate`",
+            fix="use demo:sft or demo:prompt; pairs come from stage `generate`",
         )
     draw = random.Random(seed)
     wishes = [Wish(*parts) for parts in itertools.product(TONES, TIMES, PEOPLE, THINGS)]

@@ -21,7 +21,7 @@ PAUSE = 1.0  # seconds before the second try; doubles with each further one
 LONGEST_PAUSE = 30.0  # seconds; bounds a server's Retry-After too
 MAX_TOKENS = 1024  # of the judge's reply: room to reason, and an end to rambling
 UNREADABLE = 0.1  # share of replies without a verdict above which the judge is given up; two are always borne
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later try may mend
+AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later try may fix
 
 INSTRUCTION = (
     "You compare two answers to the same conversation. Judge which one serves the user better: correct, helpful, "
@@ -119,7 +119,7 @@ class EndpointJudge:
         if self.unreadable > max(2, UNREADABLE * self.questions):
             raise self._error(
                 f"{self.unreadable} replies hold no verdict; the last one says: {_cut(reply)!r}.",
-                mend="use a model that follows the instruction to end with [[A]], [[B]] or [[TIE]]",
+                fix="use a model that follows the instruction to end with [[A]], [[B]] or [[TIE]]",
             )
         return 0.5
 
@@ -134,7 +134,7 @@ class EndpointJudge:
                 time.sleep(min(max(self.pause * 2**attempt, wait), LONGEST_PAUSE))
         raise self._error(
             f"no usable reply from {self.url} after {TRIES} tries; the last one: {trouble}.",
-            mend="see that the server runs and speaks OpenAI's chat completions; raise judge.timeout if it is slow",
+            fix="see that the server runs and speaks OpenAI's chat completions; raise judge.timeout if it is slow",
         )
 
     def _try(self, client: "httpx.Client", body: dict[str, Any]) -> tuple[str | None, str, float]:
@@ -158,16 +158,16 @@ class EndpointJudge:
                 f"{self.url} refuses the key (HTTP {code}).",
                 field=f"{self.field}.api_key_env",
                 value=name,
-                mend=f"put a valid key into {name}" if name else "name the environment variable that holds the key",
+                fix=f"put a valid key into {name}" if name else "name the environment variable that holds the key",
             )
-        mend = "check judge.url (it ends in /v1 on most servers) and judge.model"
-        return self._error(f"{self.url} answers HTTP {code}: {_cut(response.text)!r}.", mend=mend)
+        fix = "check judge.url (it ends in /v1 on most servers) and judge.model"
+        return self._error(f"{self.url} answers HTTP {code}: {_cut(response.text)!r}.", fix=fix)
 
-    def _error(self, message: str, *, mend: str, field: str | None = None, value: str | None = None) -> StageError:
+    def _error(self, message: str, *, fix: str, field: str | None = None, value: str | None = None) -> StageError:
         """No message may carry the key, whatever a server sends back."""
         safe = message.replace(self._key, "[key]") if self._key else message
         return StageError(
-            safe, kind="judge", mend=mend, field=field or f"{self.field}.url", value=value or self.config.url
+            safe, kind="judge", fix=fix, field=field or f"{self.field}.url", value=value or self.config.url
         )
 
 
@@ -203,7 +203,7 @@ def _completions_url(url: str, field: str) -> str:
             kind="config",
             field=f"{field}.url",
             value=safe,
-            mend="write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names",
+            fix="write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names",
         )
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
@@ -219,7 +219,7 @@ def _read_key(config: EndpointConfig, field: str) -> str | None:
             kind="config",
             field=f"{field}.api_key_env",
             value=config.api_key_env,
-            mend=f"export {config.api_key_env} where the stage runs",
+            fix=f"export {config.api_key_env} where the stage runs",
         )
     return key
 
@@ -233,7 +233,7 @@ def _import_httpx(field: str) -> Any:
             kind="missing_package",
             field=field,
             value="endpoint",
-            mend="pip install 'alignflow[endpoint]'",
+            fix="pip install 'alignflow[endpoint]'",
         ) from error
     return httpx
 

@@ -73,7 +73,7 @@ class Evaluation:
                 kind="input",
                 field="evaluation",
                 value=folder,
-                mend="give the output `evaluation` of stage evaluate",
+                fix="give the output `evaluation` of stage evaluate",
             ) from error
         return cls(metrics, samples, settings)
 
@@ -101,7 +101,7 @@ def texts(samples: Sequence[Sample], name: str) -> list[str]:
             kind="missing_input",
             field="evaluate.judge",
             value="endpoint",
-            mend="evaluate it with log_text: true, or use a judge that scores",
+            fix="evaluate it with log_text: true, or use a judge that scores",
         )
     return answers
 
@@ -133,7 +133,7 @@ def check_comparable(
                 kind="not_comparable",
                 field=f"evaluate.{key}",
                 value=settings[key],
-                mend="evaluate both under the same settings",
+                fix="evaluate both under the same settings",
             )
     if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
         raise StageError(
@@ -141,5 +141,5 @@ def check_comparable(
             kind="not_comparable",
             field="data.evaluation",
             value=name,
-            mend="evaluate both on the same data",
+            fix="evaluate both on the same data",
         )

@@ -68,7 +68,7 @@ class SentimentJudge(Scoring):
                 kind="missing_package",
                 field=field,
                 value="sentiment",
-                mend="pip install 'alignflow[sentiment]'",
+                fix="pip install 'alignflow[sentiment]'",
             ) from error
         self.analyzer: Any = SentimentIntensityAnalyzer()
 
@@ -126,7 +126,7 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
                 kind="config",
                 field=field,
                 value="endpoint",
-                mend="use a judge that runs here (rule, sentiment, reward), or log_text: true",
+                fix="use a judge that runs here (rule, sentiment, reward), or log_text: true",
             )
         return EndpointJudge(config, field, progress)
     if not run.has("judge"):
@@ -135,7 +135,7 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
             kind="missing_input",
             field=f"{field}.model",
             value=config.model,
-            mend="give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
+            fix="give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
         )
     return RewardJudge(run.input("judge"), progress)
 

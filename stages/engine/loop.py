@@ -154,7 +154,7 @@ class Loop:
                 "a device got no rows in this step",
                 field="batch_size",
                 value=self.training.batch_size,
-                mend=f"set it to at least the number of devices ({self.accelerator.num_processes})",
+                fix=f"set it to at least the number of devices ({self.accelerator.num_processes})",
             )
         totals = self.reduce(self.method.prepare(micros))
         summed: Metrics = {}
@@ -195,7 +195,7 @@ class Loop:
                     kind="diverged",
                     field="learning_rate",
                     value=self.training.learning_rate,
-                    mend="lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
+                    fix="lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
                 )
 
     # --- checkpoints ---
@@ -305,7 +305,7 @@ class Loop:
                     self.writer.wait()
                     done, end, unit = self.progress
                     message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
-                    raise StageError(message, status="preempted", kind="preempted", mend="run again to go on")
+                    raise StageError(message, status="preempted", kind="preempted", fix="run again to go on")
         return {**self.last, **self.compute}
 
 

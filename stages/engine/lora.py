@@ -91,7 +91,7 @@ def _inject(hf: nn.Module, config: LoraConfig, name: str) -> PeftModel:
 
 def _bad_target(lora: LoRA, why: str) -> StageError:
     message = f"no adapter can be added: {why}."
-    return StageError(message, kind="config", field="lora.target", value=lora.target, mend="use all-linear")
+    return StageError(message, kind="config", field="lora.target", value=lora.target, fix="use all-linear")
 
 
 def merged(inner: PreTrainedModel) -> dict[str, Tensor]:
@@ -172,5 +172,5 @@ def _read(place: Path) -> dict[str, Any]:
 
 def _unusable(place: Path, why: str) -> StageError:
     message = f"the adapter cannot be used: {why}."
-    mend = "save the model again; or delete this folder, which the merged model beside it does without"
-    return StageError(message, kind="model", field="model", value=place, mend=mend)
+    fix = "save the model again; or delete this folder, which the merged model beside it does without"
+    return StageError(message, kind="model", field="model", value=place, fix=fix)

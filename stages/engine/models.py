@@ -385,8 +385,8 @@ def _is_scorer(folder: Path) -> bool:
     return architectures[0].endswith("ForSequenceClassification")
 
 
-def _unusable(folder: Path, message: str, mend: str) -> StageError:
-    return StageError(f"the model cannot be used: {message}.", kind="model", field="model", value=folder, mend=mend)
+def _unusable(folder: Path, message: str, fix: str) -> StageError:
+    return StageError(f"the model cannot be used: {message}.", kind="model", field="model", value=folder, fix=fix)
 
 
 def _dropouts(config: PretrainedConfig) -> dict[str, float]:

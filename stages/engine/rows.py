@@ -48,7 +48,7 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
             kind="data",
             field=f"data.{kind}",
             value="missing",
-            mend=_mend(part, kind),
+            fix=_fix(part, kind),
         )
     return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
 
@@ -58,7 +58,7 @@ def read_if_there(folder: Path, part: str, kind: str) -> list[Row]:
     return read(folder, part, kind) if has(folder, part, kind) else []
 
 
-def _mend(part: str, kind: str) -> str:
+def _fix(part: str, kind: str) -> str:
     if part == "gold":
         return "set gold_fraction above 0 in the data's config"
     if part == "eval":
@@ -99,6 +99,6 @@ def fitting(examples: Sequence[Example], max_length: int) -> list[Example]:
             kind="data",
             field="max_length",
             value=max_length,
-            mend=f"set max_length to at least {shortest}, or give shorter rows",
+            fix=f"set max_length to at least {shortest}, or give shorter rows",
         )
     return kept

@@ -164,7 +164,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             kind="missing_tokenizer",
             field="folder",
             value=folder,
-            mend="pass it as `model.path`: stage `base` converts what transformers can read",
+            fix="pass it as `model.path`: stage `base` converts what transformers can read",
         )
     quiet = logging.getLogger("transformers.tokenization_utils_base")
     level = quiet.level
@@ -216,7 +216,7 @@ def _find_end(codec: Codec) -> int:
         raise StageError(
             "the tokenizer has no token that ends an answer",
             kind="no_end_token",
-            mend="set eos_token in tokenizer_config.json",
+            fix="set eos_token in tokenizer_config.json",
         )
     return end
 

@@ -28,7 +28,7 @@ def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
-        raise StageError(f"{path} does not exist.", kind="artifact", mend="give the path of a file or folder")
+        raise StageError(f"{path} does not exist.", kind="artifact", fix="give the path of a file or folder")
     total = hashlib.sha256()
     for inner in sorted(p for p in path.rglob("*") if p.is_file()):
         total.update(f"{inner.relative_to(path).as_posix()}\0{digest(inner)}\n".encode())
@@ -111,7 +111,7 @@ def fetch(artifact: Artifact) -> Path:
     Raises:
         StageError: the artifact is gone or has been altered.
     """
-    mend = "run the pipeline again: the stage that makes it notices and makes it anew"
+    fix = "run the pipeline again: the stage that makes it notices and makes it anew"
     try:
         location = location_of(artifact.uri)
         folder = local_path(location) or _download(location, artifact.sha256)
@@ -122,15 +122,15 @@ def fetch(artifact: Artifact) -> Path:
             raise
         message = f"the artifact is gone ({error})."
         _mark_bad(artifact, message)
-        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend) from error
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix) from error
     if not folder.exists():
-        raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, mend=mend)
+        raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, fix=fix)
     found = digest(folder)
     if found != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
         if local_path(location) is None:
             _mark_bad(artifact, message)
-        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, mend=mend)
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix)
     return folder
 
 
@@ -143,7 +143,7 @@ def locate(uri: str) -> Path:
     path = Path(uri).expanduser()
     if path.exists():
         return path.absolute()
-    mend = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
+    fix = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
     try:
         location = location_of(registered(uri))
         folder = local_path(location) or _copied(location)
@@ -153,9 +153,9 @@ def locate(uri: str) -> Path:
         if passing(error):
             raise
         message = f"MLflow has no such model ({error})."
-        raise StageError(message, kind="artifact", field="uri", value=uri, mend=mend) from error
+        raise StageError(message, kind="artifact", field="uri", value=uri, fix=fix) from error
     if not folder.exists():
-        raise StageError("there is no such model.", kind="artifact", field="uri", value=uri, mend=mend)
+        raise StageError("there is no such model.", kind="artifact", field="uri", value=uri, fix=fix)
     return folder
 
 

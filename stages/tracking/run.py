@@ -190,7 +190,7 @@ class StageRun:
             have = ", ".join(sorted(self.request.inputs)) or "none"
             message = f"stage {self.request.stage} needs the input {name!r}; the request has {have}."
             raise StageError(
-                message, kind="input", field=f"inputs.{name}", value="missing", mend="add it to the request"
+                message, kind="input", field=f"inputs.{name}", value="missing", fix="add it to the request"
             )
         if name not in self._fetched:
             self._fetched[name] = fetch(self.request.inputs[name])
@@ -272,7 +272,7 @@ class StageRun:
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
         if not arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
-            raise StageError(message, status="failed", kind="artifact", mend="run the stage again")
+            raise StageError(message, status="failed", kind="artifact", fix="run the stage again")
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
 
@@ -285,7 +285,7 @@ class StageRun:
                 kind="source_changed",
                 field="source",
                 value=source.uri,
-                mend="start the run again once nothing writes to it",
+                fix="start the run again once nothing writes to it",
             )
 
     def _publish_folder(self, name: str, folder: Path) -> str:

@@ -40,7 +40,7 @@ def ours(plan: Work, *arguments: str, shared_trunk: bool = False) -> Worker:
 def check_peer() -> None:
     """Raises SystemExit when TRL's environment is not there."""
     if not PEER_PYTHON.exists():
-        raise SystemExit(f"{PEER_PYTHON} does not exist. Mend: make bench, or `make .venv-bench/ready`")
+        raise SystemExit(f"{PEER_PYTHON} does not exist. Fix: make bench, or `make .venv-bench/ready`")
 
 
 def peer(plan: Work, *arguments: str) -> Worker:

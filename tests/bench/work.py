@@ -142,7 +142,7 @@ def lay_out(work: Work, pairs: Sequence[dict[str, Any]]) -> None:
     if len(chosen) < work.rows:
         raise SystemExit(
             f"--data: {work.method} needs {work.rows} rows of at most {room} tokens, and {len(chosen)} of {len(pairs)} "
-            "are. Mend: give more rows, lower --rounds or --batch-size, or raise --max-length"
+            "are. Fix: give more rows, lower --rounds or --batch-size, or raise --max-length"
         )
     chosen = chosen[: work.rows]
     work.write()
