@@ -1,30 +1,6 @@
-"""What a worker starts for a flow run: Prefect's own engine, in a process that dies with its worker.
+"""The name under which work pools start a flow run; the code is in flows/execution/job.py."""
 
-    python -P -m flows.job
-
-Prefect's engine alone outlives a worker that was killed, and trains on with nobody to stop it.
-"""
-
-import os
-import runpy
-
-from stages.parent import die_with_parent
-
-HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is marked Crashed (deploy/automations.yaml)
-
-RETRIES = "7"  # about four minutes in which the server may be away
-
-
-def main() -> None:
-    """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
-    die_with_parent()
-    roots = os.environ.get("ALIGNFLOW_ROOTS")
-    if roots:
-        os.chdir(roots.split(os.pathsep)[0])
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
-    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
-    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
-
+from flows.execution.job import main
 
 if __name__ == "__main__":
     main()

@@ -14,13 +14,17 @@ from prefect import flow
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import pipeline, registry, runner, settings
-from flows.plan import candidate, plan, promotion
-from flows.registry import Version
-from flows.roots import check_source
-from schemas.config import PipelineConfig, PromoteConfig
-from schemas.decision import Decision
-from schemas.stage import STAGES, Artifact, Request, Result, StageError
+from flows import pipeline
+from flows.execution import process
+from flows.planning import config_file, requests
+from flows.planning.allowed_paths import check_source
+from flows.planning.plan import candidate, plan, promotion
+from flows.results import announce, registry
+from flows.results.registry import Version
+from schemas.config import PipelineConfig
+from schemas.errors import StageError
+from schemas.promotion import Decision, PromoteConfig
+from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
 
 Ending = Literal["Unchanged", "Promoted", "Rejected"]
@@ -58,7 +62,7 @@ def fingerprint(config: PipelineConfig) -> Fingerprint:
     data, rest = {}, {}
     for node in [*plan(config), *promotion(config, champion=False)]:
         asked = Request(stage=node.stage, version=STAGES[node.stage], params=node.params, seed=node.seed)
-        request = runner.with_sources(asked, pipeline.config_field(node))
+        request = requests.with_sources(asked, requests.config_field(node))
         if node.stage == "validate" and "source" in request.inputs:
             data[node.name] = request.inputs["source"].sha256
             blank = {"source": Artifact(uri="", sha256="")}  # the data's part; without it the path would count
@@ -80,17 +84,17 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
 
     `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed.
     """
-    runner.begin()
+    process.begin()
     try:
-        if deployment.id and source not in settings.presets():
+        if deployment.id and source not in config_file.presets():
             check_source(source, deployed=True)
-        config = settings.load(source, overrides)
+        config = config_file.load(source, overrides)
         outcome = retrained(config, str(flow_run.id), force)
     except StageError as error:
         conflict = error.problem.kind == "conflict"
         return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
     except BaseException:
-        runner.stop_all()
+        process.stop_all()
         raise
     return Completed(name=outcome.ending, message=outcome.message, data=outcome)
 
@@ -130,7 +134,7 @@ def run_all(
 ) -> dict[str, Result]:
     """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
     results, errors = pipeline.run_nodes(list(nodes), config, pipeline_run, known)
-    pipeline.report(list(nodes), results, config)
+    announce.report(list(nodes), results, config)
     if errors:
         raise next(iter(errors.values()))
     return results
@@ -239,5 +243,5 @@ def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outc
     Raises:
         StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
     """
-    promotion(settings.load(source, overrides), champion=False)  # what is missing is said before a server starts
+    promotion(config_file.load(source, overrides), champion=False)  # what is missing is said before a server starts
     return pipeline.from_here(lambda: cast("Outcome", retrain(source, list(overrides), force)))

@@ -7,10 +7,12 @@ from prefect import flow, get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Crashed, Failed, State
 
-from flows import devices, preflight, runner
-from flows.lease import stage_lease
-from flows.roots import check_request_roots
-from schemas.stage import Request, StageError
+from flows.execution import gpu_slots, process
+from flows.execution.lease import stage_lease
+from flows.planning.allowed_paths import check_request_roots
+from flows.servers import checks
+from schemas.errors import StageError
+from schemas.stage import Request
 from stages import tracking
 
 
@@ -26,19 +28,19 @@ def stage(request: Request) -> State[Any]:
 
     Where ALIGNFLOW_GPUS says how many GPUs a worker's machine should have, fewer are refused.
     """
-    runner.begin()
+    process.begin()
     try:
         if deployment.id:
             check_request_roots(request, deployed=True)
-            preflight.check_experiment(tracking.experiment_name(request), placed=True)
-        if request.stage in devices.TAKE_DEVICES:
-            preflight.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
+            checks.check_experiment(tracking.experiment_name(request), placed=True)
+        if request.stage in gpu_slots.TAKE_DEVICES:
+            checks.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
         log = get_run_logger()
-        result = runner.run_stage(request, log, stage_lease(request.key(), log))
+        result = process.run_stage(request, log, stage_lease(request.key(), log))
     except StageError as error:
         return Failed(name=error.status.title(), message=str(error))
     except BaseException:
-        runner.stop_all()
+        process.stop_all()
         raise
     if result.status == "done":
         return Completed(message=f"MLflow run {result.run_id}{', reused' if result.reused else ''}")

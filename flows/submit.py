@@ -10,10 +10,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
-from flows import preflight
-from flows.roots import paths_of_config
+from flows.planning.allowed_paths import paths_of_config
+from flows.servers import checks
 from schemas.config import PipelineConfig
-from schemas.stage import StageError
+from schemas.errors import StageError
 from stages import tracking
 
 DEPLOYMENT = "pipeline/pipeline"
@@ -30,12 +30,12 @@ def submit(config: PipelineConfig) -> str:
     """
     if not PREFECT_API_URL.value():
         raise StageError(
-            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=preflight.START
+            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=checks.START
         )
-    preflight.check_servers()
-    preflight.check_pools([*own_pool(), *config.pools.values()])
+    checks.check_servers()
+    checks.check_pools([*own_pool(), *config.pools.values()])
     if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
-        preflight.check_experiment(config.name, placed=bool(config.pools))
+        checks.check_experiment(config.name, placed=bool(config.pools))
     try:
         run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
     except ObjectNotFound as error:

@@ -6,7 +6,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from schemas.methods import Method
-from schemas.stage import STAGES, Strict, no_truth
+from schemas.promotion import PromoteConfig
+from schemas.stage import STAGES
+from schemas.strict import Strict
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -195,72 +197,6 @@ class EvaluateConfig(Strict):
     """Refuse to evaluate on fewer prompts."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for the 95 % interval of the win rate."""
-
-
-BETTER: dict[str, Literal["higher", "lower"]] = {
-    "judge_score": "higher",
-    "win_rate_vs_sft": "higher",
-    "length_controlled_win_rate": "higher",
-    "reward_score": "higher",
-    "preference_accuracy": "higher",
-    "distinct_2": "higher",
-    "ended": "higher",
-    "kl_to_reference": "lower",
-    "reference_nll": "lower",
-    "empty": "lower",
-}
-"""The `eval/` metrics of which one direction is the better."""
-
-
-class Gate(Strict):
-    """When a candidate becomes champion: every bound must hold. A number that is missing or not finite fails."""
-
-    win_rate_min: float = Field(default=0.5, ge=0, lt=1)
-    """The lower end of the 95 % interval of the win rate must be above this: against the champion on the same prompts,
-    or against the SFT model where there is no champion yet."""
-    kl_max: float = Field(default=25.0, gt=0)
-    """Nats per answer from the current SFT model. Picking the best of n answers costs less than log n nats, so that 25
-    is more than choosing among 10^10 answers can need: what lies beyond is another model, not a better choice. It is a
-    sum over tokens; for answers of many hundred tokens measure your own good models, and raise it knowingly."""
-    length_ratio_max: float = Field(default=1.5, gt=0)
-    """Mean length of the answers over the SFT model's."""
-    distinct_2_min: float = Field(default=0.8, ge=0)
-    """Share of unique word pairs over the SFT model's; a constant phrase comes near 0."""
-    reference_nll_min: float = Field(default=0.5, ge=0)
-    """How odd the answers look to the SFT model over how odd its own do; below: it repeats what is likeliest."""
-    reference_nll_max: float = Field(default=2.0, gt=0)
-    """The same; above: it says what the SFT model never would."""
-    empty_max: float = Field(default=0.01, ge=0, le=1)
-    """Share of empty answers."""
-    prompts_min: int = Field(default=100, ge=1)
-    """Prompts that candidate, champion and SFT model have answered."""
-    tolerances: dict[str, Annotated[float, BeforeValidator(no_truth), Field(ge=0)]] = {}
-    """`eval/` metric (`preference_accuracy: 0.02`) -> by how much it may be worse than the champion's, or than the SFT
-    model's where there is no champion yet."""
-
-    @field_validator("tolerances")
-    @classmethod
-    def _have_a_better_side(cls, tolerances: dict[str, float]) -> dict[str, float]:
-        for name in tolerances:
-            if name not in BETTER:
-                raise ValueError(f"{name!r} is no metric with a better side. Fix: use {', '.join(BETTER)}")
-        return tolerances
-
-
-class PromoteConfig(Strict):
-    """`alignflow retrain`: which model is the candidate, where it is registered, and what it must reach."""
-
-    model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """Name of the registered model in MLflow; default the config's name."""
-    candidate: str | None = None
-    """Which of `align`; default the only one."""
-    gate: Gate = Gate()
-
-
-class PromoteParams(Strict):
-    """Stage `promote`."""
-
-    gate: Gate = Gate()
 
 
 def _name_methods(value: Any) -> Any:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, JsonValue
+
+from schemas.errors import Problem, Status
+from schemas.strict import Strict
 
 # Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
 STAGES: dict[str, int] = {
@@ -28,55 +29,12 @@ SHOW_TEXT = {"validate", "generate", "evaluate", "compare"}
 # Parameters that change no result: how often to save and to log, and when to give up.
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations"}
 
-Status = Literal["done", "refused", "diverged", "preempted", "failed"]
-EXIT_CODES: dict[Status, int] = {"done": 0, "refused": 65, "diverged": 70, "preempted": 75, "failed": 1}
-
-
-_NUMBERS = (int, float, int | None, float | None)
-
-
-def no_truth(value: Any) -> Any:
-    """Refuse true and false where a number is wanted; pydantic would read them as 1 and 0."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("no_number", "this is no number. Fix: give a number")
-    return value
-
-
-class Strict(BaseModel):
-    """A model that refuses unknown fields and cannot change."""
-
-    # JSON, in which a stage is asked, has neither infinity nor NaN.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        return no_truth(value) if cls.model_fields[info.field_name or ""].annotation in _NUMBERS else value
-
 
 class Artifact(Strict):
     """A folder that a stage has published: where it lies, and the digest of its content."""
 
     uri: str
     sha256: str
-
-
-class Problem(Strict):
-    """Why a stage stopped, for a person: what is wrong, with which field and value, and how to fix it."""
-
-    kind: str
-    message: str
-    field: str | None = None
-    value: str | None = None
-    fix: str | None = None
-
-    def __str__(self) -> str:
-        where = f"{self.field} = {self.value}: " if self.field else ""
-        if not self.fix:
-            return f"{where}{self.message}"
-        message = self.message.rstrip()
-        stop = "" if message.endswith((".", "!", "?", ":")) else "."
-        return f"{where}{message}{stop} Fix: {self.fix}"
 
 
 class Placement(Strict):
@@ -140,13 +98,3 @@ class Result(Strict):
     metrics: dict[str, float] = {}
     error: Problem | None = None
     reused: bool = False
-
-
-class StageError(Exception):
-    """Raised inside a stage to end it with a status and a problem that a person can act on."""
-
-    def __init__(self, message: str, *, status: Status = "refused", kind: str = "input", **where: Any) -> None:
-        self.status: Status = status
-        texts = {k: None if v is None else str(v) for k, v in where.items()}
-        self.problem = Problem(kind=kind, message=message, **texts)
-        super().__init__(str(self.problem))

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from schemas.stage import StageError, Strict
+from schemas.errors import StageError
+from schemas.strict import Strict
 
 
 class LoRA(Strict):

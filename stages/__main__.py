@@ -18,9 +18,10 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from schemas.stage import EXIT_CODES, STAGES, Problem, Request, Result, StageError
+from schemas.errors import EXIT_CODES, Problem, StageError
+from schemas.stage import STAGES, Request, Result
 from stages import tracking
-from stages.parent import die_with_parent
+from stages.runtime.process import die_with_parent
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")

@@ -34,10 +34,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
+from schemas.errors import StageError
 from schemas.model_folder import misfit
-from schemas.stage import Request, StageError
+from schemas.stage import Request
 from stages.engine import demo
-from stages.engine.text import Codec, load_tokenizer, with_system_prompt
+from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
 from stages.tracking import StageRun
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.

@@ -1,7 +1,7 @@
 """Stage `evaluate`: one model answers the held-out prompts, a judge scores the answers, and the numbers are published.
 
 All models get the same prompts and the same seeds, so differences come from the models. What each number means stands
-in stages/engine/metrics.py.
+in stages/engine/scoring/metrics.py.
 """
 
 import logging
@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import EvaluateConfig
-from schemas.stage import Request, StageError
-from stages.engine import metrics
-from stages.engine.batch import Tree
-from stages.engine.endpoint import EndpointJudge
-from stages.engine.evaluation import Evaluation, Sample, check_comparable, text_of, texts, without_text
-from stages.engine.judges import Judge, RewardJudge, judge_for
-from stages.engine.models import Policy, choose_layout, load_policy
-from stages.engine.reference import ReferenceCache
-from stages.engine.rollout import context_length, sample, seed_of
-from stages.engine.rows import encode, fitting, has, read
-from stages.engine.text import Codec
+from schemas.errors import StageError
+from schemas.stage import Request
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import encode, fitting, has, read
+from stages.engine.data.trees import Tree
+from stages.engine.models.layouts import choose_layout
+from stages.engine.models.loading import load_policy
+from stages.engine.models.policy import Policy, context_length
+from stages.engine.sampling import sample, seed_of
+from stages.engine.scoring import metrics
+from stages.engine.scoring.endpoint import EndpointJudge
+from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
+from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
+from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")

@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from schemas.config import BETTER, EndpointJudge, Gate, PromoteParams
-from schemas.decision import Check, Decision
+from schemas.config import EndpointJudge
+from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
 from schemas.stage import Request
-from stages.engine import metrics
-from stages.engine.evaluation import Evaluation, check_comparable, texts
+from stages.engine.scoring import metrics
+from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, texts
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
@@ -130,7 +130,7 @@ def wins_over_champion(candidate: Evaluation, champion: Evaluation, run: StageRu
     judge = candidate.settings["judge"]
     if judge["judge"] != "endpoint":
         return metrics.wins([s.score for s in candidate.samples], [s.score for s in champion.samples])
-    from stages.engine import endpoint  # late: it takes transformers along, which no other judge needs here
+    from stages.engine.scoring import endpoint  # late: it takes transformers along, which no other judge needs here
 
     answers, others = texts(candidate.samples, "the candidate"), texts(champion.samples, "the champion")
     field = "evaluate.judge"

@@ -17,15 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.config import RewardConfig
-from schemas.stage import Request, StageError
-from stages.engine.batch import Batch, Tree
-from stages.engine.loop import order, train
-from stages.engine.method import Metrics, Totals
-from stages.engine.models import load_policy, load_scorer, save_scorer
-from stages.engine.offline import Micro, OfflineMethod
-from stages.engine.rollout import sample, seed_of
-from stages.engine.rows import Example, Row, encode, longest, rank, read, read_if_there
-from stages.engine.text import Codec
+from schemas.errors import StageError
+from schemas.stage import Request
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import Example, Row, encode, longest, read, read_if_there
+from stages.engine.data.order import order
+from stages.engine.data.trees import Batch, Tree
+from stages.engine.distributed import rank
+from stages.engine.models.loading import load_policy, load_scorer
+from stages.engine.models.saving import save_scorer
+from stages.engine.sampling import sample, seed_of
+from stages.engine.training.loop import train
+from stages.engine.training.method import Metrics, Totals
+from stages.engine.training.offline import Micro, OfflineMethod
 from stages.tracking import StageRun
 
 log = logging.getLogger(__name__)

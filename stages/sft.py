@@ -9,10 +9,11 @@ from torch import Tensor
 
 from schemas.config import SFTConfig
 from schemas.stage import Request
-from stages.engine.loop import train
-from stages.engine.method import Metrics, Totals
-from stages.engine.offline import Micro, PolicyMethod, publish_policy
-from stages.engine.rows import Row, rank
+from stages.engine.data.examples import Row
+from stages.engine.distributed import rank
+from stages.engine.training.loop import train
+from stages.engine.training.method import Metrics, Totals
+from stages.engine.training.offline import Micro, PolicyMethod, publish_policy
 from stages.tracking import StageRun
 
 

@@ -15,8 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from stages.engine.batch import Batch
-    from tests.whole import Run
+    from stages.engine.data.trees import Batch
+    from tests.support.leak_pipeline import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,8 +68,8 @@ def ready_home(home: Path, database: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., Run]]":
-    """Runs a tiny whole pipeline with planted secrets (tests/whole.py)."""
-    from tests.whole import whole  # torch, which few tests need
+    """Runs a tiny whole pipeline with planted secrets (tests/support/leak_pipeline.py)."""
+    from tests.support.leak_pipeline import whole  # torch, which few tests need
 
     with whole(tmp_path_factory.mktemp("whole")) as run:
         yield run
@@ -105,7 +105,7 @@ def tinystories(shared: Path) -> Path:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """The folder of a tiny Llama with random weights."""
-    from tests.tiny_models import save_tiny
+    from tests.support.architectures import save_tiny
 
     return save_tiny(tmp_path / "llama", "llama")
 
@@ -113,8 +113,8 @@ def llama(tmp_path: Path) -> Path:
 @pytest.fixture
 def batch() -> "Batch":
     """Four random trees for a tiny model, in the shared layout."""
-    from stages.engine.batch import collate
-    from tests.tiny_models import random_trees
+    from stages.engine.data.trees import collate
+    from tests.support.architectures import random_trees
 
     return collate(random_trees(4), "shared", 2)
 
@@ -124,11 +124,11 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectCl
     """One Prefect server for all tests of a file, as `alignflow run` starts it, and a client for it."""
     from prefect.client.orchestration import get_client
 
-    from flows import pipeline
+    from flows.servers import local_prefect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with pipeline.local_prefect(), get_client(sync_client=True) as client:
+        with local_prefect.local_prefect(), get_client(sync_client=True) as client:
             yield client
 
 

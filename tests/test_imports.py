@@ -17,7 +17,15 @@ def loaded(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["flows.cli", "flows.settings", "flows.history", "flows.export", "flows.servers", "flows.outlook"]
+    "module",
+    [
+        "flows.cli",
+        "flows.planning.config_file",
+        "flows.results.lookup",
+        "flows.results.export",
+        "flows.servers.supervisor",
+        "flows.planning.dry_run",
+    ],
 )
 def test_the_flow_side_loads_no_torch(module: str) -> None:
     assert not loaded(f"import {module}") & HEAVY

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"mlflow": "3.11", "prefect": "3.6.22", "transformers": "5.3", "torch": "2.10"}
 BROKEN = {"sqlalchemy": "2.1", "fastapi": "0.151"}
 

@@ -8,9 +8,9 @@ from schemas.stage import Request
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
 from stages.align.ppo import PPO
-from stages.engine.loop import train
-from stages.engine.offline import publish_policy
-from stages.engine.rows import rank
+from stages.engine.distributed import rank
+from stages.engine.training.loop import train
+from stages.engine.training.offline import publish_policy
 from stages.tracking import StageRun
 
 METHODS: dict[str, type[Any]] = {"dpo": DPO, "kto": KTO, "ppo": PPO}

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas import methods
-from stages.engine.method import Metrics, Totals
-from stages.engine.offline import Micro, OfflineAlignment
-from stages.engine.rows import Row
+from stages.engine.data.examples import Row
+from stages.engine.training.method import Metrics, Totals
+from stages.engine.training.offline import Micro, OfflineAlignment
 from stages.tracking import StageRun
 
 log = logging.getLogger(__name__)

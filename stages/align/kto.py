@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from schemas import methods
-from schemas.stage import StageError
-from stages.engine.batch import Tree, tree_tokens
-from stages.engine.method import Metrics, Totals
-from stages.engine.offline import Micro, OfflineAlignment
-from stages.engine.rows import Row
+from schemas.errors import StageError
+from stages.engine.data.examples import Row
+from stages.engine.data.trees import Tree, tree_tokens
+from stages.engine.training.method import Metrics, Totals
+from stages.engine.training.offline import Micro, OfflineAlignment
 from stages.tracking import StageRun
 
 

@@ -24,21 +24,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from schemas import methods
-from schemas.stage import StageError
+from schemas.errors import StageError
 from schemas.training import NO_END
-from stages.engine.batch import Batch, Layout, Tree, collate, cut, tree_tokens
-from stages.engine.loop import order, step_rows
-from stages.engine.lora import base_of
-from stages.engine.method import Metrics, Totals
-from stages.engine.models import Policy, Scorer, choose_layout, load_judge, load_policy, load_scorer
-from stages.engine.rollout import context_length, sample, seed_of
-from stages.engine.rows import Row, rank, read, share, world
-from stages.engine.text import Codec
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import Row, read
+from stages.engine.data.order import order, step_rows
+from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
+from stages.engine.distributed import rank, share, whole, world
+from stages.engine.models.layouts import choose_layout
+from stages.engine.models.loading import load_judge, load_policy, load_scorer
+from stages.engine.models.lora import base_of
+from stages.engine.models.policy import Policy, Scorer, context_length
+from stages.engine.sampling import sample, seed_of
+from stages.engine.training.method import Metrics, Totals
 from stages.tracking import StageRun
 
 
@@ -502,8 +504,3 @@ class PPO:
             "train/length": float((lengths_B - ended_B.long()).double().mean()),
             "train/ended": float(ended_B.double().mean()),
         }
-
-
-def whole(mine: dict[int, Any]) -> list[Any]:
-    """What all ranks have worked out, keyed by position, as one list in order of position."""
-    return [value for _, value in sorted(gather_object(list(mine.items())), key=lambda item: item[0])]

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from schemas.stage import StageError
+from schemas.errors import StageError
 
 PEOPLE = ("baker", "captain", "doctor", "farmer", "gardener", "neighbour", "poet", "sailor", "teacher", "uncle")
 THINGS = ("apples", "bell", "boots", "bread", "clock", "drum", "flowers", "honey", "kite", "lamp", "piano", "tea")

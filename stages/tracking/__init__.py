@@ -4,13 +4,9 @@
 them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both check its digest.
 """
 
-from stages.tracking.artifacts import digest, fetch, locate, portable, registered
+from stages.runtime.workspace import clear_work, home, lock, place, work_folder, write_whole
 from stages.tracking.journal import close_left
-from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
-from stages.tracking.places import clear_work, home, lock, place, work_folder, write_whole
-from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version, label
-from stages.tracking.server import (
+from stages.tracking.mlflow_client import (
     as_default,
     behind_server,
     client,
@@ -22,6 +18,10 @@ from stages.tracking.server import (
     tracking_uri,
     without_passwords,
 )
+from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.reuse import compare_link, find, note_reuse
+from stages.tracking.run import StageRun, code_version, label
+from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
     "TAG_LENGTH",

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.runtime.workspace import home, lock_if_free, work_folder, write_whole
+from stages.tracking.mlflow_client import client, first_line, retrying, value_classes
 from stages.tracking.names import acceptable_name
-from stages.tracking.places import home, lock_if_free, work_folder, write_whole
-from stages.tracking.server import client, first_line, retrying, value_classes
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

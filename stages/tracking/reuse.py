@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlencode
 
 from schemas.stage import Result
-from stages.tracking.artifacts import BAD, intact, local_path, location_of
+from stages.tracking.mlflow_client import client, retrying
 from stages.tracking.names import TAG_LENGTH
-from stages.tracking.server import client, retrying
+from stages.tracking.store import BAD, intact, local_path, location_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -16,13 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from schemas.stage import Artifact, Problem, Request, Result, StageError
-from stages.tracking.artifacts import arrived, digest, fetch
+from schemas.errors import Problem, StageError
+from schemas.stage import Artifact, Request, Result
+from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
-from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
-from stages.tracking.places import place, work_folder
-from stages.tracking.reuse import runs_with
-from stages.tracking.server import (
+from stages.tracking.mlflow_client import (
     client,
     experiment,
     experiment_name,
@@ -31,6 +29,9 @@ from stages.tracking.server import (
     value_classes,
     without_passwords,
 )
+from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.reuse import runs_with
+from stages.tracking.store import arrived, digest, fetch
 
 log = logging.getLogger("alignflow")
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from schemas.config import SFTConfig
-from stages.engine import checkpoint, loop
+from stages.engine.training import checkpoint, loop
 from stages.sft import SFT
-from tests import tiny
 from tests.bench.work import WORDS, base_model
+from tests.support import models
 
 
 class Clock:
@@ -41,7 +41,7 @@ class Clock:
 def rows(count: int, words: int) -> list[dict[str, Any]]:
     text = WORDS.split()
     answer = " ".join(text[i % len(text)] for i in range(words))
-    return [tiny.row(i, f"say {text[i % len(text)]} {i}", response=answer) for i in range(count)]
+    return [models.row(i, f"say {text[i % len(text)]} {i}", response=answer) for i in range(count)]
 
 
 def overlaps(span: tuple[float, float], others: list[tuple[float, float]]) -> bool:
@@ -51,7 +51,7 @@ def overlaps(span: tuple[float, float], others: list[tuple[float, float]]) -> bo
 def train(inputs: dict[str, Path], work: Path, steps: int) -> dict[str, list[float]]:
     """Seconds of the steps beside no write and beside one, of every stand-still for a checkpoint, of every write."""
     config = SFTConfig(batch_size=4, max_steps=steps, checkpoint_steps=4, checkpoint_minutes=1e6, max_length=512)
-    method = SFT(config, tiny.Run(work, config, inputs), 0)
+    method = SFT(config, models.Run(work, config, inputs), 0)
     made = loop.Loop(method, config, method.total_steps, method.run, 0)
     step, save, seal = Clock(made.one_step), Clock(made.save), Clock(made.seal)
     made.one_step, made.save, made.seal = step, save, seal  # type: ignore[method-assign]
@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = base_model(given.model, folder / "model")
-        data = tiny.data_folder(folder / "data", sft=rows(4 * given.steps, given.words))
+        data = models.data_folder(folder / "data", sft=rows(4 * given.steps, given.words))
         inputs = {"model": model, "data": data}
         times = train(inputs, folder / "work", given.steps)
         newest = checkpoint.newest(folder / "work" / "checkpoints", "key")

@@ -23,16 +23,16 @@ from schemas.training import Training
 from stages.align import ppo
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
-from stages.engine import cpu
-from stages.engine.batch import Tree
-from stages.engine.loop import train
-from stages.engine.offline import OfflineAlignment
+from stages.engine.data.trees import Tree
+from stages.engine.models import cpu
+from stages.engine.training.loop import train
+from stages.engine.training.offline import OfflineAlignment
 from stages.reward import Reward
 from stages.sft import SFT
 from tests.bench.sections import watch
 from tests.bench.turns import Turns
 from tests.bench.work import Work, mismatched
-from tests.tiny import Run, one_step
+from tests.support.models import Run, one_step
 
 
 class CycledKTO(KTO):

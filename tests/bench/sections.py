@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from stages.align import ppo
-from stages.engine import logprobs, models, offline
+from stages.engine.models import logprobs, policy
+from stages.engine.training import offline
 
 
 class Sections:
@@ -51,7 +52,7 @@ def watch() -> Sections:
     sections = Sections()
     head = logprobs._LinearLogps
     parts: list[tuple[Any, str, str]] = [
-        (models._Trunk, "hidden", "trunk, forward"),
+        (policy._Trunk, "hidden", "trunk, forward"),
         (head, "apply", "head, forward"),
         (torch.Tensor, "backward", "trunk, backward"),
         (torch.optim.AdamW, "step", "optimizer"),

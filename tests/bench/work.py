@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams
-from schemas.stage import StageError
+from schemas.errors import StageError
 from stages import base
-from stages.engine.loop import step_rows
-from stages.engine.rows import Example, encode, longest
-from stages.engine.text import Codec
-from tests.tiny import data_folder
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import Example, encode, longest
+from stages.engine.data.order import step_rows
+from tests.support.models import data_folder
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -1,0 +1,153 @@
+"""Leases: a name that one process among all hosts holds. Kept by the Prefect server, and free again within a minute of
+its holder's death.
+
+Prefect's own `concurrency` fails when the server is away for a moment, and gives a lease up for good after three tries.
+These wait for the server, and take the lease again when it has run out meanwhile.
+"""
+
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import TypeVar
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from flows.execution import process
+from schemas.errors import StageError
+
+LEASE_SECONDS = 60.0  # the shortest that Prefect grants
+RENEW_SECONDS = 10.0
+ASK_SECONDS = 2.0
+ANSWER_SECONDS = 10.0
+HINT_SECONDS = 600.0
+STAGE_NAMES = 256
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def lease(name: str, log: Log | None = None) -> Iterator[None]:
+    """Hold a name; waits for it, and for the server. Needs a Prefect server that the other holders share.
+
+    Raises:
+        StageError: `runner.stop_all` was called while this waited (status `preempted`).
+    """
+    held = _Lease(name, log or logging.getLogger("alignflow"))
+    held.wait()
+    done = threading.Event()
+    # The context carries the server's address and the flow run's log.
+    keeper = threading.Thread(target=contextvars.copy_context().run, args=(held.keep, done), daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        keeper.join()
+        held.release()
+
+
+def stage_lease(key: str, log: Log | None = None) -> contextlib.AbstractContextManager[None]:
+    """The lease on the making of a stage's result. Keys share a fixed number of names, so that none are left behind."""
+    return lease(f"alignflow-stage-{int(key[:8], 16) % STAGE_NAMES:03d}", log)
+
+
+class _Lease:
+    """A name, and the lease on it while this process holds one."""
+
+    def __init__(self, name: str, log: Log) -> None:
+        self.name, self.log = name, log
+        self.id: UUID | None = None
+        self.away = False
+
+    def ask(self, call: Callable[[SyncPrefectClient], T]) -> T | None:
+        """The server's answer, None when it is away; says so once."""
+        try:
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), _client() as client:
+                found = call(client)
+        except httpx.HTTPError as error:
+            if not self.away:
+                status = f" {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else ""
+                said = type(error).__name__ + status
+                self.log.warning("the Prefect server does not keep leases now (%s); waiting for it", said)
+            self.away = True
+            return None
+        self.away = False
+        return found
+
+    def take(self) -> bool | None:
+        """Take the lease if it is free: whether it was, None when the server is away."""
+        return self.ask(self._take)
+
+    def _take(self, client: SyncPrefectClient) -> bool:
+        with contextlib.suppress(ObjectAlreadyExists):  # another was quicker
+            client.upsert_global_concurrency_limit_by_name(self.name, 1)
+        try:
+            answer = client.increment_concurrency_slots_with_lease([self.name], 1, "concurrency", LEASE_SECONDS)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.LOCKED:
+                raise
+            return False
+        self.id = ConcurrencyLimitWithLeaseResponse.model_validate(answer.json()).lease_id
+        return True
+
+    def wait(self) -> None:
+        """Take the lease, however long it takes."""
+        began, said, hinted = time.monotonic(), False, False
+        while not (taken := self.take()):
+            if taken is False and not said:
+                self.log.info("another host makes the same thing: waiting for its result")
+                said = True
+            if taken is False and not hinted and time.monotonic() - began > HINT_SECONDS:
+                free = f"prefect gcl update {self.name} --active-slots 0"
+                self.log.warning("still waiting; if no run anywhere makes it, free the lease with: %s", free)
+                hinted = True
+            if process.stopping():
+                raise StageError("stopped while it waited for another host.", status="preempted", kind="preempted")
+            time.sleep(ASK_SECONDS)
+
+    def keep(self, done: threading.Event) -> None:
+        """Renew the lease until `done`. One that ran out while the server was away is taken again; where another host
+        has taken it first, the work goes on, and says so.
+        """
+        while not done.wait(ASK_SECONDS if self.away else RENEW_SECONDS):
+            if self.id is not None and self.ask(self._renew) is False:
+                self.id = None
+                if self.take() is False:
+                    self.log.warning(
+                        "the lease %s ran out while the Prefect server was away, and another host has it now: "
+                        "both make the same result. Nothing is lost; one of the two is not needed",
+                        self.name,
+                    )
+            elif self.id is None:
+                self.take()
+
+    def _renew(self, client: SyncPrefectClient) -> bool:
+        assert self.id is not None
+        try:
+            client.renew_concurrency_lease(self.id, LEASE_SECONDS)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.GONE:
+                raise
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lease back; where the server is away, it runs out by itself."""
+        held = self.id
+        if held is not None:
+            self.ask(lambda client: client.release_concurrency_slots_with_lease(held))
+
+
+def _client() -> contextlib.AbstractContextManager[SyncPrefectClient]:
+    """A client that has not been connected and so says at once when the server is away."""
+    return get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True)

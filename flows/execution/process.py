@@ -1,0 +1,191 @@
+"""Run one stage as a process of its own, and hand back its result.
+
+The device is free when the process ends, a crash cannot take the flow with it, and the flow needs no torch. A result
+that exists is taken without starting anything.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from flows.execution import gpu_slots
+from schemas.errors import EXIT_CODES, Problem, StageError
+from schemas.stage import Request, Result
+from stages import tracking
+
+# -P: a folder `stages` in the working directory is not ours.
+COMMAND = [sys.executable, "-P", "-m", "stages"]
+GRACE_SECONDS = 4.0
+"""Between SIGTERM and SIGKILL, for a stage that is stopped from outside."""
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+_processes: set[subprocess.Popen[str]] = set()
+_guard = threading.Lock()
+_stopping = threading.Event()
+
+
+def stopping() -> bool:
+    """Whether `stop_all` was called: what waits gives up, and what was stopped is not started again."""
+    return _stopping.is_set()
+
+
+def begin() -> None:
+    """Let stages start, also after a `stop_all`."""
+    _stopping.clear()
+
+
+def run_stage(
+    request: Request, log: Log | None = None, alone: contextlib.AbstractContextManager[None] | None = None
+) -> Result:
+    """The stage's result: one that is there already, else that of a new process. A stage that stops is no exception.
+
+    The process's lines go to `log` while it runs, within `alone`, which may keep out others that want the same result:
+    on this host the stage does so itself.
+    """
+    log = log or logging.getLogger("alignflow")
+    found = reused(request, log)
+    if found is not None:
+        return found
+    ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
+    began = time.monotonic()
+    try:
+        with alone or contextlib.nullcontext():
+            made = reused(request, log) if alone else None  # by another host, while this one waited
+            if made is not None:
+                return made
+            code = run_process(request, ask / "request.json", log)
+    except StageError as error:
+        return Result(status=error.status, key=request.key(), error=error.problem)
+    result = read_result(ask / "result.json", request, code)
+    log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
+    return result
+
+
+def reused(request: Request, log: Log) -> Result | None:
+    """The stage's result where it is there already, noted as reused."""
+    found = tracking.find(request.key())
+    if found is not None:
+        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
+        tracking.note_reuse(found, request.pipeline_run)
+    return found
+
+
+def run_process(request: Request, path: Path, log: Log) -> int:
+    """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
+    outlives this call."""
+    with gpu_slots.held(request, log, stopping) as (shown, locks):
+        process = start(request, path, shown, locks)
+        return follow(process, log)
+
+
+def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
+    """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
+    process = subprocess.Popen(
+        [*shlex.split(os.environ.get("ALIGNFLOW_LAUNCHER", "")), *COMMAND, request.stage, str(path)],
+        env=environment(request) | shown,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        process_group=0,
+        pass_fds=locks,
+    )
+    with _guard:
+        _processes.add(process)
+    return process
+
+
+def follow(process: subprocess.Popen[str], log: Log) -> int:
+    """Pass a process's lines on until it ends; its exit code."""
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            pass_on(line.rstrip("\n"), log)
+        return process.wait()
+    finally:
+        stop(process)
+        with _guard:
+            _processes.discard(process)
+
+
+def pass_on(line: str, log: Log) -> None:
+    """Log one line of a stage at the level that it begins with."""
+    for name, level in (("warning: ", logging.WARNING), ("error: ", logging.ERROR), ("critical: ", logging.CRITICAL)):
+        if line.startswith(name):
+            log.log(level, "%s", line.removeprefix(name))
+            return
+    if line:
+        log.info("%s", line)
+
+
+def environment(request: Request) -> dict[str, str]:
+    """The process's environment: where this code lies, its parent, and how many threads it may use."""
+    root = str(Path(tracking.__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    values = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "ALIGNFLOW_HOME": str(tracking.home()),
+        "ALIGNFLOW_PARENT": str(os.getpid()),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if request.placement.threads is not None:
+        values["OMP_NUM_THREADS"] = values["MKL_NUM_THREADS"] = str(request.placement.threads)
+    return values
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process and its group: first politely, so that a training saves, then not."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what the process has left behind
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def stop_all() -> None:
+    """End all stages that run for this process; none starts until `begin`."""
+    _stopping.set()
+    with _guard:
+        running = list(_processes)
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def read_result(path: Path, request: Request, code: int) -> Result:
+    """What the stage has written, or what its death means when it has written nothing."""
+    if path.exists():
+        return Result.model_validate_json(path.read_text())
+    if code == EXIT_CODES["preempted"]:
+        problem = Problem(kind="preempted", message="the stage stopped before it began.", fix="start it again")
+        return Result(status="preempted", key=request.key(), error=problem)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
+    problem = Problem(kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", fix=fix)
+    return Result(status="failed", key=request.key(), error=problem)
+
+
+# --- What lies outside the request ------------------------------------------------------------------------------------

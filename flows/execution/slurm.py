@@ -1,0 +1,178 @@
+"""Stages as Slurm jobs. The worker of pool `slurm` runs where sbatch is; the stages run where Slurm puts them.
+
+    python -P -m flows.slurm job --partition=gpu --gres=gpu:1          the flow run, here; for each stage it calls
+    python -P -m flows.slurm stage --partition=gpu ... -- COMMAND
+
+which submits the command, passes its lines on, and ends with its exit code. One that is stopped, or whose parent
+dies, lets the job save and end. The home (ALIGNFLOW_HOME) must lie where both machines see it.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from flows.execution import job
+from schemas.errors import EXIT_CODES
+from stages.runtime.process import die_with_parent
+
+POLL_SECONDS = 1.0
+SAVE_SECONDS = 60
+"""So long before its time limit a job is told to save and end."""
+OPTIONS = {"partition": "partition", "account": "account", "gres": "gres", "cpus": "cpus-per-task", "memory": "mem"}
+OPTIONS |= {"time": "time"}
+RUNNING = {"CONFIGURING", "COMPLETING", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "STAGE_OUT", "SUSPENDED"}
+STOPPED = {"CANCELLED", "FORGOTTEN", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
+"""States of a job that was ended from outside, or may have been: the stage goes on when it is started again."""
+SAID = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
+"""Exit codes by which a stage says itself why it stopped."""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, and as `command` what stands behind `--`."""
+    parser = argparse.ArgumentParser(prog="python -m flows.execution.slurm", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("mode", choices=["job", "stage"])
+    for name, option in OPTIONS.items():
+        parser.add_argument(f"--{name}", default="", help=f"sbatch's --{option}; empty for Slurm's default")
+    end = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:end], argparse.Namespace(command=argv[end + 1 :]))
+
+
+def asked(options: argparse.Namespace) -> dict[str, str]:
+    """The options that say something."""
+    return {name: value for name in OPTIONS if (value := getattr(options, name))}
+
+
+def run_flow(options: argparse.Namespace) -> None:
+    """Run the flow run here, and send its stages to Slurm."""
+    own = [f"--{name}={value}" for name, value in asked(options).items()]
+    os.environ["ALIGNFLOW_LAUNCHER"] = shlex.join(
+        [sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"]
+    )
+    job.main()
+
+
+def script(options: argparse.Namespace, log: Path) -> str:
+    """The batch script: one task, which becomes torchrun by itself where a stage asks for several devices."""
+    lines = ["#!/bin/bash", "#SBATCH --job-name=alignflow", f"#SBATCH --output={log}", "#SBATCH --open-mode=append"]
+    lines += [f"#SBATCH --{OPTIONS[name]}={value}" for name, value in asked(options).items()]
+    lines += [f"#SBATCH --signal=TERM@{SAVE_SECONDS}", "#SBATCH --no-requeue"]
+    step = ["srun", "--ntasks=1", "--kill-on-bad-exit=1"]
+    step += [f"--cpus-per-task={options.cpus}"] if options.cpus else []  # srun takes no notice of the job's own
+    return "\n".join([*lines, f"exec {shlex.join([*step, *options.command])}", ""])
+
+
+@dataclass
+class Job:
+    """A submitted job and the file that its lines go to."""
+
+    number: str
+    log: Path
+    told: bool = False
+    read: int = 0
+
+    def state(self) -> tuple[str, int]:
+        """The job's state and exit code. Slurm's controller may be away for a while: then the state is RUNNING. Some
+        minutes after a job's end the controller knows nothing of it: then it is FORGOTTEN.
+        """
+        answer = subprocess.run(["scontrol", "show", "job", self.number, "-o"], capture_output=True, text=True)
+        found = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
+        if found is None:
+            return ("FORGOTTEN" if "Invalid job id" in answer.stderr else "RUNNING"), 0
+        return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
+
+    def end(self) -> None:
+        """Let the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
+        when nobody is left here.
+        """
+        if not self.told:
+            self.told = True
+            subprocess.run(["scancel", self.number], check=False)
+
+    def pass_on(self) -> None:
+        """Print what the job has said since the last call."""
+        if not self.log.exists():
+            return
+        with self.log.open("rb") as file:
+            file.seek(self.read)
+            new = file.read()
+        self.read += len(new)
+        sys.stdout.buffer.write(new)
+        sys.stdout.flush()
+
+
+def submit(options: argparse.Namespace, log: Path) -> Job:
+    """Hand the command to Slurm. Ends this process, with what sbatch says, when it refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "ALIGNFLOW_PARENT"}  # slurmd starts it
+    answer = subprocess.run(
+        ["sbatch", "--parsable"], input=script(options, log), env=environment, capture_output=True, text=True
+    )
+    if answer.returncode:
+        print(f"error: Slurm takes no job ({asked(options)}): {answer.stderr.strip()}", file=sys.stderr)
+        sys.exit(EXIT_CODES["refused"])
+    number = answer.stdout.strip().partition(";")[0]
+    print(f"Slurm job {number} ({', '.join(f'{k} {v}' for k, v in asked(options).items()) or 'defaults'})", flush=True)
+    return Job(number, log)
+
+
+def follow(submitted: Job, stopping: list[int]) -> int:
+    """Pass the job's lines on until it ends; the stage's exit code."""
+    while True:
+        state, code = submitted.state()
+        submitted.pass_on()
+        if state not in RUNNING:
+            break
+        if stopping:
+            submitted.end()
+        time.sleep(POLL_SECONDS)
+    print(f"Slurm job {submitted.number} ended as {state}", flush=True)
+    return meaning(state, code, bool(stopping))
+
+
+def meaning(state: str, code: int, stopped: bool) -> int:
+    """The stage's exit code by its job's state and code. Death by SIGTERM is a stop from outside, as is all that comes
+    after one, unless the stage says otherwise.
+    """
+    if state == "COMPLETED" or code in SAID:
+        return code
+    if state in STOPPED or stopped or code == 128 + signal.SIGTERM:
+        return EXIT_CODES["preempted"]
+    return EXIT_CODES["failed"]
+
+
+def run_stage(options: argparse.Namespace) -> int:
+    """Submit the command and wait for it."""
+    stopping: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stopping.append(signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
+    with tempfile.NamedTemporaryFile(dir=os.environ.get("ALIGNFLOW_HOME"), prefix="slurm-", suffix=".log") as log:
+        submitted = submit(options, Path(log.name))
+        if stopping:
+            submitted.end()
+        return follow(submitted, stopping)
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    if options.mode == "stage":
+        return run_stage(options)
+    run_flow(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Stages on work pools: each is a run of the deployment `stage/POOL`, on whichever worker of the pool takes it up.
+
+What travels is the request there, and uris and digests back, through MLflow: workers share nothing but the servers.
+"""
+
+import contextlib
+import logging
+import time
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import deployment
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelling
+
+from flows.execution import process
+from schemas.errors import Problem, StageError, Status
+from schemas.stage import Request, Result
+from stages import tracking
+
+POLL_SECONDS = 1.0
+WORKER_SECONDS = 60.0
+"""After so long without a worker, say what to look at."""
+STATUSES: dict[str | None, Status] = {"Refused": "refused", "Diverged": "diverged", "Preempted": "preempted"}
+"""Names of a stage's final states (flows/stage.py) -> what they mean. Crashed means preempted, all else failed."""
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+
+def run_placed(request: Request, pool: str, log: Log) -> Result:
+    """The stage's result: one that is there already, else that of a run on the pool. A stage that stops is no
+    exception.
+
+    Raises:
+        StageError: no deployment takes stages to this pool.
+    """
+    found = process.reused(request, log)
+    if found is not None:
+        return found
+    began = time.monotonic()
+    with get_client(sync_client=True) as client:
+        run = submit(client, tracking.portable(request), pool)
+        label = tracking.label(request)
+        log.info("%s: on pool %s as flow run %s", label, pool, run.name)
+        state = wait(client, run, pool, log)
+    result = outcome(state, request)
+    log.info("%s: %s after %.0f s", label, result.status, time.monotonic() - began)
+    return result
+
+
+def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
+    """A run of the stage on the pool: one that an earlier try of this flow run has left at work, else a new one."""
+    name = f"stage/{pool}"
+    number = 0
+    while True:
+        number += 1
+        try:
+            run = run_deployment(
+                name,
+                parameters={"request": request.model_dump(mode="json")},
+                flow_run_name=tracking.label(request),
+                timeout=0,
+                idempotency_key=f"{this_run.id}-{request.key()}-{number}",
+            )
+            assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
+        except ObjectNotFound as error:
+            fix = f"deploy it (`alignflow deploy`), or place the stage on another pool than {pool}"
+            message = f"there is no deployment {name}."
+            raise StageError(message, kind="placement", field=f"pools.{request.stage}", value=pool, fix=fix) from error
+        if run.state is None or not run.state.is_final():
+            return run
+
+
+def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
+    """The run's final state. A server that is away is waited for; a run that is stopped here is stopped there too."""
+    began = time.monotonic()
+    said_away = said_late = False
+    while True:
+        if process.stopping():
+            return stop(client, run, log)
+        time.sleep(POLL_SECONDS)
+        try:
+            state = client.read_flow_run(run.id).state
+            said_away = False
+        except httpx.HTTPError as error:
+            if not said_away:
+                log.warning("the Prefect server does not answer (%s); waiting for it", type(error).__name__)
+            said_away = True
+            continue
+        if state is not None and state.is_final():
+            return state
+        late = state is not None and state.is_scheduled() and time.monotonic() - began > WORKER_SECONDS
+        if late and not said_late:
+            said_late = True
+            log.warning("no worker of pool %s has taken it yet; start one: prefect worker start --pool %s", pool, pool)
+
+
+def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
+    """Cancel the run, unless this one will go on by itself and find it again: then leave it at work."""
+    preempted = State(type=StateType.CRASHED, name="Crashed", message="stopped from outside")
+    if deployment.id and not cancelling(client, str(this_run.id)):
+        return preempted
+    with contextlib.suppress(httpx.HTTPError):
+        client.set_flow_run_state(run.id, Cancelling(message="The pipeline run was stopped."), force=False)
+        log.info("cancelled flow run %s", run.name)
+    return preempted
+
+
+def cancelling(client: SyncPrefectClient, flow_run_id: str) -> bool:
+    """Whether somebody has cancelled the flow run."""
+    with contextlib.suppress(httpx.HTTPError):
+        state = client.read_flow_run(UUID(flow_run_id)).state
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+    return False
+
+
+def outcome(state: State, request: Request) -> Result:
+    """What a final state means: the result that MLflow has, else the problem that the state tells."""
+    if state.is_completed():
+        found = tracking.find(request.key())
+        if found is not None:
+            return found.model_copy(update={"reused": False})
+        message, fix = "the stage is done, but MLflow does not have its result.", "see that both use the same MLflow"
+        problem = Problem(kind="placement", message=message, fix=fix)
+        return Result(status="failed", key=request.key(), error=problem)
+    status: Status = STATUSES.get(state.name, "failed")
+    if state.is_crashed() or state.is_cancelled():
+        status = "preempted"
+    message = state.message or f"the flow run ended as {state.name}."
+    return Result(status=status, key=request.key(), error=Problem(kind=state.name or "placement", message=message))

@@ -1,0 +1,186 @@
+"""Declared roots: what a deployed run may read. A run from the command line takes any path that its user names.
+
+Whoever may start a deployment names paths on the worker's disk. Every one of them, with all that it leads to through
+links, has to stay inside the folders of ALIGNFLOW_ROOTS. They are looked at when the run begins: who may write into a
+root can put other files there afterwards.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from flows.planning.config_checks import problem
+from flows.planning.config_file import refusal
+from schemas.config import ModelConfig, PipelineConfig, RewardJudge
+from schemas.errors import Problem
+from schemas.stage import Request
+
+VARIABLE = "ALIGNFLOW_ROOTS"
+KEYS = "ALIGNFLOW_API_KEYS"
+"""Names of variables, with commas between them, that a deployed config may use as an endpoint's key."""
+NAME = r"[A-Za-z0-9_][\w.-]*"
+HUB_MODEL, HUB_DATASET = re.compile(f"{NAME}/{NAME}", re.ASCII), re.compile(f"{NAME}(/{NAME})?", re.ASCII)
+STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
+"""Schemes of artifacts that lie in MLflow's stores, and on no disk of a name's choice."""
+
+Named = tuple[str, str, str | None]
+"""A path that a config names: field, value, and the path itself; None for what must be pinned and is not."""
+
+
+def declared() -> list[Path]:
+    """The folders of ALIGNFLOW_ROOTS, resolved; relative ones count from the working directory."""
+    return [Path(root).expanduser().resolve() for root in os.environ.get(VARIABLE, "").split(os.pathsep) if root]
+
+
+def check_roots(config: PipelineConfig, *, deployed: bool = False) -> None:
+    """Raise StageError, kind "config", for paths outside the declared roots. Does nothing when none are declared,
+    unless the run is `deployed`: then no local path may be named at all, and no variable as a key for an endpoint that
+    ALIGNFLOW_API_KEYS does not name."""
+    judges = {f"{field}.judge": part.judge for field in ("evaluate", "generate") if (part := getattr(config, field))}
+    keys = [(f"{field}.api_key_env", getattr(judge, "api_key_env", None)) for field, judge in judges.items()]
+    _check(list(paths_of_config(config)), keys, deployed)
+
+
+def check_request_roots(request: Request, *, deployed: bool = False) -> None:
+    """The same for the parameters and the inputs of a single stage."""
+    judge = request.params.get("judge")
+    key = judge.get("api_key_env") if isinstance(judge, dict) else None
+    _check(list(paths_of_request(request)), [("params.judge.api_key_env", key)], deployed)
+
+
+def check_source(source: str, *, deployed: bool = False) -> None:
+    """The same for the config file that a deployed run is told to read."""
+    _check([("source", source, source)], [], deployed)
+
+
+def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed: bool) -> None:
+    roots = declared()
+    problems = outside_roots(paths, roots) if roots or deployed else []
+    if deployed:
+        problems += undeclared_keys(keys)
+    if problems:
+        raise refusal(problems)
+
+
+def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
+    """A problem per variable that would go to an address of the config's choice, and that nobody has declared."""
+    allowed = os.environ.get(KEYS, "").split(",")
+    fix = f"name it in {KEYS} where the worker starts"
+    return [
+        problem("a deployed run may send no variable that is not declared.", field, str(key), fix)
+        for field, key in keys
+        if key is not None and key not in allowed
+    ]
+
+
+def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem]:
+    """A problem per path that leads out of all roots, by itself or through a link in a folder."""
+    found = (_outside(*named, [root.resolve() for root in roots]) for named in paths)
+    return [one for one in found if one is not None]
+
+
+def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
+    if path is None:
+        fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
+        return problem("this is no name that a deployed run may load.", field, value, fix)
+    if not roots:
+        fix = f"set {VARIABLE} where the worker starts to the folders that runs may read"
+        return problem(f"a deployed run may read no local path: {VARIABLE} is not set there.", field, value, fix)
+    try:
+        stray = next((place for place in _reached(Path(path)) if not any(map(place.is_relative_to, roots))), None)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
+        return problem(f"the path cannot be followed: {error}.", field, value, "give a plain path")
+    if stray is None:
+        return None
+    where = os.pathsep.join(map(str, roots))
+    fix = f"put it into one of them, or add its folder to {VARIABLE} where the worker starts"
+    return problem(f"it leads to {stray}, outside of the declared roots {where}.", field, value, fix)
+
+
+def _reached(path: Path) -> Iterator[Path]:
+    """Where a path leads, and every link inside it, all resolved. Raises RuntimeError on a loop of links."""
+    place = path.expanduser().resolve()
+    if place.is_symlink():
+        raise RuntimeError(f"{place} is a loop of links")
+    yield place
+    for folder, folders, files in os.walk(place):
+        for link in (Path(folder, name) for name in (*folders, *files)):
+            if link.is_symlink():
+                yield from _reached(link)
+
+
+# --- What names a path ------------------------------------------------------------------------------------------------
+
+
+def paths_of_config(config: PipelineConfig) -> Iterator[Named]:
+    """Every path that a config names."""
+    yield from _paths_of_model("model", config.model)
+    for slot in type(config.data).model_fields:
+        data = getattr(config.data, slot)
+        if data is not None:
+            yield from _path_of_data(f"data.{slot}.path", data.path, data.revision)
+    if config.reward_model is not None:
+        yield from _path_of_model("reward_model", config.reward_model, None)
+    for field, part in (("evaluate", config.evaluate), ("generate", config.generate)):
+        if part is not None and isinstance(part.judge, RewardJudge) and part.judge.model != "gold":
+            yield from _path_of_model(f"{field}.judge.model", part.judge.model, None)
+
+
+def paths_of_request(request: Request) -> Iterator[Named]:
+    """Every path that a request names, in what stages `base` and `validate` read and in its inputs."""
+    path, revision = request.params.get("path"), request.params.get("revision")
+    if "source" in request.inputs:  # read in the path's place
+        path = None
+    if request.stage == "base":
+        yield from _paths_of_model("params", ModelConfig.model_validate({**request.params, "path": path}))
+    if request.stage == "validate" and isinstance(path, str):
+        yield from _path_of_data("params.path", path, revision)
+    judge = request.params.get("judge")
+    model = judge.get("model") if isinstance(judge, dict) and judge.get("judge") == "reward" else None
+    if isinstance(model, str) and model != "gold":
+        yield from _path_of_model("params.judge.model", model, None)
+    for name, artifact in request.inputs.items():
+        yield from _path_of_uri(f"inputs.{name}.uri", artifact.uri)
+
+
+def _paths_of_model(field: str, model: ModelConfig) -> Iterator[Named]:
+    if model.path is not None:
+        yield from _path_of_model(f"{field}.path", model.path, model.revision)
+    template = model.chat_template
+    if template is not None and "{" not in template:  # stage `base` takes it for a file
+        yield f"{field}.chat_template", template, template
+
+
+def _path_of_model(field: str, path: str, revision: object) -> Iterator[Named]:
+    if path.startswith("package:"):
+        # A dotted name would import the package before the dot.
+        if not path.removeprefix("package:").replace("-", "_").isidentifier():
+            yield field, path, None
+    elif not HUB_MODEL.fullmatch(path) or Path(path).exists():
+        yield field, path, path
+    elif not revision:
+        yield field, path, None
+
+
+def _path_of_data(field: str, path: str, revision: object) -> Iterator[Named]:
+    scheme, _, name = path.partition(":")
+    if scheme == "demo" or path == "input:rows":
+        return
+    if scheme != "hub":
+        yield field, path, path
+    elif "://" in name:  # an address that `datasets` would follow, to a disk among others
+        yield field, path, None
+    elif not HUB_DATASET.fullmatch(name) or Path(name).exists():
+        yield field, path, name
+    elif not revision:
+        yield field, path, None
+
+
+def _path_of_uri(field: str, uri: str) -> Iterator[Named]:
+    parsed = urlparse(uri)
+    if parsed.scheme in ("", "file"):
+        yield field, uri, unquote(parsed.path) if parsed.scheme else uri
+    elif parsed.scheme not in STORES or ".." in unquote(uri).split("/"):
+        yield field, uri, None

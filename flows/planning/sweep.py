@@ -1,0 +1,141 @@
+"""`alignflow sweep`: methods x beta x seeds as one plain config, whose `align` holds all variants.
+
+All start from the same SFT model, data and reward model, are evaluated alike, and train on the same number of tokens.
+Stages are reused by their keys, so a longer list of betas or seeds runs only what is new.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from flows.planning import config_file, explain
+from flows.planning.plan import refuse
+from schemas.config import PipelineConfig
+from schemas.methods import CONFIGS, PPO, MethodConfig
+from schemas.stage import Result
+
+T = TypeVar("T", int, float)
+
+
+def load(
+    source: str,
+    overrides: Sequence[str],
+    methods: str,
+    betas: str,
+    seeds: str,
+    tokens: int | None = None,
+    name: str | None = None,
+) -> PipelineConfig:
+    """The config of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
+
+    Raises:
+        StageError: a list holds what it cannot, or the config is wrong.
+    """
+    base = explain.validate(config_file.raw_of(source, overrides))
+    names = method_names(methods)
+    grid = itertools.product(names, beta_values(betas, names), seed_values(seeds, names))
+    align = {
+        f"{method}-{shown(beta)}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid
+    }
+    raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
+    raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
+    return config_file.checked(raw)
+
+
+def method_names(text: str) -> list[str]:
+    """Methods of a list with commas. Raises StageError for an unknown one, one without a beta, or one given twice."""
+    names = words("--methods", text)
+    for name in names:
+        if name not in CONFIGS:
+            near = get_close_matches(name, CONFIGS, 1) or list(CONFIGS)
+            raise refuse("there is no such method.", "--methods", name, f"use {', '.join(near)}")
+        config = CONFIGS[name]
+        if config.strength not in config.model_fields:
+            raise refuse("the method has no beta.", "--methods", name, "leave it out; `alignflow run` trains it")
+    return names
+
+
+def beta_values(text: str, methods: Sequence[str]) -> list[float]:
+    """The list's betas. Raises StageError for one that a method cannot take."""
+    found, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
+    for beta, name in itertools.product(found, methods):
+        if why := refusal(name, CONFIGS[name].strength, beta):
+            raise refuse(f"{name} takes no such beta: it {why}.", "--beta", f"{beta:g}", fix)
+        if "+" in shown(beta):
+            raise refuse("it must be less than 1e15.", "--beta", f"{beta:g}", fix)
+    if len(set(map(shown, found))) < len(found):
+        raise refuse("two numbers differ beyond 15 digits only.", "--beta", text, fix)
+    return found
+
+
+def shown(beta: float) -> str:
+    """A beta as it stands in a variant's name, which takes no `+`."""
+    return f"{beta:.15g}"
+
+
+def seed_values(text: str, methods: Sequence[str]) -> list[int]:
+    """The list's seeds. Raises StageError for what cannot be one."""
+    found = numbers("--seeds", text, int)
+    for seed in found:
+        if why := refusal(methods[0], "seed", seed):
+            raise refuse(f"it {why}.", "--seeds", seed, "give whole numbers such as 0,1,2")
+    return found
+
+
+def refusal(method: str, field: str, value: float) -> str | None:
+    """Why a method cannot have this value in a field, `must be greater than 0`; None where it can."""
+    try:
+        CONFIGS[method].model_validate({field: value})
+    except ValidationError as error:
+        return explain.wording(error.errors()[0])
+    return None
+
+
+def numbers(option: str, text: str, kind: type[T]) -> list[T]:
+    """Numbers of a list with commas, ascending. Raises StageError for what is none, or stands twice."""
+    found = []
+    for word in words(option, text):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            what = "no whole number" if kind is int else "no number"
+            raise refuse(f"this is {what}.", option, word, "give numbers with commas, such as 1,2,3") from None
+    if len(set(found)) < len(found):
+        raise refuse("a number stands twice.", option, text, "give each once")
+    return sorted(found)
+
+
+def words(option: str, text: str) -> list[str]:
+    """The parts between commas. Raises StageError when there is none, or one stands twice."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found or len(set(found)) < len(found):
+        raise refuse("the list is empty or names something twice.", option, text, "give each once, with commas")
+    return found
+
+
+def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: int | None) -> dict[str, Any]:
+    """One variant: the config's own settings of the method, with another beta, seed and number of tokens."""
+    own = own_settings(base, method)
+    if isinstance(own, PPO) and own.kl_target is not None:
+        fix = "set it to null: with it the coefficient moves away from beta"
+        raise refuse("a sweep needs a fixed KL coefficient.", "align.ppo.kl_target", own.kl_target, fix)
+    changed = {own.strength: beta, "seed": seed} | ({} if tokens is None else {"train_tokens": tokens})
+    return own.model_dump(mode="json") | changed
+
+
+def own_settings(base: PipelineConfig, method: str) -> MethodConfig:
+    """What the config says of a method: under its name, else under another, else nothing but the defaults."""
+    named = base.align.get(method)
+    if named is not None and named.method == method:
+        return named
+    others = [config for config in base.align.values() if config.method == method]
+    return others[0] if others else CONFIGS[method](method=method)
+
+
+def tokens_line(config: PipelineConfig, results: Mapping[str, Result]) -> str:
+    """How many tokens the variants have really trained on."""
+    counts = [results[name].metrics["compute/train_tokens"] for name in config.align if name in results]
+    return f"training tokens of the {len(counts)} variants: {min(counts):,.0f} to {max(counts):,.0f}"

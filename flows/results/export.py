@@ -1,0 +1,121 @@
+"""`alignflow export`: a model as a folder that plain transformers loads, with a card that says how it was made."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flows.results.lookup import Model, model
+from schemas.errors import StageError
+
+LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
+
+REWARD_MODEL = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+prompt = [{{"role": "user", "content": "Hello!"}}]
+text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) + "Hello to you." + {end!r}
+print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits)
+"""
+
+
+def export(what: str, out: Path) -> Path:
+    """Write the model to the folder `out`, which must not hold anything yet; returns it.
+
+    Raises:
+        StageError: there is no such model, or `out` is taken or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StageError("is there already.", kind="export", field="--out", value=out, fix="name a new folder")
+    found = model(what)
+    try:
+        write(found, out)
+    except OSError as error:
+        fix = "name a place where you may write, with room for the model"
+        raise StageError(f"cannot be written: {error}.", kind="export", field="--out", value=out, fix=fix) from error
+    return out
+
+
+def write(found: Model, out: Path) -> None:
+    """Put the model's files and card into a new folder; under its name it is whole at once."""
+    beside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(found.folder, beside)
+    (beside / "README.md").write_text(card(found, out), encoding="utf-8")
+    if out.exists():
+        out.rmdir()
+    beside.replace(out)
+
+
+def card(found: Model, out: Path) -> str:
+    """The model card: how to load it, what it was trained with, and how it did."""
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [alignflow]\n---",
+        f"# {found.name}",
+        origin(found),
+        f"## Use\n\n```python\n{snippet(found.folder, out)}```",
+    ]
+    if found.metrics:
+        rows = {name: f"{value:.4g}" for name, value in sorted(found.metrics.items()) if name.startswith("eval/")}
+        parts.append("## Evaluation\n\nOn held-out prompts.\n\n" + table(rows, "metric", "value"))
+    if found.request is not None:
+        parts.append("## Training\n\n" + table(settings_of(found), "setting", "value"))
+    return "\n\n".join(parts) + "\n"
+
+
+def origin(found: Model) -> str:
+    """One paragraph: which stage made the model, from which data, under which run."""
+    if found.request is None or found.tags is None:
+        return "A model folder from outside alignflow's runs."
+    tags = found.tags
+    method = tags.get("method", found.request.stage)
+    lines = [f"Made by alignflow, stage `{found.request.stage}`, method `{method}`. Weights in full, adapters merged."]
+    lines += [f"- {title}: `{tags[name]}`" for title, name in ORIGIN.items() if name in tags]
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+ORIGIN = {"data version": "data.version", "pipeline run": "pipeline.run", "stage key": "stage.key"}
+
+
+def settings_of(found: Model) -> dict[str, Any]:
+    """The stage's parameters and seed, as a flat table."""
+    assert found.request is not None
+    return {**{name: json.dumps(value) for name, value in found.request.params.items()}, "seed": found.request.seed}
+
+
+def table(rows: dict[str, Any], *titles: str) -> str:
+    """A Markdown table of names and values."""
+    lines = [f"| {' | '.join(titles)} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {cell(value)} |" for name, value in rows.items()])
+
+
+def cell(value: Any) -> str:
+    """A value that breaks no table: one line, no bars, cut when very long."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def snippet(folder: Path, out: Path) -> str:
+    """Code that loads the model, by its kind."""
+    config = json.loads((folder / "config.json").read_text())
+    kinds = config.get("architectures") or [""]
+    if kinds[0].endswith("ForSequenceClassification"):
+        return REWARD_MODEL.format(folder=out.name, end=end_of_turn(folder))
+    return LANGUAGE_MODEL.format(folder=out.name)
+
+
+def end_of_turn(folder: Path) -> str:
+    """The text that ends an answer, at which a reward model gives its score."""
+    settings = folder / "tokenizer_config.json"
+    token = json.loads(settings.read_text()).get("eos_token") if settings.is_file() else None
+    return token["content"] if isinstance(token, dict) else token or ""

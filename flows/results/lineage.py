@@ -1,0 +1,313 @@
+"""`alignflow lineage`: from a model back to the rows it was trained on, and from data to every model that saw it.
+
+Stages' runs carry the digests of what they took and made as tags `input.NAME` and `output.NAME`; equal digests are the
+edges of the graph. Reads only.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flows.results import lookup, registry
+from flows.results.registry import Version
+from schemas.errors import StageError
+from stages import tracking
+
+log = logging.getLogger("alignflow")
+
+MAKERS = ("base", "validate", "sft", "generate", "reward", "align")
+"""Stages whose outputs hold something of the data that they took."""
+NOT_SEEN = {"evaluation"}
+"""Inputs that leave no trace in what is made: held-out prompts, which are kept out of training data."""
+SHORT = 12
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a tree: what it is, what is known of it, and what stands below."""
+
+    title: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    below: "list[Item]" = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished stage's run with digests of its inputs and outputs."""
+
+    run_id: str
+    stage: str
+    label: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether the step made a model of its own; `base` brings one from outside."""
+        return self.stage in ("base", "sft", "reward", "align")
+
+
+class Graph:
+    """All finished stages that MLflow knows, joined by digests."""
+
+    def __init__(self) -> None:
+        self.steps = [step_of(run) for run in finished_runs()]
+
+    @cached_property
+    def makers(self) -> dict[str, Step]:
+        """Digest -> the step that made it; the newest, where several made the same."""
+        return {sha256: step for step in reversed(self.steps) for sha256 in step.outputs.values()}
+
+    @cached_property
+    def users(self) -> dict[str, list[tuple[str, Step]]]:
+        """Digest -> the steps that took it, each with the input's name; oldest first."""
+        found: dict[str, list[tuple[str, Step]]] = {}
+        for step in reversed(self.steps):
+            for name, sha256 in step.inputs.items():
+                found.setdefault(sha256, []).append((name, step))
+        return found
+
+    @cached_property
+    def versions(self) -> dict[str, list[Version]]:
+        """Digest -> registered versions with this content."""
+        found: dict[str, list[Version]] = {}
+        for one in registry.versions():
+            found.setdefault(one.artifact.sha256, []).append(one)
+        return found
+
+    @cached_property
+    def aliases(self) -> dict[tuple[str, str], list[str]]:
+        """(registered model, version) -> aliases."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for model in {one.model for versions in self.versions.values() for one in versions}:
+            for alias, number in sorted(registry.aliases(model).items()):
+                found.setdefault((model, number), []).append(alias)
+        return found
+
+    def registered(self, sha256: str) -> list[dict[str, Any]]:
+        """The registered versions of a content, with aliases and decision."""
+        return [
+            {
+                "model": one.model,
+                "version": one.number,
+                "aliases": self.aliases.get((one.model, one.number), []),
+                "tags": dict(one.tags),
+            }
+            for one in self.versions.get(sha256, [])
+        ]
+
+
+def finished_runs() -> Iterator[Any]:
+    """Finished runs of stages in all experiments, newest first."""
+    client = tracking.client()
+    ids = [experiment.experiment_id for experiment in tracking.retrying(lambda: client.search_experiments())]
+    query = "attributes.status = 'FINISHED' and tags.`stage.key` != ''"
+    token = None
+    while True:
+        page = tracking.retrying(
+            lambda token=token: client.search_runs(
+                ids, query, order_by=["attributes.start_time DESC"], page_token=token
+            )
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def step_of(run: Any) -> Step:
+    """A run's step. One that was logged before runs had these tags has it all in its files."""
+    tags = dict(run.data.tags)
+    inputs = {name.removeprefix("input."): value for name, value in tags.items() if name.startswith("input.")}
+    outputs = {name.removeprefix("output."): value for name, value in tags.items() if name.startswith("output.")}
+    if "code.version" not in tags:
+        try:
+            inputs = {name: one.sha256 for name, one in lookup.request_of(run.info.run_id).inputs.items()}
+            outputs = {name: one.sha256 for name, one in lookup.result_of(run.info.run_id).outputs.items()}
+        except StageError as error:
+            log.warning("run %s cannot be followed: %s", run.info.run_id, error)
+    label = run.info.run_name or tags["stage"]
+    return Step(run.info.run_id, tags["stage"], label, inputs, outputs, tags, dict(run.data.params))
+
+
+def lineage(what: str) -> Item:
+    """The tree behind a model, or before a data set.
+
+    Raises:
+        StageError: there is neither model nor data of that name or digest.
+    """
+    graph = Graph()
+    looks_like_a_file = "/" in what and not what.startswith(("models:/", "runs:/"))
+    if looks_like_a_file and not Path(what).expanduser().exists():
+        fix = "give a data file, a sha256, models:/NAME@ALIAS, or a model of the last run"
+        raise StageError("there is no such file.", kind="lineage", field="WHAT", value=what, fix=fix)
+    if Path(what).expanduser().is_file():
+        return forward(graph, tracking.digest(Path(what).expanduser()), what)
+    if re.fullmatch(r"[0-9a-f]{8,64}", what):
+        sha256 = whole_digest(graph, what)
+        step = graph.makers.get(sha256)
+        return backward(graph, sha256, what) if step and step.makes_model else forward(graph, sha256, what)
+    return backward(graph, digest_of_model(what), what)
+
+
+def whole_digest(graph: Graph, start: str) -> str:
+    """The digest that begins so. Raises StageError when there is none, or several."""
+    known = {sha256 for sha256 in [*graph.makers, *graph.users] if sha256.startswith(start)}
+    if len(known) != 1:
+        message = f"{len(known) or 'no'} known digests begin so."
+        fix = "give more of it" if known else "give a data file, or a digest that stands in MLflow"
+        raise StageError(message, kind="lineage", field="WHAT", value=start, fix=fix)
+    return known.pop()
+
+
+def digest_of_model(what: str) -> str:
+    """The content of a registered version, or of a model of the last run."""
+    name, at, alias = what.removeprefix("models:/").rpartition("@")
+    number = None
+    if what.startswith("models:/") and at:
+        number = registry.aliases(name).get(alias)
+    elif re.fullmatch(r"models:/[^/]+/\d+", what):
+        name, _, number = what.removeprefix("models:/").partition("/")
+        number = next((one.number for one in registry.versions(name) if one.number == number), None)
+    else:
+        return made_by(lookup.model(what), what)
+    if number is None:
+        fix = "look them up with `alignflow ui`"
+        raise StageError("there is no such registered model.", kind="lineage", field="WHAT", value=what, fix=fix)
+    return registry.version(name, number).artifact.sha256
+
+
+def made_by(model: lookup.Model, what: str) -> str:
+    """The digest of a model that a run has made."""
+    if model.request is None:
+        fix = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
+        raise StageError("no run here has made it.", kind="lineage", field="WHAT", value=what, fix=fix)
+    return tracking.digest(model.folder)
+
+
+# --- Back to the rows -------------------------------------------------------------------------------------------------
+
+
+def backward(graph: Graph, sha256: str, what: str) -> Item:
+    """A model, the registered versions of it, and what it was made from."""
+    facts = {"sha256": sha256, "registered": graph.registered(sha256)}
+    return Item(what, facts, [origin(graph, "model", sha256, set())])
+
+
+def origin(graph: Graph, name: str, sha256: str, said: set[str]) -> Item:
+    """An input of that name: the step that made it and what that took; a file from outside where no step did."""
+    step = graph.makers.get(sha256)
+    if step is None:
+        return Item(f"{name}: from outside", {"sha256": sha256})
+    if step.run_id in said:
+        return Item(f"{name}: {step.label} (see above)", {"sha256": sha256, "run_id": step.run_id})
+    said.add(step.run_id)
+    below = [
+        source(step, given) if inner == "source" else origin(graph, inner, given, said)
+        for inner, given in sorted(step.inputs.items())
+    ]
+    return Item(f"{name}: {step.label}", {"sha256": sha256, **facts_of(step)}, below)
+
+
+def source(step: Step, sha256: str) -> Item:
+    """The file that a step has read."""
+    return Item(f"source: {step.params.get('path', 'a file')}", {"sha256": sha256, "path": step.params.get("path")})
+
+
+def facts_of(step: Step) -> dict[str, Any]:
+    """What is worth knowing of a step."""
+    return {
+        "run_id": step.run_id,
+        "stage": step.stage,
+        "method": step.tags.get("method"),
+        "pipeline_run": step.tags.get("pipeline.run"),
+        "stage_key": step.tags.get("stage.key"),
+        "code": step.tags.get("code.version"),
+        "config": f"runs:/{step.run_id}/config.json",
+        "parameters": dict(step.params),
+    }
+
+
+# --- Forth to the models ----------------------------------------------------------------------------------------------
+
+
+def forward(graph: Graph, sha256: str, what: str) -> Item:
+    """Data, and below it every stage that made something of it, down to the models."""
+    maker = graph.makers.get(sha256)
+    paths = sorted({step.params["path"] for _, step in graph.users.get(sha256, []) if "path" in step.params})
+    facts = {"sha256": sha256, "made_by": maker.run_id if maker else None, "paths": paths}
+    below = uses(graph, sha256, set())
+    if not below:
+        message = "no stage has taken this data" + ("" if maker else ", nor made it") + "."
+        fix = "give a file as it was when it was used, or its sha256"
+        raise StageError(message, kind="lineage", field="WHAT", value=f"{what} (sha256 {sha256[:SHORT]})", fix=fix)
+    return Item(what, facts, below)
+
+
+def uses(graph: Graph, sha256: str, said: set[str]) -> list[Item]:
+    """What was made of a content."""
+    found = []
+    for name, step in graph.users.get(sha256, []):
+        if step.stage not in MAKERS or name in NOT_SEEN:
+            continue
+        registered = [one for made in step.outputs.values() for one in graph.registered(made)]
+        title = f"{step.label}, by its input {name}"
+        facts = {"outputs": dict(step.outputs), "registered": registered, **facts_of(step)}
+        if step.run_id in said:
+            found.append(Item(f"{title} (see above)", {"run_id": step.run_id, "registered": registered}))
+            continue
+        said.add(step.run_id)
+        below = [item for made in step.outputs.values() for item in uses(graph, made, said)]
+        found.append(Item(title, facts, below))
+    return found
+
+
+# --- For people and programs ------------------------------------------------------------------------------------------
+
+
+def as_json(item: Item) -> str:
+    """All that is known, nested."""
+    return json.dumps(asdict(item), indent=2)
+
+
+def as_text(item: Item) -> str:
+    """A tree of lines with the facts that identify."""
+    return "\n".join([headline(item), *branches(item.below, "")])
+
+
+def branches(items: Sequence[Item], before: str) -> Iterator[str]:
+    """The lines below an item."""
+    for place, item in enumerate(items, 1):
+        last = place == len(items)
+        yield f"{before}{'└── ' if last else '├── '}{headline(item)}"
+        yield from branches(item.below, before + ("    " if last else "│   "))
+
+
+def headline(item: Item) -> str:
+    """An item in one line."""
+    facts = item.facts
+    parts = [item.title]
+    if facts.get("method"):
+        parts.append(f"method {facts['method']}")
+    if facts.get("sha256"):
+        parts.append(f"sha256 {facts['sha256'][:SHORT]}")
+    for name in ("run_id", "code"):
+        if facts.get(name):
+            parts.append(f"{name.removesuffix('_id')} {facts[name]}")
+    parts += [registration(one) for one in facts.get("registered", [])]
+    return "  ".join(parts)
+
+
+def registration(one: Mapping[str, Any]) -> str:
+    """A registered version with its aliases and its decision: `[assistant v3 @champion, promoted]`."""
+    aliases = "".join(f" @{alias}" for alias in one["aliases"])
+    tags = one["tags"]
+    rolled_back = ", rolled back" if registry.ROLLED_BACK in tags else ""
+    return f"[{one['model']} v{one['version']}{aliases}, {tags.get('decision', 'undecided')}{rolled_back}]"

@@ -1,0 +1,144 @@
+"""What past runs have left in MLflow, looked up by the names that people use. Reads only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import StageError
+from schemas.stage import Artifact, Request, Result
+from stages import tracking
+
+TRAINING = ("base", "sft", "reward", "align")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, the stage run that made it, and the run that evaluated it; the runs only where MLflow has them."""
+
+    name: str
+    folder: Path
+    request: Request | None = None
+    tags: dict[str, str] | None = None
+    metrics: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison that ended a pipeline run."""
+
+    pipeline_run: str
+    folder: Path
+
+
+def search(condition: str) -> list[Any]:
+    """Finished MLflow runs of all experiments that meet a condition, last used first."""
+    client = tracking.client()
+    ids = [experiment.experiment_id for experiment in tracking.retrying(lambda: client.search_experiments())]
+    query = f"attributes.status = 'FINISHED' and {condition}"
+    runs = tracking.retrying(lambda: client.search_runs(ids, query))
+    return sorted(runs, key=_last_used, reverse=True)
+
+
+def _last_used(run: Any) -> int:
+    """Milliseconds: when a pipeline run made it, or took it again."""
+    return max(run.info.start_time, int(run.data.tags.get("pipeline.reused_at", 0)))
+
+
+def quoted(value: str) -> str:
+    """A value inside MLflow's query language, which has no escape for quotes.
+
+    Raises:
+        StageError: the value holds one.
+    """
+    if "'" in value:
+        raise StageError("a name cannot hold quotes.", kind="name", field="name", value=value, fix="fix the name")
+    return f"'{value}'"
+
+
+def comparison(which: str | None = None) -> Comparison:
+    """The last comparison: of all, of a pipeline's name, or of a pipeline run's id.
+
+    Raises:
+        StageError: there is none.
+    """
+    found = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
+    if not found:
+        message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
+        raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
+    result = result_of(found[0].info.run_id)
+    ids = _run_ids(found[0])
+    return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
+
+
+def _run_ids(run: Any) -> list[str]:
+    tags = run.data.tags
+    return [tags.get("pipeline.run", "none"), *tags.get("pipeline.reused_by", "").split()]
+
+
+def _names(run: Any) -> list[str]:
+    experiment = tracking.client().get_experiment(run.info.experiment_id)
+    return [*_run_ids(run), experiment.name]
+
+
+def result_of(run_id: str) -> Result:
+    """The result that a finished run has left. Raises StageError when it has none."""
+    return Result.model_validate_json(tracking.locate(f"runs:/{run_id}/result.json").read_text())
+
+
+def request_of(run_id: str) -> Request:
+    """The request of a run: the full config of its stage. Raises StageError when it has none."""
+    return Request.model_validate_json(tracking.locate(f"runs:/{run_id}/config.json").read_text())
+
+
+def model(what: str) -> Model:
+    """A model by its name in the last pipeline run (`dpo`), by a uri (`runs:/`, `models:/`), or by its folder.
+
+    Raises:
+        StageError: there is none, or its files were altered.
+    """
+    if what.startswith(("models:/", "runs:/")):
+        run_id, name = _maker(what)
+        return _made(name or what.rpartition("/")[2], run_id) if run_id else Model(what, tracking.locate(what))
+    runs = trained(f"tags.model = {quoted(what)}")
+    if runs:
+        return _made(what, runs[0].info.run_id)
+    if (Path(what).expanduser() / "config.json").is_file():
+        return Model(Path(what).name, tracking.locate(what))
+    fix = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"
+    raise StageError("there is no such model.", kind="history", field="MODEL", value=what, fix=fix)
+
+
+def names() -> list[str]:
+    """Names of the models that pipeline runs have left."""
+    return sorted({run.data.tags["model"] for run in trained("tags.model != ''")})
+
+
+def trained(condition: str) -> list[Any]:
+    """Runs that made a model. MLflow's query language has no IN for tags."""
+    return [run for run in search(condition) if run.data.tags.get("stage") in TRAINING]
+
+
+def _maker(uri: str) -> tuple[str | None, str | None]:
+    """The run that made the model behind a uri, where MLflow knows it, and the model's name there."""
+    tracking.locate(uri)  # says clearly when there is none
+    source = tracking.registered(uri)
+    run_id: str | None = None
+    if source.startswith("runs:/"):
+        run_id = source.removeprefix("runs:/").partition("/")[0]
+    elif source.startswith("models:/m-"):
+        run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
+    run = tracking.retrying(lambda: tracking.client().get_run(run_id)) if run_id else None
+    return run_id, run.data.tags.get("model") if run else None
+
+
+def _made(name: str, run_id: str) -> Model:
+    """The model that a training run has published, verified, with its last evaluation."""
+    result, request = result_of(run_id), request_of(run_id)
+    output: Artifact | None = result.outputs.get("model")
+    if output is None:
+        fix = "name a run of a stage that makes a model"
+        raise StageError("the run made no model.", kind="history", field="run", value=run_id, fix=fix)
+    tags = dict(tracking.client().get_run(run_id).data.tags)
+    evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
+    metrics = dict(evaluations[0].data.metrics) if evaluations else {}
+    return Model(name, tracking.fetch(output), request, tags, metrics)

@@ -1,0 +1,271 @@
+"""MLflow's model registry: versions with what is known of them, and the alias `champion`, moved by compare-and-swap.
+
+MLflow has no such swap. Whoever moves the alias holds a lock, looks again where it points, and leaves it alone when
+that is not where it pointed when the decision was taken.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.settings import PREFECT_API_URL
+
+from flows.execution.lease import lease
+from flows.results.lookup import quoted
+from flows.servers import local_prefect
+from schemas.errors import StageError
+from schemas.stage import Artifact
+from stages import tracking
+
+log = logging.getLogger("alignflow")
+
+CHAMPION, PREVIOUS = "champion", "previous"
+FORMER = "champion.former"
+"""Tag on a version that has become champion: the version that was it before, or `none`."""
+ROLLED_BACK = "rolled_back"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    model: str
+    number: str
+    artifact: Artifact
+    run_id: str | None
+    tags: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.model} version {self.number}"
+
+
+# --- Looking ----------------------------------------------------------------------------------------------------------
+
+
+def holder(model: str, alias: str) -> Version | None:
+    """The version that an alias points to, None where there is no such model or alias."""
+    number = aliases(model).get(alias)
+    return None if number is None else version(model, number)
+
+
+def champion(model: str) -> Version | None:
+    """The version that is champion."""
+    return holder(model, CHAMPION)
+
+
+def aliases(model: str) -> dict[str, str]:
+    """Alias -> version of a registered model; empty where there is no such model."""
+    client = tracking.client()
+    found = tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}"))
+    if not found:
+        return {}
+    # Read by itself: what a search finds may come without its aliases. Over a database the versions are numbers.
+    whole = tracking.retrying(lambda: client.get_registered_model(model))
+    return {alias: str(number) for alias, number in whole.aliases.items()}
+
+
+def version(model: str, number: str) -> Version:
+    """A version by its number."""
+    return _version(tracking.retrying(lambda: tracking.client().get_model_version(model, number)))
+
+
+def versions(model: str | None = None) -> list[Version]:
+    """All versions of a model, or of all models; newest first."""
+    query = f"name = {quoted(model)}" if model is not None else None
+    client, token, found = tracking.client(), None, list[Any]()
+    while True:
+        page = tracking.retrying(lambda token=token: client.search_model_versions(query, page_token=token))
+        found += page
+        token = page.token
+        if not token:
+            break
+    return sorted(map(_version, found), key=lambda one: (one.model, -int(one.number)))
+
+
+def names() -> list[str]:
+    """The registered models that have a champion."""
+    return sorted({one.model for one in versions() if CHAMPION in aliases(one.model)})
+
+
+def of_digest(model: str, sha256: str) -> Version | None:
+    """The model's version with this content."""
+    return next((one for one in versions(model) if one.artifact.sha256 == sha256), None)
+
+
+def _version(found: Any) -> Version:
+    tags = dict(found.tags)
+    source = str(found.source)
+    return Version(
+        found.name, str(found.version), Artifact(uri=source, sha256=_digest(source, tags)), found.run_id, tags
+    )
+
+
+def _digest(source: str, tags: Mapping[str, str]) -> str:
+    """The content's sha256: a version that was not registered here has it on its LoggedModel, or nowhere."""
+    if "sha256" in tags or not source.startswith("models:/m-"):
+        return tags.get("sha256", "")
+    model = tracking.retrying(lambda: tracking.client().get_logged_model(source.removeprefix("models:/")))
+    return model.tags.get("sha256", "")
+
+
+# --- Changing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(model: str) -> Iterator[None]:
+    """Keep all others from changing the model: on this host by a file's lock, elsewhere by a lease on the Prefect
+    server. Where that server is this process's own, or none is set, other hosts are not kept out.
+    """
+    server = PREFECT_API_URL.value()
+    shared = server is not None and server not in local_prefect.own_servers
+    if not shared and not tracking.tracking_uri().startswith("sqlite:"):
+        log.warning("no shared Prefect server (PREFECT_API_URL): promotions from other hosts are not kept out")
+    waiting = f"another process changes the registered model {model}: waiting for it"
+    elsewhere = lease(f"alignflow-registry-{model}") if shared else contextlib.nullcontext()
+    with tracking.lock(tracking.home() / "registry" / f"{model}.lock", waiting), elsewhere:
+        yield
+
+
+def settle(
+    model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], *, promote: bool, expected: str | None
+) -> Version:
+    """Register the candidate with its tags; to promote it, make it the champion in the place of version `expected`.
+
+    A content that is registered already keeps its version, with the new tags.
+
+    Raises:
+        StageError: kind `conflict`: another version is champion by now; kind `rolled_back`: this content was champion
+            once and was rolled back. Nothing has moved then, and the version says so.
+    """
+    with held(model):
+        found = register(model, candidate, run_id, tags)
+        if promote:
+            try:
+                check_not_rolled_back(found)
+                check_still_champion(model, expected)
+            except StageError as error:
+                tag(found, {"decision": error.problem.kind, "decision.reasons": str(error)})
+                raise
+            move(found, expected)
+        return version(model, found.number)
+
+
+def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str]) -> Version:
+    """The candidate's version: the one with the same content, else a new one."""
+    found = of_digest(model, candidate.sha256)
+    if found is None:
+        client = tracking.client()
+        if not tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}")):
+            tracking.retrying(lambda: client.create_registered_model(model))
+        at_once = {"sha256": candidate.sha256}  # by which it is found again, should this process die here
+        logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
+        with tracking.as_default():
+            made = tracking.retrying(
+                lambda: client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
+            )
+        found = version(model, str(made.version))
+    tag(found, tags)
+    return found
+
+
+def tag(one: Version, tags: Mapping[str, str]) -> None:
+    """Set tags of a version; a long value is shortened."""
+    for name, value in tags.items():
+        short = tracking.shortened(value, tracking.TAG_LENGTH)
+        tracking.retrying(
+            lambda name=name, short=short: tracking.client().set_model_version_tag(one.model, one.number, name, short)
+        )
+
+
+def check_still_champion(model: str, expected: str | None) -> None:
+    """Raises StageError of kind `conflict` unless version `expected` (None: no version) is champion."""
+    now = aliases(model).get(CHAMPION)
+    if now != expected:
+        was = "there was no champion" if expected is None else f"version {expected} was champion"
+        raise StageError(
+            f"{was} when the candidate was judged, now it is {'none' if now is None else f'version {now}'}; "
+            "nothing was moved.",
+            kind="conflict",
+            field="champion",
+            value=f"{model}@{CHAMPION}",
+            fix="retrain again: what is trained is reused, and the candidate is held against the new champion",
+        )
+
+
+def check_not_rolled_back(one: Version) -> None:
+    """Raises StageError of kind `rolled_back` when this content was taken back as champion."""
+    if ROLLED_BACK in one.tags:
+        raise StageError(
+            f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}.",
+            kind=ROLLED_BACK,
+            field="candidate",
+            value=one.artifact.sha256[:16],
+            fix=f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
+        )
+
+
+def move(one: Version, former: str | None) -> None:
+    """Make a version the champion. The former one is noted first, so that a crash on the way loses nothing."""
+    client = tracking.client()
+    tag(one, {FORMER: former or "none"})
+    tracking.retrying(lambda: client.set_registered_model_alias(one.model, CHAMPION, one.number))
+    point_previous(one.model, former)
+    if former is not None:
+        tag(version(one.model, former), {"champion.until": now()})
+    tag(one, {"champion.since": now()})
+
+
+def point_previous(model: str, number: str | None) -> None:
+    """Let the alias `previous` point to a version, or to none."""
+    client = tracking.client()
+    if number is not None:
+        tracking.retrying(lambda: client.set_registered_model_alias(model, PREVIOUS, number))
+    elif PREVIOUS in aliases(model):
+        tracking.retrying(lambda: client.delete_registered_model_alias(model, PREVIOUS))
+
+
+def now() -> str:
+    """The time, for tags."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def rollback(model: str | None = None) -> tuple[Version, Version]:
+    """Make the former champion champion again; returns the version that was rolled back, and the restored one.
+
+    Without a name: of the only registered model that has a champion.
+
+    Raises:
+        StageError: there is no champion, no former one, or the former one was rolled back itself.
+    """
+    model = model or _only_model()
+    with held(model):
+        bad = champion(model)
+        if bad is None:
+            fix = f"name one of {', '.join(names()) or 'the registered models, after a retraining has promoted one'}"
+            raise StageError("has no champion.", kind="registry", field="MODEL", value=model, fix=fix)
+        former = bad.tags.get(FORMER, "none")
+        if former == "none":
+            fix = "point the alias at another version in MLflow, or take it away there"
+            raise StageError("there was no champion before it.", kind="registry", field="MODEL", value=bad, fix=fix)
+        restored = version(model, former)
+        if ROLLED_BACK in restored.tags:
+            fix = "point the alias at a version that you trust in MLflow"
+            message = f"the champion before it, version {former}, was rolled back itself."
+            raise StageError(message, kind="registry", field="MODEL", value=bad, fix=fix)
+        tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
+        tracking.retrying(lambda: tracking.client().set_registered_model_alias(model, CHAMPION, former))
+        before = restored.tags.get(FORMER, "none")
+        point_previous(model, None if before == "none" else before)
+        return bad, restored
+
+
+def _only_model() -> str:
+    known = names()
+    if len(known) != 1:
+        have = f"there are {len(known)} registered models with a champion."
+        fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
+        raise StageError(have, kind="registry", field="MODEL", value="none given", fix=fix)
+    return known[0]

@@ -1,0 +1,248 @@
+"""What must stand before something long begins: servers, work pools, schedules, GPUs. Each check takes seconds, and
+raises a StageError that names what is missing and how to fix it.
+"""
+
+import base64
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import httpx
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import WorkerStatus
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL
+from prefect.utilities.templating import apply_values
+
+from flows.execution import gpu_slots
+from flows.servers.mlflow_prefect import is_loopback
+from schemas.errors import StageError
+from stages import tracking
+
+log = logging.getLogger("alignflow")
+
+ANSWER_SECONDS = 5.0
+START = "start it: alignflow up (it runs in the foreground)"
+
+
+# --- Servers ----------------------------------------------------------------------------------------------------------
+
+
+def check_servers() -> None:
+    """Whether the Prefect and MLflow servers that are set answer, and let us in. What is not set is not asked.
+
+    Raises:
+        StageError: one does not answer, is something else, or refuses the password or the name it was asked by.
+    """
+    if PREFECT_API_URL.value():
+        check_prefect(str(PREFECT_API_URL.value()))
+    if tracking.tracking_uri().startswith("http"):
+        check_mlflow(tracking.tracking_uri())
+
+
+def check_prefect(url: str) -> None:
+    """Whether a Prefect server answers at its API's address and lets us in."""
+    fix = f"{START}; or correct PREFECT_API_URL; or unset it, then runs from here need no server"
+    if not urlparse(url).path.strip("/"):
+        raise unreachable("PREFECT_API_URL", url, "the address lacks its end.", f"write {url.rstrip('/')}/api")
+    answer = ask(f"{url}/health", "PREFECT_API_URL", url, fix)
+    if answer.status_code != 200:
+        raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
+    allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1})
+    if allowed.status_code in (401, 403):
+        fix = "set it to the server's PREFECT_SERVER_API_AUTH_STRING, user:password"
+        message = "the Prefect server refuses the password."
+        raise StageError(message, kind="access", field="PREFECT_API_AUTH_STRING", value="***", fix=fix)
+
+
+def prefect_headers() -> dict[str, str]:
+    """How Prefect's own client says who it is."""
+    password, key = PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()
+    if password:
+        return {"Authorization": f"Basic {base64.b64encode(secret(password).encode()).decode()}"}
+    return {"Authorization": f"Bearer {secret(key)}"} if key else {}
+
+
+def secret(value: Any) -> str:
+    """The text behind a setting that Prefect may have veiled."""
+    return value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
+
+
+def check_mlflow(url: str) -> None:
+    """Whether an MLflow server answers there and lets us in."""
+    fix = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {tracking.home()}"
+    shown = tracking.without_passwords(url)
+    answer = ask(f"{url}/health", "MLFLOW_TRACKING_URI", shown, fix)
+    if answer.status_code != 200:
+        raise unreachable("MLFLOW_TRACKING_URI", shown, f"no MLflow server is there ({answer.status_code}).", fix)
+    who = (os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
+    password = httpx.BasicAuth(*who) if all(who) else None  # type: ignore[arg-type]
+    search = f"{url}/api/2.0/mlflow/experiments/search"
+    allowed = ask(search, "MLFLOW_TRACKING_URI", shown, fix, json={"max_results": 1}, auth=password)
+    if allowed.status_code == 401:
+        fix = "set both to those of a user of that server"
+        field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+        raise StageError("MLflow refuses them.", kind="access", field=field, value=f"{who[0]}, ***", fix=fix)
+    if allowed.status_code == 403 and "Host" in allowed.text:
+        fix = (
+            f"set MLFLOW_SERVER_ALLOWED_HOSTS of the server so that it holds {urlparse(url).netloc.rpartition('@')[2]}"
+        )
+        raise unreachable("MLFLOW_TRACKING_URI", shown, "MLflow does not go by this name.", fix)
+    if allowed.status_code == 404:
+        raise unreachable("MLFLOW_TRACKING_URI", shown, "something else than MLflow is there.", fix)
+
+
+def ask(url: str, field: str, value: str, fix: str, **request: Any) -> httpx.Response:
+    """The answer to a GET, or to a POST when there is something to send.
+
+    Raises:
+        StageError: nobody answers in time.
+    """
+    local = is_loopback(urlparse(url).hostname or "")
+    try:
+        with httpx.Client(timeout=ANSWER_SECONDS, trust_env=not local) as client:
+            return client.request("POST" if "json" in request else "GET", url, **request)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise unreachable(field, value, f"nobody answers there ({type(error).__name__}).", fix) from error
+
+
+def unreachable(field: str, value: str, message: str, fix: str) -> StageError:
+    """A server's problem."""
+    return StageError(message, kind="server", field=field, value=tracking.without_passwords(value), fix=fix)
+
+
+def check_experiment(name: str, placed: bool) -> None:
+    """Whether an experiment keeps its artifacts where the stages can reach them: `placed` ones run on other hosts.
+
+    Raises:
+        StageError: they lie in a folder of this host, or behind a server that is not set.
+    """
+    uri = tracking.tracking_uri()
+    if placed and not uri.startswith(("http", "postgresql", "mysql")):
+        fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
+        message = "stages on work pools need an MLflow server."
+        raise StageError(message, kind="server", field="MLFLOW_TRACKING_URI", value=uri, fix=fix)
+    found = tracking.retrying(lambda: tracking.client().get_experiment_by_name(name))
+    location = "" if found is None else str(found.artifact_location)
+    if placed and location.startswith(("/", "file:", "./")):
+        fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"
+        message = f"this experiment keeps its artifacts in {location}, which workers on other hosts don't have."
+        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
+    if location.startswith("mlflow-artifacts:") and not uri.startswith("http"):
+        message = "this experiment keeps its artifacts with an MLflow server."
+        fix = f"{START}, or set MLFLOW_TRACKING_URI to its address; or give the config another `name`"
+        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
+
+
+# --- Pools ------------------------------------------------------------------------------------------------------------
+
+
+def check_pools(names: Sequence[str], workers: bool = True) -> None:
+    """Whether the Prefect server has these work pools. Warns of one that is paused or that no worker serves.
+
+    Raises:
+        StageError: a pool is missing.
+    """
+    with get_client(sync_client=True) as client:
+        for name in dict.fromkeys(names):
+            check_pool(client, name, workers)
+
+
+def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
+    """Whether the server has this work pool."""
+    try:
+        pool = client.read_work_pool(name)
+    except ObjectNotFound as error:
+        there = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
+        message = f"there is no such work pool; the server has {there}."
+        fix = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
+        raise StageError(message, kind="pool", field="pools", value=name, fix=fix) from error
+    if pool.is_paused:
+        log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
+    if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
+        how = "alignflow up --pool" if pool.type == "process" else "prefect worker start --pool"
+        log.warning("no worker serves work pool %s: its runs wait. Start one: %s %s", name, how, name)
+
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+def check_schedules(path: Path) -> None:
+    """Whether every cron line and timezone of a prefect.yaml is one that Prefect understands.
+
+    Raises:
+        StageError: the first that is not; or the file is missing or no YAML.
+    """
+    for field, schedule in schedules(deployments(path)):
+        cron = schedule.get("cron")
+        if cron is None:
+            continue
+        value = f"{cron} ({schedule.get('timezone') or 'UTC'})"
+        fix = "give minute, hour, day, month and weekday (0 3 * * 1), and a timezone like Europe/Berlin"
+        if "{{" in value:
+            variables = ", ".join(re.findall(r"{{\s*\$(\w+)", value))
+            message = f"it is taken from {variables}, which is not set."
+            raise StageError(message, kind="schedule", field=field, value=value, fix="set it in the environment")
+        try:
+            CronSchedule(cron=cron, timezone=schedule.get("timezone"))
+        except ValueError as error:
+            message = f"Prefect does not understand it: {reason(error)}."
+            raise StageError(message, kind="schedule", field=field, value=value, fix=fix) from error
+
+
+def reason(error: ValueError) -> str:
+    """The point of pydantic's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+    return (lines or [str(error)])[0].partition(" [type=")[0].removeprefix("Value error, ").rstrip(".")
+
+
+def deployments(path: Path) -> list[dict[str, Any]]:
+    """The deployments of a prefect.yaml, with the environment's variables put in.
+
+    Raises:
+        StageError: the file is missing, or holds none.
+    """
+    fix = "give a prefect.yaml with `deployments:`"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise StageError(f"it cannot be read ({error}).", kind="file", field="file", value=path, fix=fix) from error
+    found = content.get("deployments") if isinstance(content, dict) else None
+    if not found:
+        raise StageError("it has no deployments.", kind="file", field="file", value=path, fix=fix)
+    return apply_values(found, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
+
+
+def schedules(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schedule of the deployments, with the name of its field."""
+    for deployment in found:
+        name = deployment.get("name")
+        if deployment.get("schedule"):
+            yield f"deployments[{name}].schedule", deployment["schedule"]
+        for number, schedule in enumerate(deployment.get("schedules") or []):
+            yield f"deployments[{name}].schedules[{number}]", schedule
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def check_gpu(wanted: int = 1) -> None:
+    """Whether this machine has so many GPUs that runs here may use.
+
+    Raises:
+        StageError: it has fewer.
+    """
+    there = [name for name in gpu_slots.names() if not name.startswith("slot-")]
+    if len(there) >= wanted:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = f" (CUDA_VISIBLE_DEVICES={visible!r} shows no more)" if visible is not None else ""
+    fix = "run it on a machine with GPUs, or place the stage on the pool cpu"
+    message = f"this machine has {len(there)} that can be used{why}."
+    raise StageError(message, kind="gpu", field="GPUs", value=wanted, fix=fix)

@@ -1,0 +1,82 @@
+"""`alignflow deploy`: work pools, deployments and automations on the Prefect server. Twice is like once."""
+
+import os
+import subprocess
+import sys
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL
+
+from flows.servers import automations, checks, pools
+from schemas.errors import StageError
+from stages import tracking
+
+
+def deploy(prefect_file: Path | None = None) -> None:
+    """Create what is missing on the Prefect server and bring the rest up to date; say what there is then.
+
+    Raises:
+        StageError: no server is set or answers, a schedule is wrong, a pool is missing, or Prefect refuses something.
+    """
+    prefect_file = (prefect_file or Path(str(files("deploy"))) / "prefect.yaml").absolute()
+    if not PREFECT_API_URL.value():
+        fix = f"{checks.START}, then call this in another terminal; or set it to a server's address"
+        raise StageError("no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=fix)
+    checks.check_servers()
+    checks.check_schedules(prefect_file)
+    found = checks.deployments(prefect_file)
+    with get_client(sync_client=True) as client:
+        check_pool_names(client, found)
+        for pool in pools.templates():
+            print(f"work pool   {pool}: {pools.apply(client, pool)}", flush=True)
+    create_deployments(prefect_file)
+    say_deployments({str(one.get("name")) for one in found})
+    for name in automations.apply():
+        print(f"automation  {name}")
+
+
+def check_pool_names(client: SyncPrefectClient, found: list[dict[str, Any]]) -> None:
+    """Raise StageError for a deployment on a pool that neither is there nor has a template."""
+    known = {*pools.templates(), *(pool.name for pool in client.read_work_pools())}
+    for one in found:
+        name = (one.get("work_pool") or {}).get("name")
+        if name is not None and name not in known:
+            field = f"deployments[{one.get('name')}].work_pool.name"
+            near = get_close_matches(name, known, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}, or create it first"
+            raise StageError("there is no such work pool.", kind="pool", field=field, value=name, fix=fix)
+
+
+def create_deployments(prefect_file: Path) -> None:
+    """Let Prefect create or update all deployments of the file, without questions.
+
+    Raises:
+        StageError: Prefect refuses one, with what it says.
+    """
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file)]
+    root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
+    environment = {
+        **os.environ,
+        "ALIGNFLOW_HOME": str(tracking.home()),
+        "PREFECT_API_URL": str(PREFECT_API_URL.value()),
+        "NO_COLOR": "1",
+    }
+    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
+        fix = "fix what it says there, and deploy again"
+        raise StageError(f"Prefect refuses it:\n{tail}\n", kind="deploy", field="file", value=prefect_file, fix=fix)
+
+
+def say_deployments(names: set[str]) -> None:
+    """Print the deployments of these names, where they run, and when."""
+    with get_client(sync_client=True) as client:
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        for one in client.read_deployments():
+            if one.name in names:
+                times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
+                print(f"deployment  {flows[one.flow_id]}/{one.name} on {one.work_pool_name} {times}".rstrip())

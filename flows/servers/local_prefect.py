@@ -1,0 +1,91 @@
+"""Prefect for a run from this process: the server that the environment names, or one of our own."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_HOME,
+    PREFECT_LOGGING_LEVEL,
+    temporary_settings,
+)
+
+from flows.servers import mlflow_prefect, supervisor
+from schemas.errors import StageError
+from stages import tracking
+
+RETRIES = 7
+"""Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
+
+own_servers: set[str] = set()
+"""Addresses of Prefect servers that this process has started: nobody on another host shares them."""
+
+
+def quieten() -> None:
+    """Let our own lines through and little of Prefect's."""
+    logging.getLogger("prefect").setLevel(logging.WARNING)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False where Prefect says again what the stage's own line says: that it is done, or has failed."""
+    return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
+
+
+def is_no_link(record: logging.LogRecord) -> bool:
+    """False for the link to Prefect's page of the run: our own server has no pages."""
+    return not record.getMessage().startswith("View at")
+
+
+def refuse_no_server() -> None:
+    """Raise StageError when the Prefect server that the environment names does not answer."""
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        raise StageError(
+            f"the Prefect server does not answer ({type(error).__name__}).",
+            status="failed",
+            kind="server",
+            field="PREFECT_API_URL",
+            value=tracking.without_passwords(str(PREFECT_API_URL.value())),
+            fix="start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+        )
+
+
+@contextlib.contextmanager
+def local_prefect() -> Iterator[None]:
+    """Prefect for a run from this process. Where no server is set, one runs over `home()` for as long as this does.
+
+    It is ours and not the one that Prefect starts by itself: that one lives on when this process is killed.
+    """
+    quieten()
+    if PREFECT_API_URL.value():
+        refuse_no_server()
+        said = "PREFECT_CLIENT_MAX_RETRIES" in os.environ
+        patience: dict[Any, Any] = {} if said else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        with temporary_settings(patience):
+            yield
+        return
+    logging.getLogger("prefect.flow_runs").addFilter(is_no_link)
+    settings: dict[Any, Any] = {PREFECT_LOGGING_LEVEL: "WARNING"}
+    if "PREFECT_HOME" not in os.environ:
+        settings[PREFECT_HOME] = tracking.home() / "prefect"
+    options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
+    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options)
+    with contextlib.ExitStack() as stack:
+        with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
+            stack.enter_context(supervisor.running([server]))
+        own_servers.add(f"{server.url}/api")
+        stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+        try:
+            yield
+        finally:
+            for handler in logging.getLogger("prefect.flow_runs").handlers:
+                handler.flush()  # lines still on their way, before the server ends

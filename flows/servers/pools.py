@@ -1,0 +1,58 @@
+"""Work pools on the Prefect server, made or brought up to date from the templates in `deploy/pools/`."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+
+from schemas.errors import StageError
+
+LOCAL = ("cpu", "gpu")
+"""Pools whose runs are processes of the worker's own machine. They share a template."""
+
+
+def templates() -> dict[str, Path]:
+    """Work pool -> the file of its base job template. All are named like their file, except `LOCAL`."""
+    folder = Path(str(files("deploy"))) / "pools"
+    found = {file.stem: file for file in sorted(folder.glob("*.json"))}
+    process = found.pop("process")
+    return dict.fromkeys(LOCAL, process) | found
+
+
+def kind(pool: str) -> str:
+    """The type of a pool's workers. Slurm is reached from a process that submits a job and waits for it."""
+    return pool if pool in ("docker", "kubernetes") else "process"
+
+
+def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated", "unchanged"]:
+    """Let the pool exist with its template. Limits and pauses that somebody has set are left alone.
+
+    Raises:
+        StageError: there is no template for the pool, or it exists with another type.
+    """
+    template = read(pool)
+    try:
+        there = client.read_work_pool(pool)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=pool, type=kind(pool), base_job_template=template))
+        return "created"
+    if there.type != kind(pool):
+        fix = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
+        message = f"the work pool exists with the type {there.type!r}; it should be {kind(pool)!r}."
+        raise StageError(message, kind="pool", field="pool", value=pool, fix=fix)
+    if there.base_job_template == template:
+        return "unchanged"
+    client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
+    return "updated"
+
+
+def read(pool: str) -> dict[str, Any]:
+    """A pool's base job template. Raises StageError when there is none."""
+    if pool not in templates():
+        fix = f"use {', '.join(templates())}, or add deploy/pools/{pool}.json"
+        raise StageError("no template has this name.", kind="pool", field="pool", value=pool, fix=fix)
+    return json.loads(templates()[pool].read_text())

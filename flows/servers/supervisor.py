@@ -1,0 +1,249 @@
+"""Servers as processes: started, watched, and ended with whoever started them, even when that one was killed."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from schemas.errors import StageError
+from stages import tracking
+from stages.runtime.process import die_with_parent
+
+HOST = "127.0.0.1"
+MLFLOW_PORT = 5000
+"""The port that MLflow gets, unless it is taken or another is asked for."""
+START_SECONDS = 180.0
+STOP_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL."""
+ORPHAN_SECONDS = 3.0
+"""The same when the starter has died: 5 s after that nothing is to be left."""
+PR_SET_CHILD_SUBREAPER = 36
+
+# No telemetry; no job runners of MLflow's own, which we have no use for.
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process to start and to watch: how, and where it answers."""
+
+    name: str
+    url: str
+    health: str
+    command: list[str]
+    environment: dict[str, str]
+    without: frozenset[str] = frozenset()
+    """Variables of the environment that it must not see."""
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return tracking.home() / "logs" / f"{self.name.lower().replace(' ', '-')}.log"
+
+    def healthy(self) -> bool:
+        """Whether it does its work."""
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            direct().open(self.health, timeout=5).close()
+            return True
+        return False
+
+
+def direct() -> urllib.request.OpenerDirector:
+    """Opens addresses without a proxy."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
+    """The wanted port; without one the usual, or a free one when that is taken.
+
+    Raises:
+        StageError: the wanted port is taken, or the host is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in [wanted] if wanted is not None else [usual, 0]:
+        with socket.socket(family) as probe:
+            # As servers do: a port in TIME_WAIT counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((host, candidate))
+                return probe.getsockname()[1]
+    if wanted is None:
+        fix = "give an address of this machine, or 0.0.0.0 for all of them"
+        raise StageError("nothing can listen there.", field="--host", value=host, fix=fix)
+    raise StageError("the port is taken.", field=option, value=wanted, fix="choose another, or leave it out")
+
+
+# --- MLflow and Prefect -----------------------------------------------------------------------------------------------
+
+
+def address(host: str, number: int) -> str:
+    """Where this machine reaches a server that listens at a host."""
+    reached = {"0.0.0.0": HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reached}:{number}"
+
+
+# --- Who may ask them -------------------------------------------------------------------------------------------------
+
+
+# --- Their processes --------------------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The servers' processes, healthy; ended on the way out. `keep`: descriptors that stay open as long as they live.
+
+    Raises:
+        StageError: one does not start.
+    """
+    interrupt_on_sigterm()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for server in servers:
+            processes.append(start(server, keep))
+        for server, process in zip(servers, processes, strict=True):
+            until_healthy(server, process)
+        yield processes
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what it has started is ended too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def start(server: Server, keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a server under a guard (below), its output in a log file."""
+    server.log.parent.mkdir(parents=True, exist_ok=True)
+    hidden = server.without | {"PREFECT_API_URL"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | QUIET | server.environment
+    with server.log.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "flows.servers.supervisor", str(os.getpid()), *server.command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=keep,
+        )
+
+
+def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the server does its work.
+
+    Raises:
+        StageError: it has ended, or does not answer in time; with the end of its log.
+    """
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        if server.healthy():
+            return
+        time.sleep(0.3)
+    raise failed(server)
+
+
+def failed(server: Server) -> StageError:
+    """What a server said last."""
+    text = tracking.without_passwords(server.log.read_text(errors="replace"))
+    tail = "\n".join(text.splitlines()[-15:])
+    return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
+
+
+def wait(servers: Sequence[Server], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Return on Ctrl-C or SIGTERM; raise StageError when a server stops by itself."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            for server, process in zip(servers, processes, strict=True):
+                if process.poll() is not None:
+                    raise failed(server)
+            time.sleep(0.5)
+
+
+def guard(parent: int, command: list[str]) -> int:
+    """Run a command, and end it and all that it has started when the parent ends, even by SIGKILL.
+
+    Servers start workers, and workers runs: a signal to the first alone would leave the others behind.
+    """
+    interrupt_on_sigterm()
+    die_with_parent(signal.SIGTERM)
+    if sys.platform == "linux":  # what a dead child leaves behind becomes a child of this process
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:
+        return 1
+    child = subprocess.Popen(command, preexec_fn=die_with_parent)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_descendants(parent)
+
+
+def end_descendants(parent: int) -> None:
+    """End all below this process: first politely, then not; in more of a hurry when its parent has died."""
+    signal_descendants(signal.SIGTERM)
+    began = time.monotonic()
+    while descendants(os.getpid()):
+        if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
+            signal_descendants(signal.SIGKILL)
+        reap()
+        time.sleep(0.05)
+
+
+def signal_descendants(which: signal.Signals) -> None:
+    """Send a signal to all below this process."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, which)
+
+
+def reap() -> None:
+    """Take note of children that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, theirs, and so on."""
+    below = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, children.read_text().split()):
+                below += [child, *descendants(child)]
+    return below
+
+
+if __name__ == "__main__":
+    sys.exit(guard(int(sys.argv[1]), sys.argv[2:]))

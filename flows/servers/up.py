@@ -1,0 +1,253 @@
+"""`alignflow up`: MLflow, Prefect, work pools and their workers on this machine, as long as the command runs.
+
+`alignflow ui` is the same without workers. Nothing that they start outlives them, and everything that they keep lies
+in `home()`, or where the servers' own settings say.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.types import DateTime
+
+from flows.execution import gpu_slots
+from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
+from flows.servers.address_file import Addresses
+from flows.servers.supervisor import HOST, Server, say
+from schemas.errors import StageError
+from stages import tracking
+
+# What only the servers need to know. Runs may be anybody's code.
+SERVERS_ONLY = frozenset(
+    {
+        "ALIGNFLOW_PARENT",
+        "MLFLOW_AUTH_ADMIN_PASSWORD",
+        "MLFLOW_AUTH_CONFIG_PATH",
+        "MLFLOW_ARTIFACTS_DESTINATION",
+        "MLFLOW_BACKEND_STORE_URI",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY",
+        "PREFECT_API_DATABASE_CONNECTION_URL",
+        "PREFECT_SERVER_API_AUTH_STRING",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    }
+)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def up(
+    wanted: Sequence[str] = pools.LOCAL,
+    host: str = HOST,
+    mlflow_port: int | None = None,
+    prefect_port: int | None = None,
+) -> None:
+    """Start what is not running elsewhere, with a worker for each wanted pool; say where; wait for Ctrl-C.
+
+    Where it runs already for this home, say so and return.
+
+    Raises:
+        StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
+    """
+    if mlflow_port and mlflow_port == prefect_port:
+        raise StageError("it is MLflow's.", field="--prefect-port", value=prefect_port, fix="give each its own")
+    if not all(wanted):
+        raise StageError("the name is empty.", field="--pool", value="", fix="name a work pool, such as cpu or gpu")
+    wanted = list(dict.fromkeys(wanted))
+    tracking.home().mkdir(parents=True, exist_ok=True)
+    with address_file.lock_file().open("a") as lock:
+        while not taken(lock):
+            there = address_file.found()
+            if there is not None:  # else it has only begun, or just died
+                say_where(there, wanted)
+                return
+        address_file.file().unlink(missing_ok=True)
+        with guards() as keep:
+            bring_up(wanted, host, mlflow_port, prefect_port, keep)
+        address_file.file().unlink(missing_ok=True)
+
+
+def taken(lock: IO[str]) -> bool:
+    """Take the lock, unless another command holds it. Tries for a second: who looks for addresses holds it shortly."""
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@contextlib.contextmanager
+def guards() -> Iterator[list[int]]:
+    """A lock for the servers' guards to hold. Waits for those of a command that was killed, which end in seconds."""
+    with (tracking.home() / "up-guards.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield [lock.fileno()]
+
+
+def say_where(there: Addresses, wanted: Sequence[str]) -> None:
+    """Say where the command that runs already has its servers.
+
+    Raises:
+        StageError: it runs without the wanted workers.
+    """
+    say(f"Runs already for {tracking.home()}, as process {there.pid}:")
+    say(f"MLflow   {there.mlflow}")
+    say(f"Prefect  {there.prefect.removesuffix('/api')}")
+    lacking = [pool for pool in wanted if pool not in there.pools]
+    if lacking:
+        fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
+        raise StageError("no worker of it serves these.", field="--pool", value=", ".join(lacking), fix=fix)
+    if wanted:
+        say(f"workers  {', '.join(there.pools)}")
+
+
+def bring_up(
+    wanted: Sequence[str], host: str, mlflow_port: int | None, prefect_port: int | None, keep: Sequence[int]
+) -> None:
+    """Servers, then pools and workers. Workers end first, so that their runs can still say how they ended."""
+    elsewhere = given()
+    if elsewhere:
+        checks.check_servers()  # those that the environment names
+    ours = to_start(elsewhere, host, mlflow_port, prefect_port)
+    urls = elsewhere | {server.name: server.url for server in ours}
+    if "Prefect" not in elsewhere:
+        urls["Prefect"] += "/api"
+    where = Addresses(pid=os.getpid(), mlflow=urls["MLflow"], prefect=urls["Prefect"], pools=list(wanted))
+    with supervisor.running(ours, keep) as processes, as_client(where.prefect):
+        if wanted:
+            make_pools(wanted)
+        workers = [worker(pool, where) for pool in wanted]
+        with supervisor.running(workers, keep) as more:
+            write_down(where)
+            say_all(where, elsewhere)
+            supervisor.wait([*ours, *workers], [*processes, *more])
+            say("Ending the servers." if not wanted else "Ending workers and servers.")
+
+
+def given() -> dict[str, str]:
+    """Servers that the environment names, and that are therefore not started: name -> address."""
+    mlflow, prefect = tracking.tracking_uri(), os.environ.get("PREFECT_API_URL")
+    return ({"MLflow": mlflow} if mlflow.startswith("http") else {}) | ({"Prefect": prefect} if prefect else {})
+
+
+def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, prefect_port: int | None) -> list[Server]:
+    """The servers that are not elsewhere. All that can be refused is refused before the first starts."""
+    for name in ("MLflow", "Prefect"):
+        if name not in elsewhere:
+            mlflow_prefect.check_access(name, host)
+    ours = []
+    if "MLflow" not in elsewhere:
+        number = supervisor.port(mlflow_port, supervisor.MLFLOW_PORT, "--mlflow-port", host)
+        ours.append(mlflow_prefect.mlflow_server(number, host))
+        if not os.environ.get("MLFLOW_BACKEND_STORE_URI"):
+            tracking.setup()
+    if "Prefect" not in elsewhere:
+        number = supervisor.port(prefect_port, 4200, "--prefect-port", host)
+        ours.append(mlflow_prefect.prefect_server(number, host=host))
+    return ours
+
+
+def as_client(prefect: str) -> contextlib.AbstractContextManager[Any]:
+    """Let this process speak to a Prefect server, with its password when it has one."""
+    settings: dict[Any, Any] = {PREFECT_API_URL: prefect}
+    if passwords().get("PREFECT_API_AUTH_STRING"):
+        settings[PREFECT_API_AUTH_STRING] = passwords()["PREFECT_API_AUTH_STRING"]
+    return temporary_settings(settings)
+
+
+def passwords() -> dict[str, str]:
+    """What clients say to servers that ask: as the environment has it for them, else as it has it for our servers."""
+    ours = {
+        "PREFECT_API_AUTH_STRING": os.environ.get("PREFECT_SERVER_API_AUTH_STRING"),
+        "MLFLOW_TRACKING_PASSWORD": os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD"),
+        "MLFLOW_TRACKING_USERNAME": os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
+        if os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD")
+        else None,
+    }
+    return {name: value for name in ours if (value := os.environ.get(name) or ours[name])}
+
+
+def write_down(where: Addresses) -> None:
+    """Say for other commands of this home where everything is."""
+    shown = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
+    tracking.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
+
+
+def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
+    """Say where everything is."""
+    for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
+        note = " (runs already: the environment says so)" if name in elsewhere else ""
+        say(f"{name:8} {tracking.without_passwords(url)}{note}")
+    if where.pools:
+        say(f"workers  {', '.join(where.pools)}")
+        if "gpu" in where.pools and not gpu_slots.names():
+            say("No GPU here: what is placed on the pool gpu runs on the CPU.")
+        say("In another terminal: alignflow deploy")
+    elif "Prefect" not in elsewhere:
+        say(f"Runs show up by themselves. They start faster with: export PREFECT_API_URL={where.prefect}")
+    say("Ctrl-C ends this.")
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Worker(Server):
+    """A process that takes up a pool's runs. It is healthy once the server has heard of it."""
+
+    pool: str = ""
+    title: str = ""
+    began: float = field(default_factory=time.time)
+
+    def healthy(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+            return any(self.is_this(worker) for worker in client.read_workers_for_work_pool(self.pool))
+        return False
+
+    def is_this(self, worker: Any) -> bool:
+        """Whether the server's entry is of this process, and not of one before it with the same name."""
+        heard: DateTime | None = worker.last_heartbeat_time
+        return worker.name == self.title and heard is not None and heard.timestamp() >= self.began
+
+
+def make_pools(wanted: Sequence[str]) -> None:
+    """Let the wanted pools exist, those that have a template with it; others must exist already."""
+    with get_client(sync_client=True) as client:
+        for pool in wanted:
+            if pool in pools.templates():
+                pools.apply(client, pool)
+    checks.check_pools(wanted, workers=False)
+
+
+def worker(pool: str, where: Addresses) -> Worker:
+    """A worker for a pool. It starts again under its name, so the server lists it once."""
+    title = f"{pool} on {socket.gethostname()}"
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", title]
+    command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
+    environment = worker_environment(where)
+    return Worker(f"worker {pool}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)
+
+
+def worker_environment(where: Addresses) -> dict[str, str]:
+    """What runs need to know: the servers, this home, and below which folders a config's files may lie."""
+    return passwords() | {
+        "ALIGNFLOW_HOME": str(tracking.home()),
+        "ALIGNFLOW_ROOTS": os.environ.get("ALIGNFLOW_ROOTS") or str(Path.cwd()),
+        "MLFLOW_TRACKING_URI": where.mlflow,
+        # A template says `python`, which is to be this one on every machine.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PREFECT_API_URL": where.prefect,
+        "PREFECT_HOME": os.environ.get("PREFECT_HOME") or str(tracking.home() / "prefect"),
+    }

@@ -1,0 +1,180 @@
+"""Talk to a model in the terminal, or to two side by side.
+
+    python -P -m stages.commands.chat --model MODEL [--versus MODEL]
+
+A MODEL is a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID/model`. Reads one message per line;
+/reset forgets the conversation, /quit (or the end of input) leaves. Each model keeps its own history.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TextIO
+
+from schemas.errors import EXIT_CODES, StageError
+from stages import tracking
+from stages.engine.data.codec import Codec
+from stages.engine.models.loading import load_policy
+from stages.engine.models.policy import Policy, context_length
+from stages.engine.sampling import sample, seed_of
+
+HELP = "One message per line. /reset forgets the conversation, /quit leaves."
+
+
+@dataclass
+class Talker:
+    """A model and what was said with it so far."""
+
+    name: str
+    policy: Policy
+    codec: Codec
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def answer(self, text: str, *, temperature: float, seed: int, max_new_tokens: int) -> str:
+        """The model's answer, which joins the history. Old turns are dropped when they no longer fit."""
+        limit = context_length(self.policy.plain)
+        if limit is not None:
+            max_new_tokens = min(max_new_tokens, limit // 2)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._fitting_prompt(None if limit is None else limit - max_new_tokens)
+        except StageError:
+            self.messages.pop()
+            raise
+        ids = sample(
+            self.policy,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seeds=[seed],
+            stop_ids=self.codec.stop_ids,
+            pad_id=self.codec.pad_id,
+        )
+        answer = self.codec.text(ids[0])
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _fitting_prompt(self, room: int | None) -> list[int]:
+        """Ids of the conversation; its oldest turns are forgotten until it has at most `room` tokens."""
+        first = 0 if self.system is None else 1
+        prompt = self.codec.prompt(self.messages)
+        while room is not None and len(prompt) > room:
+            if len(self.messages) - first < 3:
+                raise StageError(
+                    f"the message has {len(prompt)} tokens; {room} fit",
+                    kind="too_long",
+                    fix="write a shorter message, or lower --max-new-tokens",
+                )
+            del self.messages[first : first + 2]  # the oldest question and its answer
+            prompt = self.codec.prompt(self.messages)
+        return prompt
+
+
+def load(uri: str, system: str | None, name: str | None = None) -> Talker:
+    """The model that a person names; `name` is what to call it. Raises StageError when there is none."""
+    folder = tracking.locate(uri)
+    policy = load_policy(folder, trainable=False)
+    policy.eval()
+    return Talker(name or uri, policy, Codec.load(folder), system)
+
+
+def converse(talkers: list[Talker], lines: TextIO, out: TextIO, options: argparse.Namespace) -> None:
+    """Answer line by line until /quit or the end of input."""
+    shows_prompt = lines.isatty()
+    turn = 0
+    while True:
+        if shows_prompt:
+            print("> ", end="", flush=True, file=out)
+        line = lines.readline()
+        text = line.strip()
+        if not line or text == "/quit":
+            return
+        if text == "/reset":
+            for talker in talkers:
+                talker.reset()
+            print("(forgotten)", file=out)
+        elif text.startswith("/"):
+            print(HELP, file=out)
+        elif text:
+            print(reply(talkers, text, seed_of(options.seed, turn), options), flush=True, file=out)
+            turn += 1
+
+
+def reply(talkers: list[Talker], text: str, seed: int, options: argparse.Namespace) -> str:
+    """What is shown for one message: an answer, or two answers in columns."""
+    answers = []
+    for talker in talkers:
+        try:
+            answers.append(
+                talker.answer(text, temperature=options.temperature, seed=seed, max_new_tokens=options.max_new_tokens)
+            )
+        except StageError as error:
+            answers.append(f"({error})")
+    if len(answers) == 1:
+        return answers[0]
+    return side_by_side([talker.name for talker in talkers], answers, shutil.get_terminal_size().columns)
+
+
+def side_by_side(names: list[str], texts: list[str], width: int) -> str:
+    """Two texts in columns under their names."""
+    column = max(20, (width - 3) // 2)
+    columns = [
+        [name[-column:], "-" * min(column, len(name)), *_wrapped(text, column)]
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return "\n".join(f"{left:<{column}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
+
+
+def _wrapped(text: str, column: int) -> list[str]:
+    return [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="alignflow chat", description="Talk to a model, or to two side by side.", epilog=HELP
+    )
+    parser.add_argument("--model", required=True, help="folder, models:/NAME@ALIAS or runs:/RUN_ID/model")
+    parser.add_argument("--versus", help="a second model, answering the same messages beside the first")
+    parser.add_argument("--name", help="what to call the first (default: as it is given)")
+    parser.add_argument("--versus-name", help="what to call the second")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest word (default 1.0)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default 0)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
+    options = parser.parse_args(argv)
+    if not 0 <= options.temperature < math.inf or options.max_new_tokens < 1:
+        parser.error("--temperature must be at least 0 and finite, and --max-new-tokens at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of a model that cannot be used."""
+    options = _options(argv)
+    try:
+        wanted = [(options.model, options.name), (options.versus, options.versus_name)]
+        talkers = [load(uri, options.system, name) for uri, name in wanted if uri is not None]
+        if sys.stdin.isatty():
+            print(HELP)
+        converse(talkers, sys.stdin, sys.stdout, options)
+    except StageError as error:
+        print(f"alignflow chat: {error}", file=sys.stderr)
+        return EXIT_CODES[error.status]
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The pictures of a comparison, as PNG. No torch."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stages.compare.table import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLOURS = {"base": "#9aa1ac", "sft": "#64748b", "dpo": "#3b82f6", "kto": "#f59e0b", "ppo": "#10b981"}
+
+SPARE_COLOURS = ["#ec4899", "#8b5cf6", "#ef4444", "#14b8a6", "#a16207", "#6366f1"]
+
+MARKERS = {"base": "s", "sft": "D"}
+
+STARTING_POINTS = ("base", "sft")
+
+Z95 = 1.96  # standard errors to each side of a 95 % interval
+
+OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest other would squeeze them together
+
+
+def colours(models: Sequence[str]) -> dict[str, str]:
+    """A colour per model, the same one in picture and table: fixed for the known names, then the spare ones in turn."""
+    spare = [model for model in dict.fromkeys(models) if model not in COLOURS]
+    return {m: COLOURS.get(m) or SPARE_COLOURS[spare.index(m) % len(SPARE_COLOURS)] for m in models}
+
+
+def colours_of(table: Sequence[Row]) -> dict[str, str]:
+    """A colour per model of a table: in a sweep, whose rows name their method, that of the method."""
+    named = {row["model"]: row.get("method", row["model"]) for row in table}
+    colour = colours(list(named.values()))
+    return {model: colour[name] for model, name in named.items()}
+
+
+# Control characters, lone surrogates, and the characters that reorder text around them.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(value: object) -> str:
+    """Text with a mark in the place of every character that could hide or reorder it."""
+    return UNSEEN.sub("\ufffd", str(value))
+
+
+def canvas(dark: bool) -> "tuple[Figure, Axes, str]":
+    """An empty picture of judge score against KL to the SFT model; the last is the colour of its text."""
+    # Imported here: it takes a second, and whoever wants only the text should not wait for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ink, paper, faint = ("#e5e7eb", "#16181d", "#3a3f49") if dark else ("#1f2937", "#ffffff", "#e5e7eb")
+    figure = Figure(figsize=(8.2, 4.6), dpi=150, facecolor=paper)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=paper)
+    axes.grid(color=faint, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.1, 0.14)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(faint)
+    axes.tick_params(colors=ink, length=0)
+    axes.set_xlabel("distance from the SFT model: KL, nats per answer", color=ink)
+    axes.set_ylabel("judge score", color=ink)
+    axes.set_title("Judge score against distance from the SFT model", color=ink, loc="left", fontsize=12, pad=12)
+    return figure, axes, ink
+
+
+def png(figure: "Figure") -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw(table: Sequence[Row], dark: bool = False) -> bytes:
+    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals."""
+    figure, axes, ink = canvas(dark)
+    inside, outside = _split_far(table)
+    colour = colours_of(table)
+    for row in inside:
+        _point(axes, row, colour[row["model"]], ink)
+    for i, row in enumerate(outside):
+        note = f"off the picture: {row['model']} at KL {row['kl_to_reference']:.1f}, score {row['judge_score']:.2f}"
+        axes.text(0.99, 0.02 + 0.06 * i, note, transform=axes.transAxes, ha="right", color=ink, fontsize=9, alpha=0.8)
+    return png(figure)
+
+
+def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows to draw, and a base model too far away to be drawn to scale."""
+    rows = [row for row in table if _finite(row, "judge_score") and _finite(row, "kl_to_reference")]
+    reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
+    far = [row for row in rows if row["model"] == "base" and row["kl_to_reference"] > OFF_PICTURE * max(reach, 0.1)]
+    return [row for row in rows if row not in far], far
+
+
+def _finite(row: Row, key: str) -> bool:
+    return row.get(key) is not None and math.isfinite(row[key])
+
+
+def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:
+    x, y = row["kl_to_reference"], row["judge_score"]
+    across, up = (Z95 * row[k] if _finite(row, k) else 0.0 for k in ("kl_to_reference_se", "judge_score_se"))
+    marker = MARKERS.get(row["model"], "o")
+    axes.errorbar(x, y, up, across, fmt=marker, color=colour, markersize=9, elinewidth=1.6, capsize=3, zorder=3)
+    # No mathtext: a `$` in a model's name is a character like any other.
+    axes.annotate(
+        visible(row["model"]),
+        (x, y),
+        (9, 7),
+        textcoords="offset points",
+        color=ink,
+        fontsize=11,
+        parse_math=False,
+        zorder=4,
+    )

@@ -1,0 +1,87 @@
+"""From the rows that stage `validate` publishes to token trees, and each rank's share of them."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from schemas.errors import StageError
+from stages.engine.data.codec import Codec
+from stages.engine.data.trees import Tree
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def has(folder: Path, part: str, kind: str) -> bool:
+    """Whether a data folder holds rows of this kind in this part (`train`, `eval` or `gold`)."""
+    return (folder / part / f"{kind}.parquet").is_file()
+
+
+def read(folder: Path, part: str, kind: str) -> list[Row]:
+    """All rows of one kind. Raises StageError when the data holds none."""
+    if not has(folder, part, kind):
+        kinds = sorted(path.stem for path in (folder / part).glob("*.parquet"))
+        raise StageError(
+            f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {', '.join(kinds) or 'nothing'}.",
+            kind="data",
+            field=f"data.{kind}",
+            value="missing",
+            fix=_fix(part, kind),
+        )
+    return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
+
+
+def read_if_there(folder: Path, part: str, kind: str) -> list[Row]:
+    """All rows of one kind; none where the data holds none."""
+    return read(folder, part, kind) if has(folder, part, kind) else []
+
+
+def _fix(part: str, kind: str) -> str:
+    if part == "gold":
+        return "set gold_fraction above 0 in the data's config"
+    if part == "eval":
+        return "set eval_fraction above 0 in the data's config"
+    return f"give a data set of kind `{kind}`, or of a kind that `{kind}` can be derived from"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as read, and its tokens: the prompt with the answers that hang off it."""
+
+    row: Row
+    tree: Tree
+
+
+def encode(rows: Sequence[Row], answers: Callable[[Row], Sequence[str]], codec: Codec) -> list[Example]:
+    """Tokenize rows. `answers` picks a row's answer texts; each gets the token that ends it."""
+    return [
+        Example(row, Tree(tuple(codec.prompt(row["prompt"])), tuple(tuple(codec.answer(a)) for a in answers(row))))
+        for row in rows
+    ]
+
+
+def longest(tree: Tree) -> int:
+    """Tokens of the prompt together with the longest of its answers."""
+    return len(tree.prompt) + max(map(len, tree.answers))
+
+
+def fitting(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """The examples of at most `max_length` tokens. Raises StageError when none is left."""
+    kept = [example for example in examples if longest(example.tree) <= max_length]
+    if left_out := len(examples) - len(kept):
+        log.warning("%d of %d rows are longer than %d tokens: left out", left_out, len(examples), max_length)
+    if not kept:
+        shortest = min((longest(example.tree) for example in examples), default=0)
+        raise StageError(
+            f"no row is left: all {len(examples)} are too long; the shortest has {shortest} tokens.",
+            kind="data",
+            field="max_length",
+            value=max_length,
+            fix=f"set max_length to at least {shortest}, or give shorter rows",
+        )
+    return kept

@@ -1,0 +1,58 @@
+"""Models saved as plain transformers folders."""
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+from peft import PeftModel
+
+from stages.engine.models import lora
+from stages.engine.models.policy import Policy, Scorer, _Trunk
+
+
+class Saves(Protocol):
+    """A tokenizer with its template, as far as saving a model needs it."""
+
+    @property
+    def pad_id(self) -> int: ...
+    def save(self, folder: Path) -> None: ...
+
+
+def save_policy(policy: Policy, codec: Saves, folder: Path | str, base: str | None = None) -> None:
+    """Write a plain transformers folder of the policy, adapters merged, value head left out. Changes nothing here.
+
+    `base`: the digest of the artifact that it was trained from; an adapter is then written apart too (`lora.save`).
+    """
+    _save(policy, codec, Path(folder), base)
+
+
+def save_scorer(
+    scorer: Scorer, codec: Saves, folder: Path | str, mean: float = 0.0, std: float = 1.0, base: str | None = None
+) -> None:
+    """Write a plain transformers folder of the reward model: raw scores, and `alignflow_score` in its config.
+
+    mean, std: of the raw scores on samples of the reference policy. A loaded scorer gives (raw - mean) / std.
+    `base` as in `save_policy`.
+    """
+    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
+        raise ValueError(f"scores cannot be normalised by mean {mean} and std {std}")
+    config = scorer.plain.config
+    config.pad_token_id = codec.pad_id
+    config.alignflow_score = {"mean": mean, "std": std}
+    _save(scorer, codec, Path(folder), base)
+
+
+def _save(model: _Trunk, codec: Saves, folder: Path, base: str | None) -> None:
+    plain = model.plain
+    for name, value in model.dropouts.items():
+        setattr(plain.config, name, value)
+    try:
+        plain.save_pretrained(folder, state_dict=lora.merged(plain) if isinstance(model.hf, PeftModel) else None)
+    finally:
+        for name in model.dropouts:
+            setattr(plain.config, name, 0.0)
+    if base is not None and isinstance(model.hf, PeftModel):
+        lora.save(model.hf, folder, base)
+    for file in folder.rglob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
+    codec.save(folder)

@@ -1,0 +1,100 @@
+"""Attention over trees of sequences that lie end to end in one row, with answers that share their prompt.
+
+Everything but attention treats tokens one by one, so a batch may lie in memory as one row of T tokens. Attention is
+computed for groups of sequences of like length, padded for this product alone:
+- a trunk: a prompt with its first answer, causal over itself;
+- a branch: a further answer, over its prompt and causally over itself.
+Which key a query may see is decided by positions (a token's place in its own prompt + answer), so sliding windows come
+out as if each sequence stood alone.
+
+Shapes: T tokens of the row, S sequences of a group, Q queries and K keys of each, H heads, d size of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from stages.engine.data.segments import Segments
+
+NAME = "alignflow"
+
+
+def attend(
+    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, tree: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of one row, (T, H, d). Keys and values may have fewer heads (grouped queries)."""
+    # On a GPU the kernels that take masks want as many key heads as query heads.
+    grouped = query_THd.device.type == "cpu"
+    repeats = 1 if grouped else query_THd.shape[1] // key_THd.shape[1]
+    results = []
+    for group, mask in zip(tree.groups, tree.masks_for(window, query_THd.dtype), strict=True):
+        result_SHQd = scaled_dot_product_attention(
+            _gather(query_THd, group.query_SQ),
+            _gather(key_THd, group.key_SK, repeats),
+            _gather(value_THd, group.key_SK, repeats),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        results.append(result_SHQd.transpose(1, 2).flatten(0, 1))
+    rows_THd = torch.cat(results) if len(results) > 1 else results[0]
+    return rows_THd if tree.back_T is None else rows_THd.index_select(0, tree.back_T)
+
+
+def _gather(rows_THd: Tensor, index_SL: Tensor, repeats: int = 1) -> Tensor:
+    """(S, H, L, d) of (T, H, d); each head `repeats` times, side by side."""
+    taken_SLHd = rows_THd.index_select(0, index_SL.flatten()).unflatten(0, index_SL.shape)
+    if repeats > 1:
+        taken_SLHd = taken_SLHd.repeat_interleave(repeats, dim=2)
+    return taken_SLHd.transpose(1, 2)
+
+
+def attention_forward(
+    module: nn.Module,
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    value_BHTd: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: trees where `segments` came down from `model(...)`, else its own SDPA.
+
+    On a CPU under bf16 autocast the product runs in float32, where its backward is faster than in bf16.
+    """
+    if query_BHTd.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            query_BHTd, key_BHTd, value_BHTd = query_BHTd.float(), key_BHTd.float(), value_BHTd.float()
+            given = (
+                module,
+                query_BHTd,
+                key_BHTd,
+                value_BHTd,
+                attention_mask,
+                dropout,
+                scaling,
+                segments,
+                sliding_window,
+            )
+            return attention_forward(*given, **kwargs)
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query_BHTd, key_BHTd, value_BHTd, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError("attention dropout is not defined on shared prompts")
+    query_THd, key_THd, value_THd = (t[0].transpose(0, 1) for t in (query_BHTd, key_BHTd, value_BHTd))
+    return attend(query_THd, key_THd, value_THd, segments, scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

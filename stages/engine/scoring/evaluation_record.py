@@ -1,0 +1,145 @@
+"""What an evaluation folder holds: metrics.json, samples.jsonl, settings.json. No torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import StageError
+
+Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
+
+# Evaluations that differ in any of these say nothing about each other.
+CONDITIONS = ("judge", "judge_model", "temperature", "max_new_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A model's answer to one held-out prompt beside the SFT model's, and what is known of both."""
+
+    prompt: list[dict[str, str]]
+    """Where texts are not kept (`log_text: false`) one message of the role `sha256`, the prompt's digest."""
+    answer: str | None
+    """None where texts are not kept."""
+    score: float
+    """By the judge. Of a judge that only compares: 1 won, 1/2 tied, 0 lost against the SFT model's answer."""
+    sft_answer: str | None
+    sft_score: float
+    win: float
+    """1 when better than the SFT model's answer, 0 when worse, 1/2 for a tie."""
+    length: int
+    """Tokens without the end token."""
+    sft_length: int
+    ended: bool
+    """Whether the answer came to its end by itself."""
+    kl: float
+    """log pi - log pi_sft of this answer, in nats, at temperature 1."""
+    reward_score: float | None = None
+    """By the reward model that the policy was trained on."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's evaluation."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+    settings: dict[str, Any]
+    """The stage's parameters with `seed` and `judge_model` (the sha256 of a judging reward model)."""
+
+    def save(self, folder: Path) -> None:
+        """Write the three files into an existing folder."""
+        lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in self.samples)
+        _write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+        _write(folder / "metrics.json", json.dumps(self.metrics, indent=2))
+        _write(folder / "settings.json", json.dumps(self.settings, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Evaluation":
+        """Read what `save` wrote. Raises StageError when the folder is no evaluation."""
+        try:
+            # Not splitlines: an answer may hold U+2028, which ends a line there and not in a file.
+            lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+            known = {field.name for field in fields(Sample)}
+            rows = [json.loads(line) for line in lines if line]
+            samples = [Sample(**{k: v for k, v in row.items() if k in known}) for row in rows]
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise StageError(
+                f"this is no evaluation folder: {error}.",
+                kind="input",
+                field="evaluation",
+                value=folder,
+                fix="give the output `evaluation` of stage evaluate",
+            ) from error
+        return cls(metrics, samples, settings)
+
+
+def digest_of(prompt: Sequence[Message]) -> str:
+    """sha256 of a prompt, also of one whose text was not kept."""
+    if [message["role"] for message in prompt] == ["sha256"]:
+        return prompt[0]["content"]
+    turns = [[message["role"], message["content"]] for message in prompt]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+
+
+def without_text(sample: Sample) -> Sample:
+    """All that a sample says in numbers, and its prompt's digest."""
+    digest = [{"role": "sha256", "content": digest_of(sample.prompt)}]
+    return replace(sample, prompt=digest, answer=None, sft_answer=None)
+
+
+def texts(samples: Sequence[Sample], name: str) -> list[str]:
+    """The answers. Raises StageError where the evaluation was told to keep none."""
+    answers = [sample.answer for sample in samples if sample.answer is not None]
+    if len(answers) < len(samples):
+        raise StageError(
+            f"{name}'s evaluation holds no answers, and the judge can only compare.",
+            kind="missing_input",
+            field="evaluate.judge",
+            value="endpoint",
+            fix="evaluate it with log_text: true, or use a judge that scores",
+        )
+    return answers
+
+
+def _write(path: Path, text: str) -> None:
+    """UTF-8; a lone surrogate, which no encoding has, becomes `?`."""
+    path.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """A prompt for people: a single message's text, else each message after its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def check_comparable(
+    name: str,
+    settings: Mapping[str, Any],
+    prompts: Sequence[Sequence[Message]],
+    other_name: str,
+    other: Evaluation,
+) -> None:
+    """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
+    for key in CONDITIONS:
+        if settings[key] != other.settings.get(key):
+            raise StageError(
+                f"{name} was evaluated with {key} = {settings[key]}, {other_name} with {other.settings.get(key)}.",
+                kind="not_comparable",
+                field=f"evaluate.{key}",
+                value=settings[key],
+                fix="evaluate both under the same settings",
+            )
+    if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
+        raise StageError(
+            f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same.",
+            kind="not_comparable",
+            field="data.evaluation",
+            value=name,
+            fix="evaluate both on the same data",
+        )

@@ -1,0 +1,149 @@
+"""Who says which answer is better: a rule, a sentiment lexicon, a reward model, or a model behind an endpoint.
+
+A judge scores answers by themselves (`Scoring`) or compares two (`EndpointJudge`); both kinds have `score` and `wins`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from schemas import config as settings
+from schemas.errors import StageError
+from stages.engine import demo
+from stages.engine.data.codec import Codec, Message
+from stages.engine.data.trees import Tree, collate, cut, tree_tokens
+from stages.engine.models.layouts import choose_layout
+from stages.engine.models.loading import load_judge
+from stages.engine.scoring import metrics
+from stages.engine.scoring.endpoint import EndpointJudge
+from stages.tracking import StageRun
+
+TOKENS_PER_BATCH = 8192  # of one forward pass of a reward model
+
+Progress = Callable[[int, int], None]
+
+
+class Judge(Protocol):
+    """What `evaluate` and `generate` ask. `prompts` has one conversation per answer."""
+
+    def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        """One number per answer, higher is better; comparable between the answers of one call."""
+        ...
+
+    def wins(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], others: Sequence[str]) -> list[float]:
+        """Per prompt, 1 when the answer is better than the other one, 0 when it is worse, 1/2 for a tie."""
+        ...
+
+
+class Scoring:
+    """A judge that scores each answer by itself; it compares by score."""
+
+    def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        raise NotImplementedError
+
+    def wins(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], others: Sequence[str]) -> list[float]:
+        return metrics.wins(self.score(prompts, answers), self.score(prompts, others))
+
+
+class RuleJudge(Scoring):
+    """The demo's ground truth, of the last message's text and the answer."""
+
+    def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        return [
+            float(demo.reward(prompt[-1]["content"], answer)) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+class SentimentJudge(Scoring):
+    """vaderSentiment's compound score of the answer, in [-1, 1] (Hutto and Gilbert 2014); the prompt plays no part."""
+
+    def __init__(self, field: str = "judge") -> None:
+        """Raises StageError when the extra is not installed."""
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # an extra
+        except ImportError as error:
+            raise StageError(
+                "the sentiment judge needs the package vaderSentiment.",
+                kind="missing_package",
+                field=field,
+                value="sentiment",
+                fix="pip install 'alignflow[sentiment]'",
+            ) from error
+        self.analyzer: Any = SentimentIntensityAnalyzer()
+
+    def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        return [float(self.analyzer.polarity_scores(answer)["compound"]) for answer in answers]
+
+
+class RewardJudge(Scoring):
+    """A reward model's score, read from its folder; it tokenizes with the tokenizer and template of its own."""
+
+    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+        self.codec = Codec.load(folder)
+        self.scorer = load_judge(folder).eval()
+        self.progress = progress
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        trees = [
+            Tree(tuple(self.codec.prompt(prompt)), (tuple(self.codec.answer(answer)),))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        if not trees:
+            return []
+        layout = choose_layout(self.scorer, "packed", trees, self.codec.pad_id)
+        by_length = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], layout))
+        scores = [math.nan] * len(trees)
+        for group in cut([tree_tokens(trees[i], layout) for i in by_length], TOKENS_PER_BATCH):
+            rows = [by_length[i] for i in group]
+            batch = collate([trees[i] for i in rows], layout, self.codec.pad_id).to(self.scorer.device)
+            for i, score in zip(rows, self.scorer(batch).tolist(), strict=True):
+                scores[i] = score
+            if self.progress is not None:
+                self.progress(group[-1] + 1, len(trees))
+        return scores
+
+
+def judge_for(config: settings.Judge, run: StageRun) -> Judge:
+    """The judge that a stage's config names. A reward model is read from the stage's input `judge`.
+
+    Raises StageError when the package, the key or the input that it needs is not there.
+    """
+    field = f"{run.request.stage}.judge"
+
+    def progress(done: int, total: int) -> None:
+        run.progress(done, total, "answers judged")
+
+    if isinstance(config, settings.RuleJudge):
+        return RuleJudge()
+    if isinstance(config, settings.SentimentJudge):
+        return SentimentJudge(field)
+    if isinstance(config, settings.EndpointJudge):
+        if not run.request.log_text:
+            raise StageError(
+                "an endpoint is sent prompts and answers, which log_text: false forbids.",
+                kind="config",
+                field=field,
+                value="endpoint",
+                fix="use a judge that runs here (rule, sentiment, reward), or log_text: true",
+            )
+        return EndpointJudge(config, field, progress)
+    if not run.has("judge"):
+        raise StageError(
+            "the reward judge needs a reward model as the stage's input `judge`.",
+            kind="missing_input",
+            field=f"{field}.model",
+            value=config.model,
+            fix="give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
+        )
+    return RewardJudge(run.input("judge"), progress)
+
+
+def accuracy(judge: Judge, pairs: Sequence[Mapping[str, str]]) -> float:
+    """Share of labelled pairs {prompt, a, b, label: a|b} in which the judge prefers the labelled answer, ties 1/2."""
+    prompts = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
+    won = judge.wins(prompts, [pair["a"] for pair in pairs], [pair["b"] for pair in pairs])
+    return metrics.win_rate([w if pair["label"] == "a" else 1 - w for w, pair in zip(won, pairs, strict=True)])

@@ -1,0 +1,128 @@
+"""Log-probabilities of answers under the reference model, computed once per sequence and kept on disk.
+
+The key is what decides the number: the reference's weights, the precision, and the token ids. So methods, epochs and
+sweeps over a method's settings share the numbers. Batches differ between runs, and with them the last bits.
+"""
+
+import contextlib
+import hashlib
+import sqlite3
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from schemas.errors import StageError
+from stages.engine.data.trees import Layout, Tree, collate, cut, tree_tokens
+from stages.engine.models.policy import Policy, sums
+from stages.tracking import home, lock
+
+Key = bytes
+_LOOK_UP = 500  # keys in one query
+
+
+class ReferenceCache:
+    """Sums of log-probabilities by prompt and answer, in one SQLite file that processes may share."""
+
+    def __init__(self, weights_sha256: str, dtype: str, path: Path | None = None) -> None:
+        """`weights_sha256` names the reference model, `dtype` its precision; `path` defaults to the home's cache."""
+        self.prefix = hashlib.sha256(f"{weights_sha256}/{dtype}/".encode())
+        self.path = path or home() / "cache" / "reference.sqlite"
+
+    def logps(
+        self,
+        policy: Policy,
+        trees: Sequence[Tree],
+        layout: Layout,
+        budget: int,
+        pad_id: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[float]]:
+        """log pi_ref(answer | prompt), a list per tree, a number per answer (nats).
+
+        policy: in reference mode (`with policy.reference()`). Only what is missing is computed, in batches of `budget`
+        tokens, and kept batch by batch. progress: called with (sequences computed, sequences to compute).
+        """
+        keys = [[self._key(tree.prompt, answer) for answer in tree.answers] for tree in trees]
+        with self._open() as database:
+            known = _read(database, [key for row in keys for key in row])
+            missing = _missing(trees, keys, known)
+            total, done = sum(len(wanted) for _, wanted in missing), 0
+            for tree_batch in _batches(missing, layout, budget):
+                fresh = _compute(policy, tree_batch, layout, pad_id)
+                _write(database, fresh)
+                known |= fresh
+                done += len(fresh)
+                if progress is not None:
+                    progress(done, total)
+        return [[known[key] for key in row] for row in keys]
+
+    def _key(self, prompt: Sequence[int], answer: Sequence[int]) -> Key:
+        digest = self.prefix.copy()
+        digest.update(array("q", [len(prompt), *prompt, *answer]).tobytes())
+        return digest.digest()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection in autocommit; other processes' writes are waited for."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(self.path, timeout=120, isolation_level=None)) as database:
+            with lock(self.path.with_suffix(".lock")):  # two at once that turn on WAL don't wait for each other
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
+            database.execute("PRAGMA synchronous=NORMAL")
+            yield database
+
+
+Missing = list[tuple[Tree, list[Key]]]
+"""Trees of the answers to compute, with the answers' keys."""
+
+
+def _read(database: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, float]:
+    found: dict[Key, float] = {}
+    unique = list(dict.fromkeys(keys))
+    for start in range(0, len(unique), _LOOK_UP):
+        some = unique[start : start + _LOOK_UP]
+        marks = ",".join("?" * len(some))
+        found.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
+    return found
+
+
+def _write(database: sqlite3.Connection, values: dict[Key, float]) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", values.items())
+    database.execute("COMMIT")
+
+
+def _missing(trees: Sequence[Tree], keys: Sequence[Sequence[Key]], known: dict[Key, float]) -> Missing:
+    """Each unknown sequence once, beside the others of its tree."""
+    planned: set[Key] = set(known)
+    missing: Missing = []
+    for tree, row in zip(trees, keys, strict=True):
+        wanted = {key: answer for key, answer in zip(row, tree.answers, strict=True) if key not in planned}
+        if wanted:
+            planned |= wanted.keys()
+            missing.append((Tree(tree.prompt, tuple(wanted.values())), list(wanted)))
+    return missing
+
+
+def _batches(missing: Missing, layout: Layout, budget: int) -> Iterator[Missing]:
+    """Trees of like size together, so that little is padded."""
+    ordered = sorted(missing, key=lambda pair: tree_tokens(pair[0], layout))
+    for group in cut([tree_tokens(tree, layout) for tree, _ in ordered], budget):
+        yield [ordered[i] for i in group]
+
+
+@torch.no_grad()
+def _compute(policy: Policy, missing: Missing, layout: Layout, pad_id: int) -> dict[Key, float]:
+    training = policy.training
+    policy.eval()
+    try:
+        batch = collate([tree for tree, _ in missing], layout, pad_id).to(policy.device)
+        totals_A = sums(policy(batch).logps_N, batch.answer_N, batch.answers)
+    finally:
+        policy.train(training)
+    if not totals_A.isfinite().all():
+        raise StageError("the reference model gives log-probabilities that are not finite", kind="model", field="model")
+    return dict(zip((key for _, keys in missing for key in keys), totals_A.tolist(), strict=True))

@@ -1,0 +1,296 @@
+"""The training loop, the only one: optimizer step, clipping, logging, checkpoint, resume. It knows no method.
+
+Order and randomness are functions of (seed, step), so a run that was cut goes on as if it had not been.
+"""
+
+import contextlib
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from schemas.errors import StageError
+from schemas.training import Training
+from stages.engine.distributed import processes
+from stages.engine.training import checkpoint
+from stages.engine.training.method import Method, Metrics
+from stages.tracking import StageRun
+
+
+def learning_rate(training: Training, at: int, end: int) -> float:
+    """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the progress.
+
+    at, end: steps done and in all; or tokens, where they end the training.
+    """
+    warmup = math.ceil(training.warmup * end)
+    if at < warmup:
+        return training.learning_rate * (at + 1) / (warmup + 1)
+    done = (at - warmup) / max(1, end - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return training.learning_rate * factor[training.schedule]
+
+
+def optimizer_for(model: torch.nn.Module, training: Training) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
+
+
+@contextlib.contextmanager
+def _catch_sigterm() -> Iterator[list[int]]:
+    """Collect SIGTERMs in a list, so that the step in progress can end."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def make_deterministic() -> None:
+    """On a GPU, choose algorithms that give the same bits every time, as a CPU does; PyTorch warns where it has none.
+
+    cuBLAS needs CUBLAS_WORKSPACE_CONFIG as well, set before it starts: stages/__main__.py does.
+    """
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # only costs: none is read
+
+
+class Loop:
+    """One training run of a method. `train` below is the way to call it."""
+
+    def __init__(self, method: Method[Any], training: Training, total_steps: int, run: StageRun, seed: int) -> None:
+        self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
+        processes()
+        make_deterministic()
+        self.accelerator = Accelerator(kwargs_handlers=[ddp])
+        self.adamw = optimizer_for(method.model, training)
+        method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
+        method.model.train()
+        self.raw = self.accelerator.unwrap_model(method.model)
+        self.folder = run.work / "checkpoints"
+        self.step = 0
+        self.compute: dict[str, float] = {"compute/seconds": 0.0}
+        self.last: dict[str, float] = {}
+        self.saved_at = time.monotonic()
+        self.writer = checkpoint.Writer()
+
+    # --- how far it is: a function of what a checkpoint holds ---
+
+    @property
+    def progress(self) -> tuple[int, int, str]:
+        """What is done, of how much, in what: tokens where they end the training, else steps."""
+        if self.training.train_tokens is None:
+            return self.step, self.total_steps, "steps"
+        seen = self.compute["compute/train_tokens"] if self.step else 0
+        return min(int(seen), self.training.train_tokens), self.training.train_tokens, "tokens"
+
+    @property
+    def ended(self) -> bool:
+        """Whether all is done."""
+        done, end, _ = self.progress
+        return done >= end
+
+    # --- one optimizer step ---
+
+    def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add up scalars over all ranks, in one message."""
+        if not values or self.accelerator.num_processes == 1:
+            return values
+        names = sorted(values)
+        stacked = torch.stack([values[n].detach().float().to(self.accelerator.device) for n in names])
+        summed = self.accelerator.reduce(stacked, "sum")
+        assert isinstance(summed, Tensor)
+        return dict(zip(names, summed.unbind(), strict=True))
+
+    def backward(self, micros: list[Any]) -> Metrics:
+        """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
+        if not micros:
+            raise StageError(
+                "a device got no rows in this step",
+                field="batch_size",
+                value=self.training.batch_size,
+                fix=f"set it to at least the number of devices ({self.accelerator.num_processes})",
+            )
+        totals = self.reduce(self.method.prepare(micros))
+        summed: Metrics = {}
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.method.model):
+                summand, metrics = self.method.loss(micro, totals)
+                # DDP averages over the ranks; the summands' denominators are global already.
+                self.accelerator.backward(summand * self.accelerator.num_processes)
+            for name, value in {"train/loss": summand, **metrics}.items():
+                summed[name] = summed.get(name, torch.zeros(())) + value.detach().float().cpu()
+        return summed
+
+    def one_step(self, micros: list[Any]) -> dict[str, float]:
+        """Update the model once; returns the step's metrics. Raises StageError when anything is not finite."""
+        seed = hash((self.seed, self.step, self.accelerator.process_index)) % 2**63
+        torch.manual_seed(seed)  # dropout draws from it
+        random.seed(seed)
+        rate = learning_rate(self.training, *self.progress[:2])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = {name: float(v) for name, v in self.reduce(self.backward(micros)).items()}
+        norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)
+        metrics |= {"train/grad_norm": float(norm or 0.0), "train/learning_rate": rate}
+        self.check_finite(metrics)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics | self.method.after_step(metrics)
+
+    def check_finite(self, metrics: dict[str, float]) -> None:
+        """Stop before a non-finite loss or gradient reaches the weights; the tracker shows the value as it is."""
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self.run.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
+                raise StageError(
+                    f"{name} is {metrics[name]} at step {self.step + 1}",
+                    status="diverged",
+                    kind="diverged",
+                    field="learning_rate",
+                    value=self.training.learning_rate,
+                    fix="lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
+                )
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Copy everything that decides the future; a side thread writes it while training goes on.
+
+        What cannot be written whole leaves nothing, and stops training at the next step.
+        """
+        self.writer.wait()
+        step, draft = self.step, self.folder / f".draft-{self.step}"
+        with self.or_nothing(draft):
+            self.write_own_part(draft)
+            if self.accelerator.is_main_process:
+                parts = {
+                    "model": checkpoint.snapshot(checkpoint.model_state(self.raw, self.adamw)),
+                    "loop": checkpoint.snapshot({"step": step, "compute": self.compute, "last": self.last}),
+                }
+                self.writer.start(lambda: self.seal(draft, step, parts))
+        self.saved_at = time.monotonic()
+
+    def write_own_part(self, draft: Path) -> None:
+        """Every rank's own part: small, and there before the first rank seals the whole."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        own = {"method": self.method.state_dict(), "rng": checkpoint.rng_state()}
+        checkpoint.write(draft, f"rank-{self.accelerator.process_index}", checkpoint.snapshot(own))
+        self.accelerator.wait_for_everyone()
+
+    def seal(self, draft: Path, step: int, parts: dict[str, checkpoint.Snapshot]) -> None:
+        """Write the parts that the ranks share, and make the draft a checkpoint. Runs in the side thread."""
+        with self.or_nothing(draft):
+            for name, taken in parts.items():
+                checkpoint.write(draft, name, taken)
+            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.run.key, step=step)
+
+    @contextlib.contextmanager
+    def or_nothing(self, draft: Path) -> Iterator[None]:
+        """Remove a draft that cannot be finished: it takes room that the next try needs."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies, if there is one."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".draft-*"):
+                shutil.rmtree(leftover)
+            checkpoint.newest(self.folder, self.run.key)  # moves bad ones aside, before the other ranks look
+        self.accelerator.wait_for_everyone()
+        found = checkpoint.newest(self.folder, self.run.key)
+        if found is None:
+            return
+        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
+        own = checkpoint.read_state(found, f"rank-{self.accelerator.process_index}")
+        self.method.load_state_dict(own["method"])
+        checkpoint.load_rng_state(own["rng"])
+        state = checkpoint.read_state(found, "loop")
+        self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due by steps or by minutes."""
+        if self.training.checkpoint_steps and self.step % self.training.checkpoint_steps == 0:
+            return True
+        return time.monotonic() - self.saved_at > 60 * self.training.checkpoint_minutes
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """True where any rank says so: ranks must stop and save together."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        reduced = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))
+        assert isinstance(reduced, Tensor)
+        return [bool(v) for v in reduced]
+
+    # --- the run ---
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Count compute, log the step, show progress."""
+        for name in [n for n in metrics if n.startswith("compute/")]:
+            self.compute[name] = self.compute.get(name, 0.0) + metrics.pop(name)
+        self.last = metrics
+        if self.step % self.training.log_every == 0 or self.ended:
+            self.run.metrics(metrics, step=self.step)
+        done, end, unit = self.progress
+        self.run.progress(done, end, f"{unit}  loss {metrics['train/loss']:.4f}")
+
+    def __call__(self) -> dict[str, float]:
+        self.resume()
+        with _catch_sigterm() as stopped, self.writer:
+            batches = self.method.batches(self.step)
+            while not self.ended:
+                began = time.monotonic()
+                metrics = self.one_step(next(batches))
+                self.step += 1
+                self.compute["compute/seconds"] += time.monotonic() - began
+                self.note(metrics)
+                stop, due = self.agree(bool(stopped), self.due())
+                if stop or due or self.ended:
+                    self.save()
+                self.writer.check()
+                if stop and not self.ended:
+                    self.writer.wait()
+                    done, end, unit = self.progress
+                    message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
+                    raise StageError(message, status="preempted", kind="preempted", fix="run again to go on")
+        return {**self.last, **self.compute}
+
+
+def train(method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int) -> dict[str, float]:
+    """Train `method.model` in place for `total_steps` optimizer steps, or until `training.train_tokens` are seen.
+
+    Returns the last step's metrics and the cost.
+    Resumes from `run.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not finite,
+    and `preempted` after a SIGTERM, once the step in progress is done and saved.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loop = Loop(method, training, total_steps, run, seed)
+    metrics = loop()
+    method.model = loop.raw
+    return metrics

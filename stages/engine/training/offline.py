@@ -1,0 +1,185 @@
+"""What the methods that learn from fixed rows share: their batches, a no-grad pass, and the cached reference.
+
+Suffixes: N answer tokens, A answers of a batch, in the order of its rows and their answers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from schemas.methods import MethodConfig
+from schemas.training import Training, steps_for
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import Example, Row, encode, fitting, longest, read, read_if_there
+from stages.engine.data.order import step_rows
+from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
+from stages.engine.distributed import processes, rank, share, world
+from stages.engine.models.layouts import choose_layout
+from stages.engine.models.loading import load_policy
+from stages.engine.models.policy import Policy, Scorer, context_length, sums
+from stages.engine.models.saving import save_policy
+from stages.engine.scoring.reference_cache import ReferenceCache
+from stages.engine.training.method import Metrics, Totals
+from stages.tracking import StageRun
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Rows of one forward pass, by their numbers among the method's examples, and their tokens."""
+
+    rows: list[int]
+    batch: Batch
+
+
+class OfflineMethod(ABC):
+    """A method on fixed examples: a subclass adds `loss`, and `prepare` where rows are not its denominator.
+
+    It has no state: which rows a step sees is a function of (seed, step).
+    """
+
+    def __init__(
+        self,
+        model: Policy | Scorer,
+        codec: Codec,
+        examples: Sequence[Example],
+        training: Training,
+        run: StageRun,
+        seed: int,
+    ) -> None:
+        self.model: nn.Module = model
+        self.codec, self.training, self.run, self.seed = codec, training, run, seed
+        self.limit = min(training.max_length, context_length(model.plain) or training.max_length)
+        self.examples = fitting(examples, self.limit)
+        run.metrics({"data/rows": len(self.examples), "data/too_long": len(examples) - len(self.examples)})
+        data = run.request.inputs["data"]
+        run.dataset("data", data.uri, data.sha256, len(self.examples))
+        self.trees = [example.tree for example in self.examples]
+        self.layout: Layout = choose_layout(model, training.layout, self.trees[:8], codec.pad_id)
+        run.tag("layout", self.layout)
+        self.total_steps = steps_for(len(self.trees), training)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def scalar(self, value: float) -> Tensor:
+        """A number where the model is, for totals and metrics."""
+        return torch.tensor(float(value), device=self.device)
+
+    def size(self, row: int) -> int:
+        """Tokens of one row in a forward pass, for the micro-batches' budget."""
+        return tree_tokens(self.trees[row], self.layout)
+
+    def collate(self, trees: Sequence[Tree]) -> Batch:
+        """Token tensors of some trees, where the model is."""
+        return collate(trees, self.layout, self.codec.pad_id).to(self.device)
+
+    def batches(self, start: int) -> Iterator[list[Micro]]:
+        """This rank's micro-batches of every step from `start` on; rows of like length lie together."""
+        for step in range(start, self.total_steps):
+            rows = share(step_rows(len(self.trees), step, self.training.batch_size, self.seed), rank(), world())
+            rows.sort(key=self.size)
+            groups = cut([self.size(row) for row in rows], self.training.tokens_per_micro_batch)
+            yield [self.micro([rows[i] for i in group]) for group in groups]
+
+    def micro(self, rows: list[int]) -> Micro:
+        """The micro-batch of some rows."""
+        return Micro(rows, self.collate([self.trees[row] for row in rows]))
+
+    def prepare(self, micros: list[Micro]) -> Totals:
+        """How many rows this rank has in the step."""
+        return {"rows": self.scalar(sum(len(micro.rows) for micro in micros))}
+
+    @abstractmethod
+    def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]: ...
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"an offline method has no state, but was given {sorted(state)}")
+
+    @torch.no_grad()
+    def per_answer(self, values: Callable[[Batch], Tensor], trees: Sequence[Tree]) -> list[list[float]]:
+        """`values` (A numbers of a batch) over many trees: a list per tree, a number per answer."""
+        self.model.eval()
+        found: list[list[float]] = []
+        sizes = [tree_tokens(tree, self.layout) for tree in trees]
+        for group in cut(sizes, self.training.tokens_per_micro_batch):
+            chosen = [trees[i] for i in group]
+            numbers = iter(values(self.collate(chosen)).tolist())
+            found += [[next(numbers) for _ in tree.answers] for tree in chosen]
+        self.model.train()
+        return found
+
+
+class PolicyMethod(OfflineMethod):
+    """An offline method that trains a policy on the log-probs of given answers."""
+
+    kind: ClassVar[str]
+    """Which rows of the data it learns from."""
+
+    def __init__(self, config: Training, run: StageRun, seed: int) -> None:
+        rows = read(run.input("data"), "train", self.kind)
+        codec = Codec.load(run.input("model"))
+        self.policy = load_policy(run.input("model"), config, seed=seed)
+        super().__init__(self.policy, codec, encode(rows, self.answers, codec), config, run, seed)
+
+    @staticmethod
+    @abstractmethod
+    def answers(row: Row) -> list[str]:
+        """The answers of a row that the method learns from."""
+
+    def logps(self, batch: Batch) -> Tensor:
+        """log pi(y|x) of the batch's answers, A."""
+        return sums(self.model(batch).logps_N, batch.answer_N, batch.answers)
+
+    def held_out(self) -> list[Tree]:
+        """The held-out rows of the method's kind that are short enough; none where the data holds none."""
+        examples = encode(read_if_there(self.run.input("data"), "eval", self.kind), self.answers, self.codec)
+        return [example.tree for example in examples if longest(example.tree) <= self.limit]
+
+    def finish(self) -> dict[str, float]:
+        """Metrics of the trained policy, without a step. Called once, after the loop, on the first rank."""
+        return {}
+
+
+class OfflineAlignment(PolicyMethod):
+    """A policy that learns from fixed answers and is held to its own start: the reference."""
+
+    def __init__(self, config: MethodConfig, run: StageRun, seed: int) -> None:
+        super().__init__(config, run, seed)
+        self.reference = self.reference_logps(self.trees)
+
+    def reference_logps(self, trees: Sequence[Tree]) -> list[list[float]]:
+        """log pi_ref(y|x), a list per tree, a number per answer; cached.
+
+        Called before training only: without adapters to switch off, the policy itself is the reference then.
+        """
+
+        def progress(done: int, total: int) -> None:
+            self.run.progress(done, total, "answers read by the reference")
+
+        cache = ReferenceCache(self.run.request.inputs["model"].sha256, self.training.precision)
+        budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
+        with self.policy.reference() if self.training.lora else nullcontext():
+            if world() > 1:  # each rank computes its share; then all is there to be read
+                cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id, progress)
+                processes().wait_for_everyone()
+            return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
+
+
+def publish_policy(policy: Policy, codec: Codec, run: StageRun) -> None:
+    """Save the trained policy and publish it as the stage's `model`. For the first rank alone."""
+    folder = run.work / "model"
+    save_policy(policy, codec, folder, base=run.request.inputs["model"].sha256)
+    run.publish("model", folder, model=True)

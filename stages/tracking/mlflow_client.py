@@ -1,0 +1,186 @@
+"""MLflow's client: found, made ready, and asked again while it is away."""
+
+import contextlib
+import logging
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from schemas.stage import Request
+from stages.runtime.workspace import home, lock
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("alignflow")
+
+# MLflow reads these when it is imported: no telemetry, no progress bars, no git, short waits on a server that is away.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+RETRY_SECONDS = 90.0
+
+# What the errors say of a locked database, and of a server that is away or busy.
+PASSING = (
+    r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
+    r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
+)
+
+T = TypeVar("T")
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file under `home()`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+@cache
+def value_classes() -> Any:
+    """MLflow's value classes. Imported late: MLflow takes over a second, and much of tracking needs none of it."""
+    import mlflow.entities
+
+    return mlflow.entities
+
+
+@cache
+def _client_for(uri: str) -> "MlflowClient":
+    """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no wish of the user's: a pickle runs code
+    from mlflow.exceptions import MlflowException  # late for the same reason as above
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    with lock(database.with_suffix(".lock")):
+        if not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer don't lock each other out
+        client = MlflowClient(uri)
+        try:
+            client.search_experiments(max_results=1)
+        except MlflowException as error:
+            if "out-of-date" not in str(error):
+                raise
+            log.info("migrating %s to this version of MLflow", database)
+            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
+        return MlflowClient(uri)
+
+
+def client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`."""
+    return _client_for(tracking_uri())
+
+
+def setup() -> None:
+    """Make the database, or bring it up to date."""
+    client()
+
+
+@contextlib.contextmanager
+def as_default() -> Iterator[None]:
+    """Make `tracking_uri()` MLflow's default while this holds: its registry over a database looks models up there."""
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)
+    os.environ[name] = tracking_uri()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def passing(error: Exception) -> bool:
+    """Whether trying again can help: a locked database, a server that is away."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return re.search(PASSING, str(error), re.IGNORECASE) is not None
+
+
+def without_passwords(text: str) -> str:
+    """The text with its addresses as they may be shown: what stands before `@` is nobody else's business."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def first_line(error: Exception) -> str:
+    return without_passwords((str(error).splitlines() or [type(error).__name__])[0])[:200]
+
+
+@dataclass
+class _Clock:
+    """Seconds that this process has waited for MLflow; those of the side thread are nobody's wait."""
+
+    waited: float = 0.0
+
+
+clock = _Clock()
+
+
+def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
+    """The call's answer, tried again for so many seconds while its error is a passing one."""
+    began = time.monotonic()
+    try:
+        return _retrying(call, began + seconds)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            clock.waited += time.monotonic() - began
+
+
+def _retrying(call: Callable[[], T], end: float) -> T:
+    pause = 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not passing(error) or time.monotonic() + pause > end:
+                raise
+            log.warning("MLflow: %s; trying again", first_line(error))
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def experiment_name(request: Request) -> str:
+    """The MLflow experiment of a request: its own, else ALIGNFLOW_EXPERIMENT, else `alignflow`."""
+    return request.experiment or os.environ.get("ALIGNFLOW_EXPERIMENT") or "alignflow"
+
+
+def experiment(name: str) -> str:
+    """Id of the experiment, made when it does not exist."""
+    found = retrying(lambda: client().get_experiment_by_name(name))
+    if found is not None:
+        return found.experiment_id
+    # With a server, the server says where artifacts lie; alone, they lie beside the database.
+    location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
+    try:
+        return retrying(lambda: client().create_experiment(name, artifact_location=location))
+    except Exception:
+        found = client().get_experiment_by_name(name)  # another process was quicker
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+def behind_server(name: str) -> bool:
+    """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
+    found = retrying(lambda: client().get_experiment_by_name(name))
+    return found is not None and str(found.artifact_location).startswith("mlflow-artifacts:")

@@ -1,0 +1,255 @@
+"""Files and folders kept in MLflow: stored, brought, and their digests verified."""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from schemas.errors import StageError
+from schemas.stage import Artifact, Request
+from stages.runtime.workspace import home, lock
+from stages.tracking.mlflow_client import client, experiment, experiment_name, passing, retrying, tracking_uri
+from stages.tracking.names import TAG_LENGTH, shortened
+
+log = logging.getLogger("alignflow")
+
+# Tag of a finished run whose artifact was found to be gone or altered.
+BAD = "artifact.bad"
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's content, or of a folder's sorted relative paths and contents.
+
+    Raises:
+        StageError: there is no such file or folder.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise StageError(f"{path} does not exist.", kind="artifact", fix="give the path of a file or folder")
+    total = hashlib.sha256()
+    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{inner.relative_to(path).as_posix()}\0{digest(inner)}\n".encode())
+    return total.hexdigest()
+
+
+def location_of(uri: str) -> str:
+    """Where the files of an artifact really lie: a path, or the address in an artifact store."""
+    if uri.startswith("runs:/"):
+        run_id, _, inner = uri.removeprefix("runs:/").partition("/")
+        run = retrying(lambda: client().get_run(run_id))
+        return f"{run.info.artifact_uri}/{inner}".rstrip("/")
+    if uri.startswith("models:/m-"):
+        return retrying(lambda: client().get_logged_model(uri.removeprefix("models:/"))).artifact_location
+    return uri
+
+
+def local_path(location: str) -> Path | None:
+    """The path behind a location on this machine's disk, else None."""
+    parsed = urlparse(location)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return Path(location) if parsed.scheme == "" else None
+
+
+def _download(location: str, sha256: str) -> Path:
+    """A copy of a remote artifact, kept by its digest."""
+    folder = home() / "cache" / "artifacts" / sha256
+    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name says of what kind it is
+    with lock(folder.with_suffix(".lock")):
+        if target.exists() and digest(target) == sha256:
+            return target
+        shutil.rmtree(folder, ignore_errors=True)
+        from mlflow.artifacts import download_artifacts  # late: see value_classes
+
+        beside = folder.with_suffix(".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        got = retrying(
+            lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
+        )
+        folder.mkdir(parents=True)
+        Path(got).replace(target)
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def portable(request: Request) -> Request:
+    """The request with inputs that any host can fetch: what lies on this host's disk is stored in MLflow first.
+
+    The key stays the same: it goes by digests, not by uris.
+    """
+    inputs = {
+        name: artifact if artifact.uri.startswith(("runs:/", "models:/")) else _stored(artifact, request)
+        for name, artifact in request.inputs.items()
+    }
+    return request.model_copy(update={"inputs": inputs})
+
+
+def _stored(artifact: Artifact, request: Request) -> Artifact:
+    """A local file or folder as an artifact of a run of its own, tagged `stage` = source; stored once per digest."""
+    query = f"tags.stage = 'source' and tags.sha256 = '{artifact.sha256}' and attributes.status = 'FINISHED'"
+    name = experiment(experiment_name(request))
+    for run in retrying(lambda: client().search_runs([name], query)):
+        kept = Artifact(uri=f"runs:/{run.info.run_id}/{run.data.tags['artifact']}", sha256=artifact.sha256)
+        if intact(kept):
+            return kept
+    path = fetch(artifact)
+    tags = {"stage": "source", "sha256": artifact.sha256, "artifact": f"source/{path.name}"}
+    run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=f"source {path.name}")).info.run_id
+    store = client().log_artifacts if path.is_dir() else client().log_artifact
+    retrying(lambda: store(run_id, str(path), tags["artifact"] if path.is_dir() else "source"))
+    retrying(lambda: client().set_terminated(run_id))
+    return Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
+
+
+def fetch(artifact: Artifact) -> Path:
+    """Local folder of an artifact, its digest verified. The uri is `runs:/`, `models:/`, a path or a store's address.
+
+    Raises:
+        StageError: the artifact is gone or has been altered.
+    """
+    fix = "run the pipeline again: the stage that makes it notices and makes it anew"
+    try:
+        location = location_of(artifact.uri)
+        folder = local_path(location) or _download(location, artifact.sha256)
+    except StageError:
+        raise
+    except Exception as error:
+        if passing(error):
+            raise
+        message = f"the artifact is gone ({error})."
+        _mark_bad(artifact, message)
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix) from error
+    if not folder.exists():
+        raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, fix=fix)
+    found = digest(folder)
+    if found != artifact.sha256:
+        message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+        if local_path(location) is None:
+            _mark_bad(artifact, message)
+        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix)
+    return folder
+
+
+def locate(uri: str) -> Path:
+    """Local folder of what a person names: a path, `runs:/ID/model`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        StageError: there is no such folder, run or model.
+    """
+    path = Path(uri).expanduser()
+    if path.exists():
+        return path.absolute()
+    fix = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
+    try:
+        location = location_of(registered(uri))
+        folder = local_path(location) or _copied(location)
+    except StageError:
+        raise
+    except Exception as error:
+        if passing(error):
+            raise
+        message = f"MLflow has no such model ({error})."
+        raise StageError(message, kind="artifact", field="uri", value=uri, fix=fix) from error
+    if not folder.exists():
+        raise StageError("there is no such model.", kind="artifact", field="uri", value=uri, fix=fix)
+    return folder
+
+
+def registered(uri: str) -> str:
+    """The source behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` and `runs:/ID/model`; other uris as they are."""
+    if uri.startswith("runs:/"):
+        return _model_of_run(uri)
+    name = uri.removeprefix("models:/")
+    if not uri.startswith("models:/") or name.startswith("m-"):
+        return uri
+    if "@" in name:
+        found = retrying(lambda: client().get_model_version_by_alias(*name.rsplit("@", 1)))
+    else:
+        found = retrying(lambda: client().get_model_version(*name.rsplit("/", 1)))
+    return str(found.source)
+
+
+def _model_of_run(uri: str) -> str:
+    """`runs:/ID/model` as the LoggedModel that the run has made: its files don't lie among the run's own."""
+    run_id, _, inner = uri.removeprefix("runs:/").partition("/")
+    outputs = retrying(lambda: client().get_run(run_id)).outputs if inner == "model" else None
+    return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
+
+
+def _copied(location: str) -> Path:
+    """A copy of a remote folder whose digest is not known, kept by its address."""
+    target = home() / "cache" / "located" / hashlib.sha256(location.encode()).hexdigest()
+    from mlflow.artifacts import download_artifacts  # late: see value_classes
+
+    target.mkdir(parents=True, exist_ok=True)
+    return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(target))))
+
+
+def intact(artifact: Artifact) -> bool:
+    """Whether a published artifact is still what it was. Of one in a remote store only whether it is there: its digest
+    is verified when it is fetched, and `find` takes no run with the tag that a wrong one leaves.
+    """
+    try:
+        location = location_of(artifact.uri)
+        if local_path(location) is None:
+            return _is_there(location)
+        fetch(artifact)
+    except StageError as error:
+        log.info("%s", error)
+        return False
+    except Exception as error:
+        if passing(error):
+            raise
+        log.info("%s is gone: %s", artifact.uri, error)
+        return False
+    return True
+
+
+def _entries(location: str) -> list[Any]:
+    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    from mlflow.artifacts import list_artifacts  # late: see value_classes
+
+    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
+
+
+def _is_there(location: str) -> bool:
+    """Whether a remote file or folder exists."""
+    above, _, name = location.rstrip("/").rpartition("/")
+    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+
+
+def _sizes(location: str) -> dict[str, int]:
+    """The files of a remote folder: path in it -> bytes."""
+    found: dict[str, int] = {}
+    for entry in _entries(location):
+        name = entry.path.rpartition("/")[2]
+        if entry.is_dir:
+            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+        else:
+            found[name] = entry.file_size or 0  # of an empty file, None
+    return found
+
+
+def arrived(artifact: Artifact, folder: Path) -> bool:
+    """Whether all of a folder has been stored: by digest here, by names and sizes in a remote store."""
+    location = location_of(artifact.uri)
+    if local_path(location) is not None:
+        return intact(artifact)
+    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+
+
+def _mark_bad(artifact: Artifact, message: str) -> None:
+    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    if artifact.uri.startswith("models:/m-"):
+        run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
+    elif artifact.uri.startswith("runs:/"):
+        run_id = artifact.uri.removeprefix("runs:/").partition("/")[0]
+    else:
+        return
+    retrying(lambda: client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH)))

@@ -1,0 +1,312 @@
+"""Reads rows, one after the other, from files, Hugging Face datasets, the demo, or the stage before. Judges no content.
+
+A line that is no row is handed on as broken, with its reason; a file that cannot be read at all ends the stage.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import polars as pl
+
+from schemas.config import ValidateParams
+from schemas.errors import StageError
+
+Row = dict[str, Any]
+_FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
+_CHUNK = 10_000
+
+
+class Record(NamedTuple):
+    """One row as it was read."""
+
+    row: Row | None
+    """None when it is broken."""
+    raw: bytes
+    """What the content digest takes in: the line, or the row as JSON."""
+    reason: str = ""
+    """Why it is broken."""
+    line: int | None = None
+    """Line in the file, from 1."""
+
+
+def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
+    """The rows that `params.path` names, up to `params.limit`. Raises StageError when the source cannot be read.
+
+    `rows`: folder of stage `generate`, for `input:rows`. `seed` is the demo's.
+    """
+    return itertools.islice(_open(params, rows, seed), params.limit)
+
+
+def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Record]:
+    scheme, _, rest = params.path.partition(":")
+    if scheme == "demo":
+        return _from_demo(rest, seed)
+    if scheme == "hub":
+        return _from_hub(params, rest)
+    if params.path == "input:rows":
+        if rows is None:
+            raise StageError(
+                "the stage has no input `rows` to read",
+                kind="missing_input",
+                field="path",
+                value=params.path,
+                fix="use input:rows after stage `generate` only; elsewhere name a file",
+            )
+        return _from_file(rows / "rows.jsonl")
+    return _from_file(Path(params.path).expanduser())
+
+
+def _from_file(file: Path) -> Iterator[Record]:
+    _refuse_missing(file)
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".jsonl", ".ndjson"):
+        return _from_jsonl(file)
+    if kind == ".json":
+        return _from_json(file)
+    if kind == ".csv":
+        return _from_csv(file)
+    if kind in (".parquet", ".pq"):
+        return _from_parquet(file)
+    raise StageError(
+        f"the format {kind or 'of a file without suffix'} is not known",
+        kind="unknown_format",
+        field="path",
+        value=file,
+        fix=f"give a file that ends in {_FORMATS}",
+    )
+
+
+def _refuse_missing(file: Path) -> None:
+    if file.is_file():
+        return
+    if file.is_dir():
+        raise StageError(
+            "this is a folder, not a file",
+            kind="not_a_file",
+            field="path",
+            value=file,
+            fix=f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
+        )
+    beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(file.name, beside, n=1)
+    raise StageError(
+        "there is no such file" if file.parent.is_dir() else f"there is no folder {file.parent}",
+        kind="missing_file",
+        field="path",
+        value=file,
+        fix=f"did you mean {file.parent / near[0]}?" if near else "check the path; it counts from where you started",
+    )
+
+
+@contextmanager
+def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked. Errors of reading, also those met later on, name the file."""
+    try:
+        with file.open("rb") as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            if packed:
+                with gzip.open(plain) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            elif file.suffix.lower() == ".gz" and file.stat().st_size:
+                raise gzip.BadGzipFile("it does not begin like one")
+            else:
+                yield plain
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise StageError(
+            f"the gzip file is broken or cut short: {error}",
+            kind="broken_file",
+            field="path",
+            value=file,
+            fix="fetch or pack it again; `gzip -t` tells whether it is whole",
+        ) from error
+    except OSError as error:
+        raise StageError(
+            f"the file cannot be read: {error}", kind="unreadable_file", field="path", value=file
+        ) from error
+
+
+def _from_jsonl(file: Path) -> Iterator[Record]:
+    with _bytes_of(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.strip(b" \t\r\n")
+            if line:
+                yield _parse_line(line, number)
+
+
+def _parse_line(line: bytes, number: int) -> Record:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Record(None, line, "not_unicode", number)
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        return Record(None, line, "malformed_json", number)
+    if not isinstance(row, dict):
+        return Record(None, line, "not_an_object", number)
+    return Record(row, line, "", number)
+
+
+def _from_json(file: Path) -> Iterator[Record]:
+    """One JSON array of rows; anything else is taken as JSON lines."""
+    with _bytes_of(file) as stream:
+        text = stream.read()
+    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _from_jsonl(file)
+        return
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"the file is no JSON: {error}", kind="broken_file", field="path", value=file) from error
+    for row in rows:
+        known = isinstance(row, dict)
+        yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
+
+
+def _from_csv(file: Path) -> Iterator[Record]:
+    """Cells stay text: what they mean is told by the kind of data. Bytes that are no UTF-8 become lone surrogates."""
+    csv.field_size_limit(sys.maxsize)
+    with _bytes_of(file) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            _refuse_repeated(header, file)
+            for cells in reader:
+                if cells:
+                    yield _csv_record(header, cells, reader.line_num)
+        except csv.Error as error:
+            raise StageError(
+                f"the CSV is malformed at line {reader.line_num}: {error}",
+                kind="broken_file",
+                field="path",
+                value=file,
+                fix='quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
+            ) from error
+
+
+def _refuse_repeated(header: list[str], file: Path) -> None:
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise StageError(
+            f"the CSV's header names {', '.join(repeated)} more than once",
+            kind="broken_file",
+            field="path",
+            value=file,
+            fix="give every column a name of its own",
+        )
+
+
+def _csv_record(header: list[str], cells: list[str], line: int) -> Record:
+    raw = _digestible(cells)
+    if len(cells) != len(header):
+        return Record(None, raw, "wrong_number_of_cells", line)
+    return Record(dict(zip(header, cells, strict=True)), raw, "", line)
+
+
+def _from_parquet(file: Path) -> Iterator[Record]:
+    try:
+        frame = pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise StageError(
+            f"the Parquet file cannot be read: {error}",
+            kind="broken_file",
+            field="path",
+            value=file,
+            fix="write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
+        ) from error
+    yield from _from_frame(frame)
+
+
+def _from_frame(frame: pl.DataFrame) -> Iterator[Record]:
+    for part in frame.iter_slices(_CHUNK):
+        for row in part.iter_rows(named=True):
+            yield Record(row, _digestible(row))
+
+
+def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
+    """Rows of a Hugging Face dataset: from the Hub, its local cache, or a folder; `datasets` finds out which."""
+    import datasets  # takes a second, and only this source needs it
+    from datasets.exceptions import DatasetsError
+
+    where = Path(name).expanduser()
+    try:
+        if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
+            table = datasets.load_from_disk(str(where))
+            table = table[params.split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            files = datasets.load_dataset_builder(name, params.subset, revision=params.revision).config.data_files
+            _refuse_strays(params, where, [str(file) for part in (files or {}).values() for file in part])
+            table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a script
+        raise StageError(
+            f"the dataset cannot be loaded: {error}",
+            kind="missing_dataset",
+            field="path",
+            value=params.path,
+            fix="check name, subset, split and revision; offline it has to be in the cache of `datasets`",
+        ) from error
+    _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
+    for part in table.with_format("arrow").iter(_CHUNK):
+        frame = pl.from_arrow(part)
+        assert isinstance(frame, pl.DataFrame)
+        yield from _from_frame(frame)
+
+
+def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> None:
+    """A data set's README may name any file of the disk as its own."""
+    inside = os.path.normpath(where.absolute()) if where.is_dir() else "hf://datasets"
+    stray = next(
+        (file for file in files if not os.path.normpath(file).startswith(os.path.normpath(inside) + "/")), None
+    )
+    if stray is not None:
+        raise StageError(
+            f"the dataset's README takes rows from {stray}, which is no part of it",
+            kind="stray_file",
+            field="path",
+            value=params.path,
+            fix="put the file into the dataset's folder, and name it in its README from there",
+        )
+
+
+def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
+    """Offline, `datasets` takes the newest commit in its cache, whatever was asked for. Its folder bears its name."""
+    if params.revision is not None and is_commit(params.revision) and params.revision not in parts:
+        raise StageError(
+            "the cache of `datasets` holds the dataset at another commit only",
+            kind="other_revision",
+            field="revision",
+            value=params.revision,
+            fix="go online to fetch this commit, or name the one that is cached",
+        )
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit, which never moves, and not a branch or a tag."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def _from_demo(kind: str, seed: int) -> Iterator[Record]:
+    from stages.engine import demo  # brings the tokenizer library with it
+
+    for row in demo.rows(kind, seed):
+        yield Record(dict(row), _digestible(row))
+
+
+def _digestible(value: object) -> bytes:
+    """JSON with sorted keys; ASCII, so that lone surrogates pass."""
+    return json.dumps(value, sort_keys=True, default=str).encode()

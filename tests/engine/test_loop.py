@@ -1,0 +1,185 @@
+"""The loop: the same result however a step is cut, exact resume, and a stop at what is not finite."""
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from schemas.errors import StageError
+from schemas.stage import Request
+from schemas.training import Training, steps_for
+from stages.engine.data import order
+from stages.engine.training import checkpoint, loop
+from stages.engine.training.method import Metrics, Totals
+
+ROWS = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+
+
+class Run:
+    """What the loop needs of a StageRun, kept in memory."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.key = work, "k"
+        self.request = Request(stage="sft", version=1, params={})
+        self.logged: dict[tuple[str, int | None], float] = {}
+
+    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        self.logged |= {(name, step): value for name, value in values.items()}
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        pass
+
+
+class Regression:
+    """Least squares on ROWS with dropout: a small method whose result depends on order and randomness."""
+
+    def __init__(self, micro: int = 4, poison: int | None = None, kill: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2 if micro == 4 else 0.0), nn.Linear(8, 1))
+        self.micro, self.poison, self.kill = micro, poison, kill
+        self.ema = torch.zeros(1)
+
+    def batches(self, start: int) -> Iterator[list[Tensor]]:
+        for step in range(start, 1000):
+            if step == self.kill:
+                os.kill(os.getpid(), signal.SIGTERM)
+            rows = ROWS[list(order.step_rows(len(ROWS), step, 8, seed=3))]
+            yield list((rows * (math.nan if step == self.poison else 1.0)).split(self.micro))
+
+    def prepare(self, micros: list[Tensor]) -> Totals:
+        return {"rows": torch.tensor(float(sum(len(m) for m in micros)))}
+
+    def loss(self, micro: Tensor, totals: Totals) -> tuple[Tensor, Metrics]:
+        error = self.model(micro).squeeze(-1) - micro.sum(-1) + self.ema
+        return error.square().sum() / totals["rows"], {"compute/rows": torch.tensor(float(len(micro)))}
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.ema = 0.9 * self.ema + 0.1 * metrics["train/loss"]
+        return {"train/ema": self.ema.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ema": self.ema}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ema = state["ema"]
+
+
+TRAINING = Training(batch_size=8, learning_rate=1e-2, checkpoint_steps=2)
+
+
+def weights(method: Regression) -> list[Tensor]:
+    return [p.detach().clone() for p in method.model.parameters()]
+
+
+def test_step_rows_walk_through_every_epoch_whole() -> None:
+    line = [row for step in range(6) for row in order.step_rows(12, step, 8, seed=0)]
+    for epoch in range(4):
+        assert sorted(line[12 * epoch : 12 * epoch + 12]) == list(range(12))
+    assert line[:12] != line[12:24]
+    assert list(order.step_rows(3, 0, 8, seed=0)) == [r for e in range(3) for r in order.order(3, 0, e)][:8]
+
+
+def test_learning_rate_schedules_by_hand() -> None:
+    linear = Training(learning_rate=1.0, schedule="linear", warmup=0.2)
+    # 10 steps, 2 of warm-up: 1/3, 2/3, then 1 - done/8.
+    rates = [loop.learning_rate(linear, s, 10) for s in range(10)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    cosine = Training(learning_rate=1.0, schedule="cosine", warmup=0.0)
+    assert loop.learning_rate(cosine, 5, 10) == pytest.approx(0.5)
+    constant = Training(learning_rate=1.0, schedule="constant", warmup=0.0)
+    assert loop.learning_rate(constant, 9, 10) == 1.0
+
+
+def test_steps_for() -> None:
+    assert steps_for(100, Training(epochs=1.5, batch_size=32)) == math.ceil(150 / 32)
+    assert steps_for(100, Training(epochs=3, batch_size=32, max_steps=4)) == 4
+    with pytest.raises(StageError, match="epochs"):
+        steps_for(100, Training(epochs=None))
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    results = []
+    for micro in (8, 2, 1):
+        method = Regression(micro)
+        loop.train(method, TRAINING, total_steps=3, run=Run(tmp_path / str(micro)), seed=0)  # type: ignore[arg-type]
+        results.append(weights(method))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, whole_run = Regression(), Run(tmp_path / "whole")
+    cost = loop.train(whole, TRAINING, total_steps=7, run=whole_run, seed=5)  # type: ignore[arg-type]
+
+    run = Run(tmp_path / "cut")
+    with pytest.raises(StageError) as stopped:
+        loop.train(Regression(kill=3), TRAINING, total_steps=7, run=run, seed=5)  # type: ignore[arg-type]
+    assert stopped.value.status == "preempted"
+    resumed = Regression()
+    again = loop.train(resumed, TRAINING, total_steps=7, run=run, seed=5)  # type: ignore[arg-type]
+
+    for a, b in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(a, b)
+    assert run.logged == whole_run.logged
+    assert again["compute/rows"] == cost["compute/rows"] == 7 * 8
+
+
+def test_a_run_that_had_ended_is_not_trained_again(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    first = loop.train(Regression(), TRAINING, total_steps=2, run=run, seed=0)  # type: ignore[arg-type]
+    run.logged.clear()
+    assert loop.train(Regression(), TRAINING, total_steps=2, run=run, seed=0) == first  # type: ignore[arg-type]
+    assert not run.logged
+
+
+def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(StageError, match="train/loss is nan at step 4") as stopped:
+        loop.train(Regression(poison=3), TRAINING, total_steps=7, run=run, seed=0)  # type: ignore[arg-type]
+    assert stopped.value.status == "diverged"
+    assert math.isnan(run.logged["train/loss", 4])  # the fourth step, counted from 1
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write of step 2 lasts until step 4 is done; what it wrote is the state after step 2, bit for bit."""
+    plain = Regression()
+    loop.train(plain, TRAINING, total_steps=2, run=Run(tmp_path / "plain"), seed=5)  # type: ignore[arg-type]
+    run, inner, went_on = Run(tmp_path / "run"), checkpoint.seal, threading.Event()
+    progress = run.progress
+
+    def seal(draft: Path, target: Path, **named: Any) -> None:
+        assert went_on.wait(60)
+        inner(draft, target, **named)
+
+    def note(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        if done == 3:
+            went_on.set()
+
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    monkeypatch.setattr(run, "progress", note)
+    loop.train(Regression(), TRAINING, total_steps=4, run=run, seed=5)  # type: ignore[arg-type]
+    state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-2", "model")
+    assert [torch.equal(a, b) for a, b in zip(state["model"].values(), weights(plain), strict=True)] == [True] * 4
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints", run.key) == tmp_path / "run" / "checkpoints" / "step-4"
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seal(draft: Path, target: Path, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "seal", seal)
+    run = Run(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(Regression(), TRAINING, total_steps=1000, run=run, seed=0)  # type: ignore[arg-type]
+    assert ("train/loss", 1000) not in run.logged
+    assert not list((tmp_path / "checkpoints").iterdir())

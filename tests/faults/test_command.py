@@ -1,0 +1,64 @@
+"""The whole command, stopped or killed while it trains: its exit code, and that nothing of it lives on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import EXIT_CODES
+
+
+def living(home: Path) -> list[int]:
+    """Processes, other than this one, that work in a home: the command and all that it has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"ALIGNFLOW_HOME={home}".encode() in environment:  # of a dead one that is not yet reaped it is empty
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        (signal.SIGINT, EXIT_CODES["preempted"]),
+        (signal.SIGTERM, EXIT_CODES["preempted"]),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_nothing_outlives_the_command(how: signal.Signals, code: int, home: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "run", "demo", "--set", "sft.epochs=100"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def trains() -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return any('"train/loss"' in journal.read_text() for journal in home.glob("work/*/metrics-*.jsonl"))
+
+    try:
+        wait_for(trains, 240)
+        assert len(living(home)) >= 3  # the command, its Prefect server, the stage
+        process.send_signal(how)
+        assert process.wait(60) == code
+        wait_for(lambda: not living(home), 5)
+    finally:
+        for pid in living(home):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()

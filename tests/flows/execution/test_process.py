@@ -1,0 +1,277 @@
+"""Stages as processes: results, deaths, reuse, two at once, and what is left running (nothing)."""
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.execution import process as execution_process
+from flows.planning import requests
+from schemas.errors import EXIT_CODES, StageError, Status
+from schemas.stage import STAGES, Artifact, Placement, Request, Result
+from stages import __main__ as entry
+from stages import tracking
+from tests.conftest import ROOT
+
+FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
+
+
+@pytest.fixture
+def fake(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home, and the stage `fake` (fake_stages.py) beside the real ones, through the real entry point."""
+    monkeypatch.setattr(execution_process, "COMMAND", FAKE)
+    monkeypatch.setitem(STAGES, "fake", 1)
+    return home
+
+
+def fake_request(**params: object) -> Request:
+    return Request(stage="fake", version=1, params=dict(params), name="count", experiment="tests")  # type: ignore[arg-type]
+
+
+def losses(run_id: str | None) -> list[tuple[int, float]]:
+    assert run_id is not None
+    return [(m.step, m.value) for m in tracking.client().get_metric_history(run_id, "train/loss")]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that is dead and not yet reaped does not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_a_stage_runs_and_is_reused(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    result = execution_process.run_stage(fake_request(steps=3))
+    assert result.status == "done" and not result.reused
+    assert result.metrics == {"eval/loss": 0.5, "resumed/at": 0.0}
+    assert losses(result.run_id) == [(0, 1.0), (1, 0.5), (2, 1.0 / 3.0)]
+    assert (tracking.fetch(result.outputs["folder"]) / "inner" / "text.txt").read_text() == "{'steps': 3}"
+    assert "count  3/3 steps" in caplog.text
+    assert not (tracking.work_folder(result.key) / "checkpoints").exists()
+    again = execution_process.run_stage(fake_request(steps=3))
+    assert again == result.model_copy(update={"reused": True})
+    assert f"count: reused, from run {result.run_id}" in caplog.text
+    assert len(list((tracking.work_folder(result.key) / "asks").iterdir())) == 1  # no second process
+
+
+def test_an_altered_artifact_is_made_anew(fake: Path) -> None:
+    first = execution_process.run_stage(fake_request(model=True))
+    (tracking.fetch(first.outputs["folder"]) / "inner" / "text.txt").write_text("altered")
+    second = execution_process.run_stage(fake_request(model=True))
+    assert not second.reused and second.run_id != first.run_id
+    assert second.outputs["folder"].sha256 == first.outputs["folder"].sha256
+    assert execution_process.run_stage(fake_request(model=True)).run_id == second.run_id
+
+
+def test_killed_and_started_again(fake: Path) -> None:
+    asked = fake_request(steps=6, die_at=4, sleep=0.05)
+    killed = execution_process.run_stage(asked)
+    assert killed.status == "failed" and killed.error is not None
+    assert "was killed by SIGKILL" in killed.error.message
+    (left,) = tracking.client().search_runs([tracking.experiment("tests")])
+    assert left.info.status == "RUNNING"
+    result = execution_process.run_stage(asked)
+    assert result.status == "done" and result.metrics["resumed/at"] == 3.0
+    assert result.run_id == left.info.run_id
+    assert losses(result.run_id) == [(step, 1.0 / (step + 1)) for step in range(6)]
+    assert tracking.client().get_run(left.info.run_id).info.status == "FINISHED"
+
+
+def test_a_stage_that_refuses(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = execution_process.run_stage(fake_request(end="refuse"))
+    assert result.status == "refused" and str(result.error) == "path = x.jsonl: the rows are bad. Fix: fix them"
+    assert "refused: path = x.jsonl: the rows are bad." in caplog.text
+    assert result.run_id is not None
+    run = tracking.client().get_run(result.run_id)
+    assert run.info.status == "FAILED" and run.data.tags["problem"] == str(result.error)
+
+
+def test_a_bug_leaves_its_traceback(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = execution_process.run_stage(fake_request(end="bug"))
+    assert result.status == "failed" and result.error is not None
+    assert result.error.kind == "RuntimeError" and result.error.message == "this is a bug"
+    assert "Traceback" in caplog.text and "fake_stages.py" in caplog.text
+    assert result.run_id is not None
+    trace = tracking.client().download_artifacts(result.run_id, "traceback.txt")
+    assert "RuntimeError: this is a bug" in Path(trace).read_text()
+
+
+def test_same_key_twice_at_once(fake: Path) -> None:
+    asked = fake_request(steps=10, sleep=0.1)
+    results: list[Result] = []
+    threads = [threading.Thread(target=lambda: results.append(execution_process.run_stage(asked))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.status for result in results] == ["done", "done"]
+    assert sorted(result.reused for result in results) == [False, True]
+    assert results[0].outputs == results[1].outputs and results[0].run_id == results[1].run_id
+    assert len(tracking.client().search_runs([tracking.experiment("tests")])) == 1
+
+
+def test_an_input_that_is_gone(fake: Path, tmp_path: Path) -> None:
+    asked = fake_request().model_copy(update={"inputs": {"data": Artifact(uri=str(tmp_path / "gone"), sha256="0")}})
+    result = execution_process.run_stage(asked)
+    assert result.status == "refused" and "the artifact is gone" in str(result.error)
+
+
+@pytest.mark.parametrize(("end", "status"), [(None, "done"), ("refuse", "refused"), ("bug", "failed")])
+def test_exit_codes(fake: Path, tmp_path: Path, end: str | None, status: Status) -> None:
+    process = start(tmp_path / "ask", fake_request(end=end))
+    assert process.wait(120) == EXIT_CODES[status]
+    assert Result.model_validate_json((tmp_path / "ask" / "result.json").read_text()).status == status
+
+
+def start(path: Path, asked: Request) -> "subprocess.Popen[bytes]":
+    path.mkdir()
+    (path / "request.json").write_text(asked.model_dump_json())
+    environment = execution_process.environment(asked)
+    return subprocess.Popen([*FAKE, "fake", str(path / "request.json")], env=environment, stderr=subprocess.DEVNULL)
+
+
+def test_sigterm_is_a_preemption(fake: Path, tmp_path: Path) -> None:
+    asked = fake_request(steps=200, sleep=0.05)
+    count = tracking.work_folder(asked.key()) / "checkpoints" / "count"
+    process = start(tmp_path / "ask", asked)
+    wait_for(count.exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == EXIT_CODES["preempted"]
+    result = Result.model_validate_json((tmp_path / "ask" / "result.json").read_text())
+    assert result.status == "preempted" and result.run_id is not None
+    assert tracking.client().get_run(result.run_id).info.status == "KILLED"
+
+
+def test_a_stopped_flow_leaves_nothing_running(fake: Path) -> None:
+    asked = fake_request(steps=1000, sleep=0.05)
+    count = tracking.work_folder(asked.key()) / "checkpoints" / "count"
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(execution_process.run_stage(asked)))
+    thread.start()
+    wait_for(count.exists)
+    (process,) = execution_process._processes
+    execution_process.stop_all()
+    thread.join(10)
+    assert not alive(process.pid) and not execution_process._processes
+    assert results[0].status == "preempted"
+
+
+def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
+    asked = fake_request(steps=1000, sleep=0.05)
+    path = tmp_path / "request.json"
+    path.write_text(asked.model_dump_json())
+    code = (
+        "import subprocess, sys; process = subprocess.Popen(sys.argv[1:]); print(process.pid, flush=True); "
+        "process.wait()"
+    )
+    environment = {
+        name: value for name, value in execution_process.environment(asked).items() if name != "ALIGNFLOW_PARENT"
+    }
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, *FAKE, "fake", str(path)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    with parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        wait_for((tracking.work_folder(asked.key()) / "checkpoints" / "count").exists)
+        parent.kill()
+    wait_for(lambda: not alive(pid), seconds=5)
+
+
+def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(entry.MODULES, "fake", "fake_stages")
+    path = tmp_path / "request.json"
+    for text, words in (
+        ("{", "cannot be read"),
+        (fake_request().model_copy(update={"version": 9}).model_dump_json(), "version = 9"),
+        (fake_request().model_copy(update={"stage": "sft"}).model_dump_json(), "stage = sft"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StageError, match=words):
+            entry.read_request("fake", path)
+
+
+def test_two_ranks_do_and_reuse_together(fake: Path, tmp_path: Path) -> None:
+    asked = fake_request(steps=2)
+    path = tmp_path / "request.json"
+    path.write_text(asked.model_dump_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for reused in (False, True):
+        command = [*torchrun, FAKE[1], "fake", str(path)]
+        done = subprocess.run(
+            command, env=execution_process.environment(asked), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert Result.model_validate_json((tmp_path / "result.json").read_text()).reused is reused
+    (run,) = tracking.client().search_runs([tracking.experiment("tests")])
+    assert losses(run.info.run_id) == [(0, 1.0), (1, 0.5)]
+
+
+def test_more_devices_mean_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(entry.os, "execv", lambda program, arguments: started.append(arguments))
+    placed = fake_request().model_copy(update={"placement": Placement(devices=2)})
+    entry.become_torchrun(placed, ["sft", "request.json"])
+    assert started[0][-5:] == ["--nproc-per-node=2", "-m", "stages", "sft", "request.json"]
+
+
+def test_threads_follow_the_placement(fake: Path) -> None:
+    placed = fake_request().model_copy(update={"placement": Placement(threads=3)})
+    assert execution_process.environment(placed)["OMP_NUM_THREADS"] == "3"
+    assert placed.key() == fake_request().key()
+
+
+def test_validate_imports_no_torch() -> None:
+    code = (
+        "import sys; import stages.__main__, stages.tracking; print({'torch', 'mlflow', 'prefect'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# --- What lies outside the request ------------------------------------------------------------------------------------
+
+
+def validate_request(path: str) -> Request:
+    return Request(stage="validate", version=1, params={"path": path, "kind": "sft"})
+
+
+def test_a_changed_file_is_another_key(tmp_path: Path) -> None:
+    one, copy = tmp_path / "one.jsonl", tmp_path / "copy.jsonl"
+    one.write_text("rows")
+    copy.write_text("rows")
+    key = requests.with_sources(validate_request(str(one)), "data.sft").key()
+    assert requests.with_sources(validate_request(str(copy)), "data.sft").key() == key
+    one.write_text("other rows")
+    assert requests.with_sources(validate_request(str(one)), "data.sft").key() != key
+    with pytest.raises(StageError, match=r"data\.sft\.path = .*no such file.*Fix: give its path"):
+        requests.with_sources(validate_request(str(tmp_path / "none")), "data.sft")
+
+
+def test_what_is_pinned_has_no_source() -> None:
+    for path in ("hub:someone/rows", "demo:sft", "input:rows"):
+        assert requests.with_sources(validate_request(path), "data.sft") == validate_request(path)
+    hub = Request(stage="base", version=1, params={"path": "someone/model", "revision": "0" * 40})
+    assert requests.with_sources(hub, "model") == hub
+
+
+def test_a_template_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages }}")
+    for value in (str(path), "{{ messages }}"):
+        asked = Request(stage="base", version=1, params={"scratch": {}, "chat_template": value})
+        assert requests.with_sources(asked, "model").params["chat_template"] == "{{ messages }}"

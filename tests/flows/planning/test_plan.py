@@ -1,0 +1,192 @@
+"""The plan: which stages a config leads to, fed by what; and what is missing, said before anything runs."""
+
+from typing import Any
+
+import pytest
+
+from flows.planning.plan import Node, plan
+from schemas.config import PipelineConfig
+from schemas.errors import StageError
+
+PAIRS = {"path": "pairs.jsonl", "kind": "preference", "gold_fraction": 0.4}
+DEMO = {"sft": {"path": "demo:sft", "kind": "sft"}, "prompt": {"path": "demo:prompt", "kind": "prompt"}}
+ALL = {"dpo": {}, "kto": {}, "ppo": {}}
+
+
+def nodes(**config: Any) -> dict[str, Node]:
+    config = {"name": "test", "model": {"path": "/model"}, "align": ALL, **config}
+    planned = plan(PipelineConfig.model_validate(config))
+    done: set[str] = set()
+    for node in planned:  # an order in which they can run
+        assert node.needs <= done
+        done.add(node.name)
+    assert len(done) == len(planned)
+    return {node.name: node for node in planned}
+
+
+def error(**config: Any) -> str:
+    with pytest.raises(StageError) as caught:
+        nodes(**config)
+    assert caught.value.problem.fix
+    return str(caught.value)
+
+
+def test_pairs_feed_everything() -> None:
+    made = nodes(data={"preference": PAIRS})
+    data = ("data preference", "data")
+    assert list(made)[:3] == ["base", "data preference", "sft"]
+    assert made["data preference"].inputs == {"model": ("base", "model")}
+    assert made["sft"].inputs == {"model": ("base", "model"), "data": data}
+    assert made["reward"].inputs == {"model": ("sft", "model"), "data": data}
+    assert made["reward"].params["rows"] == "train"
+    for name in ("dpo", "kto"):
+        assert made[name].inputs == {"model": ("sft", "model"), "data": data}
+    assert made["ppo"].inputs == {"model": ("sft", "model"), "data": data, "reward": ("reward", "model")}
+    seen = {"data": data, "pairs": data, "reward": ("reward", "model"), "reference": ("sft", "model")}
+    assert made["eval sft"].inputs == {"model": ("sft", "model"), **seen}
+    for name in ("base", "dpo", "kto", "ppo"):
+        baseline = ("eval sft", "evaluation")
+        assert made[f"eval {name}"].inputs == {"model": (name, "model"), "baseline": baseline, **seen}
+    assert made["compare"].inputs == {
+        name: (f"eval {name}", "evaluation") for name in ("base", "sft", "dpo", "kto", "ppo")
+    }
+    assert [node.stage for node in made.values()].count("validate") == 1
+
+
+def test_only_the_data_that_is_evaluated_on_must_hold_out_enough() -> None:
+    made = nodes(data=DEMO, generate={"judge": "rule"}, evaluate={"judge": "rule", "min_prompts": 7})
+    asked = {name: node.params.get("min_eval_prompts", 0) for name, node in made.items() if node.stage == "validate"}
+    assert asked == {"data prompt": 7, "data sft": 0, "data generated": 0}
+
+
+def test_generated_preferences() -> None:
+    made = nodes(data=DEMO, generate={"noise": 0.5, "judge": "rule"})
+    assert made["data prompt"].inputs == {"model": ("base", "model")}
+    assert made["data sft"].inputs == {"model": ("base", "model"), "evaluation": ("data prompt", "data")}
+    assert made["generate"].inputs == {"model": ("sft", "model"), "data": ("data prompt", "data")}
+    rows = made["data generated"]
+    assert rows.params["path"] == "input:rows" and rows.params["kind"] == "ranking"
+    assert rows.params["eval_fraction"] == made["data prompt"].params["eval_fraction"]
+    assert rows.inputs["rows"] == ("generate", "rows") and rows.inputs["evaluation"] == ("data prompt", "data")
+    for name in ("reward", "dpo", "kto"):
+        assert made[name].inputs["data"] == ("data generated", "data")
+    assert made["ppo"].inputs["data"] == ("data prompt", "data")
+    assert made["eval ppo"].inputs["pairs"] == ("data generated", "data")
+
+
+def test_prompts_of_the_sft_rows_are_answered_when_no_others_are_there() -> None:
+    made = nodes(data={"sft": DEMO["sft"]}, generate={})
+    assert made["generate"].inputs["data"] == made["ppo"].inputs["data"] == ("data sft", "data")
+
+
+def test_slots_of_their_own() -> None:
+    feedback = {"path": "thumbs.jsonl", "kind": "feedback"}
+    evaluation = {"path": "questions.jsonl", "kind": "prompt"}
+    made = nodes(data={**DEMO, "preference": PAIRS, "feedback": feedback, "evaluation": evaluation})
+    assert made["data evaluation"].params["eval_fraction"] == 1.0
+    assert "evaluation" not in made["data evaluation"].inputs
+    for slot in ("sft", "preference", "feedback", "prompt"):
+        assert made[f"data {slot}"].inputs["evaluation"] == ("data evaluation", "data")
+    used = {name: made[name].inputs["data"][0] for name in ("sft", "reward", "dpo", "kto", "ppo", "eval ppo")}
+    assert used == {
+        "sft": "data sft",
+        "reward": "data preference",
+        "dpo": "data preference",
+        "kto": "data feedback",
+        "ppo": "data prompt",
+        "eval ppo": "data evaluation",
+    }
+
+
+def test_what_nobody_needs_is_not_planned() -> None:
+    feedback = {"path": "thumbs.jsonl", "kind": "feedback"}
+    made = nodes(data={"preference": PAIRS, "feedback": feedback}, align={"dpo": {}}, reward=None, gold={})
+    assert not {"data feedback", "reward", "gold"} & set(made)
+
+
+def test_gold_judges() -> None:
+    made = nodes(data={"preference": PAIRS}, gold={"epochs": 2}, evaluate={"judge": "reward"})
+    gold, reward = made["gold"], made["reward"]
+    assert gold.params["rows"] == "gold" and gold.params["epochs"] == 2
+    assert gold.seed != reward.seed and gold.inputs == reward.inputs
+    assert made["eval dpo"].inputs["judge"] == ("gold", "model")
+    assert made["eval dpo"].inputs["reward"] == ("reward", "model")
+
+
+def test_models_of_ones_own() -> None:
+    judge = {"judge": "reward", "model": "/judge"}
+    made = nodes(data={"preference": PAIRS}, sft=None, reward_model="/reward", evaluate={"judge": judge})
+    assert "sft" not in made and "eval base" not in made
+    assert made["dpo"].inputs["model"] == made["eval sft"].inputs["model"] == ("base", "model")
+    assert made["reward"].stage == made["judge"].stage == "base"
+    assert made["reward"].params["path"] == "/reward" and made["judge"].params["path"] == "/judge"
+    assert made["eval dpo"].inputs["judge"] == ("judge", "model")
+
+
+def test_methods_by_other_names() -> None:
+    align = {"dpo": {"beta": 0.3}, "dpo-low": {"method": "dpo", "beta": 0.01, "learning_rate": 1e-3}}
+    made = nodes(data={"preference": PAIRS}, align=align)
+    low = made["eval dpo-low"]
+    assert low.label == "dpo-low" and low.tags == {"method": "dpo"}
+    assert low.about == {"method": "dpo", "seed": "0", "beta": "0.01", "learning_rate": "0.001"}
+    assert made["eval base"].about == {"method": "base", "seed": "0"}
+
+
+def test_only_the_changed_method_changes() -> None:
+    before = nodes(data={"preference": PAIRS})
+    after = nodes(data={"preference": PAIRS}, align={**ALL, "dpo": {"beta": 0.5}})
+    assert {name for name in before if before[name].params != after[name].params} == {"dpo"}
+
+
+def test_devices_are_for_training() -> None:
+    made = nodes(data={"preference": PAIRS}, devices=2)
+    assert {name for name, node in made.items() if node.devices == 2} == {"sft", "reward", "dpo", "kto", "ppo"}
+
+
+SFT_ONLY = {"sft": DEMO["sft"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"data": SFT_ONLY, "align": {"dpo": {}}}, "align.dpo = set: needs preference data, which nothing gives."),
+        ({"data": SFT_ONLY, "align": {"kto": {}}}, "align.kto = set: needs feedback data, which nothing gives."),
+        ({"data": SFT_ONLY, "align": {"ppo": {}}}, "align.ppo = set: needs a reward model, and there are no"),
+        (
+            {"data": {"preference": PAIRS}, "reward": None},
+            "align.ppo = set: needs a reward model, and `reward` is null",
+        ),
+        (
+            {"data": {"preference": {"path": "a", "kind": "sft"}}, "align": {"dpo": {}}},
+            "data.preference.kind = sft: align.dpo needs rows of kind preference",
+        ),
+        ({"data": {"prompt": DEMO["prompt"]}, "align": {}}, "sft = set: needs sft data"),
+        ({"data": {}, "align": {}, "sft": None}, "data.evaluation = null: there are no prompts"),
+        ({"data": {"preference": PAIRS}, "generate": {}}, "generate = set: preferences are both given and generated"),
+        ({"data": DEMO, "generate": {"judge": None}}, "generate.judge = null: answers that people rank end a pipeline"),
+        (
+            {"data": DEMO, "generate": {"judge": "reward"}},
+            "generate.judge.model = gold: the gold model is trained after",
+        ),
+        (
+            {"data": {"preference": PAIRS}, "evaluate": {"judge": "reward"}},
+            "gold = null: no gold reward model is trained",
+        ),
+        (
+            {
+                "data": {"preference": {**PAIRS, "gold_fraction": 0}},
+                "evaluate": {"judge": "reward"},
+                "gold": {},
+            },
+            "data.preference.gold_fraction = 0: the gold reward model has no rows",
+        ),
+        (
+            {"data": DEMO, "generate": {}, "evaluate": {"judge": "reward"}, "gold": {}},
+            "data.preference = null: the gold",
+        ),
+        ({"data": {"preference": PAIRS}, "align": {"reward": {"method": "dpo"}}}, "align = reward: this name"),
+        ({"data": {"preference": PAIRS}, "align": {"a b": {"method": "dpo"}}}, "align = a b: this name"),
+    ],
+)
+def test_what_is_missing_is_named(config: dict[str, Any], words: str) -> None:
+    assert error(**config).startswith(words)

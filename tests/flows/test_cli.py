@@ -1,0 +1,362 @@
+"""The command line as a user meets it: help, messages, exit codes; and a README whose commands and code are real."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from flows import cli
+from schemas.errors import EXIT_CODES
+from schemas.stage import STAGES, Request
+from tests.conftest import ROOT
+
+PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
+
+
+def alignflow(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def commands() -> dict[str, Any]:
+    """Name -> typer's command."""
+    group: Any = typer.main.get_command(cli.app)
+    return dict(group.commands)
+
+
+def test_every_command_of_the_issue_is_there() -> None:
+    assert set(commands()) >= {"run", "validate", "generate", "stage", "compare", "export", "chat", "ui", "presets"}
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_help_names_examples_that_parse(name: str) -> None:
+    text = commands()[name].help or ""
+    examples = re.findall(r"^- (alignflow .*)$", text, re.M)
+    assert examples
+    for example in examples:
+        parses(example)
+
+
+def parses(line: str) -> None:
+    """Raise when typer would refuse the command line."""
+    words = shlex.split(line.partition(" > ")[0], comments=True)
+    assert words[0] == "alignflow"
+    command = commands()[words[1]]
+    with command.make_context(words[1], words[2:]):
+        pass
+
+
+def test_help_is_quick_and_says_where_to_start() -> None:
+    answer = alignflow("--help")
+    assert answer.returncode == 0
+    assert "alignflow run demo" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "demoo"], "Did you mean 'demo'?"),
+        (["run", "demo", "--set", "align.dpo.betta=1"], "align.dpo.betta: unknown key. Did you mean 'beta'?"),
+        (["run", "tinystories"], "model.path = ./YOUR_MODEL: no such folder"),
+        (["compare"], "there is no finished pipeline run"),
+        (["export", "dpo", "--out", "new"], "MODEL = dpo: there is no such model"),
+        (["chat", "dpo"], "MODEL = dpo: there is no such model"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: list[str], message: str) -> None:
+    answer = alignflow(*arguments)
+    assert answer.returncode == EXIT_CODES["refused"]
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+@pytest.mark.parametrize("command", [["compare"], ["run", "demo", "--dry-run"], ["up"]])
+def test_a_home_that_cannot_be_is_named(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", tmp_path / "file" / "home"):
+        answer = alignflow(*command, ALIGNFLOW_HOME=str(home))
+        assert answer.returncode == EXIT_CODES["refused"]
+        assert f"ALIGNFLOW_HOME = {home}: cannot be used: " in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_presets_are_listed_and_printed() -> None:
+    listed = alignflow("presets")
+    assert {line.split()[0] for line in listed.stdout.splitlines()} >= {"demo", "smollm2"}
+    assert alignflow("presets", "demo").stdout == (ROOT / "deploy" / "presets" / "demo.yaml").read_text()
+
+
+def test_validate_prints_one_json_object(tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", [*PAIRS, {"prompt": "Q?", "chosen": "same", "rejected": "same"}])
+    answer = alignflow("validate", pairs, "--kind", "preference", "--out", tmp_path / "out", "--json")
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert (found["rows"], found["kept"], found["quarantined"]) == (21, 20, 1)
+    assert sum(found["reasons"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-bad", "5"], "--max-bad = 5.0: must be less than or equal to 1"),
+        (["--eval-fraction", "nan"], "--eval-fraction = nan: must be a number, which NaN is not"),
+        (["--gold-fraction", "1"], "--gold-fraction = 1.0: must be less than 1"),
+        (["--limit", "0", "--max-length", "1"], "--max-length = 1: must be greater than or equal to 8"),
+        (["--limit", "9" * 30], f"--limit = {'9' * 30}: must be less than 9223372036854775808"),
+        (["--kind", "prefrence"], "Did you mean 'preference'?"),
+        (["--columns", "prompt"], "--columns = prompt: this is no pair of column names. Fix: write OURS=THEIRS"),
+        (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
+        (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Fix: name the folder"),
+        (["--model", "nowhere"], "--model = nowhere: there is no such folder. Fix: give its path as seen from"),
+        (["--out", "rows.jsonl"], "--out = rows.jsonl: this is no folder."),
+    ],
+)
+def test_validate_names_the_option_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", list(PAIRS))
+    answer = alignflow("validate", "rows.jsonl", "--kind", "preference", "--out", "out", *options)
+    assert answer.returncode == EXIT_CODES["refused"]
+    assert message in answer.stderr and answer.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_passes_refusals_and_options_through(tmp_path: Path) -> None:
+    rows = [{"q": f"Question {i}?", "a": f"Answer {i}."} for i in range(20)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    refused = alignflow("validate", file, "--kind", "sft", "--out", tmp_path / "one", "--json")
+    assert refused.returncode == EXIT_CODES["refused"]
+    assert json.loads(refused.stdout)["kept"] == 0
+    mapped = ["--columns", "prompt=q", "--columns", "response=a", "--limit", "10"]
+    answer = alignflow("validate", file, "--kind", "sft", "--out", tmp_path / "two", "--json", *mapped)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["kept"] == 10
+
+
+def test_a_stage_runs_alone_and_its_code_comes_through(ready_home: Path, tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", list(PAIRS))
+    params = {"path": str(pairs), "kind": "preference", "eval_fraction": 0.3}
+    request = tmp_path / "request.json"
+    request.write_text(Request(stage="validate", version=STAGES["validate"], params=params).model_dump_json())  # type: ignore[arg-type]
+    answer = alignflow("stage", "validate", request)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "done"
+    gone = Request(stage="validate", version=STAGES["validate"], params={**params, "path": "gone"})  # type: ignore[arg-type]
+    request.write_text(gone.model_dump_json())
+    assert alignflow("stage", "validate", request).returncode == EXIT_CODES["refused"]
+    assert alignflow("stage", "validate", tmp_path / "nothing.json").returncode == EXIT_CODES["refused"]
+
+
+def test_a_dry_run_tells_stages_steps_and_memory_and_makes_nothing(ready_home: Path, tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", list(PAIRS))
+    config = tmp_path / "config.yaml"
+    data = {"preference": {"path": str(pairs), "kind": "preference", "eval_fraction": 0.0}}
+    training = {"batch_size": 8, "epochs": 2}
+    config.write_text(
+        json.dumps(
+            {
+                "name": "trial",
+                "model": {"scratch": {}},
+                "data": data,
+                "sft": training,
+                "align": {
+                    "kto": training,
+                    "ppo": {"iterations": 5, "ppo_epochs": 2, "rollout_size": 8, "batch_size": 4},
+                },
+                "evaluate": {"judge": "rule"},
+            }
+        )
+    )
+    answer = alignflow("run", config, "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    steps = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line}
+    # 20 rows twice in steps of 8; 40 thumbs twice; 5 rounds of 2 passes over 8 answers in steps of 4
+    assert (steps["sft"][3], steps["kto"][3], steps["ppo"][2:4]) == ("~5", "~10", ["*", "20"])
+    assert steps["sft"][5] in ("MB", "GB")
+    assert "0 reused" in answer.stdout
+    assert not (ready_home / "work").exists() and not (ready_home / "artifacts").exists()
+
+
+@pytest.mark.slow
+def test_ui_starts_both_servers_and_leaves_none_behind(ready_home: Path) -> None:
+    command = [sys.executable, "-m", "flows.cli", "ui"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines = []
+        while not lines or "Ctrl-C" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "ended early"
+        urls = dict(re.findall(r"^(MLflow|Prefect) +(http\S+)$", "".join(lines), re.M))
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        assert direct.open(urls["MLflow"] + "/health").status == 200
+        assert direct.open(urls["Prefect"] + "/api/health").status == 200
+        guards = children(process.pid)
+        servers = [child for guard in guards for child in children(guard)]
+        assert len(guards) == 2 and len(servers) >= 2
+        process.kill()  # the hard way: nobody is told
+        process.wait()
+        end = time.monotonic() + 30
+        while any(alive(pid) for pid in [*guards, *servers]) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not [pid for pid in [*guards, *servers] if alive(pid)]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs still; a dead one that nobody has asked after is no more."""
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_taken_port_is_refused_by_name(ready_home: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        answer = alignflow("ui", "--mlflow-port", taken.getsockname()[1])
+    assert answer.returncode == EXIT_CODES["refused"]
+    assert "--mlflow-port" in answer.stderr and "the port is taken" in answer.stderr
+
+
+# --- The README ---
+
+README = ROOT / "README.md"
+BLOCKS = re.findall(r"^```(\w+)(?: ([^\n]*))?\n(.*?)^```", README.read_text(), re.M | re.S) if README.exists() else []
+
+
+def shell_lines() -> list[str]:
+    """The lines of the README's shell blocks, continued ones joined."""
+    texts = [text.replace("\\\n", " ") for language, _, text in BLOCKS if language in ("bash", "sh")]
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+
+
+def test_every_command_in_the_readme_parses() -> None:
+    lines = [line for line in shell_lines() if re.match(r"(\.venv/bin/)?alignflow ", line)]
+    assert len(lines) >= 10
+    for line in lines:
+        parses(line.removeprefix(".venv/bin/"))
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for line in shell_lines() if line.startswith("make ") for word in re.findall(r"^make (\w+)", line)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    named = re.findall(r"`((?:stages|flows|schemas|deploy|tests)/[\w./]+\.(?:py|yaml))`", README.read_text())
+    new = {place for _, place, _ in BLOCKS}
+    assert named
+    assert [name for name in named if name not in new and not (ROOT / name).exists()] == []
+
+
+def test_every_config_in_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    from flows.planning import config_file, explain
+
+    texts = [text for language, _, text in BLOCKS if language == "yaml"]
+    assert texts
+    for text in texts:
+        explain.validate(yaml.load(text, config_file.Loader))  # a subclass of SafeLoader
+
+
+# The first row of each kind in the README's table of formats, checked by the stage itself.
+def test_every_row_in_the_readme_is_a_row(tmp_path: Path) -> None:
+    rows = [(place, text) for language, place, text in BLOCKS if language == "json" and place]
+    assert {kind for kind, _ in rows} == {"sft", "preference", "ranking", "feedback", "prompt"}
+    for number, (kind, text) in enumerate(rows):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(text)
+        answer = alignflow("validate", file, "--kind", kind, "--out", tmp_path / f"out{number}", "--json")
+        assert answer.returncode == 0, (kind, answer.stdout, answer.stderr)
+        assert json.loads(answer.stdout)["kept"] == len(text.splitlines())
+
+
+def apply_diff(text: str, diff: str) -> str:
+    """Apply hunks, separated by `@@`, that are found by their lines alone."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] or "\n" for line in lines if line[0] in " -")
+        after = "".join(line[1:] or "\n" for line in lines if line[0] in " +")
+        assert text.count(before) == 1, f"the README's diff does not fit any more:\n{hunk}"
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
+    """A copy of the project to which a method was added just as the README says."""
+    tree = tmp_path / "tree"
+    for name in ("flows", "stages", "schemas", "deploy", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    for language, place, text in BLOCKS:
+        if place and language == "python":
+            (tree / place).write_text(text)
+        if place and language == "diff":
+            (tree / place).write_text(apply_diff((tree / place).read_text(), text))
+    return tree
+
+
+def test_adding_a_method_takes_what_the_readme_says(extended: Path, ready_home: Path) -> None:
+    changed = {
+        str(file.relative_to(extended))
+        for file in extended.rglob("*.py")
+        if not (ROOT / file.relative_to(extended)).exists()
+        or file.read_text() != (ROOT / file.relative_to(extended)).read_text()
+    }
+    assert changed == {"schemas/methods.py", "stages/align/__init__.py", "stages/align/orpo.py", "tests/test_orpo.py"}
+    added = sum(len((extended / name).read_text().splitlines()) for name in changed if not (ROOT / name).exists())
+    assert added <= 80
+    for tool in (["ruff", "check"], ["ruff", "format", "--check"]):
+        subprocess.run([sys.executable, "-m", *tool, *changed], cwd=extended, check=True)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_orpo.py"], cwd=extended, check=True)
+
+
+def test_an_added_method_trains(extended: Path, ready_home: Path, tmp_path: Path) -> None:
+    from stages import tracking
+    from tests.support import models
+
+    folders = {
+        "model": models.model_folder(tmp_path / "model"),
+        "data": models.data_folder(tmp_path / "data", preference=models.rows(12, *models.PAIRS)),
+    }
+    inputs = {name: {"uri": str(folder), "sha256": tracking.digest(folder)} for name, folder in folders.items()}
+    params = {"method": "orpo", "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3}
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"stage": "align", "version": 1, "params": params, "inputs": inputs, "name": "orpo"}))
+    command = [sys.executable, "-m", "stages", "align", str(request)]
+    answer = subprocess.run(command, cwd=extended, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["outputs"]) == {"model"} and result["metrics"]["train/loss"] > 0

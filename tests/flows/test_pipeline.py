@@ -1,0 +1,163 @@
+"""The flow: order, reuse, failures, and what Prefect and MLflow show of it. Its stages are fake_stages.py's."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from flows import pipeline
+from flows.execution import process
+from flows.planning import dry_run, requests
+from flows.planning.plan import Node
+from schemas.config import PipelineConfig
+from schemas.errors import EXIT_CODES, StageError
+from schemas.stage import STAGES, Artifact, Result
+from stages import tracking
+from tests.conftest import ROOT
+
+FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
+
+
+def config(**more: Any) -> PipelineConfig:
+    data = {"sft": {"path": "demo:sft", "kind": "sft"}}
+    return PipelineConfig.model_validate({"name": "tests", "model": {"path": "/m"}, "data": data, "align": {}, **more})
+
+
+def fake(name: str, *needs: str, **params: Any) -> Node:
+    return Node(
+        name, "fake", {"who": name, "steps": 2, **params}, {need: (need, "folder") for need in needs}, label=name
+    )
+
+
+def a_plan(**last: Any) -> list[Node]:
+    """One after another, then two side by side, then one that needs both."""
+    return [fake("first"), fake("left", "first"), fake("right", "first", **last), fake("both", "left", "right")]
+
+
+@pytest.fixture
+def planned(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
+    """The nodes that the flow will run; change the list to change the plan."""
+    nodes = a_plan()
+    monkeypatch.setattr(process, "COMMAND", FAKE)
+    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setattr(pipeline, "plan", lambda config: list(nodes))
+    yield nodes
+
+
+def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = [outlook.state for outlook in dry_run.dry_run(config())]
+    assert before == ["run", "unknown", "unknown", "unknown"]
+    results = pipeline.run(config(parallel=2))
+    assert next(iter(results)) == "first" and list(results)[-1] == "both"
+    assert all(result.status == "done" and not result.reused for result in results.values())
+    assert [outlook.state for outlook in dry_run.dry_run(config())] == ["reused"] * 4
+
+    (flow_run,) = prefect.read_flow_runs()
+    assert flow_run.name == "tests" and flow_run.state is not None and flow_run.state.is_completed()
+    assert {run.name for run in prefect.read_task_runs()} == {"first", "left", "right", "both"}
+    (left,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'left'")
+    assert left.data.tags["pipeline.run"] == str(flow_run.id)
+
+    planned[2] = fake("right", "first", steps=3)
+    states = {outlook.node.name: outlook.state for outlook in dry_run.dry_run(config())}
+    assert states == {"first": "reused", "left": "reused", "right": "run", "both": "unknown"}
+    again = pipeline.run(config())
+    assert {name for name, result in again.items() if result.reused} == {"first", "left"}
+    assert "reused 2 of 4 stages: first, left" in caplog.text
+    assert again["both"].key != results["both"].key
+
+
+def test_a_stage_that_is_killed_is_started_again_and_goes_on(
+    prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    planned[:] = [fake("dies", steps=4, die_at=2)]
+    results = pipeline.run(config())
+    assert results["dies"].status == "done" and results["dies"].metrics["resumed/at"] == 1.0
+    assert "was killed by SIGKILL" in caplog.text and "Started again, try 2 of 3" in caplog.text
+    (run,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'dies'")
+    history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in history) == [0, 1, 2, 3]
+
+
+def test_log_lines_reach_prefect(prefect: SyncPrefectClient, planned: list[Node]) -> None:
+    planned[:] = [fake("only")]
+    pipeline.run(config())
+    end = time.monotonic() + 30
+    while not any("only  2/2 steps" in line.message for line in prefect.read_logs()):  # sent from a side thread
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_a_failure_stops_what_needs_it_only(
+    prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    planned[:] = a_plan(end="refuse")
+    with pytest.raises(StageError) as stopped:
+        pipeline.run(config())
+    assert str(stopped.value) == "right: path = x.jsonl: the rows are bad. Fix: fix them"
+    assert EXIT_CODES[stopped.value.status] == 65
+    assert "not done: right, both" in caplog.text
+    failed = [run for run in prefect.read_flow_runs() if run.state is not None and run.state.is_failed()]
+    assert [run.state.message for run in failed if run.state] == [str(stopped.value)]
+    assert [outlook.state for outlook in dry_run.dry_run(config())] == ["reused", "reused", "run", "unknown"]
+
+
+def test_two_side_by_side_and_no_more(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned[:] = [fake(name) for name in "abc"]
+    counts = []
+
+    def counted(*arguments: Any) -> int:
+        counts.append(1)
+        try:
+            return original(*arguments)
+        finally:
+            counts.append(-1)
+
+    original = process.run_process
+    monkeypatch.setattr(process, "run_process", counted)
+    pipeline.run(config(parallel=2))
+    assert max(accumulate(counts)) == 2 and len(counts) == 6
+
+
+def test_a_missing_file_is_named(prefect: SyncPrefectClient, planned: list[Node], tmp_path: Path) -> None:
+    planned[:] = [Node("data sft", "validate", {"path": str(tmp_path / "none.jsonl"), "kind": "sft"})]
+    with pytest.raises(StageError, match=r"^data\.sft\.path = .*none\.jsonl: there is no such file"):
+        pipeline.run(config())
+
+
+def test_what_is_missing_is_said_before_a_server_starts(home: Path) -> None:
+    with pytest.raises(StageError, match=r"align\.kto"):
+        pipeline.run(config(align={"kto": {}}))
+    assert list(home.iterdir()) == []
+
+
+def done(key: str, **outputs: str) -> Result:
+    made = {name: Artifact(uri=f"/{sha256}", sha256=sha256) for name, sha256 in outputs.items()}
+    return Result(status="done", key=key, run_id=f"run of {key}", outputs=made)
+
+
+def test_a_request_carries_cause_beside_effect() -> None:
+    results = {"dpo": done("k1", model="a" * 64), "data prompt": done("k2", data="b" * 64)}
+    inputs = {"model": ("dpo", "model"), "data": ("data prompt", "data")}
+    node = Node("eval dpo", "evaluate", {}, inputs, 3, "dpo", tags={"method": "dpo"}, about={"beta": "0.1"})
+    request = requests.request_for(node, config(parallel=2), results, "run 7")
+    assert request.name == "dpo" and request.seed == 3 and request.pipeline_run == "run 7"
+    assert request.tags == {"method": "dpo", "data.version": "b" * 16}
+    assert request.about == {"beta": "0.1", "model.key": "k1", "train.run_id": "run of k1"}
+    assert request.inputs["model"].sha256 == "a" * 64 and request.experiment == "tests"
+    assert request.placement.threads is not None
+
+
+def test_the_longest_chain_goes_first() -> None:
+    nodes = [fake("a"), fake("dpo", "a"), fake("reward", "a"), fake("ppo", "a", "reward"), fake("end", "ppo", "dpo")]
+    assert [node.name for node in pipeline.by_urgency(nodes)] == ["a", "reward", "dpo", "ppo", "end"]

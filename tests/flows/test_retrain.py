@@ -1,0 +1,242 @@
+"""Retraining: what counts as a change, and one life of a champion from end to end, on a tiny model."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from flows import retrain
+from flows.planning import config_file as planning_config_file
+from flows.planning.plan import plan, promotion
+from flows.results import lineage, registry
+from schemas.config import PipelineConfig
+from schemas.errors import StageError
+from stages import tracking
+from tests.flows.test_cli import write_rows
+from tests.support import models
+
+
+def pairs(n: int) -> list[dict[str, str]]:
+    texts = [f"{a} {b}" for a in "abcdefgh" for b in "abcdefgh"][:n]
+    return [{"prompt": text, "chosen": "yes good one", "rejected": "no bad"} for text in texts]
+
+
+GATE = {"win_rate_min": 0.0, "kl_max": 1e6, "length_ratio_max": 100.0, "distinct_2_min": 0.0, "prompts_min": 4}
+GATE |= {"reference_nll_min": 0.0, "reference_nll_max": 1e6, "empty_max": 1.0}
+
+
+def config_file(folder: Path, **more: Any) -> Path:
+    """A config that trains for a step, with a gate that lets pass whatever has won a little."""
+    write_rows(folder / "pairs.jsonl", pairs(40))
+    config = {
+        "name": "trial",
+        "model": {"path": str(folder / "model")},
+        "data": {"preference": {"path": str(folder / "pairs.jsonl"), "kind": "preference", "eval_fraction": 0.3}},
+        "sft": None,
+        "reward": None,
+        "align": {"dpo": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.01}},
+        "evaluate": {"judge": "sentiment", "min_prompts": 4, "max_new_tokens": 6, "bootstrap": 100},
+        "promote": {"model": "assistant", "gate": GATE},
+        **more,
+    }
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def loaded(file: Path, *overrides: str) -> PipelineConfig:
+    return planning_config_file.load(str(file), overrides)
+
+
+# --- The plan ---
+
+
+def nodes(config: PipelineConfig, champion: bool) -> dict[str, Any]:
+    return {node.name: node for node in promotion(config, champion)}
+
+
+def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
+    models.model_folder(tmp_path / "model")
+    config = loaded(config_file(tmp_path))
+    first = nodes(config, champion=False)
+    assert list(first) == ["promote"]
+    evaluations = {"candidate": ("eval dpo", "evaluation"), "sft": ("eval sft", "evaluation")}
+    assert first["promote"].inputs == evaluations and first["promote"].about == {"candidate": "dpo"}
+    later = nodes(config, champion=True)
+    assert list(later) == ["eval champion", "promote"]
+    champion, dpo = later["eval champion"], {node.name: node for node in plan(config)}["eval dpo"]
+    assert champion.inputs == {**dpo.inputs, "model": ("champion", "model")}
+    assert (champion.params, champion.seed) == (dpo.params, dpo.seed)
+    assert later["promote"].inputs == {**evaluations, "champion": ("eval champion", "evaluation")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["align.kto={}"], "promote.candidate = null: align has dpo, kto. Fix: set it to one of dpo, kto"),
+        (["promote.candidate=ppo"], "promote.candidate = ppo: there is no such method. Fix: set it to one of dpo"),
+        (["align={}"], "promote.candidate = null: align has no method."),
+        (["promote.gate.prompts_min=5"], "promote.gate.prompts_min = 5: evaluate.min_prompts is 4, which may be too"),
+        (["evaluate.limit=3"], "promote.gate.prompts_min = 4: evaluate.limit is 3, which may be too few"),
+        (["promote.gate.tolerances.acuracy=1"], "'acuracy' is no metric with a better side"),
+        (["promote.gate.klmax=1"], "promote.gate.klmax: unknown key. Did you mean 'kl_max'?"),
+        (["align={champion: {method: dpo}}"], "align = champion: this name cannot be used"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, overrides: Sequence[str], words: str) -> None:
+    models.model_folder(tmp_path / "model")
+    file = config_file(tmp_path)
+    with pytest.raises(StageError) as error:
+        loaded(file, *overrides)
+    assert words in str(error.value)
+
+
+def test_without_the_key_promote_all_defaults_hold(tmp_path: Path) -> None:
+    models.model_folder(tmp_path / "model")
+    config = loaded(config_file(tmp_path, promote=None), "align.kto={}")  # a plain run promotes nothing
+    with pytest.raises(StageError, match=r"promote\.candidate = null: align has dpo, kto"):
+        promotion(config, champion=False)
+    assert retrain.model_name(config) == "trial"
+
+
+# --- What counts as a change ---
+
+
+def test_data_settings_and_gate_count_and_places_do_not(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in "ab":
+        models.model_folder(tmp_path / name / "model")
+    here, there = config_file(tmp_path / "a"), config_file(tmp_path / "b")
+    before = retrain.fingerprint(loaded(here))
+    assert retrain.fingerprint(loaded(there)) == before
+    assert retrain.fingerprint(loaded(here, "parallel=2")) == before
+
+    for changed in ("align.dpo.beta=0.5", "promote.gate.kl_max=7", "evaluate.judge=rule", "seed=1"):
+        after = retrain.fingerprint(loaded(here, changed))
+        assert after.data == before.data and after.config != before.config
+    write_rows(tmp_path / "a" / "pairs.jsonl", pairs(41))
+    after = retrain.fingerprint(loaded(here))
+    assert after.data != before.data and after.config == before.config
+    models.model_folder(tmp_path / "b" / "model", seed=5)
+    after = retrain.fingerprint(loaded(there))
+    assert after.data == before.data and after.config != before.config
+
+
+# --- From end to end ---
+
+
+def states(prefect: SyncPrefectClient) -> list[tuple[str, str]]:
+    """Name and message of all flow runs' final states, in their order."""
+    runs = sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))
+    return [(run.state.name or "", run.state.message or "") for run in runs if run.state is not None]
+
+
+def runs_of(stage: str) -> int:
+    """Finished MLflow runs of a stage in the experiment."""
+    query = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
+    return len(tracking.client().search_runs([tracking.experiment("trial")], query))
+
+
+@pytest.mark.slow
+def test_the_life_of_a_champion(
+    prefect: SyncPrefectClient, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.model_folder(tmp_path / "model")
+    config = str(config_file(tmp_path))
+    # No champion yet: held against the SFT model, and promoted.
+    first = retrain.run(config)
+    assert first.ending == "Promoted" and first.decision is not None and first.decision.against == "sft"
+    assert registry.aliases("assistant") == {"champion": "1"}
+    champion = registry.champion("assistant")
+    assert champion is not None
+    trained = tracking.client().get_run(champion.tags["train.run_id"]).data
+    assert trained.tags["stage"] == "align" and champion.tags["stage.key"] == trained.tags["stage.key"]
+    assert trained.tags["output.model"] == champion.tags["sha256"] == champion.artifact.sha256
+    assert champion.tags["decision"] == "promoted" and "win_rate_low is" in champion.tags["decision.reasons"]
+    assert champion.tags["code.version"] == tracking.code_version()
+    assert (runs_of("align"), runs_of("promote")) == (1, 1)
+
+    # Nothing changed: an early end. Forced: all is reused, and the candidate is the champion itself.
+    assert retrain.run(config).ending == "Unchanged"
+    forced = retrain.run(config, force=True)
+    assert forced.ending == "Unchanged" and "own weights" in forced.message
+    assert (runs_of("align"), runs_of("promote")) == (1, 1)
+
+    # New data, a gate that nobody passes: trained, held against the champion, registered, not promoted.
+    write_rows(tmp_path / "pairs.jsonl", pairs(48))
+    shut = ["promote.gate.win_rate_min=0.999"]
+    rejected = retrain.run(config, shut)
+    assert rejected.ending == "Rejected" and "win_rate_low is" in rejected.message
+    assert rejected.decision is not None and rejected.decision.against == "champion"
+    assert registry.aliases("assistant") == {"champion": "1"}
+    second = registry.version("assistant", "2")
+    assert second.tags["decision"] == "rejected" and "must be > 0.999" in second.tags["decision.reasons"]
+    assert second.tags["decision.against"] == "version 1" and second.tags["data.digest"] != champion.tags["data.digest"]
+    evaluated = tracking.client().search_runs([tracking.experiment("trial")], "tags.model = 'champion'")
+    assert [run.data.params["train.run_id"] for run in evaluated] == [champion.run_id]
+    assert runs_of("align") == 2
+
+    # With an open gate it would pass; but the champion is taken away while it is judged, so nothing moves.
+    judge = retrain.run_all
+
+    def meanwhile(*arguments: Any) -> Any:
+        results = judge(*arguments)
+        if "promote" in results:
+            tracking.client().delete_registered_model_alias("assistant", "champion")
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "run_all", meanwhile)
+        with pytest.raises(StageError, match="version 1 was champion when the candidate was judged, now it is none"):
+            retrain.run(config)
+    assert registry.aliases("assistant") == {}
+    assert registry.version("assistant", "2").tags["decision"] == "conflict"
+    tracking.client().set_registered_model_alias("assistant", "champion", "1")
+
+    # Once more, undisturbed: nothing is made again, and the candidate takes the champion's place.
+    promoted = retrain.run(config)
+    assert promoted.ending == "Promoted" and promoted.message.endswith("in the place of version 1.")
+    assert (runs_of("align"), runs_of("promote")) == (2, 3)
+    assert registry.aliases("assistant") == {"champion": "2", "previous": "1"}
+    assert retrain.run(config).ending == "Unchanged"
+
+    # Rolled back: the next schedule does not promote it again.
+    registry.rollback("assistant")
+    assert registry.aliases("assistant") == {"champion": "1"}
+    barred = retrain.run(config)
+    assert barred.ending == "Rejected" and "version 2, which was rolled back" in barred.message
+    assert registry.aliases("assistant") == {"champion": "1"}
+
+    names = [name for name, _ in states(prefect)]
+    assert names == [
+        *("Promoted", "Unchanged", "Unchanged", "Rejected"),
+        *("Conflict", "Promoted", "Unchanged", "Rejected"),
+    ]
+    assert states(prefect)[3][1] == rejected.message
+
+    check_lineage(tmp_path, champion)
+
+
+def check_lineage(folder: Path, champion: registry.Version) -> None:
+    """From the alias to the rows of then, and from the rows of now to the models that saw them."""
+    back = lineage.lineage("models:/assistant@champion")
+    text = lineage.as_text(back)
+    assert "[assistant v1 @champion, promoted]" in text and f"run {champion.run_id}" in text
+    write_rows(folder / "then.jsonl", pairs(40))
+    then = tracking.digest(folder / "then.jsonl")
+    assert f"source: {folder / 'pairs.jsonl'}  sha256 {then[:12]}" in text
+
+    forth = json.loads(lineage.as_json(lineage.lineage(str(folder / "pairs.jsonl"))))
+    seen = {one["version"] for item in walk(forth) for one in item["facts"].get("registered", [])}
+    assert seen == {"2"}
+    assert "rolled back" in lineage.as_text(lineage.lineage(str(folder / "pairs.jsonl")))
+
+
+def walk(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield item
+    for inner in item["below"]:
+        yield from walk(inner)

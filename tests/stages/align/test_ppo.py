@@ -1,0 +1,484 @@
+"""PPO: each formula against numbers worked here in float64, then the method on a tiny real model.
+
+Shapes: B answers, T tokens of the longest, N answer tokens end to end.
+"""
+
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from schemas.config import BaseParams, Scratch
+from schemas.errors import StageError
+from schemas.methods import PPO as Config
+from schemas.training import LoRA
+from stages.align.ppo import PPO, Seen, adapt_kl, gae, policy_loss, token_rewards, value_loss, whiten
+from stages.base import build
+from stages.engine import demo
+from stages.engine.data.codec import Codec
+from stages.engine.models.loading import load_scorer
+from stages.engine.models.saving import save_scorer
+from stages.engine.scoring.judges import RewardJudge
+from stages.engine.training.loop import train
+from tests.stages.align.test_accumulation import free_port
+from tests.support import models
+
+F64 = torch.float64
+
+
+def tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+# --- formulas ---
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.97, 0.0)])
+def test_gae_against_brute_force(gamma: float, lam: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rewards_BT, values_BT = torch.randn(2, 4, 6, dtype=F64, generator=generator).unbind()
+    lengths = [6, 1, 4, 2]
+    mask_BT = torch.arange(6) < torch.tensor(lengths)[:, None]
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma, lam)  # what lies past the end is noise
+    for b, length in enumerate(lengths):
+        r, v = rewards_BT[b].tolist(), [*values_BT[b, :length].tolist(), 0.0]
+        for t in range(6):
+            deltas = [(gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, length)]
+            assert advantages_BT[b, t].item() == pytest.approx(sum(deltas), abs=1e-12)
+            expected_return = sum(deltas) + v[t] if t < length else 0.0
+            assert returns_BT[b, t].item() == pytest.approx(expected_return, abs=1e-12)
+
+
+def test_gae_at_lambda_1_is_what_is_still_to_come() -> None:
+    rewards_BT, values_BT = tensor([[1.0, -2.0, 5.0]]), tensor([[0.3, 0.1, -0.4]])
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, torch.ones(1, 3), 1.0, 1.0)
+    torch.testing.assert_close(returns_BT, tensor([[4.0, 3.0, 5.0]]))
+    torch.testing.assert_close(advantages_BT, tensor([[3.7, 2.9, 5.4]]))
+
+
+def test_whitening_looks_at_real_tokens_only() -> None:
+    values_BT = tensor([[1.0, 4.0, 99.0], [-2.0, 5.0, 6.0]])
+    mask_BT = torch.tensor([[True, True, False], [True, True, True]])
+    real = [1.0, 4.0, -2.0, 5.0, 6.0]
+    mean = sum(real) / 5
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in real) / 5)
+    white_BT = whiten(values_BT, mask_BT)
+    assert white_BT[mask_BT].tolist() == pytest.approx([(x - mean) / deviation for x in real], abs=1e-7)
+    assert white_BT[0, 2] == 0
+    assert whiten(tensor([[3.0, 3.0]]), torch.ones(1, 2)).abs().max() < 1e-6, "equal advantages are no signal"
+
+
+def test_policy_loss_clips_what_would_gain_and_not_what_would_lose() -> None:
+    ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.1], [2.0, -2.0, 2.0, -2.0, 3.0]
+    logps_N = tensor([math.log(r) - 1.0 for r in ratios]).requires_grad_()
+    loss_N, ratio_N = policy_loss(logps_N, tensor([-1.0] * 5), tensor(advantages), 0.2)
+    # -min(r A, clip(r, .8, 1.2) A)
+    assert loss_N.tolist() == pytest.approx([-1.2 * 2, 1.5 * 2, -0.5 * 2, 0.8 * 2, -1.1 * 3], abs=1e-12)
+    assert ratio_N.tolist() == pytest.approx(ratios, abs=1e-12)
+    loss_N.sum().backward()
+    assert logps_N.grad is not None
+    assert logps_N.grad.tolist() == pytest.approx([0.0, 1.5 * 2, -0.5 * 2, 0.0, -1.1 * 3], abs=1e-12)
+
+
+def test_policy_gradient_at_the_start_is_reinforce() -> None:
+    logps_N = tensor([-0.5, -2.0]).requires_grad_()
+    loss_N, _ = policy_loss(logps_N, logps_N.detach(), tensor([0.7, -1.3]), 0.2)
+    (gradient_N,) = torch.autograd.grad(loss_N.sum(), logps_N)
+    assert gradient_N.tolist() == [-0.7, 1.3]
+
+
+def test_value_loss_takes_the_worse_of_clipped_and_unclipped() -> None:
+    # value, value at rollout time, return -> 1/2 max((v - R)^2, (old + clip(v - old, -.2, .2) - R)^2)
+    cases = [
+        (1.0, 0.0, 1.0, 0.5 * 0.8**2),  # moved right onto the return, but further than it may
+        (0.1, 0.0, 1.0, 0.5 * 0.9**2),  # within the clip range: both are equal
+        (-1.0, 0.0, 1.0, 0.5 * 2.0**2),  # moved the wrong way: not clipped
+    ]
+    values_N, old_N, returns_N, expected_N = tensor(cases).unbind(1)
+    torch.testing.assert_close(value_loss(values_N, old_N, returns_N, 0.2), expected_N)
+
+
+def test_the_score_lands_on_the_last_real_token_and_the_kl_penalty_on_each() -> None:
+    logps_BT, reference_BT = (
+        tensor([[-1.0, -2.0, -3.0], [-4.0, 7.0, 7.0]]),
+        tensor([[-1.5, -1.0, -3.0], [-5.0, 9.0, 8.0]]),
+    )
+    mask_BT = torch.tensor([[True, True, True], [True, False, False]])
+    rewards_BT = token_rewards(tensor([10.0, 20.0]), logps_BT, reference_BT, mask_BT, 0.1)
+    expected_BT = [[-0.1 * 0.5, -0.1 * -1.0, 10.0], [20 - 0.1 * 1.0, 0.0, 0.0]]
+    torch.testing.assert_close(rewards_BT, tensor(expected_BT))
+    # Summed over an answer: score - kl_coef * (log pi(y|x) - log pi_ref(y|x)), the KL-regularised objective.
+    totals_B = tensor([10.0 - 0.1 * (0.5 - 1.0 + 0.0), 20.0 - 0.1 * 1.0])
+    torch.testing.assert_close(rewards_BT.sum(1), totals_B)
+
+
+def test_adaptive_kl_is_zieglers_controller() -> None:
+    assert adapt_kl(0.2, kl=6.6, target=6.0, answers=64, horizon=10_000) == pytest.approx(0.2 * (1 + 0.1 * 0.0064))
+    assert adapt_kl(0.2, kl=60.0, target=6.0, answers=500, horizon=10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.05))
+    assert adapt_kl(0.2, kl=0.0, target=6.0, answers=500, horizon=10_000) == pytest.approx(0.2 * (1 - 0.2 * 0.05))
+    assert adapt_kl(0.2, kl=6.0, target=6.0, answers=64, horizon=1) == 0.2
+
+
+# --- the method on a tiny model ---
+
+
+def memory(folder: Path, work: Path) -> models.Run:
+    """A run whose inputs are the folders model, reward and data."""
+    return models.Run(work, settings(), {name: folder / name for name in ("model", "reward", "data")})
+
+
+SMALL = Scratch(hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=64)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders model, reward (with the policy's tokenizer, and scores scaled) and data (24 prompts)."""
+    folder = tmp_path_factory.mktemp("ppo")
+    build(BaseParams(scratch=SMALL), 0, folder / "model")
+    codec = Codec.load(folder / "model")
+    save_scorer(load_scorer(folder / "model", seed=4), codec, folder / "reward", mean=0.1, std=0.5)
+    prompts = [row["prompt"] for row, _ in zip(demo.rows("prompt"), range(24), strict=False)]
+    prompts[5] += " please."
+    rows = [
+        {"row": i, "prompt": [{"role": "user", "content": p}], "prompt_id": f"{i:016x}"} for i, p in enumerate(prompts)
+    ]
+    (folder / "data" / "train").mkdir(parents=True)
+    pl.DataFrame(rows).write_parquet(folder / "data" / "train" / "prompt.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model and data, with a reward model whose adapter stands on that model."""
+    folder = tmp_path_factory.mktemp("adapted")
+    for name in ("model", "data"):
+        (folder / name).symlink_to(inputs / name)
+    scorer = load_scorer(folder / "model", Config(lora=LoRA(rank=3)), seed=4)
+    models.perturb(scorer)
+    codec, digest = Codec.load(inputs / "model"), memory(folder, folder / "work").request.inputs["model"].sha256
+    save_scorer(scorer, codec, folder / "reward", mean=0.1, std=0.5, base=digest)
+    return folder
+
+
+def settings(**changes: Any) -> Config:
+    small = {"iterations": 2, "rollout_size": 10, "batch_size": 4, "ppo_epochs": 2, "max_new_tokens": 6}
+    return Config(**{**small, "learning_rate": 1e-3, "tokens_per_micro_batch": 64, **changes})
+
+
+@pytest.fixture
+def start(inputs: Path, tmp_path: Path) -> Callable[..., PPO]:
+    """Builds a PPO from changes to `settings`."""
+
+    def build_one(folder: Path = inputs, seed: int = 0, **changes: Any) -> PPO:
+        return PPO(settings(**changes), memory(folder, tmp_path / "work"), seed)
+
+    return build_one
+
+
+def run_loop(method: PPO, steps: int | None = None) -> dict[str, list[float]]:
+    """Train; what was logged with a step, as lists over the steps."""
+    train(method, method.config, total_steps=steps or method.total_steps, run=method.run, seed=method.seed)
+    run = method.run
+    assert isinstance(run, models.Run)
+    return {name: run.steps(name) for name, step in run.logged if step is not None}
+
+
+WAYS = {
+    "separate": {},
+    "shared": {"value_trunk": "shared"},
+    "lora": {"lora": LoRA(rank=4)},
+    "lora, shared": {"lora": LoRA(rank=4), "value_trunk": "shared"},
+    "padded": {"layout": "padded"},
+    "temperature": {"temperature": 0.7},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_at_step_0_the_ratio_is_1_and_kl_is_0(start: Callable[..., PPO], way: str) -> None:
+    logged = run_loop(start(**WAYS[way]))
+    assert logged["train/ratio_mean"][0] == 1.0
+    assert logged["train/clip_fraction"][0] == 0.0
+    assert logged["train/kl_to_reference"][0] == 0.0
+    assert len(logged["train/loss"]) == 2 * 2 * 3  # iterations, epochs, batches of 4 in 10
+    assert logged["train/kl_to_reference"][-1] != 0.0, "the policy has moved, the reference has not"
+    assert logged["train/ratio_mean"][1] != 1.0
+    assert logged["train/ratio_mean"][6] == pytest.approx(1.0, abs=1e-6), "a new rollout begins at 1 again"
+    assert all(math.isfinite(value) for values in logged.values() for value in values)
+
+
+def test_a_rollout_is_logged_as_it_is(start: Callable[..., PPO]) -> None:
+    ppo = start()
+    logged = run_loop(ppo)
+    assert ppo.rollout is not None
+    answers, stops = ppo.rollout.answers, ppo.codec.stop_ids
+    assert len(answers) == 10 and {len(a) for a in answers} <= set(range(1, 7))
+    assert logged["train/length"][-1] == pytest.approx(sum(len(a) - (a[-1] in stops) for a in answers) / 10)
+    assert logged["train/ended"][-1] == pytest.approx(sum(a[-1] in stops for a in answers) / 10)
+    vocabulary = len(ppo.codec.tokenizer)
+    assert 0.8 * math.log(vocabulary) < logged["train/entropy"][0] <= math.log(vocabulary)
+    assert logged["train/score"][-1] == pytest.approx(sum(ppo.score(ppo.rollout)) / 10)
+    prompts = {tuple(ppo.prompts[i]) for i in ppo.rollout.rows}
+    assert len(prompts) == 10, "the prompts of one pass over the data do not repeat"
+
+
+def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None:
+    """The score of an answer that did not end by a stop token loses the penalty; the pad token ends nothing."""
+    ppo = start(kl_coef=0.5, missing_end_penalty=3.0, lam=1.0)
+    end, pad = ppo.codec.end_id, ppo.codec.pad_id
+    assert end != pad
+    rollout = ppo.collect(0)
+    rollout.rows, rollout.answers = [0, 1, 2], [[9, end], [9, 8, 7], [9, pad]]
+    logps = [tensor([-1.0, -2.0]), tensor([-1.0, -1.0, -1.0]), tensor([-2.0, -2.0])]
+    reference = [tensor([-1.0, -2.5]), tensor([-1.5, -1.0, -1.0]), tensor([-2.0, -2.0])]
+    values = [tensor([0.5, 0.5]), tensor([0.0, 0.0, 0.0]), tensor([1.0, 2.0])]
+    triples = zip(logps, values, reference, strict=True)
+    seen = [Seen(a.float(), b.float(), c.float(), torch.zeros(len(a))) for a, b, c in triples]
+    ppo.fill(rollout, tensor([10.0, 20.0, 30.0]), seen)
+    to_come = [10 - 0.5 * 0.5, 10 - 0.5 * 0.5, 17 - 0.5 * 0.5, 17.0, 17.0, 27.0, 27.0]
+    assert rollout.returns_N.tolist() == pytest.approx(to_come)
+    raw = [a - b for a, b in zip(to_come, torch.cat(values).tolist(), strict=True)]
+    mean = sum(raw) / 7
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in raw) / 7)
+    assert rollout.advantages_N.tolist() == pytest.approx([(x - mean) / deviation for x in raw], abs=1e-5)
+    assert rollout.stats["train/kl_to_reference"] == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert rollout.stats["train/score"] == 20.0
+    assert rollout.stats["train/ended"] == pytest.approx(1 / 3)
+    assert rollout.stats["train/length"] == pytest.approx((1 + 3 + 2) / 3)
+
+
+def test_the_objective_does_not_depend_on_how_a_step_is_cut(start: Callable[..., PPO]) -> None:
+    gradients = []
+    for budget in (16, 40, 4096):
+        ppo = start(tokens_per_micro_batch=budget, batch_size=10)
+        micros = next(ppo.batches(0))
+        totals = ppo.prepare(micros)
+        for micro in micros:
+            ppo.loss(micro, totals)[0].backward()
+        gradients.append((len(micros), models.gradient(ppo.model)))
+    assert gradients[0][0] == 20 and gradients[2][0] == 2  # policy and critic
+    for _, gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0][1], rtol=1e-4, atol=1e-6)
+
+
+class Wrapped(nn.Module):
+    """Stands around a model as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def test_policy_and_critic_in_turn_equal_both_at_once(start: Callable[..., PPO]) -> None:
+    turns, at_once = start(batch_size=10), start(batch_size=10)
+    at_once.model = Wrapped(at_once.model)
+    assert (turns.parts(), at_once.parts()) == (("policy", "value"), ("both",))
+    found = [models.one_step(ppo) for ppo in (turns, at_once)]
+    assert torch.equal(models.gradient(turns.model), models.gradient(at_once.model))
+    (loss, metrics), (expected_loss, expected) = found
+    assert loss == pytest.approx(expected_loss, rel=1e-6) and metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value)
+
+
+def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO]) -> None:
+    one, same, other = start().collect(0), start().collect(0), start(seed=1).collect(0)
+    assert (one.rows, one.answers) == (same.rows, same.answers)
+    assert torch.equal(one.advantages_N, same.advantages_N)
+    assert one.answers != other.answers
+    ppo = start()
+    assert ppo.collect(1).answers != ppo.collect(0).answers
+
+
+@pytest.mark.parametrize(("cut_at", "lora"), [(3, None), (6, None), (8, None), (3, LoRA(rank=4)), (8, LoRA(rank=4))])
+def test_resume_is_exact_also_within_an_iteration(adapted: Path, tmp_path: Path, cut_at: int, lora: Any) -> None:
+    def ppo(work: str) -> PPO:
+        return PPO(settings(kl_target=0.01, kl_horizon=20, lora=lora), memory(adapted, tmp_path / work), 0)
+
+    whole, before, after = ppo("whole"), ppo("cut"), ppo("cut")
+    logged = run_loop(whole, 12)
+    run_loop(before, cut_at)
+    resumed = run_loop(after, 12)
+    pairs = zip(whole.model.parameters(), after.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert after.kl_coef == whole.kl_coef != whole.config.kl_coef
+    for name, values in logged.items():
+        assert resumed[name] == values[cut_at:], name
+
+
+def train_shared(inputs: Path, work: Path) -> dict[str, Tensor]:
+    """Two iterations in full, and two with all models on one base; the weights, and what was logged."""
+    found: dict[str, Tensor] = {}
+    for name, lora in {"full": None, "lora": LoRA(rank=4)}.items():
+        # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
+        config = settings(adam_eps=1.0, learning_rate=0.1, kl_target=0.01, lora=lora)
+        ppo = PPO(config, memory(inputs, work / name), 0)
+        logged = run_loop(ppo)
+        skip = {"compute/seconds", "train/tokens_per_second"}
+        found |= {f"{name}/{key}": torch.tensor(values) for key, values in logged.items() if key not in skip}
+        found |= {f"{name}/{key}": p.detach().clone() for key, p in ppo.model.named_parameters()}
+    return found
+
+
+def work_as_rank(rank: int, port: int, inputs: Path, folder: Path) -> None:
+    """One of two processes that train together over gloo, as torchrun starts them."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    save_file(train_shared(inputs, folder / "work"), folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_and_train_like_one(adapted: Path, tmp_path: Path) -> None:
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [context.Process(target=work_as_rank, args=(rank, port, adapted, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    alone = train_shared(adapted, tmp_path / "alone")
+    for rank in (0, 1):
+        shared = load_file(tmp_path / f"{rank}.safetensors")
+        assert shared.keys() == alone.keys()
+        for name, value in shared.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_loop_counts_sampled_tokens_once(start: Callable[..., PPO]) -> None:
+    ppo = start()
+    sampled = sum(map(len, start().collect(0).answers))
+    final = train(ppo, ppo.config, total_steps=6, run=ppo.run, seed=0)  # one iteration: two epochs of three batches
+    assert final["compute/generated_tokens"] == sampled
+    assert final["compute/train_tokens"] > 2 * sampled
+
+
+# --- reward models ---
+
+
+def test_scores_are_the_reward_models_at_the_answers_end(start: Callable[..., PPO], inputs: Path) -> None:
+    ppo = start()
+    rollout = ppo.collect(0)
+    texts = [ppo.codec.text(answer) for answer in rollout.answers]
+    expected = RewardJudge(inputs / "reward").score([ppo.rows[i]["prompt"] for i in rollout.rows], texts)
+    # Words of this tokenizer come back as they were, but for the special ones that a random model writes.
+    same = [
+        ppo.codec.answer(t)[:-1] == [i for i in a if i not in ppo.codec.stop_ids]
+        for t, a in zip(texts, rollout.answers, strict=True)
+    ]
+    assert sum(same) >= 5
+    for score, wanted, comparable in zip(ppo.score(rollout), expected, same, strict=True):
+        if comparable:
+            assert score == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_reward_model_with_another_tokenizer_and_template_reads_the_text(
+    start: Callable[..., PPO], inputs: Path, tmp_path: Path, tinystories: Path
+) -> None:
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(inputs / name)
+    save_scorer(load_scorer(tinystories, seed=2), Codec.load(tinystories), tmp_path / "reward", std=2.0)
+    ppo = start(folder=tmp_path)
+    assert not ppo.judge.same_tokens
+    rollout = ppo.collect(0)
+    texts = [ppo.codec.text(answer) for answer in rollout.answers]
+    expected = RewardJudge(tmp_path / "reward").score([ppo.rows[i]["prompt"] for i in rollout.rows], texts)
+    assert ppo.score(rollout) == pytest.approx(expected, abs=1e-4)
+    assert rollout.values_N.abs().max() == 0, "the critic begins as the policy, with values of 0"
+    run_loop(ppo, 2)
+    adapted = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert adapted.critic is not None
+    assert len(held(adapted.critic) - held(adapted.policy)) == 1, "it stands on the policy's weights"
+    assert adapted.collect(0).values_N.abs().max() == 0
+
+
+def test_a_reward_model_without_a_scale_gets_that_of_the_first_rollout(
+    start: Callable[..., PPO], inputs: Path, tmp_path: Path
+) -> None:
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(inputs / name)
+    load_scorer(inputs / "model", seed=4).plain.save_pretrained(tmp_path / "reward")
+    Codec.load(inputs / "model").save(tmp_path / "reward")
+    ppo = start(folder=tmp_path)
+    first = ppo.score(ppo.collect(0))  # read again, with the scale of the rollout
+    raw = RewardJudge(tmp_path / "reward")
+    assert ppo.scale is not None
+    assert sum(first) / 10 == pytest.approx(0.0, abs=1e-5)
+    assert math.sqrt(sum(x * x for x in first) / 10) == pytest.approx(1.0, abs=1e-4)
+    assert raw.scorer.std == 1.0
+    again = start(folder=tmp_path)
+    again.load_state_dict(ppo.state_dict())
+    assert again.critic is not None
+    assert again.judge.scorer.std == again.critic.std == ppo.scale[1]
+
+
+def test_the_critic_begins_as_the_reward_model(start: Callable[..., PPO], inputs: Path) -> None:
+    ppo = start()
+    assert ppo.critic is not None
+    theirs = dict(load_scorer(inputs / "reward").named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in ppo.critic.named_parameters())
+    assert all(p.requires_grad for p in ppo.critic.parameters())
+    assert not any(p.requires_grad for p in ppo.judge.scorer.parameters())
+
+
+def held(*models: nn.Module) -> set[int]:
+    """Where the models' numbers lie, adapters left out."""
+    return {p.data_ptr() for model in models for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
+    start: Callable[..., PPO], adapted: Path, tmp_path: Path
+) -> None:
+    ppo = start(folder=adapted, lora=LoRA(rank=4))
+    assert ppo.critic is not None and ppo.frozen is None
+    assert len(held(ppo.critic, ppo.judge.scorer) - held(ppo.policy)) == 2, "the heads"
+
+    # Without its adapter the same reward model is a model of its own: the same scores and values.
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(adapted / name)
+    shutil.copytree(adapted / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("adapter"))
+    apart = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert apart.critic is not None
+    assert len(held(apart.critic) - held(apart.judge.scorer)) == 1, "a frozen reward model lends its weights too"
+    assert not held(apart.critic) & held(apart.policy)
+    one, other = ppo.collect(0), apart.collect(0)
+    assert one.answers == other.answers
+    assert ppo.score(one) == pytest.approx(apart.score(other), abs=1e-5)
+    torch.testing.assert_close(one.values_N, other.values_N, atol=1e-5, rtol=1e-5)
+
+    scores = ppo.score(one)
+    logged = run_loop(ppo)
+    assert (logged["train/ratio_mean"][0], logged["train/kl_to_reference"][0]) == (1.0, 0.0)
+    assert logged["train/kl_to_reference"][-1] != 0.0
+    assert ppo.score(one) == scores, "neither the policy's nor the critic's adapter moves the judge"
+
+
+def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapted: Path, tmp_path: Path) -> None:
+    for name in ("data", "reward"):
+        (tmp_path / name).symlink_to(adapted / name)
+    shutil.copytree(adapted / "model", tmp_path / "model")  # another digest
+    ppo = start(folder=tmp_path, lora=LoRA(rank=4))
+    assert not held(ppo.judge.scorer) & held(ppo.policy)
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_or_refused(start: Callable[..., PPO]) -> None:
+    longest = max(map(len, start().prompts))
+    ppo = start(max_length=longest + 6)  # no room for the longest, six new tokens, and the reward model's end
+    assert isinstance(ppo.run, models.Run)
+    assert (ppo.run.logged["data/rows", None], ppo.run.logged["data/too_long", None]) == (23, 1)
+    assert max(map(len, ppo.prompts)) < longest
+    with pytest.raises(StageError, match="no prompt is left"):
+        start(max_length=10)

@@ -1,0 +1,102 @@
+"""Talking to models through a pipe: history, reset, two side by side, clear errors."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.config import BaseParams
+from stages import base
+from stages.commands import chat as chat_command
+
+PROMPT = "write a polite note to the baker about the bread."
+OPTIONS = ["--max-new-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folders = [tmp_path_factory.mktemp("models") / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        scratch = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "max_length": 48}
+        base.build(BaseParams.model_validate({"scratch": scratch}), seed, folder)
+    return [str(folder) for folder in folders]
+
+
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *argv: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    code = chat_command.main([*argv, *OPTIONS])
+    return code, capsys.readouterr().out
+
+
+def test_one_line_one_answer_and_the_seed_decides(monkeypatch, capsys, models) -> None:
+    code, out = say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0])
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0])[1] == out
+    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0], "--seed", "1")[1] != out
+
+
+def test_quit_ends_and_reset_forgets(monkeypatch, capsys, models) -> None:
+    _, out = say(monkeypatch, capsys, f"{PROMPT}\n/quit\n{PROMPT}\n", "--model", models[0])
+    assert len(out.splitlines()) == 1
+    lines = f"{PROMPT}\n/reset\n{PROMPT}\n/what\n"
+    _, out = say(monkeypatch, capsys, lines, "--model", models[0], "--temperature", "0")
+    first, forgotten, again, help_line = out.splitlines()
+    assert first == again
+    assert forgotten == "(forgotten)"
+    assert help_line == chat_command.HELP
+
+
+def test_history_reaches_the_model_and_old_turns_make_room(models) -> None:
+    talker = chat_command.load(models[0], system="be kind.")
+    lengths = []
+    for _ in range(6):
+        talker.answer(PROMPT, temperature=1.0, seed=0, max_new_tokens=4)
+        lengths.append(len(talker.messages))
+        assert talker.messages[0]["role"] == "system"
+        assert len(talker.codec.prompt(talker.messages[:-1])) <= 48 - 4
+    assert lengths[:2] == [3, 5]
+    assert max(lengths) < 13
+
+
+def test_a_message_that_cannot_fit_is_told_and_forgotten(monkeypatch, capsys, models) -> None:
+    code, out = say(monkeypatch, capsys, f"{'bread ' * 60}\n{PROMPT}\n", "--model", models[0])
+    assert code == 0
+    assert "write a shorter message" in out
+    assert len(out.splitlines()) == 2
+
+
+def test_two_models_side_by_side(monkeypatch, capsys, models) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out = say(monkeypatch, capsys, f"{PROMPT}\n", "--model", models[0], "--versus", models[1])
+    head = out.splitlines()[0]
+    assert "one" in head.split("|")[0]
+    assert "two" in head.split("|")[1]
+    assert all("|" in line and len(line) <= 80 for line in out.splitlines())
+
+
+def test_columns() -> None:
+    text = chat_command.side_by_side(["a", "b"], ["x" * 25, "one\ntwo three"], 43)
+    assert text.splitlines() == [
+        f"{'a':<20} | b",
+        f"{'-':<20} | -",
+        f"{'x' * 20} | one",
+        f"{'x' * 5:<20} | two three",
+    ]
+
+
+def test_a_missing_model_is_a_clear_error(monkeypatch, capsys, home: Path) -> None:
+    for uri in ("/no/such/folder", "models:/nobody@champion", "runs:/0123/model"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        assert chat_command.main(["--model", uri]) == 65
+        error = capsys.readouterr().err
+        assert uri in error
+        assert "Fix:" in error
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+def test_settings_out_of_range_are_refused(capsys, temperature: str) -> None:
+    with pytest.raises(SystemExit):
+        chat_command.main(["--model", "x", "--temperature", temperature])
+    assert "--temperature" in capsys.readouterr().err

@@ -1,0 +1,316 @@
+"""The comparison: its table, picture and page, and what hostile text can do there (nothing)."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.errors import StageError
+from schemas.stage import Artifact, Request
+from stages import compare
+from stages.compare.page import headline, render_html, verdict
+from stages.compare.plots import SPARE_COLOURS, colours, draw
+from stages.compare.table import over, render_text, shown_columns
+from stages.engine.scoring.evaluation_record import Evaluation, Sample
+from stages.tracking import StageRun
+from tests.conftest import ROOT
+
+SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
+HOSTILE = "<script>alert('x')</script><img src=http://evil/x onerror=alert(1)>&\"' $x_1$ \u202edesrever \x00 \u2028 end"
+
+
+def evaluation(score: float, win: float, kl: float, *, answer: str = "fine", prompt: str = "say it") -> Evaluation:
+    samples = [
+        Sample(
+            prompt=[{"role": "user", "content": f"{prompt} {i}"}],
+            answer=f"{answer} {i}",
+            score=score + i,
+            sft_answer="so",
+            sft_score=0.0,
+            win=win,
+            length=3,
+            sft_length=3,
+            ended=True,
+            kl=kl,
+        )
+        for i in range(4)
+    ]
+    metrics = {
+        "judge_score": score + 1.5,
+        "win_rate_vs_sft": win,
+        "win_rate_vs_sft_low": win - 0.1 if kl else win,
+        "win_rate_vs_sft_high": win + 0.1 if kl else win,
+        "length_controlled_win_rate": win,
+        "kl_to_reference": kl,
+        "kl_to_reference_se": kl / 10,
+        "length": 3.0,
+        "distinct_2": 0.25,
+        "reference_nll": 1.0,
+    }
+    named = {f"eval/{name}": value for name, value in metrics.items()} | {"compute/seconds": 1.0}
+    return Evaluation(named, samples, SETTINGS)
+
+
+def evaluations(**changes: Any) -> dict[str, Evaluation]:
+    return {
+        "kto": evaluation(1.0, 0.55, 2.0),
+        "dpo": evaluation(2.0, 0.8, 3.0, **changes),
+        "sft": evaluation(0.0, 0.5, 0.0),
+        "base": evaluation(-1.0, 0.2, 50.0),
+    }
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, attributes, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+class Run(StageRun):
+    """A run kept in memory: what was published and logged."""
+
+    def __init__(self, folders: Mapping[str, Path], work: Path) -> None:
+        inputs = {name: Artifact(uri=str(path), sha256=name) for name, path in folders.items()}
+        self.request = Request(stage="compare", version=1, params={}, inputs=inputs)
+        self.folders, self.work, self.logged, self.published = folders, work, set[str](), dict[str, bytes]()
+
+    def input(self, name: str) -> Path:
+        return self.folders[name]
+
+    def file(self, path: Path, folder: str = "") -> None:
+        self.logged.add(path.name)
+
+    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
+        self.published = {f"{name}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        return Artifact(uri="", sha256="")
+
+
+def test_starting_points_come_first_then_the_best_judged() -> None:
+    table = compare.compare(evaluations()).table
+    assert [row["model"] for row in table] == ["base", "sft", "dpo", "kto"]
+    assert table[2]["win_rate_vs_sft"] == 0.8
+    # Scores 2, 3, 4, 5: sample variance 5/3, over four answers.
+    assert table[2]["judge_score_se"] == pytest.approx((5 / 3 / 4) ** 0.5)
+    assert "compute/seconds" not in table[2]
+
+
+def test_the_order_of_the_inputs_changes_nothing() -> None:
+    given = evaluations()
+    backwards = dict(reversed(given.items()))
+    assert render_html(compare.compare(given)) == render_html(compare.compare(backwards))
+
+
+def test_evaluations_under_other_conditions_are_refused() -> None:
+    given = evaluations()
+    other = replace(given["dpo"], settings=SETTINGS | {"seed": 1})
+    with pytest.raises(StageError, match=r"with seed = 0, dpo with 1") as error:
+        compare.compare(given | {"dpo": other})
+    assert error.value.problem.field == "evaluate.seed"
+    with pytest.raises(StageError, match="not the same"):
+        compare.compare(given | {"dpo": evaluation(2.0, 0.8, 3.0, prompt="other")})
+    with pytest.raises(StageError, match="no evaluation"):
+        compare.compare({})
+
+
+def test_the_text_table_lines_up_and_leaves_out_what_no_model_has() -> None:
+    table = compare.compare(evaluations()).table
+    lines = render_text(table).splitlines()
+    assert len(lines) == 2 + len(table)
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("Model") and "Reward score" not in lines[0] and "Preference acc." not in lines[0]
+    dpo = next(line for line in lines if line.startswith("dpo"))
+    assert "80 % [70, 90]" in dpo and "3.00 ± 0.30" in dpo and "3.50" in dpo
+    assert render_text([{"model": "x", "judge_score": None, "length": 2.0}]).splitlines()[-1].split() == ["x", "2.0"]
+
+
+def test_the_readme_shows_the_table_as_it_is_printed() -> None:
+    (block,) = re.findall(r"^```text\n(Model .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    head, _, *_, last = block.splitlines()
+    printed = compare.text(compare.compare(evaluations())).splitlines()[0]
+    assert " ".join(printed.split()).startswith(" ".join(head.removesuffix("...").split()))
+    (prompts,) = re.findall(r"\d+(?= prompts)", last)
+    assert last == over(int(prompts))
+
+
+@pytest.mark.parametrize(("answers", "few"), [(1, True), (99, True), (100, False), (250, False)])
+def test_table_and_page_say_over_how_many_prompts_and_when_these_are_few(answers: int, few: bool) -> None:
+    sample = evaluations()["sft"].samples[0]
+    samples = [replace(sample, prompt=[{"role": "user", "content": f"say {i}"}]) for i in range(answers)]
+    comparison = compare.compare({name: replace(value, samples=samples) for name, value in evaluations().items()})
+    line = compare.text(comparison).splitlines()[-1]
+    count = "1 prompt" if answers == 1 else f"{answers} prompts"
+    assert line.startswith(f"Over {count}; in brackets: 95 % intervals.")
+    page = Page(render_html(comparison)).text
+    assert f"the same {count}, which" in page
+    warning = "With fewer than 100 prompts differences may be chance"
+    assert (warning in line, warning in page) == (few, few)
+
+
+def test_the_verdict_is_the_side_of_one_half_that_the_interval_lies_on() -> None:
+    rows = [{"win_rate_vs_sft_low": low, "win_rate_vs_sft_high": high} for low, high in ((0.51, 0.7), (0.3, 0.49))]
+    rows += [{"win_rate_vs_sft_low": low, "win_rate_vs_sft_high": high} for low, high in ((0.5, 0.7), (0.4, 0.6))]
+    assert [verdict(row) for row in rows] == ["better", "worse", "level", "level"]
+
+
+def rated(model: str, low: float | None, rate: float | None, high: float | None, kl: float | None) -> dict[str, Any]:
+    bounds = {"win_rate_vs_sft_low": low, "win_rate_vs_sft_high": high}
+    return {"model": model, "win_rate_vs_sft": rate, "kl_to_reference": kl, **bounds}
+
+
+SFT = rated("sft", 0.5, 0.5, 0.5, 0.0)
+DPO, KTO = rated("dpo", 0.92, 0.95, 0.97, 10.9), rated("kto", 0.91, 0.94, 0.96, 3.7)
+WEAK, LOST = rated("ppo", 0.45, 0.52, 0.59, 1.0), rated("low", 0.2, 0.3, 0.4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            [SFT, DPO, WEAK],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), clearly above ppo, at KL 10.9. "
+            "1 of 2 aligned models is clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO, WEAK],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), but is not clearly apart from "
+            "kto; nearest to SFT of these is kto (KL 3.7; dpo 10.9). "
+            "2 of 3 aligned models are clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO | {"kl_to_reference": None}],
+            "dpo has the highest win rate against SFT, 95 % (95 % interval 92 to 97 %), but is not clearly apart from "
+            "kto. 2 of 2 aligned models are clearly better than SFT.",
+        ),
+        (
+            [SFT, WEAK, LOST],
+            "ppo has the highest win rate against SFT, 52 % (95 % interval 45 to 59 %), clearly above low, at KL 1.0. "
+            "No aligned model is clearly better than SFT.",
+        ),
+        (
+            [SFT, KTO],
+            "kto has the highest win rate against SFT, 94 % (95 % interval 91 to 96 %). "
+            "1 of 1 aligned model is clearly better than SFT.",
+        ),
+        (
+            [SFT, DPO, KTO | {"win_rate_vs_sft_low": None}],
+            "dpo has the highest win rate against SFT, 95 %; without all 95 % intervals it cannot be said which "
+            "models are clearly apart.",
+        ),
+        ([SFT, rated("dpo", None, None, None, None)], "No aligned model has a win rate yet."),
+        ([SFT], "No aligned model is among these yet."),
+    ],
+)
+def test_the_headline_says_only_what_the_intervals_say(table: list[dict[str, Any]], expected: str) -> None:
+    assert headline(table) == expected
+
+
+def test_a_win_rate_without_an_interval_can_be_shown() -> None:
+    given = compare.compare(evaluations())
+    table = [{**row, "win_rate_vs_sft_low": None, "win_rate_vs_sft_high": None} for row in given.table]
+    assert "<td>80 %</td>" in render_html(replace(given, table=table))
+
+
+def test_known_names_keep_their_colour_and_others_get_spare_ones() -> None:
+    found = colours(["sft", "dpo", "dpo-2", "mine"])
+    assert found["dpo"] == colours(["dpo"])["dpo"]
+    assert [found["dpo-2"], found["mine"]] == SPARE_COLOURS[:2]
+
+
+def test_the_picture_is_a_png_and_bears_odd_numbers_and_names() -> None:
+    table = compare.compare(evaluations()).table
+    light, dark = draw(table), draw(table, dark=True)
+    assert light.startswith(b"\x89PNG") and light != dark
+    odd = [{"model": "$\\bad", "judge_score": 1.0, "kl_to_reference": 0.5, "kl_to_reference_se": float("nan")}]
+    odd += [{"model": "nan", "judge_score": float("nan"), "kl_to_reference": 1.0, "kl_to_reference_se": 0.1}]
+    assert draw(odd).startswith(b"\x89PNG")
+    assert draw([]).startswith(b"\x89PNG")
+
+
+def test_the_page_stands_alone_and_shows_everything() -> None:
+    comparison = compare.compare(evaluations())
+    text = render_html(comparison)
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    addresses = [value or "" for name, value in page.attributes if name in ("src", "srcset", "href", "action")]
+    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert not re.search(r"https?://|url\(|@import", re.sub(r"base64,[\w+/=]+", "", text))
+    assert ("http-equiv", "Content-Security-Policy") in page.attributes
+    assert base64.b64decode(addresses[-1].partition(",")[2]).startswith(b"\x89PNG")
+    for column in shown_columns(comparison.table):
+        assert column.title in page.text and column.meaning in page.text
+    for shown in (
+        "say it 0",
+        "fine 3",
+        "80 % [70, 90]",
+        "dpo has the highest",
+        "1 of 2 aligned models is clearly better",
+    ):
+        assert shown in page.text
+
+
+def test_hostile_text_stays_text_wherever_it_stands() -> None:
+    given = evaluations(answer=HOSTILE, prompt="say it")
+    renamed = {HOSTILE if name == "kto" else name: value for name, value in given.items()}
+    for value in renamed.values():
+        value.samples[0].prompt[0]["content"] = HOSTILE
+    page = Page(render_html(compare.compare(renamed)))
+    calm = Page(render_html(compare.compare(evaluations())))
+    assert page.tags == calm.tags
+    assert {name for name, _ in page.attributes} == {name for name, _ in calm.attributes}
+    assert page.text.count("<script>alert('x')</script>") > 3
+    assert "\u202e" not in page.text and "\x00" not in page.text
+
+
+def test_an_endpoint_is_described_by_its_model() -> None:
+    words = compare.describe_judge({"judge": "endpoint", "url": "http://inside/v1", "model": "big"})
+    assert "big" in words and "inside" not in words
+
+
+def test_the_stage_publishes_table_picture_and_page(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = {}
+    for name, value in evaluations(answer="odd \u2028 \u85cf").items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        value.save(folders[name])
+    run = Run(folders, tmp_path)
+    caplog.set_level("INFO", logger="alignflow")
+    final = compare.run(run.request, run)
+    assert final["win_rate_vs_sft/dpo"] == 0.8 and final["kl_to_reference/base"] == 50.0
+    assert set(run.published) == {
+        f"comparison/{name}" for name in ("report.html", "table.json", "table.txt", "reward_kl.png")
+    }
+    assert run.logged == {"report.html", "table.json", "table.txt", "reward_kl.png"}
+    table = json.loads(run.published["comparison/table.json"])
+    assert [row["model"] for row in table] == ["base", "sft", "dpo", "kto"]
+    assert render_text(table) in caplog.text and "Over 4 prompts" in caplog.text
+    assert "odd \u2028 \u85cf 0" in run.published["comparison/report.html"].decode()
+
+
+def test_a_folder_that_is_no_evaluation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no evaluation folder"):
+        Evaluation.load(tmp_path)
+
+
+def test_comparing_imports_no_torch_and_the_text_no_matplotlib() -> None:
+    code = "import sys, stages.compare; print(*sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

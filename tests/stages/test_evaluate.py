@@ -1,0 +1,408 @@
+"""The evaluation's metrics against numbers worked here, and the stage on tiny models.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from schemas.config import EndpointJudge as EndpointConfig
+from schemas.config import EvaluateConfig, RuleJudge, SentimentJudge
+from schemas.errors import StageError
+from schemas.stage import STAGES, Artifact, Request
+from stages import evaluate, tracking
+from stages.__main__ import execute
+from stages.engine.data.codec import Codec
+from stages.engine.models.loading import load_policy, load_scorer
+from stages.engine.models.saving import save_scorer
+from stages.engine.sampling import sample, seed_of
+from stages.engine.scoring import metrics
+from stages.engine.scoring.endpoint import EndpointJudge
+from stages.engine.scoring.evaluation_record import Evaluation
+from stages.engine.scoring.judges import RewardJudge
+from stages.tracking import StageRun
+from tests.support.models import PAIRS, data_folder, model_folder, rows
+
+N = 12
+MAX_NEW_TOKENS = 6
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+# --- pure functions ---
+
+
+def test_win_rate_counts_ties_half() -> None:
+    won = metrics.wins([2.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 3.0])
+    assert won == [1.0, 0.5, 0.5, 0.0]
+    assert metrics.win_rate(won) == 2 / 4
+
+
+def test_bootstrap_interval_is_seeded_and_near_the_normal_one() -> None:
+    values = np.random.default_rng(0).normal(size=200).tolist()
+    once, again, other = (metrics.bootstrap_interval(values, resamples=200, seed=seed) for seed in (1, 1, 2))
+    assert once == again != other
+    won = [1.0] * 120 + [0.0] * 80
+    interval = metrics.bootstrap_interval(won, resamples=4000, seed=1)
+    error = math.sqrt(0.6 * 0.4 / 200)
+    assert interval == pytest.approx((0.6 - 1.96 * error, 0.6 + 1.96 * error), abs=0.006)
+
+
+def test_bootstrap_interval_of_two_prompts_is_the_enumerated_one() -> None:
+    # Resamples of {0, 1}: mean 0 and 1 with chance 1/4 each, 1/2 with chance 1/2.
+    assert metrics.bootstrap_interval([0.0, 1.0], resamples=2000, seed=0) == (0.0, 1.0)
+    assert metrics.bootstrap_interval([0.0, 1.0], resamples=2000, seed=0, level=0.4) == (0.5, 0.5)
+    assert metrics.bootstrap_interval([0.5, 0.5, 0.5], resamples=100, seed=0) == (0.5, 0.5)
+
+
+def test_length_controlled_win_rate_on_two_lengths_is_the_mean_of_logits() -> None:
+    # Differences of +d and -d in equal numbers have std d, so tanh(dlen / std) is +t and -t. The fit then meets both
+    # groups' win rates: theta + gamma t = logit p, theta - gamma t = logit q, so theta is their mean, whatever t.
+    p, q = 0.8, 0.3
+    won = [1.0] * 8 + [0.0] * 2 + [1.0] * 3 + [0.0] * 7
+    found = metrics.length_controlled_win_rate(won, [5] * 10 + [-5] * 10)
+    assert found == pytest.approx(1 / (1 + math.exp(-(logit(p) + logit(q)) / 2)), abs=1e-6)
+    # Ties as soft targets: 1/2 twice weighs as a win and a loss.
+    tied = [1.0] * 7 + [0.5] * 2 + [0.0] * 1 + [1.0] * 3 + [0.0] * 7
+    assert metrics.length_controlled_win_rate(tied, [5] * 10 + [-5] * 10) == pytest.approx(found, abs=1e-9)
+
+
+def test_length_controlled_win_rate_solves_the_likelihoods_equations() -> None:
+    draw = np.random.default_rng(0)
+    difference_N = draw.normal(4, 10, 300).round()
+    won_N = draw.choice([0.0, 0.5, 1.0], 300, p=[0.3, 0.1, 0.6])
+    design_N2 = np.stack([np.ones(300), np.tanh(difference_N / difference_N.std())], 1)
+    theta, gamma = metrics.fit_logistic(design_N2, won_N)
+    chance_N = 1 / (1 + np.exp(-(theta + gamma * design_N2[:, 1])))
+    assert design_N2.T @ (won_N - chance_N) == pytest.approx([0, 0], abs=1e-5)
+    found = metrics.length_controlled_win_rate(won_N.tolist(), difference_N.tolist())
+    assert found == pytest.approx(1 / (1 + math.exp(-theta)))
+
+
+def test_length_controlled_win_rate_where_no_plain_fit_exists() -> None:
+    controlled = metrics.length_controlled_win_rate
+    assert controlled([1.0, 0.5, 0.0, 1.0], [3, 3, 3, 3]) == 2.5 / 4  # nothing to control for: the win rate
+    assert controlled([1.0] * 50, range(50)) == pytest.approx(1, abs=1e-4)
+    assert controlled([0.0] * 50, range(50)) == pytest.approx(0, abs=1e-4)
+    by_length = [float(d > 0) for d in range(-25, 26) if d]
+    assert controlled(by_length, [d for d in range(-25, 26) if d]) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_distinct_2_pools_the_bigrams_of_all_answers() -> None:
+    # "a b", "b a", "a b" and "a b", "b c": 5 bigrams, of which "a b", "b a", "b c" differ; case and marks don't count.
+    assert metrics.distinct_2(["A b, a b!", "a b c"]) == 3 / 5
+    assert metrics.distinct_2(["one", "two", ""]) == 0.0  # no bigram spans two answers
+
+
+def test_kl_is_the_mean_log_ratio_with_its_standard_error() -> None:
+    mean, error = metrics.kl_to_reference([-1.0, -2.0, -3.0], [-2.0, -2.0, -6.0])
+    values = [1.0, 0.0, 3.0]
+    expected = sum(values) / 3
+    variance = sum((value - expected) ** 2 for value in values) / 2
+    assert (mean, error) == pytest.approx((expected, math.sqrt(variance / 3)))
+    assert metrics.kl_to_reference([-1.0], [-1.5])[0] == 0.5
+    assert math.isnan(metrics.kl_to_reference([-1.0], [-1.5])[1])
+
+
+def test_reference_nll_and_preference_accuracy() -> None:
+    assert metrics.reference_nll([-6.0, -1.0], [3, 2]) == 7 / 5  # pooled over tokens, not over answers
+    assert metrics.preference_accuracy([1.0, 0.0, 2.0], [0.5, 0.0, 3.0]) == (1 + 0.5 + 0) / 3
+    assert metrics.share([True, False, False, True]) == 0.5
+
+
+# --- the stage ---
+
+
+class Run(StageRun):
+    """A run kept in memory: no MLflow."""
+
+    def __init__(self, work: Path, config: EvaluateConfig, folders: Mapping[str, Path], seed: int = 0) -> None:
+        inputs = {name: Artifact(uri=str(path), sha256=tracking.digest(path)) for name, path in folders.items()}
+        params = config.model_dump(mode="json")
+        self.request = Request(stage="evaluate", version=1, params=params, inputs=inputs, seed=seed)
+        self.folders, self.work, self.tables = folders, work, dict[str, Any]()
+
+    def input(self, name: str) -> Path:
+        return self.folders[name]
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        pass
+
+    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
+        self.tables[name] = columns
+
+    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
+        target = self.work / name
+        target.mkdir(parents=True)
+        for path in folder.iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+        return Artifact(uri=str(target), sha256="")
+
+
+class World:
+    """An SFT model, an aligned one, and data, with evaluations made on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sft, self.aligned = model_folder(folder / "sft", seed=0), model_folder(folder / "aligned", seed=1)
+        self.codec = Codec.load(self.sft)
+        self.rows = rows(N, {})
+        self.data = data_folder(folder / "data", eval_prompt=self.rows, eval_preference=rows(9, *PAIRS))
+        self.count = 0
+
+    def evaluate(
+        self, model: Path, config: EvaluateConfig | None = None, seed: int = 0, **folders: Path
+    ) -> tuple[dict[str, float], Evaluation, Run]:
+        self.count += 1
+        inputs = {"model": model, "reference": self.sft, "data": self.data, **folders}
+        run = Run(self.folder / f"work{self.count}", config or settings(), inputs, seed)
+        final = evaluate.run(run.request, run)
+        return final, Evaluation.load(run.work / "evaluation"), run
+
+    def baseline(self, config: EvaluateConfig | None = None) -> Path:
+        return self.evaluate(self.sft, config)[2].work / "evaluation"
+
+
+def settings(**changes: Any) -> EvaluateConfig:
+    defaults = {"judge": SentimentJudge(), "min_prompts": 2, "max_new_tokens": MAX_NEW_TOKENS, "bootstrap": 200}
+    return EvaluateConfig(**(defaults | changes))
+
+
+@pytest.fixture
+def world(tmp_path: Path, home: Path) -> World:
+    return World(tmp_path)
+
+
+@torch.no_grad()
+def exact_logps(folder: Path, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Sum of log-probs of each answer, in float64, one sequence at a time, by plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logps_TV = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+        found.append(sum(float(logps_TV[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)))
+    return found
+
+
+def sampled(
+    world: World, folder: Path, seed: int = 0, temperature: float = 1.0
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and the answers that the stage must come to, as token ids."""
+    prompts = [world.codec.prompt(row["prompt"]) for row in world.rows]
+    answers = sample(
+        load_policy(folder, trainable=False),
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=temperature,
+        seeds=[seed_of("evaluate", seed, i) for i in range(N)],
+        stop_ids=world.codec.stop_ids,
+        pad_id=world.codec.pad_id,
+    )
+    return prompts, answers
+
+
+def test_the_sft_model_scores_half_nothing_and_half_by_construction(world: World) -> None:
+    final, evaluation, _ = world.evaluate(world.sft, pairs=world.data)
+    for name in ("win_rate_vs_sft", "win_rate_vs_sft_low", "win_rate_vs_sft_high", "length_controlled_win_rate"):
+        assert final[f"eval/{name}"] == 0.5
+    assert final["eval/kl_to_reference"] == 0.0 == final["eval/kl_to_reference_se"]
+    assert final["eval/preference_accuracy"] == 0.5
+    assert all(row.kl == 0.0 and row.answer == row.sft_answer for row in evaluation.samples)
+
+
+def test_a_copy_of_the_sft_model_given_a_baseline_scores_the_same(world: World) -> None:
+    again, _, _ = world.evaluate(world.sft, pairs=world.data, baseline=world.baseline())
+    assert again["eval/win_rate_vs_sft"] == 0.5 and again["eval/kl_to_reference"] == 0.0
+
+
+def test_the_numbers_of_another_model_follow_from_the_definitions(world: World) -> None:
+    final, evaluation, run = world.evaluate(world.aligned, pairs=world.data, baseline=world.baseline())
+    prompts, answers = sampled(world, world.aligned)
+    texts = [world.codec.text(ids) for ids in answers]
+    assert [row.answer for row in evaluation.samples] == texts
+    log_ratios = np.subtract(exact_logps(world.aligned, prompts, answers), exact_logps(world.sft, prompts, answers))
+    assert [row.kl for row in evaluation.samples] == pytest.approx(log_ratios.tolist(), abs=1e-4)
+    assert final["eval/kl_to_reference"] == pytest.approx(log_ratios.mean(), abs=1e-4)
+    assert final["eval/kl_to_reference_se"] == pytest.approx(log_ratios.std(ddof=1) / math.sqrt(N), abs=1e-4)
+    tokens = sum(map(len, answers))
+    nll = -sum(exact_logps(world.sft, prompts, answers)) / tokens
+    assert final["eval/reference_nll"] == pytest.approx(nll, abs=1e-4)
+
+    ended = [ids[-1] in world.codec.stop_ids for ids in answers]
+    assert 0 < sum(ended) < N  # both kinds occur, so that the next two lines say something
+    assert final["eval/ended"] == sum(ended) / N
+    assert final["eval/length"] == (tokens - sum(ended)) / N
+    assert final["eval/empty"] == sum(not text.strip() for text in texts) / N
+    assert final["compute/generated_tokens"] == tokens
+    assert final["eval/distinct_2"] == metrics.distinct_2(texts)
+    _, sft_answers = sampled(world, world.sft)
+    assert [row.sft_answer for row in evaluation.samples] == [world.codec.text(ids) for ids in sft_answers]
+    wins = [(row.score > row.sft_score) + 0.5 * (row.score == row.sft_score) for row in evaluation.samples]
+    assert final["eval/win_rate_vs_sft"] == sum(wins) / N
+    assert final["eval/judge_score"] == pytest.approx(sum(row.score for row in evaluation.samples) / N)
+    assert evaluation.metrics == final
+    table = run.tables["eval/samples.json"]
+    assert table["prompt"][0] == world.rows[0]["prompt"][0]["content"] and table["answer"] == texts
+
+
+def test_preference_accuracy_is_that_of_the_implicit_reward(world: World) -> None:
+    final, _, _ = world.evaluate(world.aligned, pairs=world.data, baseline=world.baseline())
+    pairs = rows(9, *PAIRS)
+    prompts = [world.codec.prompt(row["prompt"]) for row in pairs]
+    ratios = {}
+    for side in ("chosen", "rejected"):
+        answers = [world.codec.answer(row[side]) for row in pairs]
+        own, sft = (exact_logps(folder, prompts, answers) for folder in (world.aligned, world.sft))
+        ratios[side] = np.subtract(own, sft)
+    assert final["eval/preference_accuracy"] == float((ratios["chosen"] > ratios["rejected"]).mean())
+
+
+def test_at_another_temperature_the_kl_is_still_that_of_the_model(world: World) -> None:
+    config = settings(temperature=0.5)
+    final, evaluation, _ = world.evaluate(world.aligned, config, baseline=world.baseline(config))
+    prompts, shown = sampled(world, world.aligned, temperature=0.5)
+    assert [row.answer for row in evaluation.samples] == [world.codec.text(ids) for ids in shown]
+    _, drawn = sampled(world, world.aligned, temperature=1.0)
+    log_ratios = np.subtract(exact_logps(world.aligned, prompts, drawn), exact_logps(world.sft, prompts, drawn))
+    assert final["eval/kl_to_reference"] == pytest.approx(log_ratios.mean(), abs=1e-4)
+
+
+def test_seeds_follow_the_request_and_the_place_of_the_prompt(world: World) -> None:
+    whole = world.evaluate(world.sft)[1].samples
+    assert world.evaluate(world.sft, settings(limit=5))[1].samples == whole[:5]
+    other = world.evaluate(world.sft, seed=1)[1].samples
+    assert [row.answer for row in other] != [row.answer for row in whole]
+
+
+def test_reward_score_is_the_policys_own_reward_model(world: World, tmp_path: Path) -> None:
+    reward = tmp_path / "reward"
+    save_scorer(load_scorer(world.sft, seed=5), world.codec, reward)
+    final, evaluation, _ = world.evaluate(world.sft, reward=reward)
+    scores = RewardJudge(reward).score(
+        [row.prompt for row in evaluation.samples], [str(row.answer) for row in evaluation.samples]
+    )
+    assert [row.reward_score for row in evaluation.samples] == pytest.approx(scores)
+    assert final["eval/reward_score"] == pytest.approx(sum(scores) / N)
+    with pytest.raises(StageError, match="cannot judge it") as error:
+        world.evaluate(world.sft, settings(judge="reward"), reward=reward, judge=reward)
+    assert error.value.problem.field == "evaluate.judge"
+
+
+def test_too_few_prompts_are_refused_with_their_count(world: World) -> None:
+    with pytest.raises(StageError, match=f"only {N} held-out") as error:
+        world.evaluate(world.sft, settings(min_prompts=N + 1))
+    assert error.value.problem.field == "evaluate.min_prompts"
+    assert error.value.problem.value == str(N + 1)
+    with pytest.raises(StageError, match="only 3 held-out"):
+        world.evaluate(world.sft, settings(min_prompts=4, limit=3))
+
+
+def test_each_prompt_counts_once_and_one_without_room_for_an_answer_not_at_all(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {**world.rows[0], "prompt": [{"role": "user", "content": "a " * 60}], "prompt_id": "long"}
+    world.data = data_folder(world.folder / "more", eval_prompt=[long, *world.rows, *world.rows])
+    final, evaluation, _ = world.evaluate(world.sft)
+    assert final["eval/prompts"] == N
+    assert [row.prompt for row in evaluation.samples] == [row["prompt"] for row in world.rows]
+    assert "1 of 13 prompts leave no room" in caplog.text
+
+
+def test_a_model_needs_the_sft_models_answers_to_the_same_prompts_under_the_same_settings(world: World) -> None:
+    with pytest.raises(StageError) as error:
+        world.evaluate(world.aligned)
+    assert error.value.problem.field == "inputs.baseline"
+    with pytest.raises(StageError, match="not the same"):
+        world.evaluate(world.aligned, baseline=world.baseline(settings(limit=5)))
+    with pytest.raises(StageError, match="judge"):
+        world.evaluate(world.aligned, baseline=world.baseline(settings(judge=RuleJudge())))
+
+
+def test_without_held_out_pairs_there_is_no_preference_accuracy(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    nothing = data_folder(world.folder / "no_pairs", eval_prompt=world.rows)
+    assert "eval/preference_accuracy" not in world.evaluate(world.sft, pairs=nothing)[0]
+    assert "no pairs are held out" in caplog.text
+
+
+class LongerEndpoint(EndpointJudge):
+    """An endpoint judge without the network: the longer answer wins."""
+
+    def wins(self, prompts: Any, answers: Sequence[str], others: Sequence[str]) -> list[float]:
+        return metrics.wins([len(a) for a in answers], [len(o) for o in others])
+
+
+def test_a_judge_that_compares_scores_by_the_win_over_the_baseline(world: World) -> None:
+    judge = LongerEndpoint(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), "evaluate.judge")
+    baseline = world.evaluate(world.sft)[1].samples
+    answers = ["", *("x" * 99 for _ in range(N - 2)), baseline[-1].answer]
+    baseline[0] = replace(baseline[0], answer="longer")
+    prompts = [row.prompt for row in baseline]
+    verdicts = evaluate.judge_answers(judge, prompts, answers, baseline)
+    assert verdicts == [(0.0, 1.0, 0.0), *[(1.0, 0.0, 1.0)] * (N - 2), (0.5, 0.5, 0.5)]
+    assert evaluate.judge_answers(judge, prompts, answers, None) == [(0.5, 0.5, 0.5)] * N
+
+
+def test_scores_that_are_no_numbers_stop_the_stage(world: World) -> None:
+    class Broken(LongerEndpoint):
+        def score(self, prompts: Any, answers: Sequence[str]) -> list[float]:
+            return [1.0, math.nan]
+
+    judge = Broken(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), "evaluate.judge")
+    with pytest.raises(StageError, match="1 of 2 answers no finite score"):
+        evaluate.judge_answers(judge, [[], []], ["a", "b"], None)
+
+
+def test_a_folder_reads_back_as_it_was_written(world: World, tmp_path: Path) -> None:
+    evaluation = world.evaluate(world.sft)[1]
+    odd = replace(evaluation.samples[0], answer="a\u2028b\n\r\x85c \u85cf")
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    written = Evaluation(evaluation.metrics, [odd], evaluation.settings)
+    written.save(folder)
+    assert Evaluation.load(folder) == written
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().split(b"\n") if line]
+    assert {"prompt", "answer", "score", "reward_score", "kl", "length"} <= set(lines[0])
+
+
+@pytest.mark.slow
+def test_the_run_in_mlflow_carries_metrics_without_steps_table_and_the_trainings_parameters(world: World) -> None:
+    inputs = {
+        name: Artifact(uri=str(folder), sha256=tracking.digest(folder))
+        for name, folder in {"model": world.sft, "reference": world.sft, "data": world.data}.items()
+    }
+    request = Request(
+        stage="evaluate",
+        version=STAGES["evaluate"],
+        params=settings().model_dump(mode="json"),
+        inputs=inputs,
+        name="sft",
+        about={"learning_rate": "0.001"},
+        tags={"data.version": "abc"},
+    )
+    result = execute(request)
+    assert result.status == "done", result.error
+    logged = tracking.client().get_run(result.run_id or "")
+    times = {"compute/stage_seconds", "compute/tracking_seconds"}
+    final = {name: value for name, value in logged.data.metrics.items() if name not in times}
+    assert final == pytest.approx(result.metrics) and times <= logged.data.metrics.keys()
+    assert logged.data.metrics["eval/win_rate_vs_sft"] == 0.5
+    assert {
+        metric.step
+        for name in result.metrics
+        for metric in tracking.client().get_metric_history(logged.info.run_id, name)
+    } == {0}
+    assert logged.data.tags["model"] == "sft" and logged.data.tags["data.version"] == "abc"
+    assert logged.data.params["learning_rate"] == "0.001"
+    assert "eval/samples.json" in logged.data.tags["mlflow.loggedArtifacts"]
+    assert len(Evaluation.load(tracking.fetch(result.outputs["evaluation"])).samples) == N

@@ -1,0 +1,101 @@
+"""Derived kinds: what each row becomes, worked out by hand, and that the result is clean by its own kind's model."""
+
+from typing import Any
+
+import polars as pl
+import pytest
+
+from schemas.config import Kind
+from schemas.rows import problems
+from stages.validate.derive import derive
+from stages.validate.formats import parse, to_frame
+
+
+def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
+    """All kinds from raw rows; each frame is clean."""
+    kinds = derive(kind, to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows]))
+    for name, frame in kinds.items():
+        assert problems(name, frame).height == 0
+    return kinds
+
+
+def said(frame: pl.DataFrame, *columns: str) -> list[tuple]:
+    return frame.select(*columns).rows()
+
+
+def test_preference() -> None:
+    """Two pairs of one prompt: a shared chosen answer is one thumb and one SFT row; margins stay."""
+    kinds = derived(
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "c", "margin": 2},
+    )
+    assert set(kinds) == {"preference", "ranking", "feedback", "sft", "prompt"}
+    assert said(kinds["ranking"], "responses", "winners", "losers", "margins") == [
+        (["a", "b"], [0], [1], None),
+        (["a", "c"], [0], [1], [2.0]),
+    ]
+    assert said(kinds["feedback"], "row", "completion", "label") == [(0, "a", True), (0, "b", False), (1, "c", False)]
+    assert said(kinds["sft"], "row", "response") == [(0, "a")]
+    assert said(kinds["prompt"], "row") == [(0,)]
+
+
+def test_ranking_by_scores() -> None:
+    """K = 3 with one tie. Net wins: x +2, y -1, z -1."""
+    kinds = derived("ranking", {"prompt": "p", "responses": ["y", "x", "z"], "scores": [1, 3, 1]})
+    assert said(kinds["preference"], "chosen", "rejected", "margin") == [("x", "y", 2.0), ("x", "z", 2.0)]
+    assert said(kinds["feedback"], "completion", "label") == [("y", False), ("x", True), ("z", False)]
+    assert said(kinds["sft"], "response") == [("x",)]
+
+
+def test_middle_answers_get_no_thumb() -> None:
+    """Of a full order of 3, the middle one won once and lost once."""
+    kinds = derived("ranking", {"prompt": "p", "responses": ["a", "b", "c"], "order": [1, 0, 2]})
+    assert said(kinds["preference"], "chosen", "rejected", "margin") == [
+        ("b", "a", None),
+        ("a", "c", None),
+        ("b", "c", None),
+    ]
+    assert said(kinds["feedback"], "completion", "label") == [("b", True), ("c", False)]
+    assert said(kinds["sft"], "response") == [("b",)]
+
+
+def test_mixed_margins_and_sources() -> None:
+    """Rows with margins stand beside rows without; a tied row gives its prompt and nothing else."""
+    kinds = derived(
+        "ranking",
+        {"prompt": "p", "responses": ["a", "b"], "scores": [0.5, 0]},
+        {"prompt": "q", "responses": ["a", "b"], "comparisons": [{"a": 0, "b": 1, "winner": 1}]},
+        {"prompt": "r", "responses": ["a", "b"], "ranks": [1, 1]},
+    )
+    assert said(kinds["preference"], "row", "chosen", "margin") == [(0, "a", 0.5), (1, "b", None)]
+    assert said(kinds["prompt"], "row") == [(0,), (1,), (2,)]
+    assert said(kinds["ranking"], "row") == [(0,), (1,)]
+
+
+def test_ranking_of_two_equals_its_pair() -> None:
+    """From a pair to a ranking and back is the pair."""
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.5}
+    ranking = derived("preference", pair)["ranking"]
+    assert derive("ranking", ranking)["preference"].equals(derived("preference", pair)["preference"])
+
+
+def test_feedback_and_sft() -> None:
+    """Thumbs up are worth imitating; an SFT row gives its prompt, once."""
+    rows = [{"prompt": "p", "completion": c, "label": up} for c, up in (("a", True), ("b", False), ("c", True))]
+    kinds = derived("feedback", *rows)
+    assert set(kinds) == {"feedback", "sft", "prompt"}
+    assert said(kinds["sft"], "response") == [("a",), ("c",)]
+    kinds = derived(
+        "sft", {"prompt": "p", "response": "a"}, {"prompt": "p", "response": "b"}, {"prompt": "P", "response": "a"}
+    )
+    assert set(kinds) == {"sft", "prompt"}
+    assert said(kinds["prompt"], "row") == [(0,), (2,)]
+    assert set(derived("prompt", {"prompt": "p"})) == {"prompt"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "ranking", "feedback", "prompt"])
+def test_nothing_gives_nothing(kind: Kind) -> None:
+    """Frames without rows pass through."""
+    kinds = derive(kind, to_frame(kind, [], []))
+    assert all(frame.height == 0 and problems(name, frame).height == 0 for name, frame in kinds.items())

@@ -1,0 +1,138 @@
+"""`alignflow up` as tests use it: started, asked, ended; and small things to run on it."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flows.servers.address_file import Addresses
+from flows.servers.supervisor import descendants
+
+UP = [sys.executable, "-m", "flows.cli", "up"]
+START_SECONDS = 300
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], Addresses]]:
+    """`alignflow up` for a home, on free ports; ended on the way out."""
+    ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
+    process = subprocess.Popen(
+        [*UP, *ports, *options],
+        env={**os.environ, "ALIGNFLOW_HOME": str(home), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # Only a limit for a hang: without it the test would wait for a line for ever.
+    patience = threading.Timer(START_SECONDS, process.kill)
+    patience.start()
+    try:
+        assert process.stdout is not None
+        lines = []
+        while not lines or "Ctrl-C" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "".join(lines)
+        patience.cancel()
+        yield process, Addresses.model_validate_json((home / "up.json").read_text())
+    finally:
+        patience.cancel()
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@contextlib.contextmanager
+def ended(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server of a test's own, ended on the way out."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those of the processes that run still; a dead one that nobody has asked after does no more."""
+    return [pid for pid in pids if state(pid) not in ("", "Z")]
+
+
+def state(pid: int) -> str:
+    """A process's state as the kernel has it; empty when there is none."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def left_after(pids: list[int], seconds: float) -> list[int]:
+    """Those that still run after so many seconds; returns early when there are none."""
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    return alive(pids)
+
+
+def below(process: subprocess.Popen[str]) -> list[int]:
+    """All processes that a command has started, directly or not."""
+    return descendants(process.pid)
+
+
+def python(code: str, home: Path, **environment: str) -> Any:
+    """What a fresh process prints as JSON: Prefect's settings are read once per process."""
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ALIGNFLOW_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+RUN_STAGE = """
+import json
+from flows.addresses import adopt
+adopt()
+from prefect.deployments import run_deployment
+from flows.stage import stage
+from schemas.stage import STAGES, Request
+params = {"path": "demo:sft", "kind": "sft", "limit": 20}
+request = Request(stage="validate", version=STAGES["validate"], params=params, name="tiny")
+run = run_deployment("stage/cpu", parameters={"request": request.model_dump(mode="json")}, timeout=240, poll_interval=1)
+print(json.dumps({"state": run.state.name, "message": run.state.message, "key": request.key()}))
+"""
+
+FETCH = """
+import json, sys
+from stages import tracking
+result = tracking.find(KEY)
+artifact = result.outputs["data"]
+folder = tracking.fetch(artifact)
+location = tracking.client().get_run(result.run_id).info.artifact_uri
+files = sorted(file.name for file in folder.rglob("*") if file.is_file())
+print(json.dumps({"files": files, "folder": str(folder), "location": location, "sha256": artifact.sha256}))
+"""
+
+
+def run_stage(home: Path, **environment: str) -> dict[str, str]:
+    """Run a small stage through the worker; how its flow run ended, and its key."""
+    return python(RUN_STAGE, home, **environment)
+
+
+def fetch(key: str, home: Path, **environment: str) -> dict[str, Any]:
+    """Bring what the stage of a key has made to a home."""
+    return python(FETCH.replace("KEY", repr(key)), home, **environment)

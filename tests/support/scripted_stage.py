@@ -1,0 +1,56 @@
+"""A stage that does what its parameters say, run through the real entry point. Not a test: `python fake_stages.py`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from schemas.errors import StageError
+from schemas.stage import STAGES, Request
+from stages import __main__ as entry
+from stages.tracking import StageRun
+
+STAGES["fake"] = 1
+entry.MODULES["fake"] = "fake_stages"
+
+
+def run(request: Request, run: StageRun) -> dict[str, float]:
+    """Count to `steps`, keeping the count as a checkpoint; then publish it, or end as `end` says.
+
+    With FAKE_HOLD in the environment the third step waits until a file of that name exists: no part of the key.
+    """
+    params = request.params
+    if run.rank > 0:  # the counting is rank 0's
+        return {}
+    checkpoint = run.work / "checkpoints" / "count"
+    checkpoint.parent.mkdir(exist_ok=True)
+    start = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    for name in request.inputs:
+        run.input(name)
+    for step in range(start, int(str(params.get("steps", 3)))):
+        while step == 2 and "FAKE_HOLD" in os.environ and not Path(os.environ["FAKE_HOLD"]).exists():
+            time.sleep(0.05)
+        if params.get("die_at") == step and start == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run.metrics({"train/loss": 1.0 / (step + 1)}, step=step)
+        run.progress(step + 1, int(str(params.get("steps", 3))), "steps")
+        checkpoint.write_text(str(step))  # behind by one: the last step is done again, as after a real crash
+        time.sleep(float(str(params.get("sleep", 0))))
+    if params.get("end") == "refuse":
+        raise StageError("the rows are bad.", kind="data", field="path", value="x.jsonl", fix="fix them")
+    if params.get("end") == "bug":
+        raise RuntimeError("this is a bug")
+    run.publish("folder", write(run.work / "out", str(params)), model=bool(params.get("model")))
+    return {"eval/loss": 0.5, "resumed/at": float(start)}
+
+
+def write(folder: Path, text: str) -> Path:
+    """A folder with something in it."""
+    (folder / "inner").mkdir(parents=True, exist_ok=True)
+    (folder / "inner" / "text.txt").write_text(text)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(entry.main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""The work pools' templates, each rendered by the worker that will use it; and the deployments on a real server."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import docker
+import jsonschema
+import kubernetes_validate
+import pytest
+from docker.models.containers import _create_container_args  # type: ignore[attr-defined]
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessJobConfiguration
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+from flows.planning import config_file
+from flows.planning.plan import candidate
+from flows.servers import checks, deploy, mlflow_prefect, pools, supervisor
+from tests.system.test_deployed import wait_for
+
+PREFECT_FILE = Path(deploy.__file__).parent.parent / "deploy" / "prefect.yaml"
+KUBERNETES = "1.31"
+EVERYWHERE = {"ALIGNFLOW_HOME": "/var/lib/alignflow", "ALIGNFLOW_ROOTS": "/inputs", "DO_NOT_TRACK": "1"}
+"""What every container is told, whatever a deployment adds."""
+
+
+def rendered(kind: Any, pool: str, **values: Any) -> Any:
+    """A job as the pool's worker would start it."""
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9"}):  # nothing is asked; without it a server starts
+        configuration = asyncio.run(kind.from_template_and_values(pools.read(pool), values))
+    configuration.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="sft"))
+    return configuration
+
+
+def refuses(pool: str, **values: Any) -> bool:
+    """Whether the template's schema refuses job variables."""
+    try:
+        jsonschema.validate(values, pools.read(pool)["variables"])
+    except jsonschema.ValidationError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("pool", sorted(pools.templates()))
+def test_every_variable_is_used_explained_and_has_a_valid_default(pool: str) -> None:
+    template = pools.read(pool)
+    properties = template["variables"]["properties"]
+    used = json.dumps(template["job_configuration"])
+    for name, about in properties.items():
+        assert f"{{{{ {name} }}}}" in used and about["description"] and about["title"]
+        jsonschema.validate({name: about["default"]}, template["variables"])
+    assert used.count("{{ ") == sum(used.count(f"{{{{ {name} }}}}") for name in properties)
+
+
+def test_a_process_runs_the_engine_that_dies_with_its_worker() -> None:
+    assert rendered(ProcessJobConfiguration, "gpu").command == "python -P -m flows.job"
+    job = rendered(ProcessJobConfiguration, "slurm", partition="a100", gres="gpu:2", time="1-00:00:00")
+    assert job.command.startswith("python -P -m flows.execution.slurm job --partition=a100 --account= --gres=gpu:2")
+    assert refuses("slurm", gres="two gpus") and refuses("slurm", cpus=0) and refuses("slurm", time="; rm -r /")
+    assert refuses("slurm", partition="a100 --uid=0") and refuses("slurm", account="$(id)")
+    assert not refuses("slurm", gres="gpu:a100:4", time="02:00:00")
+
+
+def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.5:5000")
+    job = rendered(
+        DockerWorkerJobConfiguration,
+        "docker",
+        image="alignflow:1",
+        env={"PREFECT_API_URL": "http://10.0.0.5:4200/api"},
+    )
+    with contextlib.closing(docker.DockerClient(base_url="tcp://127.0.0.1:9", version="1.45")) as client:
+        settings = DockerWorker(work_pool_name="docker")._build_container_settings(client, job)
+    asked = _create_container_args({**settings, "version": "1.45"})  # what the worker's library sends to the engine
+    assert asked["command"] == "python -P -m flows.job" and asked["image"] == "alignflow:1"
+    assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://10.0.0.5:5000"}).items() <= asked["environment"].items()
+    host = asked["host_config"]
+    assert host["Init"] is True and host["ShmSize"] == 8 * 2**30
+    (request,) = host["DeviceRequests"]
+    assert request["Count"] == -1 and request["Capabilities"] == [["gpu"]]
+    # All containers see all GPUs; the locks by which each takes its own lie where all see them too.
+    assert f"alignflow-devices:{asked['environment']['ALIGNFLOW_DEVICE_LOCKS']}" in host["Binds"]
+    assert refuses("docker", shm_size="much") and refuses("docker", gpus=[{"count": -2}])
+    assert not refuses("docker", gpus=[]) and not refuses("docker", gpus=[{"count": -1, "capabilities": [["gpu"]]}])
+
+
+def test_a_kubernetes_job_is_valid_and_has_what_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    toleration = {"key": "pool", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
+    job = rendered(
+        KubernetesWorkerJobConfiguration,
+        "kubernetes",
+        image="registry.example/alignflow:1",
+        namespace="training",
+        gpus=4,
+        node_selector={"gpu": "a100"},
+        tolerations=[toleration],
+        env={"PREFECT_API_URL": "http://prefect:4200/api"},
+        env_from=[{"secretRef": {"name": "alignflow"}}],
+    )
+    manifest = job.job_manifest
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    pod = manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert pod["nodeSelector"] == {"gpu": "a100"} and pod["tolerations"] == [toleration]
+    (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
+    assert shm["emptyDir"]["medium"] == "Memory"
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert container["envFrom"] == [{"secretRef": {"name": "alignflow"}}]
+    told = {one["name"]: one["value"] for one in container["env"]}
+    addresses = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "PREFECT_API_URL": "http://prefect:4200/api"}
+    assert (EVERYWHERE | addresses).items() <= told.items()
+    assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": 10001}
+    assert container["args"] == ["python", "-P", "-m", "flows.job"]
+    assert manifest["spec"]["backoffLimit"] == 0  # Prefect starts it again, not Kubernetes
+    assert manifest["metadata"]["namespace"] == "training"
+
+
+def test_a_kubernetes_job_of_defaults_is_valid_and_bad_values_are_refused() -> None:
+    job = rendered(KubernetesWorkerJobConfiguration, "kubernetes")
+    kubernetes_validate.validate(job.job_manifest, KUBERNETES, strict=True)
+    assert refuses("kubernetes", gpus=-1) and refuses("kubernetes", gpus="two")
+    assert refuses("kubernetes", image_pull_policy="Sometimes")
+    assert refuses("kubernetes", gpu=2)  # mistyped: it would have got the default without a word
+
+
+# --- On a server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+    """A Prefect server with its scheduler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
+        server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"))
+        address: dict[Any, Any] = {PREFECT_API_URL: f"{server.url}/api"}
+        with supervisor.running([server]), temporary_settings(address), get_client(sync_client=True) as client:
+            yield client
+
+
+@pytest.mark.slow
+def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
+    prefect: SyncPrefectClient, tmp_path: Path
+) -> None:
+    declared = checks.deployments(PREFECT_FILE)
+    for one in declared:
+        assert load_flow_from_entrypoint(one["entrypoint"]).name == one["entrypoint"].split(".")[1]
+    (asked,) = (one["parameters"] for one in declared if one["name"] == "retrain")
+    assert candidate(config_file.load(asked["source"], asked["overrides"])) == "dpo"  # it runs as it is shipped
+    # As a user does it: their own file, with the schedule on.
+    file = tmp_path / "prefect.yaml"
+    file.write_text(PREFECT_FILE.read_text().replace("active: false", "active: true"))
+    deploy.deploy(file)
+    there = {one.name: one for one in prefect.read_deployments()}
+    assert set(there) == {one["name"] for one in declared}
+    for one in declared:
+        assert there[one["name"]].work_pool_name == one["work_pool"]["name"]
+        assert not there[one["name"]].pull_steps  # nothing of this machine's folders
+    deploy.deploy(file)
+    assert {one.name: one.id for one in prefect.read_deployments()} == {name: one.id for name, one in there.items()}
+    assert {pool.name: pool.type for pool in prefect.read_work_pools()} == {
+        pool: pools.kind(pool) for pool in pools.templates()
+    }
+
+    def scheduled() -> list[FlowRun]:
+        return [run for run in prefect.read_flow_runs() if run.deployment_id == there["retrain"].id]
+
+    # Newer versions of what the server stands on break its scheduler without a word.
+    wait_for(scheduled, 120, lambda: "the scheduler creates no runs")
+    assert all(run.auto_scheduled and run.expected_start_time.hour == 3 for run in scheduled())  # type: ignore[union-attr]

@@ -1,0 +1,402 @@
+"""Servers, pools and workers by one command: twice, killed, deployed to, with passwords; what is said beforehand."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.results import announce
+from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
+from flows.servers.address_file import Addresses
+from schemas.errors import EXIT_CODES, StageError
+from tests.support import live_servers
+
+
+def alignflow(home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+    variables = {**os.environ, "ALIGNFLOW_HOME": str(home), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing of servers in the environment."""
+    for name in ("PREFECT_SERVER_API_AUTH_STRING", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MLFLOW_FLASK_SERVER_SECRET_KEY", raising=False)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path))
+
+
+# --- One command, a real machine --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("up")
+
+
+@pytest.fixture(scope="module")
+def running(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Addresses]]:
+    with live_servers.up(home) as started:
+        yield started
+
+
+def deployed(where: Addresses) -> dict[str, str]:
+    """Kind and name -> id of the pools, deployments and automations on the server."""
+    kinds = ("work_pools", "deployments", "automations")
+    answers = {kind: httpx.post(f"{where.prefect}/{kind}/filter", json={}, timeout=30) for kind in kinds}
+    return {f"{kind} {one['name']}": one["id"] for kind in kinds for one in answers[kind].raise_for_status().json()}
+
+
+@pytest.mark.slow
+def test_a_second_one_says_where_the_first_is(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, where = running
+    again = alignflow(home, "up")
+    assert again.returncode == 0, again.stderr
+    for said in (where.mlflow, where.prefect.removesuffix("/api"), str(process.pid), "cpu, gpu"):
+        assert said in again.stdout
+    assert process.poll() is None
+    other = alignflow(home, "up", "--pool", "huge")
+    assert other.returncode == EXIT_CODES["refused"] and "--pool = huge" in other.stderr
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(home))
+    assert address_file.found() == where
+
+
+@pytest.mark.slow
+def test_deploying_twice_is_like_once_and_a_worker_takes_a_run_up(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
+) -> None:
+    _, where = running
+    first = alignflow(home, "deploy")
+    assert first.returncode == 0, first.stderr
+    assert "stage/cpu on cpu" in first.stdout
+    before = deployed(where)
+    second = alignflow(home, "deploy")
+    assert second.returncode == 0, second.stderr
+    assert deployed(where) == before and set(before) >= {"deployments pipeline", "automations alignflow zombies"}
+    assert "created" not in second.stdout and "updated" not in second.stdout
+    # through the worker, and from a host that shares nothing but the address
+    ended = live_servers.run_stage(home)
+    assert ended["state"] == "Completed", ended
+    got = live_servers.fetch(ended["key"], tmp_path / "elsewhere", MLFLOW_TRACKING_URI=where.mlflow)
+    assert got["location"].startswith("mlflow-artifacts:") and got["files"]
+    assert got["folder"].startswith(str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.slow
+def test_checks_name_pool_worker_and_experiment(
+    home: Path,
+    running: tuple["subprocess.Popen[str]", Addresses],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, where = running
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
+    with temporary_settings({PREFECT_API_URL: where.prefect}):
+        checks.check_servers()
+        checks.check_pools(["cpu", "gpu"])
+        assert not caplog.records
+        with pytest.raises(StageError, match=r"pools = tpu: there is no such work pool; the server has cpu, .*gpu"):
+            checks.check_pools(["cpu", "tpu"])
+        spare = httpx.post(f"{where.prefect}/work_pools/", json={"name": "spare", "type": "process"}, timeout=30)
+        spare.raise_for_status()
+        checks.check_pools(["spare"])
+        assert "no worker serves work pool spare" in caplog.text
+        httpx.delete(f"{where.prefect}/work_pools/spare", timeout=30).raise_for_status()
+    from stages import tracking
+
+    tracking.client().create_experiment("on this disk", artifact_location=str(home / "artifacts"))
+    with pytest.raises(StageError, match="name = on this disk: this experiment keeps its artifacts in"):
+        checks.check_experiment("on this disk", placed=True)
+    checks.check_experiment("on this disk", placed=False)
+    tracking.experiment("with the server")
+    checks.check_experiment("with the server", placed=True)
+    checks.check_experiment("not there yet", placed=True)
+    with temporary_settings({PREFECT_API_URL: where.mlflow + "/api"}), pytest.raises(StageError, match="no Prefect"):
+        checks.check_servers()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where.prefect.removesuffix("/api"))
+    with pytest.raises(StageError, match=r"MLFLOW_TRACKING_URI = .*MLflow"):
+        checks.check_servers()
+
+
+@pytest.mark.slow
+def test_what_is_submitted_is_checked_as_a_run_from_here_is(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, where = running
+    assert alignflow(home, "deploy").returncode == 0
+    own = f"{where.prefect}/work_pools/cpu"
+    httpx.patch(own, json={"is_paused": True}, timeout=30).raise_for_status()
+    refused = alignflow(home, "submit", "demo", "--set", "pools.sft=tpu")
+    httpx.patch(own, json={"is_paused": False}, timeout=30).raise_for_status()
+    assert refused.returncode == EXIT_CODES["refused"] and "pools = tpu: there is no such work pool" in refused.stderr
+    assert "work pool cpu is paused: its runs wait" in refused.stderr, "the pool of the pipeline itself"
+    from stages import tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
+    tracking.client().create_experiment("kept-here", artifact_location=str(tmp_path))
+    refused = alignflow(home, "submit", "demo", "--set", "name=kept-here", "--set", "pools.sft=gpu")
+    assert refused.returncode == EXIT_CODES["refused"]
+    assert "name = kept-here: this experiment keeps its artifacts in" in refused.stderr
+    found = httpx.post(f"{where.prefect}/flow_runs/filter", json={}, timeout=30).raise_for_status().json()
+    assert not {"demo", "kept-here"} & {run["name"] for run in found}, "nothing was started"
+
+
+@pytest.mark.slow
+def test_a_run_finds_the_server_that_keeps_its_experiment(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, where = running
+    answer = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "found-again"}, timeout=30)
+    answer.raise_for_status()
+    looked = alignflow(home, "run", "demo", "--set", "name=found-again", "--dry-run")
+    assert looked.returncode == 0 and "15 stages" in looked.stdout, looked.stderr
+
+
+@pytest.mark.slow
+def test_a_mistyped_pool_is_named_before_anything_is_deployed(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
+) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text("deployments: [{name: gpu, entrypoint: flows.stage.stage, work_pool: {name: gpuu}}]")
+    refused = alignflow(home, "deploy", "--file", file)
+    assert refused.returncode == EXIT_CODES["refused"] and not refused.stdout
+    assert "deployments[gpu].work_pool.name = gpuu" in refused.stderr and "'gpu'" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses]
+) -> None:
+    process, where = running
+    kept = deployed(where)
+    assert {"work_pools cpu", "work_pools gpu"} <= set(kept)
+    made = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=30)
+    made.raise_for_status()
+    started = live_servers.below(process)
+    assert len(started) >= 8  # a guard and a process for each of MLflow, Prefect and two workers
+    process.kill()
+    assert live_servers.left_after(started, 5) == []
+    assert (home / "up.json").exists()
+    with live_servers.up(home) as (again, there):
+        assert there.pid == again.pid
+        assert deployed(there) == kept
+        answer = httpx.post(f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}, timeout=30)
+        assert '"kept"' in answer.text
+    assert not (home / "up.json").exists()
+
+
+@pytest.mark.slow
+def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
+    secrets = {
+        "PREFECT_SERVER_API_AUTH_STRING": "ada:correct horse battery",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "staple-of-the-stable",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for cookies",
+    }
+    with live_servers.up(tmp_path, "--pool", "cpu", **secrets) as (process, where):  # up: its worker was let in
+        search = f"{where.mlflow}/api/2.0/mlflow/experiments/search"
+        artifacts = f"{where.mlflow}/api/2.0/mlflow-artifacts/artifacts"
+        asks = [("POST", f"{where.prefect}/work_pools/filter"), ("POST", search), ("GET", artifacts)]
+        for method, url in asks:
+            body = {"max_results": 1} if "search" in url else {} if method == "POST" else None
+            assert httpx.request(method, url, json=body, timeout=30).status_code == 401, url
+            wrong = httpx.request(method, url, json=body, auth=("admin", "password1234"), timeout=30)
+            assert wrong.status_code == 401, url
+        assert httpx.post(search, json={"max_results": 1}, auth=("admin", "staple-of-the-stable")).status_code == 200
+        token = base64.b64encode(b"ada:correct horse battery").decode()
+        headers = {"Authorization": f"Basic {token}"}
+        assert httpx.post(f"{where.prefect}/work_pools/filter", json={}, headers=headers).status_code == 200
+        check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows import preflight\n"
+        check += "from schemas.stage import StageError\ntry:\n preflight.check_servers(); said = ''\n"
+        check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
+        let_in = {"PREFECT_API_AUTH_STRING": secrets["PREFECT_SERVER_API_AUTH_STRING"]}
+        assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, tmp_path)
+        assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, tmp_path, **let_in)
+        let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-stable"}
+        assert live_servers.python(check, tmp_path, **let_in) == ""
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in live_servers.below(process)]
+        assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
+    written = [
+        file.read_bytes() for file in [*tmp_path.glob("logs/*"), *tmp_path.glob("*.json"), *tmp_path.glob("*.ini")]
+    ]
+    assert written and not any(secret.encode() in text for secret in secrets.values() for text in written)
+
+
+# --- What is refused before anything starts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple"}, "MLFLOW_FLASK_SERVER_SECRET_KEY"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "PREFECT_SERVER_API_AUTH"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "take another"),
+    ],
+)
+def test_others_are_let_in_with_passwords_alone(
+    no_settings: None, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], missing: str
+) -> None:
+    from flows.servers import up
+
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StageError, match=missing) as refused:
+        up.to_start({}, "0.0.0.0", None, None)
+    assert not any(value in str(refused.value) for name, value in given.items() if "PASSWORD" in name)
+
+
+def test_an_open_host_is_a_message_and_not_a_server(tmp_path: Path) -> None:
+    answer = alignflow(tmp_path, "up", "--host", "0.0.0.0")
+    assert answer.returncode == EXIT_CODES["refused"]
+    assert "--host = 0.0.0.0: MLflow needs a password there." in answer.stderr and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.1.2.3", False)],
+)
+def test_which_hosts_only_this_machine_reaches(host: str, alone: bool) -> None:
+    assert mlflow_prefect.is_loopback(host) is alone
+
+
+def test_servers_for_others_know_their_names(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    mlflow = mlflow_prefect.mlflow_server(5000, "0.0.0.0")
+    hosts = mlflow.environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert {socket.gethostname(), f"{socket.gethostname()}:*", "127.0.0.1:*"} <= set(hosts)
+    assert mlflow.url == "http://127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mlflow.example")
+    assert mlflow_prefect.mlflow_server(5000, "0.0.0.0").environment["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mlflow.example"
+    for host in ("0.0.0.0", "127.0.0.1"):  # its pages ask the server they come from
+        assert mlflow_prefect.prefect_server(4200, host=host).environment["PREFECT_UI_API_URL"] == "/api"
+
+
+def test_a_database_that_prefect_has_no_driver_for_is_named(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://ada:hidden@db/prefect")
+    with pytest.raises(
+        StageError, match=r"PREFECT_SERVER_DATABASE_CONNECTION_URL = postgresql://db/.*asyncpg"
+    ) as error:
+        mlflow_prefect.prefect_server(4200)
+    assert "hidden" not in str(error.value)
+
+
+def test_a_server_that_is_set_and_away_is_named_in_seconds(tmp_path: Path) -> None:
+    away = f"http://127.0.0.1:{live_servers.free_port()}"
+    for variable, value in (("PREFECT_API_URL", f"{away}/api"), ("MLFLOW_TRACKING_URI", away)):
+        answer = alignflow(tmp_path, "up", **{variable: value})
+        assert answer.returncode == EXIT_CODES["refused"]
+        assert f"{variable} = {value}: nobody answers there" in answer.stderr and "alignflow up" in answer.stderr
+    answer = alignflow(tmp_path, "deploy")
+    assert answer.returncode == EXIT_CODES["refused"] and "no Prefect server is set" in answer.stderr
+
+
+def test_an_address_without_api_is_named() -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200"}), pytest.raises(StageError, match="4200/api"):
+        checks.check_servers()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"cron": "61 3 * * 1"}, "61 3 \\* \\* 1"),
+        ({"cron": "0 3 * *"}, "0 3 \\* \\*"),
+        ({"cron": "0 3 * * 1", "timezone": "Europe/Berlim"}, "Europe/Berlim"),
+        ({"cron": "{{ $NO_SUCH_CRON }}"}, "NO_SUCH_CRON, which is not set"),
+    ],
+)
+def test_a_bad_schedule_is_named(tmp_path: Path, schedule: dict[str, str], said: str) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text(json.dumps({"deployments": [{"name": "weekly", "schedules": [schedule]}]}))
+    with pytest.raises(StageError, match=r"deployments\[weekly\].schedules\[0\] = .*" + said):
+        checks.check_schedules(file)
+
+
+def test_good_schedules_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRON_OF_THIS_TEST", "30 4 * * MON-FRI")
+    times = [{"cron": "{{ $CRON_OF_THIS_TEST }}", "timezone": "America/New_York"}, {"interval": 3600}]
+    file = tmp_path / "prefect.yaml"
+    file.write_text(json.dumps({"deployments": [{"name": "a", "schedules": times}, {"name": "b"}]}))
+    checks.check_schedules(file)
+    with pytest.raises(StageError, match="cannot be read"):
+        checks.check_schedules(tmp_path / "none.yaml")
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(StageError, match="GPUs = 1: this machine has 0"):
+        checks.check_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    checks.check_gpu(2)
+    with pytest.raises(StageError, match="GPUs = 3: this machine has 2"):
+        checks.check_gpu(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mlflow-port", "99999"], "'--mlflow-port'"),
+        (["--mlflow-port", "4321", "--prefect-port", "4321"], "--prefect-port = 4321: it is MLflow's."),
+        (["--pool", "cpu", "--pool", ""], "--pool = : the name is empty."),
+    ],
+)
+def test_up_refuses_what_cannot_start(tmp_path: Path, options: list[str], message: str) -> None:
+    answer = alignflow(tmp_path / "home", "up", *options)
+    assert answer.returncode in (2, EXIT_CODES["refused"])
+    assert message in answer.stderr and "Traceback" not in answer.stderr
+    assert not (tmp_path / "home").exists(), "nothing was begun"
+
+
+def test_addresses_count_only_while_somebody_holds_the_lock(no_settings: None) -> None:
+    import fcntl
+
+    where = Addresses(pid=1, mlflow="http://127.0.0.1:5000", prefect="http://127.0.0.1:4200/api")
+    assert address_file.found() is None
+    address_file.file().write_text(where.model_dump_json())
+    address_file.lock_file().touch()
+    assert address_file.found() is None
+    with address_file.lock_file().open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert address_file.found() == where
+    assert address_file.found() is None
+
+
+def test_a_run_names_mlflow_where_it_is_or_would_be(no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+    import socket
+
+    with socket.socket() as other:  # another home's server, say
+        other.bind((supervisor.HOST, 0))
+        other.listen()
+        monkeypatch.setattr(supervisor, "MLFLOW_PORT", other.getsockname()[1])
+        server, first = announce.mlflow_pages()
+        assert server == "" and "put the address that it says for MLflow before this" in first
+        where = Addresses(pid=1, mlflow="http://127.0.0.1:5017", prefect="http://127.0.0.1:4200/api")
+        address_file.file().write_text(where.model_dump_json())
+        with address_file.lock_file().open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert announce.mlflow_pages() == ("http://127.0.0.1:5017", "")
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hidden@mlflow.example/")
+            assert announce.mlflow_pages() == ("http://mlflow.example", "")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    server, first = announce.mlflow_pages()
+    assert server == f"http://127.0.0.1:{supervisor.MLFLOW_PORT}" and "start `alignflow ui`" in first
+
+
+def test_every_template_is_one() -> None:
+    assert {"cpu", "gpu"} <= set(pools.templates())
+    for pool in pools.templates():
+        template = pools.read(pool)
+        assert {"job_configuration", "variables"} == set(template)
+    with pytest.raises(StageError, match="pool = tpu"):
+        pools.read("tpu")
