@@ -63,7 +63,7 @@ def test_every_variable_is_used_explained_and_has_a_valid_default(pool: str) -> 
 def test_a_process_runs_the_engine_that_dies_with_its_worker() -> None:
     assert rendered(ProcessJobConfiguration, "gpu").command == "python -P -m flows.job"
     job = rendered(ProcessJobConfiguration, "slurm", partition="a100", gres="gpu:2", time="1-00:00:00")
-    assert job.command.startswith("python -P -m flows.execution.slurm job --partition=a100 --account= --gres=gpu:2")
+    assert job.command.startswith("python -P -m flows.slurm job --partition=a100 --account= --gres=gpu:2")
     assert refuses("slurm", gres="two gpus") and refuses("slurm", cpus=0) and refuses("slurm", time="; rm -r /")
     assert refuses("slurm", partition="a100 --uid=0") and refuses("slurm", account="$(id)")
     assert not refuses("slurm", gres="gpu:a100:4", time="02:00:00")
