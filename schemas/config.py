@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from schemas.methods import Method
 from schemas.promotion import PromoteConfig
+from schemas.source import Hub, data_source
 from schemas.stage import STAGES
 from schemas.strict import Strict
 from schemas.training import Training
@@ -73,7 +74,8 @@ class DataConfig(Strict):
     @field_validator("path")
     @classmethod
     def _names_something(cls, path: str) -> str:
-        if not path.removeprefix("hub:").strip():
+        source = data_source(path)
+        if not path.strip() or (isinstance(source, Hub) and not source.name.strip()):
             raise PydanticCustomError("no_name", "must name a file, or hub:NAME")
         return path
 

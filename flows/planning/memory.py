@@ -24,7 +24,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.planning.requests import source_file
+from flows.planning.requests import model_file
 from schemas.config import ModelConfig, PipelineConfig, Scratch
 from schemas.methods import PPO
 from schemas.training import LoRA, Training, steps_for
@@ -52,9 +52,8 @@ def model_sizes(model: ModelConfig) -> Sizes | None:
     """Sizes of the base model; None when it is not on this machine yet, or of a form unknown here."""
     if model.scratch is not None:
         return scratch_sizes(model.scratch)
-    path = model.path or ""
-    file = source_file(path, needed=False)
-    if file is None or not file.exists():
+    file = model_file(model.path or "")
+    if file is None:
         return None
     if file.suffix == ".gguf":
         return gguf_sizes(file)

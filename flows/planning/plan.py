@@ -15,6 +15,7 @@ from schemas.config import DataConfig, EndpointJudge, ModelConfig, PipelineConfi
 from schemas.errors import StageError
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
+from schemas.source import GENERATED
 from schemas.training import Training
 
 Output = tuple[str, str]
@@ -363,7 +364,7 @@ class Planner:
         rows = self.add(Node("generate", "generate", params, inputs, self.config.seed, "generate"), "rows")
         source: DataConfig = getattr(self.config.data, slot)
         kept = source.model_dump(include={"eval_fraction", "max_bad", "max_length"})
-        made = DataConfig(path="input:rows", kind="ranking", **kept)
+        made = DataConfig(path=GENERATED, kind="ranking", **kept)
         return self.validated("generated", made.model_dump(mode="json"), {"rows": rows})
 
     # --- Evaluation ---

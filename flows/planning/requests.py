@@ -1,13 +1,13 @@
 """From a node of the plan to the request of its stage, with the digests of the files that it reads."""
 
-import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from flows.planning.plan import Node
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
+from schemas.source import File, Package, data_source, model_source, template_file
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 
@@ -73,38 +73,40 @@ def with_sources(request: Request, field: str) -> Request:
         StageError: a file is missing; `field` says where the config names it.
     """
     params, inputs = dict(request.params), dict(request.inputs)
-    if request.stage == "base" and isinstance(params.get("chat_template"), str):
-        params["chat_template"] = template_text(str(params["chat_template"]))
-    path = params.get("path")
+    template, path = params.get("chat_template"), params.get("path")
+    if request.stage == "base" and isinstance(template, str):
+        template_path = template_file(template)
+        if template_path is not None and template_path.is_file():
+            params["chat_template"] = template_path.read_text()
     if request.stage in ("base", "validate") and isinstance(path, str):
-        file = source_file(path, needed=request.stage == "validate")
+        file = model_file(path) if request.stage == "base" else data_file(path)
         if file is not None:
             inputs["source"] = Artifact(uri=str(file), sha256=source_digest(file, f"{field}.path"))
     return request.model_copy(update={"params": params, "inputs": inputs})
 
 
-def template_text(value: str) -> str:
-    """A chat template's text: the value is Jinja, or a file of it."""
-    path = Path(value).expanduser()
-    is_file = "\n" not in value and "{" not in value and len(value) < 4096 and path.is_file()
-    return path.read_text() if is_file else value
+def model_file(path: str) -> Path | None:
+    """The local folder or file that `model.path` names; None where there is none, or it is pinned on the Hub.
+
+    Of a package with several GGUF files none: stage `base` refuses it.
+    """
+    match model_source(path):
+        case Package() as package:
+            files = package.ggufs() or []
+            return files[0] if len(files) == 1 else None
+        case File(place) if place.exists():
+            return place.absolute()
+        case _:
+            return None
 
 
-def source_file(path: str, needed: bool) -> Path | None:
-    """The local file or folder that a path means; None for what is pinned or made otherwise (Hub, demo, inputs)."""
-    if path.startswith(("demo:", "input:", "hub:")):
-        return None
-    if path.startswith("package:"):
-        name = path.removeprefix("package:").replace("-", "_")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None  # with dots it would import a package
-        return next(_ggufs(list(spec.submodule_search_locations or []) if spec else []), None)
-    local = Path(path).expanduser()
-    return local.absolute() if needed or local.exists() else None
-
-
-def _ggufs(folders: list[str]) -> Iterator[Path]:
-    for folder in folders:
-        yield from sorted(Path(folder).rglob("*.gguf"))
+def data_file(path: str) -> Path | None:
+    """The file that a data set's `path` names, which may be missing; None for what is pinned or made otherwise."""
+    match data_source(path):
+        case File(place):
+            return place.absolute()
+        case _:
+            return None
 
 
 def source_digest(file: Path, field: str) -> str:

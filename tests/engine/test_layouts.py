@@ -7,9 +7,10 @@ import torch
 
 from stages.engine.data import segments as data_segments
 from stages.engine.data.trees import Layout, Tree, collate
-from stages.engine.models.layouts import TREE_TYPES, choose_layout
+from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import checkpoint_layers, load_policy, load_scorer
 from stages.engine.models.policy import Policy, Scorer, sums
+from stages.engine.models.tree_attention import TREE_TYPES
 from tests.support.architectures import KINDS, SCORERS, random_trees, save_tiny, tiny_model
 
 PAD = 2  # the end token too

@@ -1,51 +1,17 @@
-"""Which layout a model may take: by its type, and by comparing the shared layout with the padded one."""
+"""Which layout a model takes: the wanted one where it compares equal with the padded one on the first batch."""
 
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from stages.engine.data.trees import Batch, Layout, Tree, collate, tree_tokens
 from stages.engine.models.policy import Output, Policy, Scorer
-
-# Types whose every layer outside attention treats tokens one by one, whose attention is softmax(QK) over positions and
-# passes keyword arguments down, and whose logits are the head's product as it is.
-TREE_TYPES = frozenset(
-    {
-        "gemma",
-        "gpt2",
-        "gpt_neox",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "starcoder2",
-    }
-)
-
-_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row
+from stages.engine.models.tree_attention import why_padded
 
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
-
-
-def why_padded(config: PretrainedConfig) -> str | None:
-    """Why a model cannot take shared and packed layouts; None when it can."""
-    if config.model_type not in TREE_TYPES:
-        return f"model type {config.model_type!r} is not on the list of those whose attention takes trees"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in _FIXED_ROPE:
-        return f"rope type {kind!r} of {config.model_type!r} depends on the whole batch"
-    if getattr(config, "add_cross_attention", False):
-        return f"{config.model_type!r} with cross-attention is not on the list of those whose attention takes trees"
-    return None
 
 
 @torch.no_grad()

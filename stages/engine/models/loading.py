@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 from schemas.errors import StageError
 from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
-from stages.engine.models.layouts import why_padded
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
+from stages.engine.models.tree_attention import why_padded
 
 # --- layouts ---
 

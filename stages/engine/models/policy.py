@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from stages.engine.data.trees import Batch
 from stages.engine.models import cpu, lora
-from stages.engine.models.layouts import TREE_TYPES, why_padded
 from stages.engine.models.logprobs import linear_logps
+from stages.engine.models.tree_attention import TREE_TYPES, why_padded
 
 
 class Output(NamedTuple):

@@ -15,13 +15,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from stages.engine.data.segments import Segments
 
 NAME = "alignflow"
+
+# Types whose every layer outside attention treats tokens one by one, whose attention is softmax(QK) over positions and
+# passes keyword arguments down, and whose logits are the head's product as it is.
+TREE_TYPES = frozenset(
+    {
+        "gemma",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
+
+_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row
+
+
+def why_padded(config: PretrainedConfig) -> str | None:
+    """Why a model cannot take shared and packed layouts; None when it can."""
+    if config.model_type not in TREE_TYPES:
+        return f"model type {config.model_type!r} is not on the list of those whose attention takes trees"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in _FIXED_ROPE:
+        return f"rope type {kind!r} of {config.model_type!r} depends on the whole batch"
+    if getattr(config, "add_cross_attention", False):
+        return f"{config.model_type!r} with cross-attention is not on the list of those whose attention takes trees"
+    return None
 
 
 def attend(

@@ -1,0 +1,107 @@
+"""Where a model or a data set comes from: written as one text in a config, parsed here and nowhere else.
+
+Everybody else matches on the type: File | Hub | Package for a model, File | Hub | Demo | Generated for data.
+"""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_NAME = r"[A-Za-z0-9_][\w.-]*"
+_HUB_MODEL = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
+_HUB_DATASET = re.compile(f"{_NAME}(/{_NAME})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file or a folder on this disk, which may be missing. `~` is expanded."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A name on the Hugging Face Hub. `datasets` also takes a folder or an address in its place: see `plain`."""
+
+    name: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether it can only be a name of a data set: neither a folder on this disk nor an address."""
+        return _HUB_DATASET.fullmatch(self.name) is not None and not Path(self.name).expanduser().exists()
+
+
+@dataclass(frozen=True)
+class Package:
+    """The one GGUF file inside an installed Python package, which is looked up without being imported."""
+
+    name: str
+
+    @property
+    def module(self) -> str:
+        """The package's name as Python imports it."""
+        return self.name.replace("-", "_")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one name: looking up a dotted one would import the package before the dot."""
+        return self.module.isidentifier()
+
+    def ggufs(self) -> list[Path] | None:
+        """All its GGUF files; None when it is not installed."""
+        spec = importlib.util.find_spec(self.module) if self.plain else None
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        return sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+
+    def __str__(self) -> str:
+        return f"package:{self.name}"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Rows that the demo makes: `sft` or `prompt`."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The rows of stage `generate` in the same pipeline."""
+
+
+GENERATED = "input:rows"
+"""How a config names `Generated`."""
+
+
+def model_source(path: str) -> File | Hub | Package:
+    """What `model.path` names. `owner/name` is a name on the Hub unless such a folder or file exists here."""
+    if path.startswith("package:"):
+        return Package(path.removeprefix("package:"))
+    local = Path(path).expanduser()
+    if _HUB_MODEL.fullmatch(path) and local.suffix != ".gguf" and not local.exists():
+        return Hub(path)
+    return File(local)
+
+
+def data_source(path: str) -> File | Hub | Demo | Generated:
+    """What a data set's `path` names. Whatever has no known scheme is a file."""
+    if path == GENERATED:
+        return Generated()
+    scheme, _, rest = path.partition(":")
+    if scheme == "demo":
+        return Demo(rest)
+    if scheme == "hub":
+        return Hub(rest)
+    return File(Path(path).expanduser())
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit, which never moves, and not a branch or a tag."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def template_file(template: str) -> Path | None:
+    """The file that a chat template names, which may be missing; None when the text is the template itself (Jinja)."""
+    return None if "{" in template or "\n" in template else Path(template).expanduser()
