@@ -79,7 +79,7 @@ def model_source(path: str) -> File | Hub | Package:
     """What `model.path` names. `owner/name` is a name on the Hub unless such a folder or file exists here."""
     if path.startswith("package:"):
         return Package(path.removeprefix("package:"))
-    local = Path(path).expanduser()
+    local = _expanded(path)
     if _HUB_MODEL.fullmatch(path) and local.suffix != ".gguf" and not local.exists():
         return Hub(path)
     return File(local)
@@ -94,7 +94,7 @@ def data_source(path: str) -> File | Hub | Demo | Generated:
         return Demo(rest)
     if scheme == "hub":
         return Hub(rest)
-    return File(Path(path).expanduser())
+    return File(_expanded(path))
 
 
 def is_commit(revision: str | None) -> bool:
@@ -104,4 +104,11 @@ def is_commit(revision: str | None) -> bool:
 
 def template_file(template: str) -> Path | None:
     """The file that a chat template names, which may be missing; None when the text is the template itself (Jinja)."""
-    return None if "{" in template or "\n" in template else Path(template).expanduser()
+    return None if "{" in template or "\n" in template else _expanded(template)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # `~name` of a user that this machine does not have: whoever opens it says so
+        return Path(path)

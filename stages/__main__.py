@@ -85,9 +85,10 @@ def read_request(name: str, path: Path) -> Request:
 
 def become_torchrun(request: Request, argv: list[str]) -> None:
     """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
-    safe = ["-P"] if sys.flags.safe_path else []
-    module = [sys.executable, *safe, "-m", "torch.distributed.run", "--standalone"]
-    os.execv(sys.executable, [*module, f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv])
+    module = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    stage = [f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv]
+    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # torchrun starts the ranks without -P
+    os.execve(sys.executable, [*module, *stage], safe)
 
 
 def verdict_file(work: Path) -> Path:

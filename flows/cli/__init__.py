@@ -232,7 +232,7 @@ def validate(
     check_data(columns, model, evaluation, out, path=path, **given)
     named = {name.replace("_", "-"): value for name, value in given.items()}
     named |= {"out": out, "columns": columns, "model": model, "evaluation": evaluation, "json": json}
-    forward("stages.validate", [path], named)
+    forward("stages.commands.validate", [path], named)
 
 
 @app.command()
@@ -263,7 +263,7 @@ def generate(
 
     named = {"model": find(model).folder, "prompts": prompts, "out": out, "answers": answers, "judge": judge}
     named |= {"noise": noise, "max-new-tokens": max_new_tokens, "temperature": temperature}
-    forward("stages.generate", [], named | {"limit": limit, "seed": seed})
+    forward("stages.commands.generate", [], named | {"limit": limit, "seed": seed})
 
 
 @app.command()
@@ -438,11 +438,11 @@ def use_servers(config: "PipelineConfig") -> None:
 
 
 def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:
-    """Run `python -m module` with the given options, and exit with its code.
+    """Run `python -P -m module` with the given options, and exit with its code.
 
     A process of its own, because stages import torch, which nothing here may.
     """
-    command = [sys.executable, "-m", module, *positional]
+    command = [sys.executable, "-P", "-m", module, *positional]
     for name, value in named.items():
         values = value if isinstance(value, list) else [value]
         for one in values:

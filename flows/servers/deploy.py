@@ -57,7 +57,17 @@ def create_deployments(prefect_file: Path) -> None:
     Raises:
         StageError: Prefect refuses one, with what it says.
     """
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "deploy",
+        "--all",
+        "--prefect-file",
+        str(prefect_file),
+    ]
     root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
     environment = {
         **os.environ,

@@ -30,7 +30,7 @@ def mlflow_server(number: int, host: str = HOST) -> Server:
     artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or str(tracking.home() / "artifacts")
     needs("MLFLOW_BACKEND_STORE_URI", backend, "postgresql", "psycopg2")
     needs("MLFLOW_ARTIFACTS_DESTINATION", artifacts, "s3", "boto3")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(number), "--workers", "1"]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(number), "--workers", "1"]
     # Not as options: anybody on the machine may read a command line, and these hold passwords.
     environment = {"MLFLOW_BACKEND_STORE_URI": backend, "MLFLOW_ARTIFACTS_DESTINATION": artifacts}
     if has_passwords():
@@ -47,7 +47,7 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     """
     url = address(host, number)
     check_prefect_database()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
     # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
     environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}

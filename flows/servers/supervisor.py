@@ -33,6 +33,7 @@ PR_SET_CHILD_SUBREAPER = 36
 # No telemetry; no job runners of MLflow's own, which we have no use for.
 QUIET = {
     "DO_NOT_TRACK": "1",
+    "PYTHONSAFEPATH": "1",  # what a server starts in its turn imports nothing from the user's working directory
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

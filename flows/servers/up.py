@@ -234,7 +234,7 @@ def make_pools(wanted: Sequence[str]) -> None:
 def worker(pool: str, where: Addresses) -> Worker:
     """A worker for a pool. It starts again under its name, so the server lists it once."""
     title = f"{pool} on {socket.gethostname()}"
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", title]
+    command = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", pool, "--name", title]
     command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
     environment = worker_environment(where)
     return Worker(f"worker {pool}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)

@@ -1,4 +1,7 @@
-"""The comparison as one HTML file that needs no network. No torch."""
+"""The comparison as one HTML file that needs no network. No torch.
+
+Texts come from models and data: all that enters the page is escaped, and its policy forbids scripts and network.
+"""
 
 import base64
 import html
@@ -136,9 +139,9 @@ def headline(table: Sequence[Row]) -> str:
         return "No aligned model has a win rate yet." if aligned else "No aligned model is among these yet."
     best = max(rated, key=lambda row: row["win_rate_vs_sft"])
     others = [row for row in rated if row is not best]
-    bounded = [row for row in rated if bounded(row)]
+    with_interval = [row for row in rated if bounded(row)]
     rate = f"{best['model']} has the highest win rate against SFT, {100 * best['win_rate_vs_sft']:.0f} %"
-    if len(bounded) < len(rated):
+    if len(with_interval) < len(rated):
         return f"{rate}; without all 95 % intervals it cannot be said which models are clearly apart."
     low, high = best["win_rate_vs_sft_low"], best["win_rate_vs_sft_high"]
     rate += f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"

@@ -1,9 +1,6 @@
-"""How a comparison is shown: as text, as a picture, and as one HTML file that needs no network. No torch.
+"""A comparison as a table: its columns, its text for the terminal, and the caution about too few prompts. No torch."""
 
-Texts come from models and data, so everything that enters the page is escaped, and the page's own policy forbids
-scripts and network besides.
-"""
-
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

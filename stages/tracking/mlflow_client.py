@@ -83,7 +83,9 @@ def _client_for(uri: str) -> "MlflowClient":
             if "out-of-date" not in str(error):
                 raise
             log.info("migrating %s to this version of MLflow", database)
-            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True
+            )
         return MlflowClient(uri)
 
 

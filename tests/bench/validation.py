@@ -38,7 +38,7 @@ def write_pairs(path: Path, rows: int) -> None:
 
 def measure(path: Path, rows: int, out: Path, model: Path | None) -> dict[str, float]:
     """One run of the command."""
-    command = [sys.executable, "-m", "stages.validate", str(path), "--kind", "preference", "--out", str(out)]
+    command = [sys.executable, "-m", "stages.commands.validate", str(path), "--kind", "preference", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     process = subprocess.Popen(

@@ -20,7 +20,7 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 
 @pytest.fixture
 def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home, and the stage `fake` (fake_stages.py) beside the real ones."""
+    """A home, and the stage `fake` (scripted_stage.py) beside the real ones."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", 1)
     return ready_home

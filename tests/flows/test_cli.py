@@ -360,3 +360,18 @@ def test_an_added_method_trains(extended: Path, ready_home: Path, tmp_path: Path
     assert answer.returncode == 0, answer.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["outputs"]) == {"model"} and result["metrics"]["train/loss"] > 0
+
+
+def test_files_of_the_working_directory_are_never_imported(tmp_path: Path) -> None:
+    """A user's `stages/` folder or `random.py` is theirs: no command imports it, nor does a process that it starts."""
+    for name in ("stages", "schemas", "flows"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported a package of the working directory')")
+    for name in ("random.py", "json.py", "torch.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported a file of the working directory')")
+    rows = write_rows(tmp_path / "pairs.jsonl")
+    console_script = [sys.executable, "-P", "-m", "flows.cli"]  # as the installed `alignflow`, which is safe itself
+    command = [*console_script, "validate", str(rows), "--kind", "preference", "--out", "checked", "--max-bad", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "working directory" not in done.stdout + done.stderr
+    assert (tmp_path / "checked" / "report.json").is_file(), done.stderr

@@ -1,4 +1,4 @@
-"""The flow: order, reuse, failures, and what Prefect and MLflow show of it. Its stages are fake_stages.py's."""
+"""The flow: order, reuse, failures, and what Prefect and MLflow show of it. Its stages are scripted_stage.py's."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""A stage that does what its parameters say, run through the real entry point. Not a test: `python fake_stages.py`."""
+"""A stage that does what its parameters say, run through the real entry point: `python scripted_stage.py`."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from stages import __main__ as entry
 from stages.tracking import StageRun
 
 STAGES["fake"] = 1
-entry.MODULES["fake"] = "fake_stages"
+entry.MODULES["fake"] = "scripted_stage"
 
 
 def run(request: Request, run: StageRun) -> dict[str, float]:

@@ -24,7 +24,7 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 
 @pytest.fixture
 def fake(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home, and the stage `fake` (fake_stages.py) beside the real ones, through the real entry point."""
+    """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", 1)
     return home
@@ -103,7 +103,7 @@ def test_a_bug_leaves_its_traceback(fake: Path, caplog: pytest.LogCaptureFixture
     result = execution_process.run_stage(fake_request(end="bug"))
     assert result.status == "failed" and result.error is not None
     assert result.error.kind == "RuntimeError" and result.error.message == "this is a bug"
-    assert "Traceback" in caplog.text and "fake_stages.py" in caplog.text
+    assert "Traceback" in caplog.text and "scripted_stage.py" in caplog.text
     assert result.run_id is not None
     trace = tracking.client().download_artifacts(result.run_id, "traceback.txt")
     assert "RuntimeError: this is a bug" in Path(trace).read_text()
@@ -193,7 +193,7 @@ def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(entry.MODULES, "fake", "fake_stages")
+    monkeypatch.setitem(entry.MODULES, "fake", "scripted_stage")
     path = tmp_path / "request.json"
     for text, words in (
         ("{", "cannot be read"),
@@ -222,11 +222,15 @@ def test_two_ranks_do_and_reuse_together(fake: Path, tmp_path: Path) -> None:
 
 
 def test_more_devices_mean_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(entry.os, "execv", lambda program, arguments: started.append(arguments))
+    started: list[tuple[list[str], Mapping[str, str]]] = []
+    monkeypatch.setattr(
+        entry.os, "execve", lambda program, arguments, environment: started.append((arguments, environment))
+    )
     placed = fake_request().model_copy(update={"placement": Placement(devices=2)})
     entry.become_torchrun(placed, ["sft", "request.json"])
-    assert started[0][-5:] == ["--nproc-per-node=2", "-m", "stages", "sft", "request.json"]
+    arguments, environment = started[0]
+    assert arguments[-5:] == ["--nproc-per-node=2", "-m", "stages", "sft", "request.json"]
+    assert arguments[1] == "-P" and environment["PYTHONSAFEPATH"] == "1"
 
 
 def test_threads_follow_the_placement(fake: Path) -> None:

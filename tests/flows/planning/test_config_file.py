@@ -126,7 +126,7 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("model.chat_template=chat.jinja", "model.chat_template = chat.jinja: no such file. Fix: give its path"),
         (
             "model.scratch.heads=7",
-            "model.scratch: hidden_size is 96, of which 7 heads cannot take an even part each. M",
+            "model.scratch: hidden_size is 96, of which 7 heads cannot take an even part each. Fix: ",
         ),
         ("sft.epochs=1e308", "sft.epochs = 1e+308: must be less than or equal to 1000000"),
         (f"sweep={'x' * 300}", "should have at most 250 characters"),

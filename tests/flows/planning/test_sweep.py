@@ -339,7 +339,7 @@ def test_a_run_does_not_fail_for_want_of_an_artifact(
     def away(*arguments: Any, **named: Any) -> None:
         raise ConnectionError("the server is away")
 
-    monkeypatch.setattr(pipeline, "create_markdown_artifact", away)
+    monkeypatch.setattr(announce, "create_markdown_artifact", away)
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger("alignflow"))
     announce.show_in_prefect("a table", {})
     assert "Prefect does not show the comparison: the server is away" in caplog.text

@@ -353,7 +353,7 @@ def test_notes_stand_in_one_order(tmp_path: Path) -> None:
     ranks: list[dict[str, Any]] = [{"scores": [1, 0]}, {"scores": [0, 0]}, {"scores": []}, {"comparisons": votes}]
     ranks.append({"responses": ["x", "x", "z"], "scores": [0, 0, 1]})
     rows = [{"prompt": f"p{i}", "responses": ["x", "y"], **rank} for i, rank in enumerate(ranks)]
-    command = [sys.executable, "-m", "stages.validate", write(tmp_path / "a.jsonl", rows), "--kind", "ranking"]
+    command = [sys.executable, "-m", "stages.commands.validate", write(tmp_path / "a.jsonl", rows), "--kind", "ranking"]
     reports = []
     for seed in ("1", "2", "3"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -595,7 +595,7 @@ def test_command(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "stages.validate",
+            "stages.commands.validate",
             str(file),
             "--kind",
             "sft",
