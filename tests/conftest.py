@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from tests.support.leak_pipeline import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+PAPERS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(
+    ROOT.glob("*/README.md")
+)
+"""What users and contributors read; every command, config, row and diff in it is run by a test."""
 
 # Set before anything imports Prefect, MLflow or torch, also for the processes that tests start. Nothing calls home;
 # nothing is fetched from the Hub; tiny models are fastest on one thread.

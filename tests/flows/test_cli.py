@@ -19,7 +19,7 @@ import typer
 from flows import cli
 from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Request
-from tests.conftest import ROOT
+from tests.conftest import PAPERS, ROOT
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
 
@@ -247,10 +247,18 @@ def test_a_taken_port_is_refused_by_name(ready_home: Path) -> None:
     assert "--mlflow-port" in answer.stderr and "the port is taken" in answer.stderr
 
 
-# --- The README ---
+# --- The papers ---
 
-README = ROOT / "README.md"
-BLOCKS = re.findall(r"^```(\w+)(?: ([^\n]*))?\n(.*?)^```", README.read_text(), re.M | re.S) if README.exists() else []
+TEXT = "\n".join(paper.read_text() for paper in PAPERS)
+BLOCKS = re.findall(r"^```(\w+)(?: ([^\n]*))?\n(.*?)^```", TEXT, re.M | re.S)
+
+
+def test_the_papers_hold_what_is_tested() -> None:
+    """A block whose tag is misspelt would be tested by nobody."""
+    assert len(PAPERS) == 6 and len((ROOT / "README.md").read_text().splitlines()) <= 170
+    kinds = [language for language, _, _ in BLOCKS]
+    counts = {language: kinds.count(language) for language in ("bash", "json", "yaml", "diff", "python")}
+    assert counts == {"bash": 18, "json": 6, "yaml": 3, "diff": 2, "python": 2}
 
 
 def shell_lines() -> list[str]:
@@ -273,7 +281,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    named = re.findall(r"`((?:stages|flows|schemas|deploy|tests)/[\w./]+\.(?:py|yaml))`", README.read_text())
+    named = re.findall(r"`((?:stages|flows|schemas|deploy|tests)/[\w./]+\.(?:py|yaml))`", TEXT)
     new = {place for _, place, _ in BLOCKS}
     assert named
     assert [name for name in named if name not in new and not (ROOT / name).exists()] == []
@@ -369,7 +377,8 @@ def test_files_of_the_working_directory_are_never_imported(tmp_path: Path) -> No
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported a package of the working directory')")
     for name in ("random.py", "json.py", "torch.py"):
         (tmp_path / name).write_text("raise SystemExit('imported a file of the working directory')")
-    rows = write_rows(tmp_path / "pairs.jsonl")
+    pair = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Bread."}
+    rows = write_rows(tmp_path / "pairs.jsonl", [pair])
     console_script = [sys.executable, "-P", "-m", "flows.cli"]  # as the installed `alignflow`, which is safe itself
     command = [*console_script, "validate", str(rows), "--kind", "preference", "--out", "checked", "--max-bad", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from schemas.config import EndpointJudge as EndpointConfig
 from schemas.errors import StageError
 from stages.engine.data.codec import Message
-
-if TYPE_CHECKING:
-    import httpx
 
 TRIES = 4
 PAUSE = 1.0  # seconds before the second try; doubles with each further one
@@ -47,7 +46,6 @@ class EndpointJudge:
         self.config, self.field, self.progress, self.pause = config, field, progress, pause
         self.url = _completions_url(config.url, field)
         self._key = _read_key(config, field)
-        self._httpx = _import_httpx(field)
         self.questions = 0
         """Questions asked or about to be: two per comparison of unequal answers."""
         self.inconsistent = 0
@@ -89,13 +87,13 @@ class EndpointJudge:
             results[j].append(1 - verdict)
         return [sum(result) / len(result) if result else 0.5 for result in results]
 
-    def _client(self) -> "httpx.Client":
+    def _client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return self._httpx.Client(timeout=self.config.timeout, headers=headers)
+        return httpx.Client(timeout=self.config.timeout, headers=headers)
 
     def _both_orders(
         self,
-        client: "httpx.Client",
+        client: httpx.Client,
         prompts: Sequence[Sequence[Message]],
         answers: Sequence[str],
         others: Sequence[str],
@@ -109,7 +107,7 @@ class EndpointJudge:
             return 0.5
         return forward
 
-    def _ask(self, client: "httpx.Client", prompt: Sequence[Message], a: str, b: str) -> float:
+    def _ask(self, client: httpx.Client, prompt: Sequence[Message], a: str, b: str) -> float:
         """One question: 1 when the first answer is called better, 0 the second, 1/2 a tie or no verdict."""
         reply = self._post(client, _question(self.config.model, prompt, a, b))
         verdict = read_verdict(reply)
@@ -123,7 +121,7 @@ class EndpointJudge:
             )
         return 0.5
 
-    def _post(self, client: "httpx.Client", body: dict[str, Any]) -> str:
+    def _post(self, client: httpx.Client, body: dict[str, Any]) -> str:
         """The reply's text. Tries again on what may pass: time-outs, busy servers, replies cut short."""
         trouble = ""
         for attempt in range(TRIES):
@@ -137,11 +135,11 @@ class EndpointJudge:
             fix="see that the server runs and speaks OpenAI's chat completions; raise judge.timeout if it is slow",
         )
 
-    def _try(self, client: "httpx.Client", body: dict[str, Any]) -> tuple[str | None, str, float]:
+    def _try(self, client: httpx.Client, body: dict[str, Any]) -> tuple[str | None, str, float]:
         """(the reply's text, "", 0), or (None, what is wrong, seconds to wait) where another try may help."""
         try:
             response = client.post(self.url, json=body)
-        except self._httpx.HTTPError as error:
+        except httpx.HTTPError as error:
             return None, f"{type(error).__name__}: {error}", 0.0
         if response.status_code in AGAIN:
             return None, f"HTTP {response.status_code}", _retry_after(response)
@@ -150,7 +148,7 @@ class EndpointJudge:
         text = read_content(response)
         return text, "" if text is not None else f"no chat completion: {_cut(response.text)!r}", 0.0
 
-    def _refusal(self, response: "httpx.Response") -> StageError:
+    def _refusal(self, response: httpx.Response) -> StageError:
         code = response.status_code
         if code in (401, 403):
             name = self.config.api_key_env
@@ -178,7 +176,7 @@ def read_verdict(reply: str) -> float | None:
     return VERDICTS.get(word)
 
 
-def read_content(response: "httpx.Response") -> str | None:
+def read_content(response: httpx.Response) -> str | None:
     """The first choice's text; None when the body is not a chat completion."""
     try:
         content = response.json()["choices"][0]["message"]["content"]
@@ -224,21 +222,7 @@ def _read_key(config: EndpointConfig, field: str) -> str | None:
     return key
 
 
-def _import_httpx(field: str) -> Any:
-    try:
-        import httpx  # an extra: only this judge needs it
-    except ImportError as error:
-        raise StageError(
-            "the endpoint judge needs the package httpx.",
-            kind="missing_package",
-            field=field,
-            value="endpoint",
-            fix="pip install 'alignflow[endpoint]'",
-        ) from error
-    return httpx
-
-
-def _retry_after(response: "httpx.Response") -> float:
+def _retry_after(response: httpx.Response) -> float:
     """Seconds that the server asks to wait; 0 where it does not say, or says it as a date."""
     text = response.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
