@@ -33,7 +33,7 @@ format: $(READY)  ## put the code into shape
 ui: $(READY)  ## start MLflow and Prefect on 127.0.0.1
 	$(BIN)/alignflow ui
 
-up: $(READY)  ## start MLflow, Prefect, work pools and a worker for each, until Ctrl-C; twice is like once
+up: $(READY)  ## start MLflow, Prefect, work pools and a worker for each, until Ctrl-C; idempotent
 	$(BIN)/alignflow up
 
 deploy: $(READY)  ## create or update deployments and automations on the servers of `make up`

@@ -1,0 +1,1 @@
+"""When and where things run: Prefect flows and the command line. Nothing here imports torch."""

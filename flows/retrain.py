@@ -111,7 +111,7 @@ def retrained(config: PipelineConfig, pipeline_run: str, force: bool = False) ->
     made_from = fingerprint(config)
     champion = registry.champion(name)
     if champion is not None and not force and unchanged(champion, made_from):
-        message = f"data and config are those of the champion, {champion}; nothing to do (--force trains all the same)."
+        message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
     results = run_all(plan(config), config, pipeline_run)
     trained = results[candidate(config)]
@@ -184,7 +184,7 @@ def decide(
         promote=decision.promote,
         expected=expected,
     )
-    instead = "the first champion" if champion is None else f"in the place of version {champion.number}"
+    instead = "the first champion" if champion is None else f"replaces version {champion.number}"
     if decision.promote:
         return Outcome("Promoted", f"{version} is {instead}.", version, decision)
     message = f"{version} is not promoted: {tags['decision.reasons']}."

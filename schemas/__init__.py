@@ -1,0 +1,1 @@
+"""What configs, rows, requests and results look like. Needs neither torch nor Prefect nor MLflow."""

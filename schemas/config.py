@@ -61,7 +61,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
-    """Take the first so many rows."""
+    """Use only the first N rows."""
     eval_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of prompts held out for evaluation, chosen by the prompt's hash."""
     gold_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -184,7 +184,7 @@ class GenerateConfig(Strict):
     noise: float = Field(default=0.0, ge=0)
     """Temperature of Bradley-Terry label noise: answer i beats j with probability sigmoid((s_i - s_j) / noise)."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
-    """Take the first so many prompts."""
+    """Use only the first N prompts."""
 
 
 class EvaluateConfig(Strict):
@@ -194,7 +194,7 @@ class EvaluateConfig(Strict):
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, ge=1, lt=2**63)
-    """Take the first so many prompts."""
+    """Use only the first N prompts."""
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
@@ -211,7 +211,7 @@ def _name_methods(value: Any) -> Any:
 def _known_stages(pools: dict[str, str]) -> dict[str, str]:
     for stage in pools:
         if stage not in STAGES:
-            raise ValueError(f"{stage!r} is no stage. Fix: use {', '.join(STAGES)}")
+            raise ValueError(f"{stage!r} is not a stage. Fix: use {', '.join(STAGES)}")
     return pools
 
 
@@ -235,7 +235,7 @@ class PipelineConfig(Strict):
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
     equal_tokens: bool = False
-    """Every method under `align` trains on the same number of tokens: the least that one of them would by itself."""
+    """Every method under `align` trains on equally many tokens: the smallest number that any of them would use."""
     sweep: str | None = Field(default=None, max_length=250)
     """Name of a sweep, the tag `sweep` of its runs: the comparison then groups the models by method, beta and seed.
     `alignflow sweep` sets it."""

@@ -39,7 +39,7 @@ def _misfit_of_head(config: dict[str, Any], scorer: bool) -> tuple[str, str] | N
 def _read(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not isinstance(found, dict):
-        raise ValueError(f"{file.name} is no JSON object")
+        raise ValueError(f"{file.name} is not a JSON object")
     return found
 
 

@@ -83,7 +83,7 @@ class Gate(Strict):
     def _have_a_better_side(cls, tolerances: dict[str, float]) -> dict[str, float]:
         for name in tolerances:
             if name not in BETTER:
-                raise ValueError(f"{name!r} is no metric with a better side. Fix: use {', '.join(BETTER)}")
+                raise ValueError(f"{name!r} is not a metric with a better direction. Fix: use {', '.join(BETTER)}")
         return tolerances
 
 

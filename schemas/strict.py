@@ -11,7 +11,7 @@ _NUMBERS = (int, float, int | None, float | None)
 def no_truth(value: Any) -> Any:
     """Refuse true and false where a number is wanted; pydantic would read them as 1 and 0."""
     if isinstance(value, bool):
-        raise PydanticCustomError("no_number", "this is no number. Fix: give a number")
+        raise PydanticCustomError("no_number", "this is not a number. Fix: give a number")
     return value
 
 

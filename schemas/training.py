@@ -26,7 +26,9 @@ class LoRA(Strict):
         try:
             re.compile(target)
         except re.error as error:
-            raise PydanticCustomError("no_expression", "is no regular expression: {why}", {"why": str(error)}) from None
+            raise PydanticCustomError(
+                "no_expression", "is not a regular expression: {why}", {"why": str(error)}
+            ) from None
         return target
 
 

@@ -1,0 +1,1 @@
+"""What is done: every stage is one file or folder here; `python -P -m stages NAME request.json` runs one."""

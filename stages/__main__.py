@@ -26,7 +26,7 @@ from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
 
-LEFT_OUT = "(what it says is left out: log_text is false)."
+LEFT_OUT = "(its text is omitted: log_text is false)."
 
 # Imported only when run, so that `validate` does not wait for torch.
 MODULES = {name: f"stages.{name}" for name in STAGES}
@@ -43,7 +43,7 @@ def stay_with_parent() -> None:
 def preempt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", fix="start it again: it goes on")
+    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", fix="start it again: it resumes")
 
 
 class Lines(logging.Formatter):
@@ -111,7 +111,7 @@ def lead(request: Request) -> Result:
     key = request.key()
     work = tracking.work_folder(key)
     verdict = verdict_file(work)
-    with tracking.lock(work / "lock", waiting="another process makes the same thing: waiting for its result"):
+    with tracking.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
         found = tracking.find(key)
         if "RANK" in os.environ:
             for old in work.glob("verdict-*.json"):
@@ -149,7 +149,7 @@ def execute(request: Request) -> Result:
 def lack_of(error: BaseException) -> Problem | None:
     """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
     text = f"{type(error).__name__}: {error}"
-    again = "then start it again: it goes on from its last checkpoint"
+    again = "then start it again: it resumes from its last checkpoint"
     for kind, words, field, fix in (
         ("disk", r"No space left on device|disk is full|Disk quota exceeded", "ALIGNFLOW_HOME", "make room there"),
         ("disk", r"Read-only file system|Permission denied|readonly database", "ALIGNFLOW_HOME", "make it writable"),

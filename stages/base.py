@@ -122,7 +122,7 @@ def download(name: str, revision: str | None) -> Path:
 
     if not is_commit(revision):
         raise StageError(
-            f"{name} is no local folder, and as a Hub name it needs the commit that is meant",
+            f"{name} is not a local folder, and as a name on the Hub it needs a commit",
             kind="missing_revision",
             field="model.revision",
             value=revision,
@@ -301,7 +301,7 @@ def template_text(given: str) -> str:
         return given
     if not file.is_file():
         raise StageError(
-            "this is no Jinja text, and there is no such file",
+            "this is neither a Jinja template nor an existing file",
             kind="chat_template",
             field="model.chat_template",
             value=given,
@@ -316,7 +316,7 @@ def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     if len(codec.tokenizer) > rows:
         what = f"the tokenizer has {len(codec.tokenizer)} tokens, the model only {rows}"
         raise _refused(what, folder, "give the tokenizer that belongs to the model")
-    vars(model.config).pop("auto_map", None)  # code that nobody shall run
+    vars(model.config).pop("auto_map", None)  # code that is never executed
     if model.config.pad_token_id is None:
         model.config.pad_token_id = codec.pad_id
     model.generation_config = generation_config(model, codec)

@@ -143,7 +143,7 @@ def wins_over_champion(candidate: Evaluation, champion: Evaluation, run: StageRu
 def publish(decision: Decision, run: StageRun) -> None:
     """The folder `decision`, the same file at the run's top, and a line per check in the log."""
     for check in decision.checks:
-        log.info("%s %s", "holds: " if check.passed else "FAILS: ", check)
+        log.info("%s %s", "pass: " if check.passed else "FAIL: ", check)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "decision.json"
         file.write_text(decision.model_dump_json(indent=2), encoding="utf-8")

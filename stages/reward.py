@@ -160,7 +160,7 @@ def reference_scores(method: Reward, run: StageRun) -> list[float]:
         seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
         stop_ids=codec.stop_ids,
         pad_id=codec.pad_id,
-        progress=lambda done, total: run.progress(done, total, "answers to set the scores' scale"),
+        progress=lambda done, total: run.progress(done, total, "answers to calibrate the reward scale"),
     )
     trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]
     return [score for scores in method.per_answer(method.scores, trees) for score in scores]

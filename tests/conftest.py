@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(
-    ROOT.glob("*/README.md")
+    ROOT.glob("[a-z]*/README.md")
 )
 """What users and contributors read; every command, config, row and diff in it is run by a test."""
 

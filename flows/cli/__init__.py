@@ -26,9 +26,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. May stand many times."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. Can be repeated."),
 ]
 
 
@@ -49,11 +47,11 @@ def before(context: typer.Context) -> None:
 def run(
     config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
     overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")] = False,
 ) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
-    What a former run has done with the same settings and data is reused.
+    Results of earlier runs with the same settings and data are reused.
 
     Examples:
 
@@ -80,9 +78,9 @@ def run(
 def retrain(
     config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
     overrides: Overrides = [],  # noqa: B006 - typer reads it and changes nothing
-    force: Annotated[bool, typer.Option("--force", help="Train though nothing changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
 ) -> None:
-    """Train when data or config changed since the champion was trained, and promote the new model if the gate lets it.
+    """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
 
     Ends as Unchanged, Promoted or Rejected (exit code 0), or with a conflict or a problem.
 
@@ -102,7 +100,7 @@ def rollback(
         str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
     ] = None,
 ) -> None:
-    """Make the former champion champion again. What is rolled back is not promoted again.
+    """Restore the previous champion. A version that was rolled back is not promoted again.
 
     Examples:
 
@@ -112,7 +110,7 @@ def rollback(
     from flows.results import registry
 
     bad, restored = registry.rollback(model)
-    print(f"champion is {restored} again; version {bad.number} is rolled back")
+    print(f"restored {restored} as champion; rolled back version {bad.number}")
 
 
 @app.command()
@@ -139,20 +137,20 @@ def lineage(
 @app.command()
 def sweep(
     config: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")],
-    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "dpo,kto,ppo",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods.")] = "dpo,kto,ppo",
     beta: Annotated[
-        str, typer.Option(help="Strengths of the pull to the reference, with commas; for PPO this is kl_coef.")
+        str, typer.Option(help="Comma-separated strengths of the pull to the reference; for PPO this is kl_coef.")
     ] = "0.05,0.1,0.3",
-    seeds: Annotated[str, typer.Option(help="Seeds of the alignment runs alone, with commas.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the alignment runs.")] = "0,1,2",
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Training tokens of every variant; default: the least that one of the methods sees by itself."
+            min=1, help="Training tokens of every variant; default: the smallest number that any method would use."
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
     overrides: Overrides = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")] = False,
 ) -> None:
     """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
 
@@ -209,7 +207,7 @@ def validate(
     max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N rows.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
@@ -247,7 +245,7 @@ def generate(
     noise: Annotated[float | None, typer.Option(help="Temperature of Bradley-Terry label noise; default 0.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer; default 64.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default 1.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
 ) -> None:
     """Let a model write several answers per prompt, for people (or a judge) to rank.
@@ -288,7 +286,7 @@ def compare(
         str | None, typer.Argument(metavar="[PIPELINE_RUN]", help="A pipeline run's id, or its config's name.")
     ] = None,
 ) -> None:
-    """Print the table of the last pipeline run, and where its report lies.
+    """Print the table of the last pipeline run, and the path of its report.
 
     Examples:
 
@@ -325,7 +323,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="A name in the last run (dpo), a uri, or a model folder.")],
     versus: Annotated[str | None, typer.Option(help="A second model, answering beside the first.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest word.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.")] = None,
 ) -> None:
@@ -363,13 +361,13 @@ def ui(
 
 @app.command()
 def up(
-    pools: Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. May stand many times.")] = [  # noqa: B006
+    pools: Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. Can be repeated.")] = [  # noqa: B006
         "cpu",
         "gpu",
     ],
-    host: Annotated[str, typer.Option(help="Address that the servers listen at; others than this need passwords.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address that the servers listen on; any other than loopback needs passwords.")
+    ] = ("127.0.0.1"),
     mlflow_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 5000, or a free one.")] = None,
     prefect_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")] = None,
 ) -> None:

@@ -25,7 +25,7 @@ def check_data(columns: Sequence[str], model: Path | None, evaluation: Path | No
         fix = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
         raise refuse("there are no held-out prompts.", "--evaluation", evaluation, fix)
     if out.exists() and not out.is_dir():
-        raise refuse("this is no folder.", "--out", out, "name a folder, or one that does not exist yet")
+        raise refuse("this is not a folder.", "--out", out, "name a folder, or one that does not exist yet")
 
 
 def check(config: type[BaseModel], given: dict[str, Any]) -> None:
@@ -48,7 +48,9 @@ def pairs(name: str, values: Sequence[str]) -> dict[str, str]:
     for value in values:
         ours, equals, theirs = value.partition("=")
         if not (ours and equals and theirs):
-            raise refuse("this is no pair of column names.", name, value, "write OURS=THEIRS, such as prompt=question")
+            raise refuse(
+                "this is not a pair of column names.", name, value, "write OURS=THEIRS, such as prompt=question"
+            )
         if ours in found:
             raise refuse(f"{ours} stands twice.", name, value, "give each of our names once")
         found[ours] = theirs

@@ -46,7 +46,7 @@ def begin() -> None:
 def run_stage(
     request: Request, log: Log | None = None, alone: contextlib.AbstractContextManager[None] | None = None
 ) -> Result:
-    """The stage's result: one that is there already, else that of a new process. A stage that stops is no exception.
+    """The stage's result: one that already exists, else that of a new process. A stage that stops is no exception.
 
     The process's lines go to `log` while it runs, within `alone`, which may keep out others that want the same result:
     on this host the stage does so itself.
@@ -72,7 +72,7 @@ def run_stage(
 
 
 def reused(request: Request, log: Log) -> Result | None:
-    """The stage's result where it is there already, noted as reused."""
+    """The stage's result where it already exists, noted as reused."""
     found = tracking.find(request.key())
     if found is not None:
         log.info("%s: reused, from run %s", tracking.label(request), found.run_id)

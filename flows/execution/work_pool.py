@@ -32,7 +32,7 @@ Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
 def run_placed(request: Request, pool: str, log: Log) -> Result:
-    """The stage's result: one that is there already, else that of a run on the pool. A stage that stops is no
+    """The stage's result: one that already exists, else that of a run on the pool. A stage that stops is no
     exception.
 
     Raises:

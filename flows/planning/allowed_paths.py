@@ -82,7 +82,7 @@ def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
     if path is None:
         fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
-        return problem("this is no name that a deployed run may load.", field, value, fix)
+        return problem("this is not a name that a deployed run may load.", field, value, fix)
     if not roots:
         fix = f"set {VARIABLE} where the worker starts to the folders that runs may read"
         return problem(f"a deployed run may read no local path: {VARIABLE} is not set there.", field, value, fix)

@@ -134,7 +134,7 @@ def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
         yield from _check_folder(f"{field}.model", judge.model, scorer=True)
 
     if isinstance(judge, EndpointJudge) and not judge.url.startswith(("http://", "https://")):
-        yield problem("this is no http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
+        yield problem("this is not an http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
 
 
 def _check_keys(config: PipelineConfig) -> Iterator[Problem]:

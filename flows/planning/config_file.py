@@ -114,7 +114,7 @@ def read(file: Path) -> dict[str, Any]:
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
         raise StageError(f"{where}: {error.problem or error.context}", kind="config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StageError(f"{file}: no readable YAML: {' '.join(str(error).split())}", kind="config") from None
+        raise StageError(f"{file}: not valid YAML: {' '.join(str(error).split())}", kind="config") from None
     if not isinstance(raw, dict):
         raise StageError(
             f"{file}: holds {type(raw).__name__}, not keys with values. Fix: start from `alignflow presets demo`",
@@ -132,7 +132,7 @@ def apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader)  # a subclass of SafeLoader
     except yaml.YAMLError:
-        raise StageError(f"--set {override}: the value is no YAML. Fix: quote it", kind="config") from None
+        raise StageError(f"--set {override}: the value is not valid YAML. Fix: quote it", kind="config") from None
     place: Any = raw
     for depth, key in enumerate(keys[:-1], 1):
         if place.get(key) is None:

@@ -40,7 +40,7 @@ def outlook(config: PipelineConfig) -> str:
     reused = sum(one.state == "reused" for one in outlooks)
     lines.append(f"\n{len(outlooks)} stages: {reused} reused, {len(outlooks) - reused} to run.")
     if any(one.state == "unknown" for one in outlooks):
-        lines.append("* reused all the same, if the stages before it give what they gave before.")
+        lines.append("* reused if its inputs turn out unchanged.")
     if memory is None:
         lines.append("Memory is not known before the model is on this machine.")
     else:

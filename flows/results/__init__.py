@@ -1,0 +1,1 @@
+"""What runs left behind, by the names that people use: models, comparisons, lineage, the registry, exports."""

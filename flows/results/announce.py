@@ -58,7 +58,7 @@ def mlflow_pages() -> tuple[str, str]:
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
-    """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail for want of them.
+    """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail because of them.
 
     Only an address that a server of MLflow answers can be followed from there.
     """

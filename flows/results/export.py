@@ -35,7 +35,7 @@ def export(what: str, out: Path) -> Path:
         StageError: there is no such model, or `out` is taken or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StageError("is there already.", kind="export", field="--out", value=out, fix="name a new folder")
+        raise StageError("already exists.", kind="export", field="--out", value=out, fix="name a new folder")
     found = model(what)
     try:
         write(found, out)

@@ -132,7 +132,7 @@ def held(model: str) -> Iterator[None]:
 def settle(
     model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], *, promote: bool, expected: str | None
 ) -> Version:
-    """Register the candidate with its tags; to promote it, make it the champion in the place of version `expected`.
+    """Register the candidate with its tags; to promote it, make it the champion replaces version `expected`.
 
     A content that is registered already keeps its version, with the new tags.
 

@@ -13,7 +13,7 @@ def automations_file() -> Path:
 
 
 def apply(path: Path | None = None) -> list[str]:
-    """Create or update the automations of a file; their names. Twice is like once."""
+    """Create or update the automations of a file; their names. Idempotent."""
     names = []
     for raw in yaml.safe_load((path or automations_file()).read_text(encoding="utf-8"))["automations"]:
         wanted = Automation(**raw)

@@ -1,4 +1,4 @@
-"""`alignflow deploy`: work pools, deployments and automations on the Prefect server. Twice is like once."""
+"""`alignflow deploy`: work pools, deployments and automations on the Prefect server. Idempotent."""
 
 import os
 import subprocess

@@ -108,7 +108,9 @@ def check_passwords() -> None:
     """Raise StageError when MLflow's first password is a known one, or what asks for it is not installed."""
     field = "MLFLOW_AUTH_ADMIN_PASSWORD"
     if os.environ.get(field, "").lower() in KNOWN_PASSWORDS:
-        raise StageError("everybody knows this password.", kind="access", field=field, value="***", fix="take another")
+        raise StageError(
+            "this password is publicly known.", kind="access", field=field, value="***", fix="choose another"
+        )
     if importlib.util.find_spec("flask_wtf") is None:
         raise StageError("flask_wtf is not installed.", kind="access", field=field, value="***", fix=EXTRA)
 

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="the JSONL file to write; must not exist yet")
     made.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer at most")
     made.add_argument("--temperature", type=float, default=1.0)
-    made.add_argument("--limit", type=int, default=None, help="take the first so many prompts")
+    made.add_argument("--limit", type=int, default=None, help="use only the first N prompts")
     made.add_argument("--seed", type=int, default=0)
     judges = "none (people rank), rule, sentiment, or a reward model's folder"
     made.add_argument("--judge", default="none", help=judges)

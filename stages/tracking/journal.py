@@ -135,7 +135,7 @@ def _close(key: str, run_id: str) -> bool:
             return False
         if journal_file(key, run_id).exists():
             Journal(journal_file(key, run_id), run_id).close()
-        problem = "the process was killed, or its machine went down. Fix: start it again: it goes on"
+        problem = "the process was killed, or its machine went down. Fix: start it again: it resumes"
         retrying(lambda: client().set_tag(run_id, "problem", problem))
         retrying(lambda: client().set_terminated(run_id, "KILLED"))
     log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)

@@ -63,7 +63,7 @@ def _client_for(uri: str) -> "MlflowClient":
     """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no wish of the user's: a pickle runs code
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
     from mlflow.exceptions import MlflowException  # late for the same reason as above
     from mlflow.tracking import MlflowClient
 
@@ -120,7 +120,7 @@ def passing(error: Exception) -> bool:
 
 
 def without_passwords(text: str) -> str:
-    """The text with its addresses as they may be shown: what stands before `@` is nobody else's business."""
+    """The text with its addresses as they may be shown: credentials before `@` are stripped."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 

@@ -114,7 +114,7 @@ class StageRun:
         left = runs_with(self.key, "attributes.status != 'FINISHED'")
         if left:
             self.run_id = left[0].info.run_id
-            log.info("continuing run %s, which was left %s", self.run_id, left[0].info.status)
+            log.info("continuing run %s, which was interrupted (%s)", self.run_id, left[0].info.status)
             retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
             if "problem" in left[0].data.tags:
                 retrying(lambda: client().delete_tag(self.run_id, "problem"))
@@ -156,7 +156,7 @@ class StageRun:
         except Exception as second:
             if error is None:
                 raise
-            log.warning("MLflow does not hear how the run ended: %s", first_line(second))  # the first error matters
+            log.warning("MLflow could not be told how the run ended: %s", first_line(second))  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
@@ -175,7 +175,7 @@ class StageRun:
             if trace:
                 self.text(without_passwords(trace), "traceback.txt")
         except Exception as error:
-            log.warning("MLflow does not hear why the stage stops: %s", first_line(error))
+            log.warning("MLflow could not be told why the stage stopped: %s", first_line(error))
 
     def has(self, name: str) -> bool:
         """Whether the request brings an input of that name."""

@@ -129,7 +129,7 @@ class _Tally:
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     longest: int | None = None
     first_line: bytes = b""
-    """The first line, where it is no JSON object."""
+    """The first line, where it is not a JSON object."""
 
     def note(self, name: str, rows: Iterable[int]) -> None:
         rows = list(rows)
@@ -285,7 +285,7 @@ def _refuse_unknown_columns(params: ValidateParams) -> None:
 
 
 def _nearest(name: str, others: Iterable[str]) -> str | None:
-    """The one name that differs in a slip of the pen; None when there is none, or more than one."""
+    """The one name that differs in the closest match; None when there is none, or more than one."""
     near = difflib.get_close_matches(name, list(others), n=2, cutoff=0.8)
     return near[0] if len(near) == 1 else None
 

@@ -276,7 +276,7 @@ def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> Non
     )
     if stray is not None:
         raise StageError(
-            f"the dataset's README takes rows from {stray}, which is no part of it",
+            f"the dataset's README takes rows from {stray}, which is not part of it",
             kind="stray_file",
             field="path",
             value=params.path,

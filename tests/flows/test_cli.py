@@ -120,11 +120,11 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
         (["--limit", "0", "--max-length", "1"], "--max-length = 1: must be greater than or equal to 8"),
         (["--limit", "9" * 30], f"--limit = {'9' * 30}: must be less than 9223372036854775808"),
         (["--kind", "prefrence"], "Did you mean 'preference'?"),
-        (["--columns", "prompt"], "--columns = prompt: this is no pair of column names. Fix: write OURS=THEIRS"),
+        (["--columns", "prompt"], "--columns = prompt: this is not a pair of column names. Fix: write OURS=THEIRS"),
         (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
         (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Fix: name the folder"),
         (["--model", "nowhere"], "--model = nowhere: there is no such folder. Fix: give its path as seen from"),
-        (["--out", "rows.jsonl"], "--out = rows.jsonl: this is no folder."),
+        (["--out", "rows.jsonl"], "--out = rows.jsonl: this is not a folder."),
     ],
 )
 def test_validate_names_the_option_that_is_wrong(

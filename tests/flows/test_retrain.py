@@ -81,7 +81,7 @@ def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
         (["align={}"], "promote.candidate = null: align has no method."),
         (["promote.gate.prompts_min=5"], "promote.gate.prompts_min = 5: evaluate.min_prompts is 4, which may be too"),
         (["evaluate.limit=3"], "promote.gate.prompts_min = 4: evaluate.limit is 3, which may be too few"),
-        (["promote.gate.tolerances.acuracy=1"], "'acuracy' is no metric with a better side"),
+        (["promote.gate.tolerances.acuracy=1"], "'acuracy' is not a metric with a better direction"),
         (["promote.gate.klmax=1"], "promote.gate.klmax: unknown key. Did you mean 'kl_max'?"),
         (["align={champion: {method: dpo}}"], "align = champion: this name cannot be used"),
     ],
@@ -199,7 +199,7 @@ def test_the_life_of_a_champion(
 
     # Once more, undisturbed: nothing is made again, and the candidate takes the champion's place.
     promoted = retrain.run(config)
-    assert promoted.ending == "Promoted" and promoted.message.endswith("in the place of version 1.")
+    assert promoted.ending == "Promoted" and promoted.message.endswith("replaces version 1.")
     assert (runs_of("align"), runs_of("promote")) == (2, 3)
     assert registry.aliases("assistant") == {"champion": "2", "previous": "1"}
     assert retrain.run(config).ending == "Unchanged"

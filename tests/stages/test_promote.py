@@ -182,7 +182,7 @@ def test_tolerances_know_the_better_side_and_the_rival() -> None:
     assert failed(decided(better, None, gate)) == {"kl_to_reference_worse"}
     without = replace(champion, metrics={k: v for k, v in champion.metrics.items() if "accuracy" not in k})
     assert failed(decided(better, without, gate)) == {"preference_accuracy_worse"}
-    with pytest.raises(ValidationError, match="'acuracy' is no metric with a better side"):
+    with pytest.raises(ValidationError, match="'acuracy' is not a metric with a better direction"):
         Gate(tolerances={"acuracy": 0.1})
 
 

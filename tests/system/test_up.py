@@ -72,7 +72,7 @@ def test_a_second_one_says_where_the_first_is(
 
 
 @pytest.mark.slow
-def test_deploying_twice_is_like_once_and_a_worker_takes_a_run_up(
+def test_deploying_twice_is_idempotent_and_a_worker_takes_a_run_up(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
 ) -> None:
     _, where = running
@@ -240,7 +240,7 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
         ({}, "MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY"),
         ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple"}, "MLFLOW_FLASK_SERVER_SECRET_KEY"),
         ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "PREFECT_SERVER_API_AUTH"),
-        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "take another"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "choose another"),
     ],
 )
 def test_others_are_let_in_with_passwords_alone(

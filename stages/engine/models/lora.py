@@ -42,7 +42,7 @@ def plain(hf: nn.Module) -> PreTrainedModel:
 def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
     """The model with fresh adapters (they change nothing yet), everything else frozen. Heads get none by default.
 
-    An adapter that is there already stays in force, frozen. Raises StageError where no adapter fits.
+    An adapter that already exists stays in force, frozen. Raises StageError where no adapter fits.
     """
     inner = plain(hf)
     config = LoraConfig(

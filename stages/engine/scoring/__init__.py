@@ -1,0 +1,1 @@
+"""Numbers about answers: judges, the reference's cached log-probs, and the metrics of an evaluation."""

@@ -69,7 +69,7 @@ class Evaluation:
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as error:
             raise StageError(
-                f"this is no evaluation folder: {error}.",
+                f"this is not an evaluation folder: {error}.",
                 kind="input",
                 field="evaluation",
                 value=folder,

@@ -167,7 +167,7 @@ class OfflineAlignment(PolicyMethod):
         """
 
         def progress(done: int, total: int) -> None:
-            self.run.progress(done, total, "answers read by the reference")
+            self.run.progress(done, total, "answers scored by the reference")
 
         cache = ReferenceCache(self.run.request.inputs["model"].sha256, self.training.precision)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id

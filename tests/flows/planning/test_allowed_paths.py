@@ -197,7 +197,7 @@ def test_a_data_set_whose_readme_names_a_file_elsewhere(
     named = files.format(root=root)
     (root / "set" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n")
     (root.parent / "secret" / "rows.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
-    with pytest.raises(StageError, match=r"takes rows from .*secret/rows\.jsonl, which is no part of it"):
+    with pytest.raises(StageError, match=r"takes rows from .*secret/rows\.jsonl, which is not part of it"):
         list(records(ValidateParams(path="hub:set", kind="sft")))
 
 

@@ -64,7 +64,7 @@ def test_overrides_are_typed_by_yaml_and_make_maps(raw: dict[str, Any]) -> None:
     "key", ["sft.lora.rank", "sft.epochs", "align.dpo.beta", "seed", "promote.gate.tolerances.distinct_2"]
 )
 def test_true_is_no_number(raw: dict[str, Any], key: str) -> None:
-    assert refused(raw, f"{key}=true") == f"{key} = true: this is no number. Fix: give a number"
+    assert refused(raw, f"{key}=true") == f"{key} = true: this is not a number. Fix: give a number"
 
 
 NOT_FINITE = {".nan": "nan: must be a number, which NaN is not", ".inf": "inf: must be a finite number"}
@@ -118,7 +118,7 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("name=a b", "name = 'a b': must be up to 63 letters"),
         ("sft", "--set sft: is not of the form a.b=value"),
         ("evaluate.judge.model=x", "evaluate.judge is 'rule' and has no keys"),
-        ("sft.epochs=[1", "the value is no YAML"),
+        ("sft.epochs=[1", "the value is not valid YAML"),
         ("seed=9223372036854775808", "seed = 9223372036854775808: must be less than 9223372036854775808"),
         ("align.dpo.seed=9223372036854775808", "align.dpo.seed = 9223372036854775808: must be less than"),
         ("data.preference.path='hub:'", "data.preference.path = 'hub:': must name a file, or hub:NAME"),
@@ -132,7 +132,7 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         (f"sweep={'x' * 300}", "should have at most 250 characters"),
         (
             "align.dpo.lora={target: '('}",
-            "align.dpo.lora.target = '(': is no regular expression: missing ), unterminated",
+            "align.dpo.lora.target = '(': is not a regular expression: missing ), unterminated",
         ),
         (
             "evaluate.judge={judge: endpoint, url: 'h:80', model: m}",

@@ -68,7 +68,7 @@ def test_a_method_that_the_config_does_not_name_has_its_defaults() -> None:
         (("dpoo",), "--methods = dpoo: there is no such method. Fix: use dpo"),
         (("dpo,dpo",), "--methods = dpo,dpo: the list is empty or names something twice"),
         ((",",), "--methods = ,: the list is empty"),
-        (("dpo", "0.1,high"), "--beta = high: this is no number"),
+        (("dpo", "0.1,high"), "--beta = high: this is not a number"),
         (("dpo", "0.1,0.10"), "--beta = 0.1,0.10: a number stands twice"),
         (("dpo", "0.1", "0,1.5"), "--seeds = 1.5: this is no whole number"),
         (("dpo", "-1", "0"), "--beta = -1: dpo takes no such beta: it must be greater than 0. Fix: give numbers"),
