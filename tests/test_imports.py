@@ -32,7 +32,7 @@ def test_the_flow_side_loads_no_torch(module: str) -> None:
 
 
 def test_help_loads_neither_prefect_nor_mlflow_nor_pydantic() -> None:
-    assert not loaded("import flows.cli") & {"prefect", "mlflow", "pydantic", "yaml"}
+    assert not loaded("import flows.cli") & {"prefect", "mlflow", "pydantic", "yaml", "ruamel"}
 
 
 def test_schemas_load_nothing_heavy() -> None:

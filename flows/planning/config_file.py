@@ -8,7 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows.planning.config_checks import _check_keys, check
 from flows.planning.explain import validate
@@ -17,24 +18,13 @@ from schemas.config import PipelineConfig
 from schemas.errors import Problem, StageError
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 1e-5 as a number, which YAML 1.1 takes for text."""
+def parse(text: str) -> Any:
+    """The value of a YAML 1.2 text: 1e-5 is a number and `on` is text. A key given twice is refused, and no code runs.
 
-
-def _mapping(loader: Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    Raises:
+        YAMLError: it is not valid YAML.
+    """
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def presets() -> dict[str, Path]:
@@ -108,12 +98,12 @@ def find(source: str) -> Path:
 def read(file: Path) -> dict[str, Any]:
     """The file's YAML mapping; StageError with line and column when it is none."""
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader)  # a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
+        raw = parse(file.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
         raise StageError(f"{where}: {error.problem or error.context}", kind="config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise StageError(f"{file}: not valid YAML: {' '.join(str(error).split())}", kind="config") from None
     if not isinstance(raw, dict):
         raise StageError(
@@ -130,8 +120,8 @@ def apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise StageError(f"--set {override}: is not of the form a.b=value", kind="config")
     try:
-        value = yaml.load(text, Loader)  # a subclass of SafeLoader
-    except yaml.YAMLError:
+        value = parse(text)
+    except YAMLError:
         raise StageError(f"--set {override}: the value is not valid YAML. Fix: quote it", kind="config") from None
     place: Any = raw
     for depth, key in enumerate(keys[:-1], 1):

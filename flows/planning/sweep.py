@@ -101,7 +101,7 @@ def numbers(option: str, text: str, kind: type[T]) -> list[T]:
         try:
             found.append(kind(word))
         except ValueError:
-            what = "no whole number" if kind is int else "no number"
+            what = "not a whole number" if kind is int else "not a number"
             raise refuse(f"this is {what}.", option, word, "give numbers with commas, such as 1,2,3") from None
     if len(set(found)) < len(found):
         raise refuse("a number stands twice.", option, text, "give each once")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from flows import pipeline
 from flows.planning import memory, requests, sweep
 from flows.planning.plan import Node, params_of, plan
 from flows.results import announce
@@ -70,7 +69,7 @@ def test_a_method_that_the_config_does_not_name_has_its_defaults() -> None:
         ((",",), "--methods = ,: the list is empty"),
         (("dpo", "0.1,high"), "--beta = high: this is not a number"),
         (("dpo", "0.1,0.10"), "--beta = 0.1,0.10: a number stands twice"),
-        (("dpo", "0.1", "0,1.5"), "--seeds = 1.5: this is no whole number"),
+        (("dpo", "0.1", "0,1.5"), "--seeds = 1.5: this is not a whole number"),
         (("dpo", "-1", "0"), "--beta = -1: dpo takes no such beta: it must be greater than 0. Fix: give numbers"),
         (("ppo,dpo", "0", "0"), "--beta = 0: dpo takes no such beta"),
         (("ppo", "-0.1", "0"), "--beta = -0.1: ppo takes no such beta: it must be greater than or equal to 0"),
@@ -340,6 +339,6 @@ def test_a_run_does_not_fail_for_want_of_an_artifact(
         raise ConnectionError("the server is away")
 
     monkeypatch.setattr(announce, "create_markdown_artifact", away)
-    monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger("alignflow"))
+    monkeypatch.setattr(announce, "get_run_logger", lambda: logging.getLogger("alignflow"))
     announce.show_in_prefect("a table", {})
     assert "Prefect does not show the comparison: the server is away" in caplog.text
