@@ -1,9 +1,12 @@
 """What is promised of imports holds when modules really load, lazy ones included; the contracts see only statements."""
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
+
+from schemas.stage import STAGES
 
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
@@ -42,3 +45,7 @@ def test_schemas_load_nothing_heavy() -> None:
 
 def test_tracking_alone_does_not_load_mlflow() -> None:
     assert not loaded("import stages.tracking") & (HEAVY | {"mlflow", "prefect"})
+
+
+def test_every_stage_is_a_file_or_folder_of_its_name() -> None:
+    assert {name for name in STAGES if importlib.util.find_spec(f"stages.{name}") is None} == set()

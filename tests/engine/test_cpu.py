@@ -189,7 +189,7 @@ def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Path, home: Path, produc
 OUTPUT = """
 import sys, torch
 from torch import nn
-from stages.engine import cpu
+from stages.engine.models import cpu
 torch.manual_seed(0)
 layer = nn.Linear(300, 260)
 cpu.get_ready(layer)
@@ -230,7 +230,7 @@ def test_the_head_of_a_large_vocabulary() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from stages.engine import cpu
+from stages.engine.models import cpu
 if sys.argv[1] == "kept":
     cpu.keep_freed_memory()
 

@@ -23,14 +23,14 @@ FAKE = str(ROOT / "tests" / "support" / "scripted_stage.py")
 
 HOST = """
 import logging, sys
-from flows import runner
-from flows.lease import stage_lease
+from flows.execution import process
+from flows.execution.lease import stage_lease
 from schemas.stage import STAGES, Request
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-STAGES["fake"], runner.COMMAND[:] = 1, [sys.executable, sys.argv[1]]
+STAGES["fake"], process.COMMAND[:] = 1, [sys.executable, sys.argv[1]]
 request = Request.model_validate_json(sys.argv[2])
 shared = stage_lease(request.key()) if sys.argv[3] == "shared" else None
-print(runner.run_stage(request, None, shared).model_dump_json())
+print(process.run_stage(request, None, shared).model_dump_json())
 """
 
 

@@ -46,7 +46,8 @@ def planned(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]
     nodes = a_plan()
     monkeypatch.setattr(process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", 1)
-    monkeypatch.setattr(pipeline, "plan", lambda config: list(nodes))
+    for module in (pipeline, dry_run):
+        monkeypatch.setattr(module, "plan", lambda config: list(nodes))
     yield nodes
 
 

@@ -105,7 +105,7 @@ def python(code: str, home: Path, **environment: str) -> Any:
 
 RUN_STAGE = """
 import json
-from flows.addresses import adopt
+from flows.servers.address_file import adopt
 adopt()
 from prefect.deployments import run_deployment
 from flows.stage import stage

@@ -24,9 +24,10 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from flows.planning import config_file
 from flows.planning.plan import candidate
 from flows.servers import checks, deploy, mlflow_prefect, pools, supervisor
+from tests.conftest import ROOT
 from tests.system.test_deployed import wait_for
 
-PREFECT_FILE = Path(deploy.__file__).parent.parent / "deploy" / "prefect.yaml"
+PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
 KUBERNETES = "1.31"
 EVERYWHERE = {"ALIGNFLOW_HOME": "/var/lib/alignflow", "ALIGNFLOW_ROOTS": "/inputs", "DO_NOT_TRACK": "1"}
 """What every container is told, whatever a deployment adds."""

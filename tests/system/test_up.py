@@ -215,8 +215,8 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
         token = base64.b64encode(b"ada:correct horse battery").decode()
         headers = {"Authorization": f"Basic {token}"}
         assert httpx.post(f"{where.prefect}/work_pools/filter", json={}, headers=headers).status_code == 200
-        check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows import preflight\n"
-        check += "from schemas.stage import StageError\ntry:\n preflight.check_servers(); said = ''\n"
+        check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows.servers import checks\n"
+        check += "from schemas.errors import StageError\ntry:\n checks.check_servers(); said = ''\n"
         check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
         let_in = {"PREFECT_API_AUTH_STRING": secrets["PREFECT_SERVER_API_AUTH_STRING"]}
         assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, tmp_path)

@@ -21,7 +21,7 @@ from schemas.errors import StageError
 from schemas.methods import MethodConfig
 from schemas.stage import Request
 from schemas.training import Training
-from stages import align, compare, token_budget
+from stages import align, budget, compare
 from stages.compare import frontier
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
@@ -226,7 +226,7 @@ def test_the_budget_is_the_least_that_a_method_sees_by_itself(inputs: dict[str, 
     published: dict[str, str] = {}
     run.publish = lambda name, folder, model=False: published.update({name: (folder / align.BUDGET).read_text()})  # type: ignore[method-assign,assignment,return-value]
     params: Any = {"methods": [config.model_dump(mode="json", exclude={"seed"}) for config in own]}
-    found = token_budget.run(Request(stage="budget", version=1, params=params), run)
+    found = budget.run(Request(stage="budget", version=1, params=params), run)
 
     codec = Codec.load(inputs["model"])
     prompts = [codec.prompt(r["prompt"]) for r in models.rows(20, {})]

@@ -166,8 +166,9 @@ def test_through_an_mlflow_server_it_is_the_same(
 RACER = """
 import sys, time
 from pathlib import Path
-from flows import registry
-from schemas.stage import Artifact, StageError
+from flows.results import registry
+from schemas.errors import StageError
+from schemas.stage import Artifact
 
 look = registry.check_still_champion
 def slowly(*arguments):
