@@ -130,7 +130,7 @@ def run_nodes(
     """
     results: dict[str, Result] = dict(known or {})
     errors: dict[str, StageError] = {}
-    waiting = by_urgency(nodes)
+    waiting = longest_chain_first(nodes)
     running: set[str] = set()
     ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     while True:
@@ -168,7 +168,7 @@ def as_bug(name: str, error: object) -> StageError:
     return StageError(f"{name}: {error!r}", status="failed", kind=type(error).__name__)
 
 
-def by_urgency(nodes: list[Node]) -> list[Node]:
+def longest_chain_first(nodes: list[Node]) -> list[Node]:
     """Nodes with the longest chain of others behind them first; else in the plan's order."""
     depth = {node.name: 0 for node in nodes}
     for node in reversed(nodes):
@@ -188,10 +188,10 @@ def run(config: PipelineConfig) -> dict[str, Result]:
             by Ctrl-C or SIGTERM (status `preempted`).
     """
     plan(config)  # what is missing is said before a server starts
-    return from_here(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+    return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
 
 
-def from_here(call: Callable[[], T]) -> T:
+def run_locally(call: Callable[[], T]) -> T:
     """Call a flow from this process, with databases and a Prefect server at hand, and wait for it.
 
     Raises:

@@ -244,4 +244,4 @@ def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outc
         StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
     """
     promotion(config_file.load(source, overrides), champion=False)  # what is missing is said before a server starts
-    return pipeline.from_here(lambda: cast("Outcome", retrain(source, list(overrides), force)))
+    return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 
-def misfit(folder: Path, scorer: bool) -> tuple[str, str] | None:
+def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     """What does not fit, and its fix; None for a folder in order. `scorer`: a reward model is wanted.
 
     What the files do not say (no tokenizer.json, no `vocab_size`) is left to those who load them.
@@ -20,10 +20,10 @@ def misfit(folder: Path, scorer: bool) -> tuple[str, str] | None:
     rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if tokens is not None and isinstance(rows, int) and tokens >= rows:
         return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
-    return _misfit_of_head(config, scorer)
+    return _why_head_unusable(config, scorer)
 
 
-def _misfit_of_head(config: dict[str, Any], scorer: bool) -> tuple[str, str] | None:
+def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] | None:
     classifier = any("SequenceClassification" in name for name in config.get("architectures") or [])
     if scorer and not classifier:
         return "it is a language model without a score", "train a reward model from it (stage `reward`), or name one"

@@ -170,7 +170,7 @@ def _failures(kind: Kind, error: SchemaError) -> pl.DataFrame:
 _SLICE = 50_000
 
 
-def alike(frame: pl.DataFrame, content: Iterable[str | pl.Expr]) -> pl.Series:
+def may_repeat(frame: pl.DataFrame, content: Iterable[str | pl.Expr]) -> pl.Series:
     """True for every row that may equal another in its content (columns, or expressions that look at one row each).
 
     Equal rows have equal hashes, so whoever seeks repetitions need compare these few rows only. To compare all rows at

@@ -91,14 +91,14 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
     os.execve(sys.executable, [*module, *stage], safe)
 
 
-def verdict_file(work: Path) -> Path:
+def rank_signal_file(work: Path) -> Path:
     """Where rank 0 tells the other ranks of this start whether there is work to do."""
     return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
 
 
 def follow(request: Request) -> None:
     """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
-    verdict = verdict_file(tracking.work_folder(request.key()))
+    verdict = rank_signal_file(tracking.work_folder(request.key()))
     while not verdict.exists():
         time.sleep(0.05)
     if not json.loads(verdict.read_text())["reused"]:
@@ -110,7 +110,7 @@ def lead(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
     work = tracking.work_folder(key)
-    verdict = verdict_file(work)
+    verdict = rank_signal_file(work)
     with tracking.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
         found = tracking.find(key)
         if "RANK" in os.environ:
@@ -139,14 +139,14 @@ def execute(request: Request) -> Result:
                 run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)
             except BaseException as error:
-                known = isinstance(error, StageError) or lack_of(error) is not None
+                known = isinstance(error, StageError) or out_of_resource(error) is not None
                 run.fail(problem_of(error, request.log_text), None if known else trace_of(error, request.log_text))
                 raise
     except Exception as error:
         return stopped(error, run.key, run.run_id or None, request.log_text)
 
 
-def lack_of(error: BaseException) -> Problem | None:
+def out_of_resource(error: BaseException) -> Problem | None:
     """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
     text = f"{type(error).__name__}: {error}"
     again = "then start it again: it resumes from its last checkpoint"
@@ -170,7 +170,7 @@ def problem_of(error: BaseException, log_text: bool = True) -> Problem:
     """What a person needs to know of an error. Without `log_text` not what a library says: it may quote a row."""
     if isinstance(error, StageError):
         return error.problem
-    lack = lack_of(error)
+    lack = out_of_resource(error)
     if not log_text:
         known = lack.model_dump() if lack else {"kind": type(error).__name__}
         return Problem(**known | {"message": f"{type(error).__name__} {LEFT_OUT}"})
@@ -194,7 +194,7 @@ def trace_of(error: BaseException, log_text: bool) -> str:
 def stopped(error: Exception, key: str, run_id: str | None, log_text: bool = True) -> Result:
     """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
     status = error.status if isinstance(error, StageError) else "failed"
-    if status == "failed" and lack_of(error) is None:
+    if status == "failed" and out_of_resource(error) is None:
         log.error("%s", trace_of(error, log_text))
     problem = problem_of(error, log_text)
     log.error("%s: %s", status, problem)

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
 from schemas.errors import StageError
-from schemas.model_folder import misfit
+from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, template_file
 from schemas.stage import Request
 from stages.engine import demo
@@ -141,7 +141,7 @@ def download(name: str, revision: str | None) -> Path:
 
 def check_fit(folder: Path) -> None:
     """Refuse a folder whose parts do not belong together, before its weights are read."""
-    if problem := misfit(folder, scorer=is_reward_model(folder)):
+    if problem := why_unusable(folder, scorer=is_reward_model(folder)):
         raise _refused(problem[0], folder, problem[1])
 
 

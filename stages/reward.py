@@ -32,7 +32,7 @@ from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineMethod
 from stages.tracking import StageRun
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("alignflow")
 
 SAMPLES = 256  # answers of the reference policy that set the scores' mean and standard deviation
 SAMPLE_TOKENS = 128  # at most; else the longest answer of the data

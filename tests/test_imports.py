@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from schemas.stage import STAGES
+from tests.conftest import ROOT
 
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
@@ -49,3 +50,12 @@ def test_tracking_alone_does_not_load_mlflow() -> None:
 
 def test_every_stage_is_a_file_or_folder_of_its_name() -> None:
     assert {name for name in STAGES if importlib.util.find_spec(f"stages.{name}") is None} == set()
+
+
+def test_every_module_logs_under_the_one_name_whose_info_is_shown() -> None:
+    """A stage shows INFO of the logger `alignflow` alone; a logger of a module's own name would be silent."""
+    code = {
+        file: file.read_text() for folder in ("flows", "stages", "schemas") for file in (ROOT / folder).rglob("*.py")
+    }
+    assert any('logging.getLogger("alignflow")' in text for text in code.values())
+    assert [file.name for file, text in code.items() if "getLogger(__name__)" in text] == []

@@ -13,7 +13,7 @@ from flows.planning.explain import _near
 from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.errors import Problem
 from schemas.methods import PPO
-from schemas.model_folder import misfit
+from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.training import Training
 
@@ -91,7 +91,7 @@ def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
         yield problem("no such folder.", field, path, f"give its path as seen from {Path.cwd()}")
     elif not (folder / "config.json").is_file():
         yield problem("the folder holds no config.json.", field, path, "name the folder that save_pretrained wrote")
-    elif found := misfit(folder, scorer):
+    elif found := why_unusable(folder, scorer):
         yield problem(f"{found[0]}.", field, path, found[1])
 
 

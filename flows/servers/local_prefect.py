@@ -31,10 +31,10 @@ def quieten() -> None:
     logging.getLogger("prefect").setLevel(logging.WARNING)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addFilter(is_news)
+        logging.getLogger(name).addFilter(not_repeated)
 
 
-def is_news(record: logging.LogRecord) -> bool:
+def not_repeated(record: logging.LogRecord) -> bool:
     """False where Prefect says again what the stage's own line says: that it is done, or has failed."""
     return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
 

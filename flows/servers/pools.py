@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 
 from schemas.errors import StageError
 
-LOCAL = ("cpu", "gpu")
+PROCESS_POOLS = ("cpu", "gpu")
 """Pools whose runs are processes of the worker's own machine. They share a template."""
 
 
@@ -20,7 +20,7 @@ def templates() -> dict[str, Path]:
     folder = Path(str(files("deploy"))) / "pools"
     found = {file.stem: file for file in sorted(folder.glob("*.json"))}
     process = found.pop("process")
-    return dict.fromkeys(LOCAL, process) | found
+    return dict.fromkeys(PROCESS_POOLS, process) | found
 
 
 def kind(pool: str) -> str:

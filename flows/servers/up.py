@@ -48,7 +48,7 @@ SERVERS_ONLY = frozenset(
 
 
 def up(
-    wanted: Sequence[str] = pools.LOCAL,
+    wanted: Sequence[str] = pools.PROCESS_POOLS,
     host: str = HOST,
     mlflow_port: int | None = None,
     prefect_port: int | None = None,

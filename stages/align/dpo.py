@@ -19,7 +19,7 @@ from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
 from stages.tracking import StageRun
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("alignflow")
 
 HELD_OUT = 256  # pairs on which the fall of the chosen log-prob is measured
 LARGE_FALL = (

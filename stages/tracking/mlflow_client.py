@@ -37,7 +37,7 @@ QUIET = {
 RETRY_SECONDS = 90.0
 
 # What the errors say of a locked database, and of a server that is away or busy.
-PASSING = (
+TRANSIENT = (
     r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
     r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
 )
@@ -112,11 +112,11 @@ def as_default() -> Iterator[None]:
             del os.environ[name]
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether trying again can help: a locked database, a server that is away."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    return re.search(PASSING, str(error), re.IGNORECASE) is not None
+    return re.search(TRANSIENT, str(error), re.IGNORECASE) is not None
 
 
 def without_passwords(text: str) -> str:
@@ -154,7 +154,7 @@ def _retrying(call: Callable[[], T], end: float) -> T:
         try:
             return call()
         except Exception as error:
-            if not passing(error) or time.monotonic() + pause > end:
+            if not is_transient(error) or time.monotonic() + pause > end:
                 raise
             log.warning("MLflow: %s; trying again", first_line(error))
         time.sleep(pause)

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages.runtime.workspace import home, lock
-from stages.tracking.mlflow_client import client, experiment, experiment_name, passing, retrying, tracking_uri
+from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, retrying, tracking_uri
 from stages.tracking.names import TAG_LENGTH, shortened
 
 log = logging.getLogger("alignflow")
@@ -119,7 +119,7 @@ def fetch(artifact: Artifact) -> Path:
     except StageError:
         raise
     except Exception as error:
-        if passing(error):
+        if is_transient(error):
             raise
         message = f"the artifact is gone ({error})."
         _mark_bad(artifact, message)
@@ -151,7 +151,7 @@ def locate(uri: str) -> Path:
     except StageError:
         raise
     except Exception as error:
-        if passing(error):
+        if is_transient(error):
             raise
         message = f"MLflow has no such model ({error})."
         raise StageError(message, kind="artifact", field="uri", value=uri, fix=fix) from error
@@ -203,7 +203,7 @@ def intact(artifact: Artifact) -> bool:
         log.info("%s", error)
         return False
     except Exception as error:
-        if passing(error):
+        if is_transient(error):
             raise
         log.info("%s is gone: %s", artifact.uri, error)
         return False

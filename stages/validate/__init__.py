@@ -23,7 +23,7 @@ import polars as pl
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
-from schemas.rows import HIDING, IGNORED, alike, problems
+from schemas.rows import HIDING, IGNORED, may_repeat, problems
 from schemas.source import Generated, Hub, data_source, is_commit
 from schemas.stage import Request
 from schemas.strict import Strict
@@ -116,7 +116,7 @@ def _cut(value: object) -> str:
 
 
 @dataclass
-class _Tally:
+class _Counts:
     """What is counted on the way."""
 
     log_text: bool = True
@@ -158,7 +158,7 @@ def check(
     Raises StageError (refused) when the data cannot be used; quarantine.jsonl and report.json are written even then.
     """
     _clear(out)
-    tally, error = _Tally(log_text), None
+    tally, error = _Counts(log_text), None
     with Quarantine(out / "quarantine.jsonl", log_text) as bad:
         try:
             _refuse_unknown_columns(params)
@@ -201,7 +201,7 @@ def _clear(out: Path) -> None:
 # --- reading
 
 
-def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Tally, bad: Quarantine) -> pl.DataFrame:
+def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Counts, bad: Quarantine) -> pl.DataFrame:
     """All rows that have the form of their kind, as one frame."""
     source = records(params, rows, seed)
     frames = [formats.to_frame(params.kind, [], [])]
@@ -214,7 +214,7 @@ def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Tally, b
     return pl.concat(frames)
 
 
-def _refuse_other_json(params: ValidateParams, tally: _Tally, bad: Quarantine) -> None:
+def _refuse_other_json(params: ValidateParams, tally: _Counts, bad: Quarantine) -> None:
     """Stop when JSON lines are expected and the file is an array, or one object over several lines."""
     array = tally.first_line.startswith(b"[")
     broken = sum(bad.checks["", reason] for reason in _NO_OBJECT)
@@ -229,7 +229,7 @@ def _refuse_other_json(params: ValidateParams, tally: _Tally, bad: Quarantine) -
         )
 
 
-def _parse(params: ValidateParams, chunk: list[Record], tally: _Tally, bad: Quarantine) -> pl.DataFrame:
+def _parse(params: ValidateParams, chunk: list[Record], tally: _Counts, bad: Quarantine) -> pl.DataFrame:
     numbers: list[int] = []
     parsed: list[formats.Parsed] = []
     for number, record in enumerate(chunk, tally.rows):
@@ -297,7 +297,7 @@ def _mapping(columns: Mapping[str, str]) -> str:
     return f"`{options}` (config: `columns: {{{pairs}}}`)"
 
 
-def _refuse_columns(params: ValidateParams, tally: _Tally, bad: Quarantine) -> None:
+def _refuse_columns(params: ValidateParams, tally: _Counts, bad: Quarantine) -> None:
     """Stop when the file has not the columns of its kind, or not those that the config names."""
     there = list(tally.columns)
     for ours, theirs in params.columns.items():
@@ -350,7 +350,7 @@ def _clean(
     params: ValidateParams,
     frame: pl.DataFrame,
     codec: "Codec | None",
-    tally: _Tally,
+    tally: _Counts,
     bad: Quarantine,
     progress: Progress | None,
 ) -> pl.DataFrame:
@@ -390,7 +390,7 @@ def _without(frame: pl.DataFrame, bad: Quarantine) -> pl.DataFrame:
 def _repetitions(frame: pl.DataFrame) -> Iterator[tuple[int, int]]:
     """(row, first row) of every row that repeats an earlier one in all it says."""
     content = [name for name in frame.columns if name not in ("row", "prompt_id")]
-    frame = frame.filter(alike(frame, content))
+    frame = frame.filter(may_repeat(frame, content))
     again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
     if again.height:
         firsts = frame.unique(content, keep="first", maintain_order=True).select(*content, first="row")
@@ -404,7 +404,7 @@ def _look_alikes(kind: Kind, frame: pl.DataFrame) -> list[int]:
         plain = [_plain(pl.col("responses").list.join("\n")).alias("responses")]
     labels = [name for name in ("label", "winners") if name in frame.columns]
     content = ["prompt_id", *plain, *labels]
-    frame = frame.filter(alike(frame, content))
+    frame = frame.filter(may_repeat(frame, content))
     keys = frame.select(content)
     return frame.filter(~keys.select(pl.struct(pl.all()).is_first_distinct()).to_series())["row"].to_list()
 
@@ -450,7 +450,7 @@ def _without_leaks(frame: pl.DataFrame, evaluation: Path | None, bad: Quarantine
     return _without(frame, bad)
 
 
-def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Tally, bad: Quarantine) -> None:
+def _refuse(params: ValidateParams, frame: pl.DataFrame, tally: _Counts, bad: Quarantine) -> None:
     """Stop when too much is bad, or nothing is left to learn from."""
     share = len(bad.rows) / tally.rows
     usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
@@ -491,7 +491,7 @@ def _refuse_few_held_out(params: ValidateParams, frame: pl.DataFrame) -> None:
         )
 
 
-def _refuse_unranked(params: ValidateParams, rows: int, tally: _Tally, bad: Quarantine) -> None:
+def _refuse_unranked(params: ValidateParams, rows: int, tally: _Counts, bad: Quarantine) -> None:
     """Stop: the answers wait for people to rank them."""
     there = {*tally.columns, *params.columns}
     column = next(name for name in ("order", "ranks", "scores", "comparisons") if name in there)
@@ -505,7 +505,7 @@ def _refuse_unranked(params: ValidateParams, rows: int, tally: _Tally, bad: Quar
     )
 
 
-def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Tally) -> None:
+def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Counts) -> None:
     """Parquet of every part and kind that has rows."""
     tally.kept = frame.height
     for part in PARTS:

@@ -7,7 +7,7 @@ feedback -> sft, prompt                             sft -> prompt
 import polars as pl
 
 from schemas.config import Kind
-from schemas.rows import Numbers, alike
+from schemas.rows import Numbers, may_repeat
 
 _HEAD = ["row", "prompt", "prompt_id"]
 
@@ -97,6 +97,6 @@ def _liked(feedback: pl.DataFrame) -> pl.DataFrame:
 def _distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:
     """The first of rows that are equal in some columns; where none is named, in all but their number."""
     names = content or [name for name in frame.columns if name != "row"]
-    maybe = alike(frame, names)
+    maybe = may_repeat(frame, names)
     first = frame.filter(maybe).select(pl.struct(names).is_first_distinct()).to_series()
     return frame.filter((~maybe).scatter(maybe.arg_true(), first)).rechunk()

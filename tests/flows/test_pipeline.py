@@ -161,4 +161,4 @@ def test_a_request_carries_cause_beside_effect() -> None:
 
 def test_the_longest_chain_goes_first() -> None:
     nodes = [fake("a"), fake("dpo", "a"), fake("reward", "a"), fake("ppo", "a", "reward"), fake("end", "ppo", "dpo")]
-    assert [node.name for node in pipeline.by_urgency(nodes)] == ["a", "reward", "dpo", "ppo", "end"]
+    assert [node.name for node in pipeline.longest_chain_first(nodes)] == ["a", "reward", "dpo", "ppo", "end"]

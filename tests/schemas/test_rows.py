@@ -15,7 +15,7 @@ from schemas.rows import (
     Messages,
     Numbers,
     Strings,
-    alike,
+    may_repeat,
     normalise,
     problems,
     prompt_id,
@@ -141,5 +141,5 @@ def test_alike_misses_no_repetition(monkeypatch: pytest.MonkeyPatch, size: int) 
     numbers = (1.0, -0.0, None, 2.0, 0.0, None)
     table = frame("preference", *({"margin": number} for number in numbers))
     content = ["prompt", "chosen", "margin"]
-    assert alike(table, content).to_list() == [False, False, True, True, False, True, True]
-    assert alike(table.clear(), content).to_list() == []
+    assert may_repeat(table, content).to_list() == [False, False, True, True, False, True, True]
+    assert may_repeat(table.clear(), content).to_list() == []

@@ -153,7 +153,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
                 "ALIGNFLOW_DEVICE_SLOTS": "1",  # what a machine with one GPU has
                 "ALIGNFLOW_DEVICE_LOCKS": str(folder / "devices"),
             }
-            hosts = [Host(pool, folder / f"host-{pool}", shared) for pool in pools.LOCAL]
+            hosts = [Host(pool, folder / f"host-{pool}", shared) for pool in pools.PROCESS_POOLS]
             with get_client(sync_client=True) as client:
                 deploy(client)
                 try:
@@ -169,7 +169,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
 
 def deploy(client: SyncPrefectClient) -> None:
     """Pools, deployments and automations."""
-    for pool in pools.LOCAL:
+    for pool in pools.PROCESS_POOLS:
         pools.apply(client, pool)
     for flow, names in ((pipeline, {"pipeline": "cpu"}), (stage, {"cpu": "cpu", "gpu": "gpu"})):
         for name, pool in names.items():

@@ -12,7 +12,7 @@ from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("alignflow")
 
 Row = dict[str, Any]
 

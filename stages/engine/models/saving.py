@@ -10,7 +10,7 @@ from stages.engine.models import lora
 from stages.engine.models.policy import Policy, Scorer, _Trunk
 
 
-class Saves(Protocol):
+class SavesTokenizer(Protocol):
     """A tokenizer with its template, as far as saving a model needs it."""
 
     @property
@@ -18,7 +18,7 @@ class Saves(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save_policy(policy: Policy, codec: Saves, folder: Path | str, base: str | None = None) -> None:
+def save_policy(policy: Policy, codec: SavesTokenizer, folder: Path | str, base: str | None = None) -> None:
     """Write a plain transformers folder of the policy, adapters merged, value head left out. Changes nothing here.
 
     `base`: the digest of the artifact that it was trained from; an adapter is then written apart too (`lora.save`).
@@ -27,7 +27,12 @@ def save_policy(policy: Policy, codec: Saves, folder: Path | str, base: str | No
 
 
 def save_scorer(
-    scorer: Scorer, codec: Saves, folder: Path | str, mean: float = 0.0, std: float = 1.0, base: str | None = None
+    scorer: Scorer,
+    codec: SavesTokenizer,
+    folder: Path | str,
+    mean: float = 0.0,
+    std: float = 1.0,
+    base: str | None = None,
 ) -> None:
     """Write a plain transformers folder of the reward model: raw scores, and `alignflow_score` in its config.
 
@@ -42,7 +47,7 @@ def save_scorer(
     _save(scorer, codec, Path(folder), base)
 
 
-def _save(model: _Trunk, codec: Saves, folder: Path, base: str | None) -> None:
+def _save(model: _Trunk, codec: SavesTokenizer, folder: Path, base: str | None) -> None:
     plain = model.plain
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)

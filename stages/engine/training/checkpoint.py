@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("alignflow")
 
 MANIFEST = "manifest.json"
 KEEP = 2
