@@ -110,7 +110,7 @@ def test_template_and_system_prompt_are_baked_in(model: Path, tmp_path: Path, as
             },
             "no system",
         ),
-        ({"chat_template": "nowhere.jinja"}, "no such file"),
+        ({"chat_template": "nowhere.jinja"}, "neither a Jinja template nor an existing file"),
         ({"chat_template": "{{ messages[-1].content }}", "system_prompt": "be kind"}, "leaves the system prompt out"),
     ],
 )

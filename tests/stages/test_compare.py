@@ -128,7 +128,7 @@ def test_evaluations_under_other_conditions_are_refused() -> None:
     assert error.value.problem.field == "evaluate.seed"
     with pytest.raises(StageError, match="not the same"):
         compare.compare(given | {"dpo": evaluation(2.0, 0.8, 3.0, prompt="other")})
-    with pytest.raises(StageError, match="no evaluation"):
+    with pytest.raises(StageError, match="not an evaluation"):
         compare.compare({})
 
 
@@ -307,7 +307,7 @@ def test_the_stage_publishes_table_picture_and_page(tmp_path: Path, caplog: pyte
 
 
 def test_a_folder_that_is_no_evaluation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="no evaluation folder"):
+    with pytest.raises(StageError, match="not an evaluation folder"):
         Evaluation.load(tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_the_command_line_rolls_back_the_only_model_with_a_champion(models: list
     settle(models[1], "1")
     answer = alignflow("rollback")
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout == "champion is assistant version 1 again; version 2 is rolled back\n"
+    assert answer.stdout == "restored assistant version 1 as champion; rolled back version 2\n"
     assert aliases()["champion"] == "1"
 
 
