@@ -128,7 +128,7 @@ def test_evaluations_under_other_conditions_are_refused() -> None:
     assert error.value.problem.field == "evaluate.seed"
     with pytest.raises(StageError, match="not the same"):
         compare.compare(given | {"dpo": evaluation(2.0, 0.8, 3.0, prompt="other")})
-    with pytest.raises(StageError, match="not an evaluation"):
+    with pytest.raises(StageError, match="no evaluation"):
         compare.compare({})
 
 
