@@ -1,6 +1,6 @@
 """Stage `generate`: a model writes K answers to each prompt; a judge ranks them, or people do.
 
-    python -m stages.generate --model FOLDER --prompts FILE --answers 4 --out FILE      # alone, without MLflow
+stages/commands/generate.py runs it without MLflow.
 
 Writes rows.jsonl, one row per prompt, which stage `validate` reads as kind `ranking`:
 

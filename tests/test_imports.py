@@ -1,6 +1,7 @@
 """What is promised of imports holds when modules really load, lazy ones included; the contracts see only statements."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -52,10 +53,22 @@ def test_every_stage_is_a_file_or_folder_of_its_name() -> None:
     assert {name for name in STAGES if importlib.util.find_spec(f"stages.{name}") is None} == set()
 
 
+CODE = {file: file.read_text() for name in ("flows", "stages", "schemas") for file in (ROOT / name).rglob("*.py")}
+
+
 def test_every_module_logs_under_the_one_name_whose_info_is_shown() -> None:
     """A stage shows INFO of the logger `alignflow` alone; a logger of a module's own name would be silent."""
-    code = {
-        file: file.read_text() for folder in ("flows", "stages", "schemas") for file in (ROOT / folder).rglob("*.py")
-    }
-    assert any('logging.getLogger("alignflow")' in text for text in code.values())
-    assert [file.name for file, text in code.items() if "getLogger(__name__)" in text] == []
+    assert any('logging.getLogger("alignflow")' in text for text in CODE.values())
+    assert [file.name for file, text in CODE.items() if "getLogger(__name__)" in text] == []
+
+
+def test_an_underscore_keeps_a_name_in_its_file() -> None:
+    imported = re.compile(r"^from (?:flows|stages|schemas)[\w.]* import (?:\([^)]*?\b_[a-z]|[^(\n]*\b_[a-z])", re.M)
+    assert [file.name for file, text in CODE.items() if imported.search(text)] == []
+
+
+def test_every_file_that_the_code_names_exists() -> None:
+    """A comment that points to a file which has moved sends its reader nowhere."""
+    path = re.compile(r"\b(?:flows|stages|schemas|deploy|tests)/[\w./]+\.(?:py|yaml|json)\b")
+    assert len([name for text in CODE.values() for name in path.findall(text)]) > 10
+    assert {name for text in CODE.values() for name in path.findall(text) if not (ROOT / name).exists()} == set()

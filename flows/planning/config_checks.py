@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flows.planning.explain import _near
+from flows.planning.explain import closest_match
 from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
 from schemas.errors import Problem
 from schemas.methods import PPO
@@ -105,7 +105,7 @@ def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
             yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
         case File(file) if not file.is_file():
             names = [neighbour.name for neighbour in file.parent.iterdir()] if file.parent.is_dir() else []
-            near = _near(file.name, names) or f"give its path as seen from {Path.cwd()}"
+            near = closest_match(file.name, names) or f"give its path as seen from {Path.cwd()}"
             yield problem("no such file.", f"{field}.path", data.path, near)
         case File(file) if is_empty(file):
             yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
@@ -137,7 +137,7 @@ def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
         yield problem("this is not an http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
 
 
-def _check_keys(config: PipelineConfig) -> Iterator[Problem]:
+def check_keys(config: PipelineConfig) -> Iterator[Problem]:
     """Keys of endpoints that stages need here, not where a pool's workers are."""
     for stage, part in (("evaluate", config.evaluate), ("generate", config.generate)):
         name = part.judge.api_key_env if part and isinstance(part.judge, EndpointJudge) else None

@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from flows.planning.config_checks import _check_keys, check
+from flows.planning.config_checks import check, check_keys
 from flows.planning.explain import validate
 from flows.planning.plan import plan
 from schemas.config import PipelineConfig
@@ -61,7 +61,7 @@ def checked(raw: dict[str, Any], here: bool = True) -> PipelineConfig:
     """The config, valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
     problems = [problem for problem in check(config) if here or not only_elsewhere(problem.value or "")]
-    problems += _check_keys(config) if here else ()
+    problems += check_keys(config) if here else ()
     try:
         plan(config)
     except StageError as error:

@@ -36,7 +36,7 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
     message = wording(details)
     if details["type"] == "extra_forbidden":
         known = known_keys(loc, raw)
-        return f"{path}: unknown key. {_near(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
+        return f"{path}: unknown key. {closest_match(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
     if details["type"] == "missing":
         return f"{path}: missing. Fix: add it{_description(loc, raw)}"
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -44,14 +44,15 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
     if details["type"] == "string_pattern_mismatch":
         message = "must be up to 63 letters, digits, dots, dashes and underscores, a letter or digit first"
     if details["type"] == "literal_error":
-        hint = _near(str(details["input"]), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
+        hint = closest_match(str(details["input"]), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
         message += f". {hint}" if hint else ""
     if details["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path} = {_short(details['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def closest_match(word: str, known: Iterable[str]) -> str:
+    """A question that names the closest known word; empty when none is close."""
     near = get_close_matches(word, list(known), 1)
     return f"Did you mean '{near[0]}'?" if near else ""
 

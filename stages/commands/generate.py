@@ -20,7 +20,7 @@ from stages.validate import formats, readers
 
 def parser() -> argparse.ArgumentParser:
     text = "Sample answers to prompts from a model, for a judge or for people to rank."
-    made = argparse.ArgumentParser("python -m stages.generate", description=text)
+    made = argparse.ArgumentParser("alignflow generate", description=text)
     made.add_argument("--model", type=Path, required=True, help="a model folder")
     made.add_argument("--prompts", required=True, help="a file with prompts: JSONL, JSONL.gz, JSON, Parquet or CSV")
     made.add_argument("--answers", type=int, default=4, help="answers per prompt")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m stages.validate`: returns 0, or 65 when the data is refused."""
+    """Check the file that the command line names; returns 0, or 65 when the data is refused."""
     options = _options().parse_args(arguments)
     error = None
     try:

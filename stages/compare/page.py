@@ -13,14 +13,14 @@ from stages.compare.table import (
     Column,
     Comparison,
     Row,
-    _kl,
-    _win_rate,
     bounded,
     caution,
     counted,
     finite,
+    kl_cell,
     number,
     shown_columns,
+    win_rate_cell,
 )
 
 SAMPLES, OPEN_SAMPLES = 20, 3
@@ -192,7 +192,7 @@ def _name(model: str, colour: Mapping[str, str]) -> str:
 
 def _cell(column: Column, row: Row, colour: str) -> str:
     text = escape(column.cell(row))
-    if column.cell is not _win_rate or text == "-" or not bounded(row):
+    if column.cell is not win_rate_cell or text == "-" or not bounded(row):
         return f"<td>{text}</td>"
     if row["model"] in STARTING_POINTS:
         return f"<td>{text}{_interval(row, colour)}</td>"
@@ -215,7 +215,7 @@ def _interval(row: Row, colour: str) -> str:
 
 
 def _gained(table: Sequence[Row]) -> str:
-    points = "; ".join(f"{r['model']}: score {number('judge_score', 2)(r)}, KL {_kl(r)}" for r in table)
+    points = "; ".join(f"{r['model']}: score {number('judge_score', 2)(r)}, KL {kl_cell(r)}" for r in table)
     return f"""<h2>What was gained, and at what distance</h2>
 <p class="soft">Higher is better; farther right is farther from the SFT model. Bars are 95 % intervals. The best
 place is the upper left: much gained, little lost of what the model was before.</p>

@@ -57,7 +57,8 @@ def percent(key: str) -> Callable[[Row], str]:
     return lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.0f} %"
 
 
-def _win_rate(row: Row) -> str:
+def win_rate_cell(row: Row) -> str:
+    """The win rate against SFT in percent, with its interval where there is one; `-` without."""
     if row.get("win_rate_vs_sft") is None:
         return "-"
     if not bounded(row):
@@ -66,7 +67,8 @@ def _win_rate(row: Row) -> str:
     return f"{100 * row['win_rate_vs_sft']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _kl(row: Row) -> str:
+def kl_cell(row: Row) -> str:
+    """The distance from the SFT model in nats, with its standard error; `-` without."""
     if row.get("kl_to_reference") is None:
         return "-"
     return f"{row['kl_to_reference']:.2f} ± {row['kl_to_reference_se']:.2f}"
@@ -76,7 +78,7 @@ COLUMNS = [
     Column("Judge score", number("judge_score", 2), "Mean score that the judge gave the answers; higher is better."),
     Column(
         "Win rate vs SFT",
-        _win_rate,
+        win_rate_cell,
         "Share of prompts on which the judge prefers this model's answer to the SFT model's, ties counted half, with "
         "its 95 % interval. 50 % means no difference; an interval that keeps clear of 50 % is a real one.",
     ),
@@ -87,7 +89,7 @@ COLUMNS = [
     ),
     Column(
         "KL to SFT",
-        _kl,
+        kl_cell,
         "How far the model has moved from the SFT model, in nats per answer (mean ± standard error). "
         "Equal gains at a smaller distance are the better bargain.",
     ),

@@ -1,9 +1,8 @@
 """Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and derives further kinds.
 
-In this order, each step seeing only what the ones before it left: reading (sources.py), form (forms.py), the pandera
-models (schemas/rows.py), repetitions, the tokenizer's checks (tokens.py), leaks into the evaluation prompts.
-
-    python -m stages.validate PATH --kind preference --out DIR --json      # alone, without MLflow
+In this order, each step seeing only the rows that passed the ones before: reading (readers.py), form (formats.py), the
+pandera models (schemas/rows.py), repetitions, the tokenizer's checks (token_checks.py), leaks into the evaluation
+prompts. stages/commands/validate.py runs it without MLflow.
 """
 
 import difflib

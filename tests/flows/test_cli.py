@@ -40,7 +40,7 @@ def commands() -> dict[str, Any]:
     return dict(group.commands)
 
 
-def test_every_command_of_the_issue_is_there() -> None:
+def test_the_commands_are_there() -> None:
     assert set(commands()) >= {"run", "validate", "generate", "stage", "compare", "export", "chat", "ui", "presets"}
 
 
