@@ -72,3 +72,10 @@ def test_every_file_that_the_code_names_exists() -> None:
     path = re.compile(r"\b(?:flows|stages|schemas|deploy|tests)/[\w./]+\.(?:py|yaml|json)\b")
     assert len([name for text in CODE.values() for name in path.findall(text)]) > 10
     assert {name for text in CODE.values() for name in path.findall(text) if not (ROOT / name).exists()} == set()
+
+
+def test_every_python_that_is_started_leaves_the_working_directory_out() -> None:
+    """With `-m` alone the working directory comes first, where a user's `random.py` or `stages/` may lie."""
+    started = {file.name: re.findall(r"sys\.executable,\s*\"(-\w)\"", text) for file, text in CODE.items()}
+    assert sum(map(len, started.values())) >= 8
+    assert [name for name, options in started.items() if set(options) - {"-P"}] == []
