@@ -105,7 +105,7 @@ class _Lease:
         began, said, hinted = time.monotonic(), False, False
         while not (taken := self.take()):
             if taken is False and not said:
-                self.log.info("another host makes the same thing: waiting for its result")
+                self.log.info("another host is running the same stage: waiting for its result")
                 said = True
             if taken is False and not hinted and time.monotonic() - began > HINT_SECONDS:
                 free = f"prefect gcl update {self.name} --active-slots 0"

@@ -118,7 +118,7 @@ def test_two_hosts_make_it_once(shared_servers: None, hosts: list[Host], tmp_pat
     hosts.append(Host(tmp_path / "one", request, "shared", hold))
     wait_for(hosts[0].works)
     hosts.append(Host(tmp_path / "other", request, "shared"))
-    wait_for(lambda: hosts[1].waits("another host makes the same thing"))
+    wait_for(lambda: hosts[1].waits("another host is running the same stage"))
     hold.touch()
     made, taken = (host.result() for host in hosts)
     assert made.status == taken.status == "done" and (made.reused, taken.reused) == (False, True)
@@ -133,7 +133,7 @@ def test_a_killed_host_frees_the_other(shared_servers: None, hosts: list[Host], 
     hosts.append(Host(tmp_path / "one", request, "shared", tmp_path / "never"))
     wait_for(hosts[0].works)
     hosts.append(Host(tmp_path / "other", request, "shared"))
-    wait_for(lambda: hosts[1].waits("another host makes the same thing"))
+    wait_for(lambda: hosts[1].waits("another host is running the same stage"))
     hosts[0].kill()
     result = hosts[1].result()
     assert result.status == "done" and not result.reused
@@ -154,7 +154,7 @@ def test_a_killed_process_frees_the_other_on_its_host(
     hosts.append(Host(ready_home, request, "alone", tmp_path / "never"))
     wait_for(hosts[0].works)
     hosts.append(Host(ready_home, request, "alone"))
-    wait_for(lambda: hosts[1].waits("another process makes the same thing"))
+    wait_for(lambda: hosts[1].waits("another process is running the same stage"))
     hosts[0].kill()
     result = hosts[1].result()
     assert result.status == "done" and not result.reused and result.metrics["resumed/at"] == 1.0  # its checkpoint
