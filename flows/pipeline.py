@@ -78,10 +78,9 @@ def run_once(request: Request, pool: str | None) -> Result:
 def problem_of(name: str, result: Result) -> StageError:
     """A stopped stage's problem as an exception that carries its exit code."""
     assert result.error is not None
-    problem = result.error.model_dump()
-    said_first = "field" if problem["field"] else "message"
-    problem[said_first] = f"{name}: {problem[said_first]}"
-    return StageError(status=result.status, **problem)
+    first = "field" if result.error.field else "message"
+    named = {first: f"{name}: {getattr(result.error, first)}"}
+    return StageError(result.error.model_copy(update=named), status=result.status)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")

@@ -22,7 +22,7 @@ from flows.planning.plan import candidate, plan, promotion
 from flows.results import announce, registry
 from flows.results.registry import Version
 from schemas.config import PipelineConfig
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.promotion import Decision, PromoteConfig
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
@@ -200,7 +200,7 @@ def as_result(champion: Version) -> Result:
     if not champion.artifact.sha256:
         fix = "point the alias at a version that `alignflow retrain` has registered"
         message = "the champion was registered by other means: its content's sha256 is not known."
-        raise StageError(message, kind="registry", field="champion", value=champion, fix=fix)
+        raise refuse("champion", champion, message, fix, kind="registry")
     key = champion.tags.get("stage.key", "")
     return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
 

@@ -13,7 +13,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from flows.planning.allowed_paths import paths_of_config
 from flows.servers import checks
 from schemas.config import PipelineConfig
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages import tracking
 
 DEPLOYMENT = "pipeline/pipeline"
@@ -29,9 +29,7 @@ def submit(config: PipelineConfig) -> str:
             artifacts, or nothing is deployed.
     """
     if not PREFECT_API_URL.value():
-        raise StageError(
-            "no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=checks.START
-        )
+        raise refuse("PREFECT_API_URL", "", "no Prefect server is set.", checks.START, kind="server")
     checks.check_servers()
     checks.check_pools([*own_pool(), *config.pools.values()])
     if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
@@ -40,9 +38,7 @@ def submit(config: PipelineConfig) -> str:
         run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
     except ObjectNotFound as error:
         fix = "deploy it first: alignflow deploy"
-        raise StageError(
-            "there is no such deployment.", kind="deploy", field="deployment", value=DEPLOYMENT, fix=fix
-        ) from error
+        raise refuse("deployment", DEPLOYMENT, "there is no such deployment.", fix, kind="deploy") from error
     assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
     pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))
     return f"{config.name}: {pages}/runs/flow-run/{run.id}"

@@ -1,6 +1,6 @@
 """Why a stage stops: the problem a person reads, the statuses and their exit codes."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from schemas.strict import Strict
 
@@ -30,8 +30,21 @@ class Problem(Strict):
 class StageError(Exception):
     """Raised inside a stage to end it with a status and a problem that a person can act on."""
 
-    def __init__(self, message: str, *, status: Status = "refused", kind: str = "input", **where: Any) -> None:
+    def __init__(
+        self, problem: Problem | str, *, status: Status = "refused", kind: str = "input", fix: str | None = None
+    ) -> None:
         self.status: Status = status
-        texts = {k: None if v is None else str(v) for k, v in where.items()}
-        self.problem = Problem(kind=kind, message=message, **texts)
+        self.problem = problem if isinstance(problem, Problem) else Problem(kind=kind, message=problem, fix=fix)
         super().__init__(str(self.problem))
+
+
+def problem(field: str | None, value: object, message: str, fix: str | None = None, *, kind: str = "config") -> Problem:
+    """What is wrong with a field's value and how to fix it; None as a value is shown as null."""
+    return Problem(kind=kind, message=message, field=field, value="null" if value is None else str(value), fix=fix)
+
+
+def refuse(
+    field: str | None, value: object, message: str, fix: str | None = None, *, kind: str = "config", status: Status = "refused"
+) -> StageError:
+    """The error of a field's value, to be raised; in the order in which a person reads it."""
+    return StageError(problem(field, value, message, fix, kind=kind), status=status)

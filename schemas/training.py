@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.strict import Strict
 
 
@@ -82,7 +82,7 @@ def steps_for(rows: int, training: Training) -> int:
         return NO_END
     if training.epochs is None:
         if training.max_steps is None:
-            raise StageError("training has no end", field="epochs", value=None, fix="set epochs or max_steps")
+            raise refuse("epochs", None, "training has no end", "set epochs or max_steps", kind="input")
         return training.max_steps
     steps = max(1, math.ceil(rows * training.epochs / training.batch_size))
     return min(steps, training.max_steps or steps)

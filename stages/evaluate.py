@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import EvaluateConfig
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode, fitting, has, read
@@ -76,12 +76,12 @@ class Evaluator:
             )
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
-            raise StageError(
+            raise refuse(
+                "evaluate.min_prompts",
+                self.config.min_prompts,
                 f"only {len(kept)} held-out prompts to evaluate on.",
+                "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
                 kind="too_few_prompts",
-                field="evaluate.min_prompts",
-                value=self.config.min_prompts,
-                fix="hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
             )
         return kept
 
@@ -176,12 +176,11 @@ def check_judge(request: Request) -> None:
     """The reward model that a policy was trained on must not be the one that judges it."""
     judge, reward = request.inputs.get("judge"), request.inputs.get("reward")
     if judge is not None and reward is not None and judge.sha256 == reward.sha256:
-        raise StageError(
+        raise refuse(
+            "evaluate.judge",
+            "reward",
             "the judge is the reward model that the policy was trained on, so it cannot judge it.",
-            kind="config",
-            field="evaluate.judge",
-            value="reward",
-            fix="train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
+            "train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
         )
 
 
@@ -202,12 +201,12 @@ def read_baseline(
     if itself:
         return None
     if not run.has("baseline"):
-        raise StageError(
+        raise refuse(
+            "inputs.baseline",
+            "missing",
             "the model differs from the reference, so its answers need the SFT model's to be held against.",
+            "evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
             kind="missing_input",
-            field="inputs.baseline",
-            value="missing",
-            fix="evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
         )
     baseline = Evaluation.load(run.input("baseline"))
     check_comparable("this model", settings, prompts, "the baseline", baseline)
@@ -235,12 +234,12 @@ def judge_answers(
 def _finite(scores: list[float]) -> list[float]:
     bad = sum(not math.isfinite(score) for score in scores)
     if bad:
-        raise StageError(
+        raise refuse(
+            "evaluate.judge",
+            next(score for score in scores if not math.isfinite(score)),
             f"the judge gave {bad} of {len(scores)} answers no finite score.",
+            "look at the training of the judging reward model: it may have diverged",
             kind="judge",
-            field="evaluate.judge",
-            value=next(score for score in scores if not math.isfinite(score)),
-            fix="look at the training of the judging reward model: it may have diverged",
         )
     return scores
 

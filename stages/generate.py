@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import GenerateConfig
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import has, read
@@ -102,12 +102,12 @@ def answer(
     if len(fitting) < len(prompts):
         log.warning("%d of %d prompts leave no room for an answer: left out", len(prompts) - len(fitting), len(prompts))
     if not fitting:
-        raise StageError(
+        raise refuse(
+            "generate.max_new_tokens",
+            config.max_new_tokens,
             f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer",
+            "lower it, or give shorter prompts",
             kind="no_prompts",
-            field="generate.max_new_tokens",
-            value=config.max_new_tokens,
-            fix="lower it, or give shorter prompts",
         )
     every = [(ids, seed_of(seed, "generate", json.dumps(p), k)) for p, ids in fitting for k in range(config.answers)]
     sampled = sample(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.config import RewardConfig
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Example, Row, encode, longest, read, read_if_there
@@ -127,20 +127,20 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
     """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
     kept = comparable(rows)
     if not kept:
-        raise StageError(
+        raise refuse(
+            "data.preference",
+            f"{len(rows)} rows",
             "every row is a tie.",
+            "give rows in which one answer is better than another",
             kind="data",
-            field="data.preference",
-            value=f"{len(rows)} rows",
-            fix="give rows in which one answer is better than another",
         )
     if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
-        raise StageError(
+        raise refuse(
+            "reward.margin",
+            True,
             "no row has a margin.",
+            "set it to false, or name the column of the margins in data.preference.columns",
             kind="data",
-            field="reward.margin",
-            value=True,
-            fix="set it to false, or name the column of the margins in data.preference.columns",
         )
     return encode(kept, _answers, codec)
 

@@ -7,9 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from flows.planning.explain import explain
-from flows.planning.plan import refuse
 from schemas.config import DataConfig
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 
 
 def check_data(columns: Sequence[str], model: Path | None, evaluation: Path | None, out: Path, **given: Any) -> None:
@@ -20,12 +19,12 @@ def check_data(columns: Sequence[str], model: Path | None, evaluation: Path | No
     """
     check(DataConfig, given | {"columns": pairs("--columns", columns)})
     if model is not None and not model.is_dir():
-        raise refuse("there is no such folder.", "--model", model, f"give its path as seen from {Path.cwd()}")
+        raise refuse("--model", model, "there is no such folder.", f"give its path as seen from {Path.cwd()}")
     if evaluation is not None and not (evaluation / "eval" / "prompt.parquet").is_file():
         fix = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
-        raise refuse("there are no held-out prompts.", "--evaluation", evaluation, fix)
+        raise refuse("--evaluation", evaluation, "there are no held-out prompts.", fix)
     if out.exists() and not out.is_dir():
-        raise refuse("this is not a folder.", "--out", out, "name a folder, or one that does not exist yet")
+        raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
 
 
 def check(config: type[BaseModel], given: dict[str, Any]) -> None:
@@ -49,9 +48,9 @@ def pairs(name: str, values: Sequence[str]) -> dict[str, str]:
         ours, equals, theirs = value.partition("=")
         if not (ours and equals and theirs):
             raise refuse(
-                "this is not a pair of column names.", name, value, "write OURS=THEIRS, such as prompt=question"
+                name, value, "this is not a pair of column names.", "write OURS=THEIRS, such as prompt=question"
             )
         if ours in found:
-            raise refuse(f"{ours} stands twice.", name, value, "give each of our names once")
+            raise refuse(name, value, f"{ours} stands twice.", "give each of our names once")
         found[ours] = theirs
     return found

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Request
 
 TAKE_DEVICES = frozenset({"sft", "generate", "reward", "align", "evaluate"})
@@ -62,7 +62,7 @@ def held(request: Request, log: Log, stopping: Callable[[], bool]) -> Iterator[t
     if wanted > len(there):
         fix = "ask for fewer, or place the stage on a pool of larger machines"
         message = f"this machine has {len(there)}."
-        raise StageError(message, kind="devices", field="devices", value=wanted, fix=fix)
+        raise refuse("devices", wanted, message, fix, kind="devices")
     taken = take(there, wanted, log, stopping)
     try:
         named = [name for name in taken if not name.startswith("slot-")]

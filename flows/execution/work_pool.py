@@ -18,7 +18,7 @@ from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling
 
 from flows.execution import process
-from schemas.errors import Problem, StageError, Status
+from schemas.errors import Problem, Status, refuse
 from schemas.stage import Request, Result
 from stages import tracking
 
@@ -70,7 +70,7 @@ def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
         except ObjectNotFound as error:
             fix = f"deploy it (`alignflow deploy`), or place the stage on another pool than {pool}"
             message = f"there is no deployment {name}."
-            raise StageError(message, kind="placement", field=f"pools.{request.stage}", value=pool, fix=fix) from error
+            raise refuse(f"pools.{request.stage}", pool, message, fix, kind="placement") from error
         if run.state is None or not run.state.is_final():
             return run
 

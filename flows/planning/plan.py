@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.config import DataConfig, EndpointJudge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
 from schemas.source import GENERATED
@@ -103,7 +103,7 @@ def candidate(config: PipelineConfig) -> str:
     if named not in known:
         message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
         fix = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
-        raise refuse(message, "promote.candidate", named, fix)
+        raise refuse("promote.candidate", named, message, fix)
     return named
 
 
@@ -123,11 +123,6 @@ def variants_of(config: PipelineConfig) -> dict[str, Any]:
         }
         for name, method in config.align.items()
     }
-
-
-def refuse(message: str, field: str, value: object, fix: str) -> StageError:
-    """An error in the config, with where it is and how to fix it."""
-    return StageError(message, kind="config", field=field, value="null" if value is None else value, fix=fix)
 
 
 class Planner:
@@ -164,7 +159,7 @@ class Planner:
         for name in self.config.align:
             if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII):
                 fix = f"letters, digits, dots, dashes and underscores, and none of {', '.join(sorted(RESERVED))}"
-                raise refuse("this name cannot be used.", "align", name, fix)
+                raise refuse("align", name, "this name cannot be used.", fix)
 
     def check_judges(self) -> None:
         """The gold judge needs rows of its own; generated preferences cannot be judged by what is trained on them."""
@@ -172,13 +167,13 @@ class Planner:
         generate = config.generate
         if generate is not None and config.data.preference is not None:
             fix = "leave out one of them; generated answers want data.prompt or data.sft"
-            raise refuse("preferences are both given and generated.", "generate", "set", fix)
+            raise refuse("generate", "set", "preferences are both given and generated.", fix)
         if generate is not None and generate.judge is None:
             fix = "set generate.judge, or export with `alignflow generate` and give the ranked file as data.preference"
-            raise refuse("answers that people rank end a pipeline run.", "generate.judge", None, fix)
+            raise refuse("generate.judge", None, "answers that people rank end a pipeline run.", fix)
         if generate is not None and isinstance(generate.judge, RewardJudge) and generate.judge.model == "gold":
             fix = "set it to the folder of a reward model"
-            raise refuse("the gold model is trained after `generate`.", "generate.judge.model", "gold", fix)
+            raise refuse("generate.judge.model", "gold", "the gold model is trained after `generate`.", fix)
         if self.judged_by_gold():
             self.check_gold()
         if not config.log_text:
@@ -191,7 +186,7 @@ class Planner:
             if part is not None and isinstance(part.judge, EndpointJudge):
                 fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
                 message = "an endpoint is sent prompts and answers, which log_text: false forbids."
-                raise refuse(message, f"{name}.judge", "endpoint", fix)
+                raise refuse(f"{name}.judge", "endpoint", message, fix)
 
     def judged_by_gold(self) -> bool:
         judge = self.config.evaluate.judge
@@ -200,13 +195,13 @@ class Planner:
     def check_gold(self) -> None:
         preference = self.config.data.preference
         if self.config.gold is None:
-            raise refuse("no gold reward model is trained.", "gold", None, "set gold: {}, or another evaluate.judge")
+            raise refuse("gold", None, "no gold reward model is trained.", "set gold: {}, or another evaluate.judge")
         if preference is None:
             fix = "set data.preference, or another evaluate.judge"
-            raise refuse("the gold reward model needs preferences.", "data.preference", None, fix)
+            raise refuse("data.preference", None, "the gold reward model needs preferences.", fix)
         if preference.gold_fraction == 0:
             fix = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
-            raise refuse("the gold reward model has no rows.", "data.preference.gold_fraction", 0, fix)
+            raise refuse("data.preference.gold_fraction", 0, "the gold reward model has no rows.", fix)
 
     def check_gate(self) -> None:
         """It is clear who the candidate is, and the gate gets as many prompts as it asks for."""
@@ -216,7 +211,7 @@ class Planner:
             if value is not None and value < gate.prompts_min:
                 fix = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
                 message = f"evaluate.{name} is {value}, which may be too few for the gate."
-                raise refuse(message, "promote.gate.prompts_min", gate.prompts_min, fix)
+                raise refuse("promote.gate.prompts_min", gate.prompts_min, message, fix)
 
     def reward_is_there(self) -> bool:
         """Whether there is a reward model: a given one, or one trained on the preferences unless `reward` is null."""
@@ -292,7 +287,7 @@ class Planner:
             return self.reward("reward")
         what = "`reward` is null" if self.config.reward is None else "there are no preferences to train one on"
         fix = "set reward and give data.preference or generate, or set reward_model"
-        raise refuse(f"needs a reward model, and {what}.", f"align.{name}", "set", fix)
+        raise refuse(f"align.{name}", "set", f"needs a reward model, and {what}.", fix)
 
     # --- Data ---
 
@@ -321,14 +316,14 @@ class Planner:
             source = getattr(self.config.data, kind)
             given = ", ".join(sorted(GIVES[source.kind]))
             message = f"{who} needs rows of kind {kind}; from this kind come {given} only."
-            raise refuse(message, f"data.{kind}.kind", source.kind, FIXES[kind])
-        raise refuse(f"needs {kind} data, which nothing gives.", who, "set", FIXES[kind])
+            raise refuse(f"data.{kind}.kind", source.kind, message, FIXES[kind])
+        raise refuse(who, "set", f"needs {kind} data, which nothing gives.", FIXES[kind])
 
     def evaluation_slot(self) -> str:
         """The slot whose held-out prompts all models are evaluated on."""
         slot = "evaluation" if self.config.data.evaluation is not None else self.slot("prompt")
         if slot is None:
-            raise refuse("there are no prompts to evaluate on.", "data.evaluation", None, "set data.evaluation")
+            raise refuse("data.evaluation", None, "there are no prompts to evaluate on.", "set data.evaluation")
         return slot
 
     def data(self, slot: str) -> Output:
@@ -355,7 +350,7 @@ class Planner:
         generate, slot = self.config.generate, self.slot("prompt")
         assert generate is not None
         if slot is None:
-            raise refuse("there are no prompts to answer.", "generate", "set", "set data.prompt or data.sft")
+            raise refuse("generate", "set", "there are no prompts to answer.", "set data.prompt or data.sft")
         inputs = {"model": self.tuned(), "data": self.data(slot)}
         if isinstance(generate.judge, RewardJudge):
             name = "judge" if generate.judge == self.config.evaluate.judge else "generate judge"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flows.planning.plan import Node
 from schemas.config import PipelineConfig
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.source import File, Package, data_source, model_source, template_file
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
@@ -113,5 +113,5 @@ def source_digest(file: Path, field: str) -> str:
     """The file's sha256. Raises StageError naming the config's field when it is missing."""
     if not file.exists():
         fix = f"give its path as seen from {Path.cwd()}"
-        raise StageError("there is no such file.", kind="file", field=field, value=str(file), fix=fix)
+        raise refuse(field, str(file), "there is no such file.", fix, kind="file")
     return tracking.digest(file)

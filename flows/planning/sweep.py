@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flows.planning import config_file, explain
-from flows.planning.plan import refuse
 from schemas.config import PipelineConfig
+from schemas.errors import refuse
 from schemas.methods import CONFIGS, PPO, MethodConfig
 from schemas.stage import Result
 
@@ -51,10 +51,10 @@ def method_names(text: str) -> list[str]:
     for name in names:
         if name not in CONFIGS:
             near = get_close_matches(name, CONFIGS, 1) or list(CONFIGS)
-            raise refuse("there is no such method.", "--methods", name, f"use {', '.join(near)}")
+            raise refuse("--methods", name, "there is no such method.", f"use {', '.join(near)}")
         config = CONFIGS[name]
         if config.strength not in config.model_fields:
-            raise refuse("the method has no beta.", "--methods", name, "leave it out; `alignflow run` trains it")
+            raise refuse("--methods", name, "the method has no beta.", "leave it out; `alignflow run` trains it")
     return names
 
 
@@ -63,11 +63,11 @@ def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     found, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
     for beta, name in itertools.product(found, methods):
         if why := refusal(name, CONFIGS[name].strength, beta):
-            raise refuse(f"{name} takes no such beta: it {why}.", "--beta", f"{beta:g}", fix)
+            raise refuse("--beta", f"{beta:g}", f"{name} takes no such beta: it {why}.", fix)
         if "+" in shown(beta):
-            raise refuse("it must be less than 1e15.", "--beta", f"{beta:g}", fix)
+            raise refuse("--beta", f"{beta:g}", "it must be less than 1e15.", fix)
     if len(set(map(shown, found))) < len(found):
-        raise refuse("two numbers differ beyond 15 digits only.", "--beta", text, fix)
+        raise refuse("--beta", text, "two numbers differ beyond 15 digits only.", fix)
     return found
 
 
@@ -81,7 +81,7 @@ def seed_values(text: str, methods: Sequence[str]) -> list[int]:
     found = numbers("--seeds", text, int)
     for seed in found:
         if why := refusal(methods[0], "seed", seed):
-            raise refuse(f"it {why}.", "--seeds", seed, "give whole numbers such as 0,1,2")
+            raise refuse("--seeds", seed, f"it {why}.", "give whole numbers such as 0,1,2")
     return found
 
 
@@ -102,9 +102,9 @@ def numbers(option: str, text: str, kind: type[T]) -> list[T]:
             found.append(kind(word))
         except ValueError:
             what = "not a whole number" if kind is int else "not a number"
-            raise refuse(f"this is {what}.", option, word, "give numbers with commas, such as 1,2,3") from None
+            raise refuse(option, word, f"this is {what}.", "give numbers with commas, such as 1,2,3") from None
     if len(set(found)) < len(found):
-        raise refuse("a number stands twice.", option, text, "give each once")
+        raise refuse(option, text, "a number stands twice.", "give each once")
     return sorted(found)
 
 
@@ -112,7 +112,7 @@ def words(option: str, text: str) -> list[str]:
     """The parts between commas. Raises StageError when there is none, or one stands twice."""
     found = [word.strip() for word in text.split(",") if word.strip()]
     if not found or len(set(found)) < len(found):
-        raise refuse("the list is empty or names something twice.", option, text, "give each once, with commas")
+        raise refuse(option, text, "the list is empty or names something twice.", "give each once, with commas")
     return found
 
 
@@ -121,7 +121,7 @@ def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: i
     own = own_settings(base, method)
     if isinstance(own, PPO) and own.kl_target is not None:
         fix = "set it to null: with it the coefficient moves away from beta"
-        raise refuse("a sweep needs a fixed KL coefficient.", "align.ppo.kl_target", own.kl_target, fix)
+        raise refuse("align.ppo.kl_target", own.kl_target, "a sweep needs a fixed KL coefficient.", fix)
     changed = {own.strength: beta, "seed": seed} | ({} if tokens is None else {"train_tokens": tokens})
     return own.model_dump(mode="json") | changed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.results.lookup import Model, model
-from schemas.errors import StageError
+from schemas.errors import refuse
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,13 +35,13 @@ def export(what: str, out: Path) -> Path:
         StageError: there is no such model, or `out` is taken or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StageError("already exists.", kind="export", field="--out", value=out, fix="name a new folder")
+        raise refuse("--out", out, "already exists.", "name a new folder", kind="export")
     found = model(what)
     try:
         write(found, out)
     except OSError as error:
         fix = "name a place where you may write, with room for the model"
-        raise StageError(f"cannot be written: {error}.", kind="export", field="--out", value=out, fix=fix) from error
+        raise refuse("--out", out, f"cannot be written: {error}.", fix, kind="export") from error
     return out
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from flows.results import lookup, registry
 from flows.results.registry import Version
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages import tracking
 
 log = logging.getLogger("alignflow")
@@ -147,7 +147,7 @@ def lineage(what: str) -> Item:
     looks_like_a_file = "/" in what and not what.startswith(("models:/", "runs:/"))
     if looks_like_a_file and not Path(what).expanduser().exists():
         fix = "give a data file, a sha256, models:/NAME@ALIAS, or a model of the last run"
-        raise StageError("there is no such file.", kind="lineage", field="WHAT", value=what, fix=fix)
+        raise refuse("WHAT", what, "there is no such file.", fix, kind="lineage")
     if Path(what).expanduser().is_file():
         return forward(graph, tracking.digest(Path(what).expanduser()), what)
     if re.fullmatch(r"[0-9a-f]{8,64}", what):
@@ -163,7 +163,7 @@ def whole_digest(graph: Graph, start: str) -> str:
     if len(known) != 1:
         message = f"{len(known) or 'no'} known digests begin so."
         fix = "give more of it" if known else "give a data file, or a digest that stands in MLflow"
-        raise StageError(message, kind="lineage", field="WHAT", value=start, fix=fix)
+        raise refuse("WHAT", start, message, fix, kind="lineage")
     return known.pop()
 
 
@@ -180,7 +180,7 @@ def digest_of_model(what: str) -> str:
         return made_by(lookup.model(what), what)
     if number is None:
         fix = "look them up with `alignflow ui`"
-        raise StageError("there is no such registered model.", kind="lineage", field="WHAT", value=what, fix=fix)
+        raise refuse("WHAT", what, "there is no such registered model.", fix, kind="lineage")
     return registry.version(name, number).artifact.sha256
 
 
@@ -188,7 +188,7 @@ def made_by(model: lookup.Model, what: str) -> str:
     """The digest of a model that a run has made."""
     if model.request is None:
         fix = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
-        raise StageError("no run here has made it.", kind="lineage", field="WHAT", value=what, fix=fix)
+        raise refuse("WHAT", what, "no run here has made it.", fix, kind="lineage")
     return tracking.digest(model.folder)
 
 
@@ -247,7 +247,7 @@ def forward(graph: Graph, sha256: str, what: str) -> Item:
     if not below:
         message = "no stage has taken this data" + ("" if maker else ", nor made it") + "."
         fix = "give a file as it was when it was used, or its sha256"
-        raise StageError(message, kind="lineage", field="WHAT", value=f"{what} (sha256 {sha256[:SHORT]})", fix=fix)
+        raise refuse("WHAT", f"{what} (sha256 {sha256[:SHORT]})", message, fix, kind="lineage")
     return Item(what, facts, below)
 
 

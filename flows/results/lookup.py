@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Artifact, Request, Result
 from stages import tracking
 
@@ -51,7 +51,7 @@ def quoted(value: str) -> str:
         StageError: the value holds one.
     """
     if "'" in value:
-        raise StageError("a name cannot hold quotes.", kind="name", field="name", value=value, fix="fix the name")
+        raise refuse("name", value, "a name cannot hold quotes.", "fix the name", kind="name")
     return f"'{value}'"
 
 
@@ -105,7 +105,7 @@ def model(what: str) -> Model:
     if (Path(what).expanduser() / "config.json").is_file():
         return Model(Path(what).name, tracking.locate(what))
     fix = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"
-    raise StageError("there is no such model.", kind="history", field="MODEL", value=what, fix=fix)
+    raise refuse("MODEL", what, "there is no such model.", fix, kind="history")
 
 
 def names() -> list[str]:
@@ -137,7 +137,7 @@ def _made(name: str, run_id: str) -> Model:
     output: Artifact | None = result.outputs.get("model")
     if output is None:
         fix = "name a run of a stage that makes a model"
-        raise StageError("the run made no model.", kind="history", field="run", value=run_id, fix=fix)
+        raise refuse("run", run_id, "the run made no model.", fix, kind="history")
     tags = dict(tracking.client().get_run(run_id).data.tags)
     evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
     metrics = dict(evaluations[0].data.metrics) if evaluations else {}

@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.execution.lease import lease
 from flows.results.lookup import quoted
 from flows.servers import local_prefect
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
 
@@ -185,25 +185,25 @@ def check_still_champion(model: str, expected: str | None) -> None:
     now = aliases(model).get(CHAMPION)
     if now != expected:
         was = "there was no champion" if expected is None else f"version {expected} was champion"
-        raise StageError(
+        raise refuse(
+            "champion",
+            f"{model}@{CHAMPION}",
             f"{was} when the candidate was judged, now it is {'none' if now is None else f'version {now}'}; "
             "nothing was moved.",
+            "retrain again: what is trained is reused, and the candidate is held against the new champion",
             kind="conflict",
-            field="champion",
-            value=f"{model}@{CHAMPION}",
-            fix="retrain again: what is trained is reused, and the candidate is held against the new champion",
         )
 
 
 def check_not_rolled_back(one: Version) -> None:
     """Raises StageError of kind `rolled_back` when this content was taken back as champion."""
     if ROLLED_BACK in one.tags:
-        raise StageError(
+        raise refuse(
+            "candidate",
+            one.artifact.sha256[:16],
             f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}.",
+            f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
             kind=ROLLED_BACK,
-            field="candidate",
-            value=one.artifact.sha256[:16],
-            fix=f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
         )
 
 
@@ -245,16 +245,16 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
         bad = champion(model)
         if bad is None:
             fix = f"name one of {', '.join(names()) or 'the registered models, after a retraining has promoted one'}"
-            raise StageError("has no champion.", kind="registry", field="MODEL", value=model, fix=fix)
+            raise refuse("MODEL", model, "has no champion.", fix, kind="registry")
         former = bad.tags.get(FORMER, "none")
         if former == "none":
             fix = "point the alias at another version in MLflow, or take it away there"
-            raise StageError("there was no champion before it.", kind="registry", field="MODEL", value=bad, fix=fix)
+            raise refuse("MODEL", bad, "there was no champion before it.", fix, kind="registry")
         restored = version(model, former)
         if ROLLED_BACK in restored.tags:
             fix = "point the alias at a version that you trust in MLflow"
             message = f"the champion before it, version {former}, was rolled back itself."
-            raise StageError(message, kind="registry", field="MODEL", value=bad, fix=fix)
+            raise refuse("MODEL", bad, message, fix, kind="registry")
         tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
         tracking.retrying(lambda: tracking.client().set_registered_model_alias(model, CHAMPION, former))
         before = restored.tags.get(FORMER, "none")
@@ -267,5 +267,5 @@ def _only_model() -> str:
     if len(known) != 1:
         have = f"there are {len(known)} registered models with a champion."
         fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
-        raise StageError(have, kind="registry", field="MODEL", value="none given", fix=fix)
+        raise refuse("MODEL", "none given", have, fix, kind="registry")
     return known[0]

@@ -22,7 +22,7 @@ from prefect.utilities.templating import apply_values
 
 from flows.execution import gpu_slots
 from flows.servers.mlflow_prefect import is_loopback
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages import tracking
 
 log = logging.getLogger("alignflow")
@@ -58,7 +58,7 @@ def check_prefect(url: str) -> None:
     if allowed.status_code in (401, 403):
         fix = "set it to the server's PREFECT_SERVER_API_AUTH_STRING, user:password"
         message = "the Prefect server refuses the password."
-        raise StageError(message, kind="access", field="PREFECT_API_AUTH_STRING", value="***", fix=fix)
+        raise refuse("PREFECT_API_AUTH_STRING", "***", message, fix, kind="access")
 
 
 def prefect_headers() -> dict[str, str]:
@@ -88,7 +88,7 @@ def check_mlflow(url: str) -> None:
     if allowed.status_code == 401:
         fix = "set both to those of a user of that server"
         field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
-        raise StageError("MLflow refuses them.", kind="access", field=field, value=f"{who[0]}, ***", fix=fix)
+        raise refuse(field, f"{who[0]}, ***", "MLflow refuses them.", fix, kind="access")
     if allowed.status_code == 403 and "Host" in allowed.text:
         fix = (
             f"set MLFLOW_SERVER_ALLOWED_HOSTS of the server so that it holds {urlparse(url).netloc.rpartition('@')[2]}"
@@ -114,7 +114,7 @@ def ask(url: str, field: str, value: str, fix: str, **request: Any) -> httpx.Res
 
 def unreachable(field: str, value: str, message: str, fix: str) -> StageError:
     """A server's problem."""
-    return StageError(message, kind="server", field=field, value=tracking.without_passwords(value), fix=fix)
+    return refuse(field, tracking.without_passwords(value), message, fix, kind="server")
 
 
 def check_experiment(name: str, placed: bool) -> None:
@@ -127,17 +127,17 @@ def check_experiment(name: str, placed: bool) -> None:
     if placed and not uri.startswith(("http", "postgresql", "mysql")):
         fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
         message = "stages on work pools need an MLflow server."
-        raise StageError(message, kind="server", field="MLFLOW_TRACKING_URI", value=uri, fix=fix)
+        raise refuse("MLFLOW_TRACKING_URI", uri, message, fix, kind="server")
     found = tracking.retrying(lambda: tracking.client().get_experiment_by_name(name))
     location = "" if found is None else str(found.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
         fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"
         message = f"this experiment keeps its artifacts in {location}, which workers on other hosts don't have."
-        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
+        raise refuse("name", name, message, fix, kind="experiment")
     if location.startswith("mlflow-artifacts:") and not uri.startswith("http"):
         message = "this experiment keeps its artifacts with an MLflow server."
         fix = f"{START}, or set MLFLOW_TRACKING_URI to its address; or give the config another `name`"
-        raise StageError(message, kind="experiment", field="name", value=name, fix=fix)
+        raise refuse("name", name, message, fix, kind="experiment")
 
 
 # --- Pools ------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
         there = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
         message = f"there is no such work pool; the server has {there}."
         fix = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
-        raise StageError(message, kind="pool", field="pools", value=name, fix=fix) from error
+        raise refuse("pools", name, message, fix, kind="pool") from error
     if pool.is_paused:
         log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
     if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
@@ -188,12 +188,12 @@ def check_schedules(path: Path) -> None:
         if "{{" in value:
             variables = ", ".join(re.findall(r"{{\s*\$(\w+)", value))
             message = f"it is taken from {variables}, which is not set."
-            raise StageError(message, kind="schedule", field=field, value=value, fix="set it in the environment")
+            raise refuse(field, value, message, "set it in the environment", kind="schedule")
         try:
             CronSchedule(cron=cron, timezone=schedule.get("timezone"))
         except ValueError as error:
             message = f"Prefect does not understand it: {reason(error)}."
-            raise StageError(message, kind="schedule", field=field, value=value, fix=fix) from error
+            raise refuse(field, value, message, fix, kind="schedule") from error
 
 
 def reason(error: ValueError) -> str:
@@ -212,10 +212,10 @@ def deployments(path: Path) -> list[dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise StageError(f"it cannot be read ({error}).", kind="file", field="file", value=path, fix=fix) from error
+        raise refuse("file", path, f"it cannot be read ({error}).", fix, kind="file") from error
     found = content.get("deployments") if isinstance(content, dict) else None
     if not found:
-        raise StageError("it has no deployments.", kind="file", field="file", value=path, fix=fix)
+        raise refuse("file", path, "it has no deployments.", fix, kind="file")
     return apply_values(found, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
 
 
@@ -245,4 +245,4 @@ def check_gpu(wanted: int = 1) -> None:
     why = f" (CUDA_VISIBLE_DEVICES={visible!r} shows no more)" if visible is not None else ""
     fix = "run it on a machine with GPUs, or place the stage on the pool cpu"
     message = f"this machine has {len(there)} that can be used{why}."
-    raise StageError(message, kind="gpu", field="GPUs", value=wanted, fix=fix)
+    raise refuse("GPUs", wanted, message, fix, kind="gpu")

@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.servers import automations, checks, pools
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages import tracking
 
 
@@ -25,7 +25,7 @@ def deploy(prefect_file: Path | None = None) -> None:
     prefect_file = (prefect_file or Path(str(files("deploy"))) / "prefect.yaml").absolute()
     if not PREFECT_API_URL.value():
         fix = f"{checks.START}, then call this in another terminal; or set it to a server's address"
-        raise StageError("no Prefect server is set.", kind="server", field="PREFECT_API_URL", value="", fix=fix)
+        raise refuse("PREFECT_API_URL", "", "no Prefect server is set.", fix, kind="server")
     checks.check_servers()
     checks.check_schedules(prefect_file)
     found = checks.deployments(prefect_file)
@@ -48,7 +48,7 @@ def check_pool_names(client: SyncPrefectClient, found: list[dict[str, Any]]) -> 
             field = f"deployments[{one.get('name')}].work_pool.name"
             near = get_close_matches(name, known, 1)
             fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}, or create it first"
-            raise StageError("there is no such work pool.", kind="pool", field=field, value=name, fix=fix)
+            raise refuse(field, name, "there is no such work pool.", fix, kind="pool")
 
 
 def create_deployments(prefect_file: Path) -> None:
@@ -79,7 +79,7 @@ def create_deployments(prefect_file: Path) -> None:
     if answer.returncode:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
         fix = "fix what it says there, and deploy again"
-        raise StageError(f"Prefect refuses it:\n{tail}\n", kind="deploy", field="file", value=prefect_file, fix=fix)
+        raise refuse("file", prefect_file, f"Prefect refuses it:\n{tail}\n", fix, kind="deploy")
 
 
 def say_deployments(names: set[str]) -> None:

@@ -16,7 +16,7 @@ from prefect.settings import (
 )
 
 from flows.servers import mlflow_prefect, supervisor
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages import tracking
 
 RETRIES = 7
@@ -49,13 +49,13 @@ def refuse_no_server() -> None:
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
-        raise StageError(
+        raise refuse(
+            "PREFECT_API_URL",
+            tracking.without_passwords(str(PREFECT_API_URL.value())),
             f"the Prefect server does not answer ({type(error).__name__}).",
-            status="failed",
+            "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
             kind="server",
-            field="PREFECT_API_URL",
-            value=tracking.without_passwords(str(PREFECT_API_URL.value())),
-            fix="start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+            status="failed",
         )
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from flows.servers.supervisor import HOST, Server, address
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages import tracking
 
 # Passwords that MLflow or its handbook have used.
@@ -58,7 +58,7 @@ def needs(variable: str, uri: str, scheme: str, module: str) -> None:
     """Raise StageError when a uri of this scheme needs a module that is not installed."""
     if uri.startswith(scheme) and importlib.util.find_spec(module) is None:
         shown = tracking.without_passwords(uri)
-        raise StageError(f"{module} is not installed.", kind="server", field=variable, value=shown, fix=EXTRA)
+        raise refuse(variable, shown, f"{module} is not installed.", EXTRA, kind="server")
 
 
 def check_prefect_database() -> None:
@@ -68,7 +68,7 @@ def check_prefect_database() -> None:
         if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
             fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
             shown = tracking.without_passwords(uri)
-            raise StageError("Prefect has no driver for it.", kind="server", field=variable, value=shown, fix=fix)
+            raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
 
 
 def is_loopback(host: str) -> bool:
@@ -99,7 +99,7 @@ def check_access(name: str, host: str) -> None:
         missing.append("MLFLOW_FLASK_SERVER_SECRET_KEY (any long random text)")
     if missing:
         fix = f"set {' and '.join(missing)} in the environment, or listen on {HOST}"
-        raise StageError(f"{name} needs a password there.", kind="access", field="--host", value=host, fix=fix)
+        raise refuse("--host", host, f"{name} needs a password there.", fix, kind="access")
     if asks:
         check_passwords()
 
@@ -108,11 +108,9 @@ def check_passwords() -> None:
     """Raise StageError when MLflow's first password is a known one, or what asks for it is not installed."""
     field = "MLFLOW_AUTH_ADMIN_PASSWORD"
     if os.environ.get(field, "").lower() in KNOWN_PASSWORDS:
-        raise StageError(
-            "this password is publicly known.", kind="access", field=field, value="***", fix="choose another"
-        )
+        raise refuse(field, "***", "this password is publicly known.", "choose another", kind="access")
     if importlib.util.find_spec("flask_wtf") is None:
-        raise StageError("flask_wtf is not installed.", kind="access", field=field, value="***", fix=EXTRA)
+        raise refuse(field, "***", "flask_wtf is not installed.", EXTRA, kind="access")
 
 
 def auth_config() -> Path:

@@ -9,7 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 
 PROCESS_POOLS = ("cpu", "gpu")
 """Pools whose runs are processes of the worker's own machine. They share a template."""
@@ -43,7 +43,7 @@ def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated",
     if there.type != kind(pool):
         fix = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
         message = f"the work pool exists with the type {there.type!r}; it should be {kind(pool)!r}."
-        raise StageError(message, kind="pool", field="pool", value=pool, fix=fix)
+        raise refuse("pool", pool, message, fix, kind="pool")
     if there.base_job_template == template:
         return "unchanged"
     client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
@@ -54,5 +54,5 @@ def read(pool: str) -> dict[str, Any]:
     """A pool's base job template. Raises StageError when there is none."""
     if pool not in templates():
         fix = f"use {', '.join(templates())}, or add deploy/pools/{pool}.json"
-        raise StageError("no template has this name.", kind="pool", field="pool", value=pool, fix=fix)
+        raise refuse("pool", pool, "no template has this name.", fix, kind="pool")
     return json.loads(templates()[pool].read_text())

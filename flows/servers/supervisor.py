@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime.process import die_with_parent
 
@@ -86,8 +86,8 @@ def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
                 return probe.getsockname()[1]
     if wanted is None:
         fix = "give an address of this machine, or 0.0.0.0 for all of them"
-        raise StageError("nothing can listen there.", field="--host", value=host, fix=fix)
-    raise StageError("the port is taken.", field=option, value=wanted, fix="choose another, or leave it out")
+        raise refuse("--host", host, "nothing can listen there.", fix, kind="input")
+    raise refuse(option, wanted, "the port is taken.", "choose another, or leave it out", kind="input")
 
 
 # --- MLflow and Prefect -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from flows.execution import gpu_slots
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages import tracking
 
 # What only the servers need to know. Runs may be anybody's code.
@@ -61,9 +61,9 @@ def up(
         StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
     """
     if mlflow_port and mlflow_port == prefect_port:
-        raise StageError("it is MLflow's.", field="--prefect-port", value=prefect_port, fix="give each its own")
+        raise refuse("--prefect-port", prefect_port, "it is MLflow's.", "give each its own", kind="input")
     if not all(wanted):
-        raise StageError("the name is empty.", field="--pool", value="", fix="name a work pool, such as cpu or gpu")
+        raise refuse("--pool", "", "the name is empty.", "name a work pool, such as cpu or gpu", kind="input")
     wanted = list(dict.fromkeys(wanted))
     tracking.home().mkdir(parents=True, exist_ok=True)
     with address_file.lock_file().open("a") as lock:
@@ -108,7 +108,7 @@ def say_where(there: Addresses, wanted: Sequence[str]) -> None:
     lacking = [pool for pool in wanted if pool not in there.pools]
     if lacking:
         fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
-        raise StageError("no worker of it serves these.", field="--pool", value=", ".join(lacking), fix=fix)
+        raise refuse("--pool", ", ".join(lacking), "no worker of it serves these.", fix, kind="input")
     if wanted:
         say(f"workers  {', '.join(there.pools)}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from schemas import methods
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages.engine.data.examples import Row
 from stages.engine.data.trees import Tree, tree_tokens
 from stages.engine.training.method import Metrics, Totals
@@ -63,12 +63,12 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
         first, end = bisect_left(ordered, prompt), bisect_right(ordered, prompt)
         others = len(ordered) - (end - first)
         if not others:
-            raise StageError(
+            raise refuse(
+                "data.feedback",
+                f"{len(prompt_ids)} rows with one prompt",
                 "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer.",
+                "give rows of more prompts, or use another method",
                 kind="data",
-                field="data.feedback",
-                value=f"{len(prompt_ids)} rows with one prompt",
-                fix="give rows of more prompts, or use another method",
             )
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)
         found.append(by_prompt[drawn if drawn < first else drawn + end - first])

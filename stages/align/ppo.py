@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from schemas import methods
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.training import NO_END
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Row, read
@@ -282,12 +282,12 @@ class PPO:
         kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         self.run.metrics({"data/rows": len(kept), "data/too_long": len(rows) - len(kept)})
         if not kept:
-            raise StageError(
+            raise refuse(
+                "max_new_tokens",
+                config.max_new_tokens,
                 f"no prompt is left: none of {len(rows)} has at most {room} tokens",
+                "lower it, raise max_length, or give shorter prompts",
                 kind="data",
-                field="max_new_tokens",
-                value=config.max_new_tokens,
-                fix="lower it, raise max_length, or give shorter prompts",
             )
         return [rows[i] for i in kept], [prompts[i] for i in kept]
 
@@ -322,14 +322,14 @@ class PPO:
         self.far = self.far + 1 if bound is not None and not kl <= bound else 0
         if self.far >= patience:
             self.run.metrics({"train/kl_to_reference": kl}, step=step)
-            raise StageError(
+            raise refuse(
+                "max_kl",
+                bound,
                 f"train/kl_to_reference is {kl:.4g} nats at step {step}, for {self.far} iterations above the bound",
-                status="diverged",
-                kind="diverged",
-                field="max_kl",
-                value=bound,
-                fix="lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
+                "lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
                 "is kept",
+                kind="diverged",
+                status="diverged",
             )
 
     def prepare(self, micros: list[Micro]) -> Totals:

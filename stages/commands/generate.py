@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from schemas.config import GenerateConfig, ValidateParams
-from schemas.errors import EXIT_CODES, StageError
+from schemas.errors import EXIT_CODES, StageError, refuse
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
 from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, SentimentJudge
@@ -56,11 +56,11 @@ def prompts_of(path: str, limit: int | None) -> list[Messages]:
         except formats.Bad as problem:
             fix = "`alignflow validate --kind prompt` cleans a file"
             message = f"row {number} holds no prompt: {problem}"
-            raise StageError(message, kind="bad_data", field="--prompts", value=path, fix=fix) from problem
+            raise refuse("--prompts", path, message, fix, kind="bad_data") from problem
         prompt = [{"role": role, "content": content} for role, content in turns]
         found.setdefault(json.dumps(prompt), prompt)
     if not found:
-        raise StageError("the file holds no prompts", kind="empty_file", field="--prompts", value=path)
+        raise refuse("--prompts", path, "the file holds no prompts", None, kind="empty_file")
     return list(found.values())
 
 
@@ -87,7 +87,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     out: Path = arguments.out
     if out.exists():
         fix = "name another file, or move this one away: it may hold people's rankings"
-        raise StageError("the file exists already.", kind="file_exists", field="--out", value=out, fix=fix)
+        raise refuse("--out", out, "the file exists already.", fix, kind="file_exists")
     began = time.monotonic()
     judge = judge_named(arguments.judge)
     prompts = prompts_of(arguments.prompts, config.limit)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from pydantic import ValidationError
 
 from schemas.config import Kind, ValidateParams
-from schemas.errors import EXIT_CODES, StageError
+from schemas.errors import EXIT_CODES, StageError, refuse
 from stages.validate import check
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def _codec(folder: Path) -> "Codec":
     try:
         return Codec.load(folder)
     except StageError as error:
-        problem = error.problem.model_dump()
-        if problem["field"] != "folder":
+        if error.problem.field != "folder":
             raise
-        raise StageError(**{**problem, "field": "model"}, status=error.status) from error  # the option's name
+        named = error.problem.model_copy(update={"field": "model"})  # the option's name
+        raise StageError(named, status=error.status) from error
 
 
 def _params(options: argparse.Namespace) -> ValidateParams:
@@ -70,15 +70,9 @@ def _params(options: argparse.Namespace) -> ValidateParams:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise StageError(first["msg"], kind="config", field=where, value=first["input"]) from error
+        raise refuse(where, first["input"], first["msg"], None) from error
     except ValueError as error:
-        raise StageError(
-            "a pair of column names is expected",
-            kind="config",
-            field="columns",
-            value=options.columns,
-            fix="write OURS=THEIRS",
-        ) from error
+        raise refuse("columns", options.columns, "a pair of column names is expected", "write OURS=THEIRS") from error
 
 
 def _print(options: argparse.Namespace, error: StageError | None) -> None:

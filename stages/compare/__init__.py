@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.stage import Request
 from stages.compare import frontier
 from stages.compare.page import render_html
@@ -61,12 +61,12 @@ def compare(
     the order of its variants, and of each method and beta the first seed's answers.
     """
     if not evaluations:
-        raise StageError(
+        raise refuse(
+            "inputs",
+            "none",
             "there is no evaluation to compare.",
+            "give the outputs `evaluation` of stage evaluate, by the models' names",
             kind="missing_input",
-            field="inputs",
-            value="none",
-            fix="give the outputs `evaluation` of stage evaluate, by the models' names",
         )
     names = list(evaluations)
     first = evaluations[names[0]]

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 
 PEOPLE = ("baker", "captain", "doctor", "farmer", "gardener", "neighbour", "poet", "sailor", "teacher", "uncle")
 THINGS = ("apples", "bell", "boots", "bread", "clock", "drum", "flowers", "honey", "kite", "lamp", "piano", "tea")
@@ -100,12 +100,12 @@ WORDS = _vocabulary()
 def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 1920 prompts. Seeded."""
     if kind not in ("sft", "prompt"):
-        raise StageError(
+        raise refuse(
+            "path",
+            f"demo:{kind}",
             f"the demo has no rows of kind {kind!r}",
+            "use demo:sft or demo:prompt; pairs come from stage `generate`",
             kind="unknown_data",
-            field="path",
-            value=f"demo:{kind}",
-            fix="use demo:sft or demo:prompt; pairs come from stage `generate`",
         )
     draw = random.Random(seed)
     wishes = [Wish(*parts) for parts in itertools.product(TONES, TIMES, PEOPLE, THINGS)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from schemas.errors import Problem, StageError
+from schemas.errors import Problem, StageError, refuse
 from schemas.stage import Artifact, Request, Result
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
@@ -190,9 +190,7 @@ class StageRun:
         if name not in self.request.inputs:
             have = ", ".join(sorted(self.request.inputs)) or "none"
             message = f"stage {self.request.stage} needs the input {name!r}; the request has {have}."
-            raise StageError(
-                message, kind="input", field=f"inputs.{name}", value="missing", fix="add it to the request"
-            )
+            raise refuse(f"inputs.{name}", "missing", message, "add it to the request", kind="input")
         if name not in self._fetched:
             self._fetched[name] = fetch(self.request.inputs[name])
         return self._fetched[name]
@@ -281,12 +279,12 @@ class StageRun:
         """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
         source = self.request.inputs.get("source")
         if source is not None and digest(self.input("source")) != source.sha256:
-            raise StageError(
+            raise refuse(
+                "source",
+                source.uri,
                 "it changed while it was read; nothing is published.",
+                "start the run again once nothing writes to it",
                 kind="source_changed",
-                field="source",
-                value=source.uri,
-                fix="start the run again once nothing writes to it",
             )
 
     def _publish_folder(self, name: str, folder: Path) -> str:

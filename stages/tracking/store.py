@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Artifact, Request
 from stages.runtime.workspace import home, lock
 from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, retrying, tracking_uri
@@ -123,15 +123,15 @@ def fetch(artifact: Artifact) -> Path:
             raise
         message = f"the artifact is gone ({error})."
         _mark_bad(artifact, message)
-        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix) from error
+        raise refuse("uri", artifact.uri, message, fix, kind="artifact") from error
     if not folder.exists():
-        raise StageError("the artifact is gone.", kind="artifact", field="uri", value=artifact.uri, fix=fix)
+        raise refuse("uri", artifact.uri, "the artifact is gone.", fix, kind="artifact")
     found = digest(folder)
     if found != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
         if local_path(location) is None:
             _mark_bad(artifact, message)
-        raise StageError(message, kind="artifact", field="uri", value=artifact.uri, fix=fix)
+        raise refuse("uri", artifact.uri, message, fix, kind="artifact")
     return folder
 
 
@@ -154,9 +154,9 @@ def locate(uri: str) -> Path:
         if is_transient(error):
             raise
         message = f"MLflow has no such model ({error})."
-        raise StageError(message, kind="artifact", field="uri", value=uri, fix=fix) from error
+        raise refuse("uri", uri, message, fix, kind="artifact") from error
     if not folder.exists():
-        raise StageError("there is no such model.", kind="artifact", field="uri", value=uri, fix=fix)
+        raise refuse("uri", uri, "there is no such model.", fix, kind="artifact")
     return folder
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import polars as pl
 
 from schemas.config import Kind, ValidateParams
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.rows import HIDING, IGNORED, may_repeat, problems
 from schemas.source import Generated, Hub, data_source, is_commit
 from schemas.stage import Request
@@ -207,7 +207,7 @@ def _read(params: ValidateParams, rows: Path | None, seed: int, tally: _Counts, 
     while chunk := list(islice(source, _CHUNK)):
         frames.append(_parse(params, chunk, tally, bad))
     if not tally.rows:
-        raise StageError("the file holds no rows", kind="empty_file", field="path", value=params.path)
+        raise refuse("path", params.path, "the file holds no rows", None, kind="empty_file")
     _refuse_other_json(params, tally, bad)
     _refuse_columns(params, tally, bad)
     return pl.concat(frames)
@@ -219,12 +219,12 @@ def _refuse_other_json(params: ValidateParams, tally: _Counts, bad: Quarantine) 
     broken = sum(bad.checks["", reason] for reason in _NO_OBJECT)
     if (array or tally.first_line == b"{") and broken >= tally.rows / 2 and broken > params.max_bad * tally.rows:
         what = "a JSON array" if array else "JSON with objects over several lines"
-        raise StageError(
+        raise refuse(
+            "path",
+            params.path,
             f"the file looks like {what}: {broken} of {tally.rows} lines are no JSON object",
+            "write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
             kind="bad_data",
-            field="path",
-            value=params.path,
-            fix="write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
         )
 
 
@@ -272,14 +272,14 @@ def _refuse_unknown_columns(params: ValidateParams) -> None:
             swapped = theirs in known and theirs not in params.columns
             near = theirs if swapped else _nearest(name, sorted(known))
             meant = _mapping({near: name if swapped else theirs}) if near and (swapped or near not in _SIDES) else None
-            raise StageError(
+            raise refuse(
+                "columns",
+                name,
                 f"kind {params.kind} has no column `{name}`; it has {', '.join(sorted(known))}",
-                kind="unknown_column",
-                field="columns",
-                value=name,
-                fix=f"did you mean `{near}`? Write our name first: {meant}"
+                f"did you mean `{near}`? Write our name first: {meant}"
                 if meant
                 else f"write one of our names first, then the file's: --columns OURS={theirs}",
+                kind="unknown_column",
             )
 
 
@@ -301,14 +301,14 @@ def _refuse_columns(params: ValidateParams, tally: _Counts, bad: Quarantine) -> 
     there = list(tally.columns)
     for ours, theirs in params.columns.items():
         if theirs not in tally.columns and there:
-            raise StageError(
+            raise refuse(
+                f"columns.{ours}",
+                theirs,
                 f"{params.path} has no column `{theirs}` to take `{ours}` from; it has {', '.join(there)}",
-                kind="missing_column",
-                field=f"columns.{ours}",
-                value=theirs,
-                fix=f"did you mean `{near}`? {_mapping({ours: near})}"
+                f"did you mean `{near}`? {_mapping({ours: near})}"
                 if (near := None if ours in _SIDES else _nearest(theirs, there))
                 else f"name the column that holds it: {_mapping({ours: _YOURS})}",
+                kind="missing_column",
             )
     named = {*there, *params.columns}
     ways = formats.COLUMNS[params.kind]
@@ -332,13 +332,13 @@ def _wrong_columns(
         + _mapping({name: near[name] or _YOURS for name in missing}),
     ]
     lacks = " and no ".join(f"`{name}`" for name in missing)
-    return StageError(
+    return refuse(
+        "kind",
+        params.kind,
         f"{params.path} cannot be read as {params.kind}: it has no column {lacks}. "
         f"It has {', '.join(there)}. Kind {params.kind} needs {', or '.join(' + '.join(way) for way in ways)}.",
+        ", or ".join(hint for hint in hints if hint),
         kind="wrong_columns",
-        field="kind",
-        value=params.kind,
-        fix=", or ".join(hint for hint in hints if hint),
     )
 
 
@@ -481,12 +481,12 @@ def _refuse_few_held_out(params: ValidateParams, frame: pl.DataFrame) -> None:
     held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
     if held_out < params.min_eval_prompts:
         fix = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
-        raise StageError(
+        raise refuse(
+            "evaluate.min_prompts",
+            params.min_eval_prompts,
             f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on.",
+            fix,
             kind="few_prompts",
-            field="evaluate.min_prompts",
-            value=params.min_eval_prompts,
-            fix=fix,
         )
 
 
@@ -554,12 +554,12 @@ def _refuse_moving_dataset(params: ValidateParams) -> None:
     source = data_source(params.path)
     moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
     if moves and not is_commit(params.revision):
-        raise StageError(
+        raise refuse(
+            "revision",
+            params.revision,
             f"{params.path} changes with time: a branch or tag moves",
+            "set it to the full commit that you want, so that the same config means the same rows",
             kind="no_revision",
-            field="revision",
-            value=params.revision,
-            fix="set it to the full commit that you want, so that the same config means the same rows",
         )
 
 

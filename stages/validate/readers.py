@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import polars as pl
 
 from schemas.config import ValidateParams
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
 
 Row = dict[str, Any]
@@ -60,12 +60,12 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Reco
         case Generated() if rows is not None:
             return _from_file(rows / "rows.jsonl")
         case _:
-            raise StageError(
+            raise refuse(
+                "path",
+                params.path,
                 "the stage has no input `rows` to read",
+                "use input:rows after stage `generate` only; elsewhere name a file",
                 kind="missing_input",
-                field="path",
-                value=params.path,
-                fix="use input:rows after stage `generate` only; elsewhere name a file",
             )
 
 
@@ -81,12 +81,12 @@ def _from_file(file: Path) -> Iterator[Record]:
         return _from_csv(file)
     if kind in (".parquet", ".pq"):
         return _from_parquet(file)
-    raise StageError(
+    raise refuse(
+        "path",
+        file,
         f"the format {kind or 'of a file without suffix'} is not known",
+        f"give a file that ends in {_FORMATS}",
         kind="unknown_format",
-        field="path",
-        value=file,
-        fix=f"give a file that ends in {_FORMATS}",
     )
 
 
@@ -94,21 +94,21 @@ def _refuse_missing(file: Path) -> None:
     if file.is_file():
         return
     if file.is_dir():
-        raise StageError(
+        raise refuse(
+            "path",
+            file,
             "this is a folder, not a file",
+            f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
             kind="not_a_file",
-            field="path",
-            value=file,
-            fix=f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
         )
     beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, beside, n=1)
-    raise StageError(
+    raise refuse(
+        "path",
+        file,
         "there is no such file" if file.parent.is_dir() else f"there is no folder {file.parent}",
+        f"did you mean {file.parent / near[0]}?" if near else "check the path; it counts from where you started",
         kind="missing_file",
-        field="path",
-        value=file,
-        fix=f"did you mean {file.parent / near[0]}?" if near else "check the path; it counts from where you started",
     )
 
 
@@ -127,17 +127,15 @@ def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
             else:
                 yield plain
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise StageError(
+        raise refuse(
+            "path",
+            file,
             f"the gzip file is broken or cut short: {error}",
+            "fetch or pack it again; `gzip -t` tells whether it is whole",
             kind="broken_file",
-            field="path",
-            value=file,
-            fix="fetch or pack it again; `gzip -t` tells whether it is whole",
         ) from error
     except OSError as error:
-        raise StageError(
-            f"the file cannot be read: {error}", kind="unreadable_file", field="path", value=file
-        ) from error
+        raise refuse("path", file, f"the file cannot be read: {error}", None, kind="unreadable_file") from error
 
 
 def _from_jsonl(file: Path) -> Iterator[Record]:
@@ -172,7 +170,7 @@ def _from_json(file: Path) -> Iterator[Record]:
     try:
         rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise StageError(f"the file is no JSON: {error}", kind="broken_file", field="path", value=file) from error
+        raise refuse("path", file, f"the file is no JSON: {error}", None, kind="broken_file") from error
     for row in rows:
         known = isinstance(row, dict)
         yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
@@ -191,24 +189,24 @@ def _from_csv(file: Path) -> Iterator[Record]:
                 if cells:
                     yield _csv_record(header, cells, reader.line_num)
         except csv.Error as error:
-            raise StageError(
+            raise refuse(
+                "path",
+                file,
                 f"the CSV is malformed at line {reader.line_num}: {error}",
+                'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
                 kind="broken_file",
-                field="path",
-                value=file,
-                fix='quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
             ) from error
 
 
 def _refuse_repeated(header: list[str], file: Path) -> None:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
-        raise StageError(
+        raise refuse(
+            "path",
+            file,
             f"the CSV's header names {', '.join(repeated)} more than once",
+            "give every column a name of its own",
             kind="broken_file",
-            field="path",
-            value=file,
-            fix="give every column a name of its own",
         )
 
 
@@ -223,12 +221,12 @@ def _from_parquet(file: Path) -> Iterator[Record]:
     try:
         frame = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise StageError(
+        raise refuse(
+            "path",
+            file,
             f"the Parquet file cannot be read: {error}",
+            "write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
             kind="broken_file",
-            field="path",
-            value=file,
-            fix="write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
         ) from error
     yield from _from_frame(frame)
 
@@ -254,12 +252,12 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             _refuse_strays(params, where, [str(file) for part in (files or {}).values() for file in part])
             table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a script
-        raise StageError(
+        raise refuse(
+            "path",
+            params.path,
             f"the dataset cannot be loaded: {error}",
+            "check name, subset, split and revision; offline it has to be in the cache of `datasets`",
             kind="missing_dataset",
-            field="path",
-            value=params.path,
-            fix="check name, subset, split and revision; offline it has to be in the cache of `datasets`",
         ) from error
     _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
     for part in table.with_format("arrow").iter(_CHUNK):
@@ -275,24 +273,24 @@ def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> Non
         (file for file in files if not os.path.normpath(file).startswith(os.path.normpath(inside) + "/")), None
     )
     if stray is not None:
-        raise StageError(
+        raise refuse(
+            "path",
+            params.path,
             f"the dataset's README takes rows from {stray}, which is not part of it",
+            "put the file into the dataset's folder, and name it in its README from there",
             kind="stray_file",
-            field="path",
-            value=params.path,
-            fix="put the file into the dataset's folder, and name it in its README from there",
         )
 
 
 def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
     """Offline, `datasets` takes the newest commit in its cache, whatever was asked for. Its folder bears its name."""
     if is_commit(params.revision) and params.revision not in parts:
-        raise StageError(
+        raise refuse(
+            "revision",
+            params.revision,
             "the cache of `datasets` holds the dataset at another commit only",
+            "go online to fetch this commit, or name the one that is cached",
             kind="other_revision",
-            field="revision",
-            value=params.revision,
-            fix="go online to fetch this commit, or name the one that is cached",
         )
 
 

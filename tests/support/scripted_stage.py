@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 from schemas.stage import STAGES, Request
 from stages import __main__ as entry
 from stages.tracking import StageRun
@@ -38,7 +38,7 @@ def run(request: Request, run: StageRun) -> dict[str, float]:
         checkpoint.write_text(str(step))  # behind by one: the last step is done again, as after a real crash
         time.sleep(float(str(params.get("sleep", 0))))
     if params.get("end") == "refuse":
-        raise StageError("the rows are bad.", kind="data", field="path", value="x.jsonl", fix="fix them")
+        raise refuse("path", "x.jsonl", "the rows are bad.", "fix them", kind="data")
     if params.get("end") == "bug":
         raise RuntimeError("this is a bug")
     run.publish("folder", write(run.work / "out", str(params)), model=bool(params.get("model")))

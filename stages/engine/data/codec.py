@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 
 Message = Mapping[str, str]
 
@@ -157,14 +157,14 @@ class Codec:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a folder, read from its tokenizer.json as it stands. Runs no code from the folder."""
     if not folder.is_dir():
-        raise StageError("the model folder does not exist", kind="missing_model", field="folder", value=folder)
+        raise refuse("folder", folder, "the model folder does not exist", None, kind="missing_model")
     if not (folder / "tokenizer.json").is_file():
-        raise StageError(
+        raise refuse(
+            "folder",
+            folder,
             "the folder has no tokenizer.json",
+            "pass it as `model.path`: stage `base` converts what transformers can read",
             kind="missing_tokenizer",
-            field="folder",
-            value=folder,
-            fix="pass it as `model.path`: stage `base` converts what transformers can read",
         )
     quiet = logging.getLogger("transformers.tokenization_utils_base")
     level = quiet.level

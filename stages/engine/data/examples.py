@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 
@@ -26,12 +26,12 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
     """All rows of one kind. Raises StageError when the data holds none."""
     if not has(folder, part, kind):
         kinds = sorted(path.stem for path in (folder / part).glob("*.parquet"))
-        raise StageError(
+        raise refuse(
+            f"data.{kind}",
+            "missing",
             f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {', '.join(kinds) or 'nothing'}.",
+            _fix(part, kind),
             kind="data",
-            field=f"data.{kind}",
-            value="missing",
-            fix=_fix(part, kind),
         )
     return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
 
@@ -77,11 +77,11 @@ def fitting(examples: Sequence[Example], max_length: int) -> list[Example]:
         log.warning("%d of %d rows are longer than %d tokens: left out", left_out, len(examples), max_length)
     if not kept:
         shortest = min((longest(example.tree) for example in examples), default=0)
-        raise StageError(
+        raise refuse(
+            "max_length",
+            max_length,
             f"no row is left: all {len(examples)} are too long; the shortest has {shortest} tokens.",
+            f"set max_length to at least {shortest}, or give shorter rows",
             kind="data",
-            field="max_length",
-            value=max_length,
-            fix=f"set max_length to at least {shortest}, or give shorter rows",
         )
     return kept

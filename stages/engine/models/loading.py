@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
@@ -165,7 +165,7 @@ def _is_scorer(folder: Path) -> bool:
 
 
 def _unusable(folder: Path, message: str, fix: str) -> StageError:
-    return StageError(f"the model cannot be used: {message}.", kind="model", field="model", value=folder, fix=fix)
+    return refuse("model", folder, f"the model cannot be used: {message}.", fix, kind="model")
 
 
 def _dropouts(config: PretrainedConfig) -> dict[str, float]:

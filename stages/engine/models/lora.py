@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.training import LoRA
 
 TRAINED = "default"
@@ -91,7 +91,7 @@ def _inject(hf: nn.Module, config: LoraConfig, name: str) -> PeftModel:
 
 def _bad_target(lora: LoRA, why: str) -> StageError:
     message = f"no adapter can be added: {why}."
-    return StageError(message, kind="config", field="lora.target", value=lora.target, fix="use all-linear")
+    return refuse("lora.target", lora.target, message, "use all-linear")
 
 
 def merged(inner: PreTrainedModel) -> dict[str, Tensor]:
@@ -173,4 +173,4 @@ def _read(place: Path) -> dict[str, Any]:
 def _unusable(place: Path, why: str) -> StageError:
     message = f"the adapter cannot be used: {why}."
     fix = "save the model again; or delete this folder, which the merged model beside it does without"
-    return StageError(message, kind="model", field="model", value=place, fix=fix)
+    return refuse("model", place, message, fix, kind="model")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from schemas.config import EndpointJudge as EndpointConfig
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages.engine.data.codec import Message
 
 TRIES = 4
@@ -164,9 +164,7 @@ class EndpointJudge:
     def _error(self, message: str, *, fix: str, field: str | None = None, value: str | None = None) -> StageError:
         """No message may carry the key, whatever a server sends back."""
         safe = message.replace(self._key, "[key]") if self._key else message
-        return StageError(
-            safe, kind="judge", fix=fix, field=field or f"{self.field}.url", value=value or self.config.url
-        )
+        return refuse(field or f"{self.field}.url", value or self.config.url, safe, fix, kind="judge")
 
 
 def read_verdict(reply: str) -> float | None:
@@ -196,12 +194,11 @@ def _question(model: str, prompt: Sequence[Message], a: str, b: str) -> dict[str
 def _completions_url(url: str, field: str) -> str:
     if not re.match(r"https?://[^/@\s]+(/[^@\s]*)?$", url):
         safe = re.sub(r"//[^/]*@", "//[key]@", url)
-        raise StageError(
+        raise refuse(
+            f"{field}.url",
+            safe,
             "not a plain http(s) address.",
-            kind="config",
-            field=f"{field}.url",
-            value=safe,
-            fix="write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names",
+            "write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names",
         )
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
@@ -212,12 +209,11 @@ def _read_key(config: EndpointConfig, field: str) -> str | None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
-        raise StageError(
+        raise refuse(
+            f"{field}.api_key_env",
+            config.api_key_env,
             "the environment variable that should hold the endpoint's key is empty or not set.",
-            kind="config",
-            field=f"{field}.api_key_env",
-            value=config.api_key_env,
-            fix=f"export {config.api_key_env} where the stage runs",
+            f"export {config.api_key_env} where the stage runs",
         )
     return key
 

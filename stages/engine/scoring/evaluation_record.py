@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 
 Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
@@ -68,12 +68,12 @@ class Evaluation:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as error:
-            raise StageError(
+            raise refuse(
+                "evaluation",
+                folder,
                 f"this is not an evaluation folder: {error}.",
+                "give the output `evaluation` of stage evaluate",
                 kind="input",
-                field="evaluation",
-                value=folder,
-                fix="give the output `evaluation` of stage evaluate",
             ) from error
         return cls(metrics, samples, settings)
 
@@ -96,12 +96,12 @@ def texts(samples: Sequence[Sample], name: str) -> list[str]:
     """The answers. Raises StageError where the evaluation was told to keep none."""
     answers = [sample.answer for sample in samples if sample.answer is not None]
     if len(answers) < len(samples):
-        raise StageError(
+        raise refuse(
+            "evaluate.judge",
+            "endpoint",
             f"{name}'s evaluation holds no answers, and the judge can only compare.",
+            "evaluate it with log_text: true, or use a judge that scores",
             kind="missing_input",
-            field="evaluate.judge",
-            value="endpoint",
-            fix="evaluate it with log_text: true, or use a judge that scores",
         )
     return answers
 
@@ -128,18 +128,18 @@ def check_comparable(
     """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
     for key in CONDITIONS:
         if settings[key] != other.settings.get(key):
-            raise StageError(
+            raise refuse(
+                f"evaluate.{key}",
+                settings[key],
                 f"{name} was evaluated with {key} = {settings[key]}, {other_name} with {other.settings.get(key)}.",
+                "evaluate both under the same settings",
                 kind="not_comparable",
-                field=f"evaluate.{key}",
-                value=settings[key],
-                fix="evaluate both under the same settings",
             )
     if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
-        raise StageError(
+        raise refuse(
+            "data.evaluation",
+            name,
             f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same.",
+            "evaluate both on the same data",
             kind="not_comparable",
-            field="data.evaluation",
-            value=name,
-            fix="evaluate both on the same data",
         )

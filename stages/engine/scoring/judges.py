@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from schemas import config as settings
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages.engine import demo
 from stages.engine.data.codec import Codec, Message
 from stages.engine.data.trees import Tree, collate, cut, tree_tokens
@@ -65,12 +65,12 @@ class SentimentJudge(Scoring):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # an extra
         except ImportError as error:
-            raise StageError(
+            raise refuse(
+                field,
+                "sentiment",
                 "the sentiment judge needs the package vaderSentiment.",
+                "pip install 'alignflow[sentiment]'",
                 kind="missing_package",
-                field=field,
-                value="sentiment",
-                fix="pip install 'alignflow[sentiment]'",
             ) from error
         self.analyzer: Any = SentimentIntensityAnalyzer()
 
@@ -123,21 +123,20 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
         return SentimentJudge(field)
     if isinstance(config, settings.EndpointJudge):
         if not run.request.log_text:
-            raise StageError(
+            raise refuse(
+                field,
+                "endpoint",
                 "an endpoint is sent prompts and answers, which log_text: false forbids.",
-                kind="config",
-                field=field,
-                value="endpoint",
-                fix="use a judge that runs here (rule, sentiment, reward), or log_text: true",
+                "use a judge that runs here (rule, sentiment, reward), or log_text: true",
             )
         return EndpointJudge(config, field, progress)
     if not run.has("judge"):
-        raise StageError(
+        raise refuse(
+            f"{field}.model",
+            config.model,
             "the reward judge needs a reward model as the stage's input `judge`.",
+            "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
             kind="missing_input",
-            field=f"{field}.model",
-            value=config.model,
-            fix="give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
         )
     return RewardJudge(run.input("judge"), progress)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from schemas.errors import StageError
+from schemas.errors import refuse
 from stages.engine.data.trees import Layout, Tree, collate, cut, tree_tokens
 from stages.engine.models.policy import Policy, sums
 from stages.tracking import home, lock
@@ -124,5 +124,7 @@ def _compute(policy: Policy, missing: Missing, layout: Layout, pad_id: int) -> d
     finally:
         policy.train(training)
     if not totals_A.isfinite().all():
-        raise StageError("the reference model gives log-probabilities that are not finite", kind="model", field="model")
+        raise refuse(
+            "model", None, "the reference model gives log-probabilities that are not finite", None, kind="model"
+        )
     return dict(zip((key for _, keys in missing for key in keys), totals_A.tolist(), strict=True))

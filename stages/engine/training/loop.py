@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.training import Training
 from stages.engine.distributed import processes
 from stages.engine.training import checkpoint
@@ -123,11 +123,12 @@ class Loop:
     def backward(self, micros: list[Any]) -> Metrics:
         """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
         if not micros:
-            raise StageError(
+            raise refuse(
+                "batch_size",
+                self.training.batch_size,
                 "a device got no rows in this step",
-                field="batch_size",
-                value=self.training.batch_size,
-                fix=f"set it to at least the number of devices ({self.accelerator.num_processes})",
+                f"set it to at least the number of devices ({self.accelerator.num_processes})",
+                kind="input",
             )
         totals = self.reduce(self.method.prepare(micros))
         summed: Metrics = {}
@@ -162,13 +163,13 @@ class Loop:
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
                 self.run.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
-                raise StageError(
+                raise refuse(
+                    "learning_rate",
+                    self.training.learning_rate,
                     f"{name} is {metrics[name]} at step {self.step + 1}",
-                    status="diverged",
+                    "lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
                     kind="diverged",
-                    field="learning_rate",
-                    value=self.training.learning_rate,
-                    fix="lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
+                    status="diverged",
                 )
 
     # --- checkpoints ---
