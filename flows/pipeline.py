@@ -11,9 +11,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
-from prefect.settings import (
-    PREFECT_API_URL,
-)
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 
 from flows.execution import process

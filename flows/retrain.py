@@ -177,12 +177,7 @@ def decide(
     }
     expected = None if champion is None else champion.number
     version = registry.settle(
-        model_name(config),
-        trained.outputs["model"],
-        trained.run_id,
-        tags,
-        promote=decision.promote,
-        expected=expected,
+        model_name(config), trained.outputs["model"], trained.run_id, tags, promote=decision.promote, expected=expected
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"
     if decision.promote:

@@ -44,7 +44,13 @@ def problem(field: str | None, value: object, message: str, fix: str | None = No
 
 
 def refuse(
-    field: str | None, value: object, message: str, fix: str | None = None, *, kind: str = "config", status: Status = "refused"
+    field: str | None,
+    value: object,
+    message: str,
+    fix: str | None = None,
+    *,
+    kind: str = "config",
+    status: Status = "refused",
 ) -> StageError:
     """The error of a field's value, to be raised; in the order in which a person reads it."""
     return StageError(problem(field, value, message, fix, kind=kind), status=status)

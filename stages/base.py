@@ -10,6 +10,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
-from schemas.errors import StageError, refuse
+from schemas.errors import refuse
 from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, template_file
 from schemas.stage import Request
@@ -44,6 +45,9 @@ from stages.tracking import StageRun
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _GREETING = [{"role": "user", "content": "hello"}]
+
+
+_refuse = partial(refuse, "model.path", kind="model")
 
 
 def run(request: Request, run: StageRun) -> dict[str, float]:
@@ -97,37 +101,19 @@ def find(path: str, revision: str | None) -> Path:
         case File(place) if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return place.absolute()
         case File(place) if place.is_file():
-            raise refuse(
-                "model.path",
-                path,
-                "the file is not a GGUF file",
-                "give a model folder or a file that ends in .gguf",
-                kind="model",
-            )
+            raise _refuse(path, "the file is not a GGUF file", "give a model folder or a file that ends in .gguf")
         case _:
             fix = "check the path, or give a Hub name as owner/name"
-            raise refuse("model.path", path, "there is no such model folder or file", fix, kind="model")
+            raise _refuse(path, "there is no such model folder or file", fix)
 
 
 def find_in_package(package: Package) -> Path:
     """The one GGUF file of an installed package."""
     files = package.ggufs()
     if files is None:
-        raise refuse(
-            "model.path",
-            str(package),
-            "the package is not installed",
-            f"pip install {package.module.replace('_', '-')}",
-            kind="model",
-        )
+        raise _refuse(str(package), "the package is not installed", f"pip install {package.module.replace('_', '-')}")
     if len(files) != 1:
-        raise refuse(
-            "model.path",
-            str(package),
-            f"the package holds {len(files)} GGUF files, not one",
-            "give the file's path",
-            kind="model",
-        )
+        raise _refuse(str(package), f"the package holds {len(files)} GGUF files, not one", "give the file's path")
     return files[0]
 
 
@@ -149,19 +135,17 @@ def download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         fix = "connect to the network (and unset HF_HUB_OFFLINE), or download it elsewhere and give the folder"
-        raise refuse(
-            "model.path", name, "the Hub cannot be reached and the model is not in the local cache", fix, kind="model"
-        ) from error
+        raise _refuse(name, "the Hub cannot be reached and the model is not in the local cache", fix) from error
     except (HfHubHTTPError, HFValidationError) as error:
         first_line = str(error).strip().splitlines()[0]
         fix = "check name and revision; for a gated model set HF_TOKEN"
-        raise refuse("model.path", name, f"the Hub does not give the model: {first_line}", fix, kind="model") from error
+        raise _refuse(name, f"the Hub does not give the model: {first_line}", fix) from error
 
 
 def check_fit(folder: Path) -> None:
     """Refuse a folder whose parts do not belong together, before its weights are read."""
     if problem := why_unusable(folder, scorer=is_reward_model(folder)):
-        raise refuse("model.path", folder, problem[0], problem[1], kind="model")
+        raise _refuse(folder, problem[0], problem[1])
 
 
 # --- Reading it -------------------------------------------------------------------------------------------------------
@@ -195,14 +179,12 @@ def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
-        raise refuse("model.path", file, "reading a GGUF file needs the package gguf", "pip install gguf", kind="model")
+        raise _refuse(file, "reading a GGUF file needs the package gguf", "pip install gguf")
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise refuse(
-                "model.path", file, f"the GGUF file cannot be read: {error}", "check that it is whole", kind="model"
-            ) from error
+            raise _refuse(file, f"the GGUF file cannot be read: {error}", "check that it is whole") from error
     model = load_whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
     # What is saved is no longer quantized, and must not say so.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -223,13 +205,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises all sorts here; each means the same to the user
         fix = "put the model's tokenizer.json into the folder"
-        raise refuse(
-            "model.path", folder, f"the folder has no tokenizer that can be read: {error}", fix, kind="model"
-        ) from error
+        raise _refuse(folder, f"the folder has no tokenizer that can be read: {error}", fix) from error
     if not tokenizer.is_fast:
-        raise refuse(
-            "model.path", folder, "the tokenizer has no tokenizer.json", "put one into the folder", kind="model"
-        )
+        raise _refuse(folder, "the tokenizer has no tokenizer.json", "put one into the folder")
     return tokenizer
 
 
@@ -240,19 +218,11 @@ def load_whole(auto: Any, folder: Path, **options: Any) -> PreTrainedModel:
         try:
             model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise refuse(
-                "model.path",
-                folder,
-                f"the model cannot be loaded: {error}",
-                "load it in plain transformers",
-                kind="model",
-            ) from error
+            raise _refuse(folder, f"the model cannot be loaded: {error}", "load it in plain transformers") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         fix = "give a folder whose weights are whole and fit its config.json"
-        raise refuse(
-            "model.path", folder, f"{len(info['missing_keys'])} weights are missing: {names}", fix, kind="model"
-        )
+        raise _refuse(folder, f"{len(info['missing_keys'])} weights are missing: {names}", fix)
     return model
 
 
@@ -264,45 +234,23 @@ def check_folder(folder: Path, known: Any) -> None:
         why = (
             "needs code from its folder, which is never run" if "auto_map" in config else "is not one of transformers'"
         )
-        raise refuse(
-            "model.path",
-            folder,
-            f"the model type {kind!r} {why}",
-            "give a model of a type that transformers knows",
-            kind="model",
-        )
+        raise _refuse(folder, f"the model type {kind!r} {why}", "give a model of a type that transformers knows")
     if "quantization_config" in config:
-        raise refuse(
-            "model.path",
-            folder,
-            "the weights are quantized",
-            "give the model's plain weights (or a GGUF file)",
-            kind="model",
-        )
+        raise _refuse(folder, "the weights are quantized", "give the model's plain weights (or a GGUF file)")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
         what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
-        raise refuse(
-            "model.path",
-            folder,
-            what,
-            "save the model as safetensors: model.save_pretrained(folder) does",
-            kind="model",
-        )
+        raise _refuse(folder, what, "save the model as safetensors: model.save_pretrained(folder) does")
 
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise refuse(
-            "model.path", folder, "the folder has no config.json", "give a transformers model folder", kind="model"
-        )
+        raise _refuse(folder, "the folder has no config.json", "give a transformers model folder")
     try:
         return dict(json.loads(file.read_text()))
     except ValueError as error:
-        raise refuse(
-            "model.path", folder, f"config.json cannot be read: {error}", "fix the file", kind="model"
-        ) from error
+        raise _refuse(folder, f"config.json cannot be read: {error}", "fix the file") from error
 
 
 # --- Reward models ----------------------------------------------------------------------------------------------------
@@ -370,7 +318,7 @@ def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(codec.tokenizer) > rows:
         what = f"the tokenizer has {len(codec.tokenizer)} tokens, the model only {rows}"
-        raise refuse("model.path", folder, what, "give the tokenizer that belongs to the model", kind="model")
+        raise _refuse(folder, what, "give the tokenizer that belongs to the model")
     vars(model.config).pop("auto_map", None)  # code that is never executed
     if model.config.pad_token_id is None:
         model.config.pad_token_id = codec.pad_id

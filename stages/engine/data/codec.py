@@ -88,9 +88,7 @@ class Codec:
         """The conversation as the template writes it."""
         return str(
             self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         )
 

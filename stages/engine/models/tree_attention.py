@@ -26,20 +26,7 @@ NAME = "alignflow"
 # Types whose every layer outside attention treats tokens one by one, whose attention is softmax(QK) over positions and
 # passes keyword arguments down, and whose logits are the head's product as it is.
 TREE_TYPES = frozenset(
-    {
-        "gemma",
-        "gpt2",
-        "gpt_neox",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "starcoder2",
-    }
+    {"gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"}
 )
 
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})  # the others look at the batch's longest row

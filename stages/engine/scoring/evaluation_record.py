@@ -119,11 +119,7 @@ def text_of(messages: Sequence[Message]) -> str:
 
 
 def check_comparable(
-    name: str,
-    settings: Mapping[str, Any],
-    prompts: Sequence[Sequence[Message]],
-    other_name: str,
-    other: Evaluation,
+    name: str, settings: Mapping[str, Any], prompts: Sequence[Sequence[Message]], other_name: str, other: Evaluation
 ) -> None:
     """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
     for key in CONDITIONS:
