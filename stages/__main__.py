@@ -103,7 +103,7 @@ def follow(request: Request) -> None:
         time.sleep(0.05)
     if not json.loads(verdict.read_text())["reused"]:
         with StageRun(request) as run:
-            importlib.import_module(MODULES[request.stage]).run(request, run)
+            importlib.import_module(MODULES[request.stage]).run(run)
 
 
 def lead(request: Request) -> Result:
@@ -134,7 +134,7 @@ def execute(request: Request) -> Result:
             try:
                 stage = importlib.import_module(MODULES[request.stage])
                 began, waited = time.monotonic(), tracking.clock.waited
-                metrics = stage.run(request, run)
+                metrics = stage.run(run)
                 times = {"stage_seconds": time.monotonic() - began, "tracking_seconds": tracking.clock.waited - waited}
                 run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)

@@ -37,10 +37,9 @@ from schemas.config import BaseParams, Scratch
 from schemas.errors import refuse
 from schemas.model_folder import why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, template_file
-from schemas.stage import Request
 from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -50,15 +49,16 @@ _GREETING = [{"role": "user", "content": "hello"}]
 _refuse = partial(refuse, "model.path", kind="model")
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Publish `model`. Returns the number of its parameters."""
+    request = context.request
     params = BaseParams.model_validate(request.params)
-    if run.has("source"):
-        params = params.model_copy(update={"path": str(run.input("source"))})
-    folder = run.work / "model"
+    if context.has("source"):
+        params = params.model_copy(update={"path": str(context.input("source"))})
+    folder = context.work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     count = build(params, request.seed, folder)
-    run.publish("model", folder, model=True)
+    context.publish("model", folder, model=True)
     return {"model/parameters": float(count)}
 
 

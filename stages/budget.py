@@ -14,32 +14,32 @@ from pydantic import JsonValue
 from transformers import AutoConfig
 
 from schemas.methods import CONFIGS, PPO, MethodConfig
-from schemas.stage import Request
 from schemas.training import NO_END, steps_for
 from stages.align import BUDGET, METHODS
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode, fitting, read
 from stages.engine.data.trees import tree_tokens
 from stages.engine.scoring.evaluation_record import Evaluation
-from stages.tracking import StageRun
+from stages.engine.training.offline import PolicyMethod
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Count every method's tokens and publish the least as `budget`.
 
     Params: `methods`, a list of settings. Inputs: model, rows by their kind, and with PPO the SFT model's `evaluation`.
     """
-    settings = request.params["methods"]
+    settings = context.request.params["methods"]
     assert isinstance(settings, list)
-    found = [(method.method, own_tokens(method, run)) for method in map(method_of, settings)]
+    found = [(method.method, own_tokens(method, context)) for method in map(method_of, settings)]
     least = min(tokens for _, tokens in found)
     log.info("training tokens by themselves: %s", ", ".join(f"{name} {tokens:,}" for name, tokens in found))
     log.info("every method trains on %s", f"{least:,}")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / BUDGET).write_text(json.dumps({"train_tokens": least}))
-        run.publish("budget", Path(folder))
+        context.publish("budget", Path(folder))
     return {"budget/train_tokens": float(least)} | {f"budget/own_{name}": float(tokens) for name, tokens in found}
 
 
@@ -49,27 +49,28 @@ def method_of(settings: JsonValue) -> MethodConfig:
     return CONFIGS[str(settings["method"])].model_validate(settings)
 
 
-def own_tokens(config: MethodConfig, run: StageRun) -> int:
+def own_tokens(config: MethodConfig, context: StageContext) -> int:
     """Training tokens (schemas/training.py) that a method sees in its own setting, order left aside."""
     if config.train_tokens is not None:
         return config.train_tokens
-    codec = Codec.load(run.input("model"))
-    positions = getattr(AutoConfig.from_pretrained(run.input("model")), "max_position_embeddings", None)
+    codec = Codec.load(context.input("model"))
+    positions = getattr(AutoConfig.from_pretrained(context.input("model")), "max_position_embeddings", None)
     limit = min(config.max_length, positions or config.max_length)
     if isinstance(config, PPO):
-        return rollout_tokens(config, run, codec, limit)
+        return rollout_tokens(config, context, codec, limit)
     method = METHODS[config.method]
-    examples = fitting(encode(read(run.input(method.kind), "train", method.kind), method.answers, codec), limit)
+    assert issubclass(method, PolicyMethod)
+    examples = fitting(encode(read(context.input(method.kind), "train", method.kind), method.answers, codec), limit)
     mean = fmean(tree_tokens(example.tree, "shared") for example in examples)
     return round(mean * config.batch_size * steps_for(len(examples), config))
 
 
-def rollout_tokens(config: PPO, run: StageRun, codec: Codec, limit: int) -> int:
+def rollout_tokens(config: PPO, context: StageContext, codec: Codec, limit: int) -> int:
     """Prompts and sampled answers of all iterations, once per epoch."""
-    prompts = [len(codec.prompt(row["prompt"])) for row in read(run.input("prompt"), "train", "prompt")]
+    prompts = [len(codec.prompt(row["prompt"])) for row in read(context.input("prompt"), "train", "prompt")]
     room = limit - config.max_new_tokens - 1
     fit = [length for length in prompts if length <= room] or [room]  # PPO itself says that none fits
-    samples = Evaluation.load(run.input("evaluation")).samples
+    samples = Evaluation.load(context.input("evaluation")).samples
     answer = fmean(min(sample.length + sample.ended, config.max_new_tokens) for sample in samples)
     answers = config.iterations * config.rollout_size * config.ppo_epochs
     return round(min(answers, (config.max_steps or NO_END) * config.batch_size) * (fmean(fit) + answer))

@@ -28,7 +28,7 @@ from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
 from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
 from stages.engine.scoring.reference_cache import ReferenceCache
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -53,17 +53,17 @@ class Answers:
 class Evaluator:
     """The model under evaluation beside the reference, with what both need to be asked."""
 
-    def __init__(self, run: StageRun, config: EvaluateConfig) -> None:
-        self.run, self.config = run, config
-        self.codec = Codec.load(run.input("model"))
-        self.policy = load_policy(run.input("model"), trainable=False)
-        self.itself = run.request.inputs["model"].sha256 == run.request.inputs["reference"].sha256
-        self.reference = self.policy if self.itself else load_policy(run.input("reference"), trainable=False)
+    def __init__(self, context: StageContext, config: EvaluateConfig) -> None:
+        self.context, self.config = context, config
+        self.codec = Codec.load(context.input("model"))
+        self.policy = load_policy(context.input("model"), trainable=False)
+        self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
+        self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
         self.generated_tokens = 0
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
-        rows = read(self.run.input("data"), "eval", "prompt")
+        rows = read(self.context.input("data"), "eval", "prompt")
         first: dict[str, Messages] = {}
         for row in rows:
             first.setdefault(row["prompt_id"], row["prompt"])
@@ -92,10 +92,10 @@ class Evaluator:
             [self.codec.prompt(prompt) for prompt in prompts],
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
-            seeds=[seed_of("evaluate", self.run.request.seed, i) for i in range(len(prompts))],
+            seeds=[seed_of("evaluate", self.context.request.seed, i) for i in range(len(prompts))],
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
-            progress=lambda done, total: self.run.progress(done, total, "answers"),
+            progress=lambda done, total: self.context.progress(done, total, "answers"),
         )
         self.generated_tokens += sum(map(len, ids))
         return Answers(ids, [self.codec.text(i) for i in ids], [i[-1] in self.codec.stop_ids for i in ids])
@@ -108,7 +108,7 @@ class Evaluator:
         return self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
 
     def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
-        cache = ReferenceCache(self.run.request.inputs[name].sha256, "fp32")
+        cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
 
@@ -135,40 +135,41 @@ class Evaluator:
         return {"eval/preference_accuracy": accuracy}
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Evaluate the input `model` and publish `evaluation`; returns the final metrics.
 
     Inputs: model, reference, data, and where there: judge, reward, pairs, baseline (the SFT model's evaluation).
     """
+    request = context.request
     config = EvaluateConfig.model_validate(request.params)
     started = time.monotonic()
     check_judge(request)
-    judge = judge_for(config.judge, run)  # first, so that a missing key or package costs no sampling
-    evaluator = Evaluator(run, config)
+    judge = judge_for(config.judge, context)  # first, so that a missing key or package costs no sampling
+    evaluator = Evaluator(context, config)
     prompts = evaluator.prompts()
     settings = settings_of(request, config)
-    baseline = read_baseline(run, settings, prompts, evaluator.itself)
+    baseline = read_baseline(context, settings, prompts, evaluator.itself)
 
     answers = evaluator.answer(prompts, config.temperature)
     logps, reference_logps = evaluator.answer_logps(prompts, answers)
     kl = metrics.kl_to_reference(logps, reference_logps)
     if config.temperature != 1:  # the KL is that of the model itself, so it takes answers of its own
         kl = metrics.kl_to_reference(*evaluator.answer_logps(prompts, evaluator.answer(prompts, 1.0)))
-    rewards = RewardJudge(run.input("reward")).score(prompts, answers.texts) if run.has("reward") else None
+    rewards = RewardJudge(context.input("reward")).score(prompts, answers.texts) if context.has("reward") else None
     verdicts = judge_answers(judge, prompts, answers.texts, baseline)
     samples = put_together(prompts, answers, baseline, verdicts, logps, reference_logps, rewards)
 
     final = summary(samples, resamples=config.bootstrap, seed=request.seed)
     final["eval/kl_to_reference"], final["eval/kl_to_reference_se"] = kl
     final["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
-    if run.has("pairs"):
-        final |= evaluator.preference_accuracy(run.input("pairs"))
+    if context.has("pairs"):
+        final |= evaluator.preference_accuracy(context.input("pairs"))
     if isinstance(judge, EndpointJudge):
         final["judge/inconsistent"] = judge.inconsistent / len(samples)
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
     final["compute/generated_tokens"] = float(evaluator.generated_tokens)
     final["compute/seconds"] = time.monotonic() - started
-    publish(run, Evaluation(final, samples, settings))
+    publish(context, Evaluation(final, samples, settings))
     return final
 
 
@@ -195,12 +196,12 @@ def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def read_baseline(
-    run: StageRun, settings: dict[str, Any], prompts: Sequence[Messages], itself: bool
+    context: StageContext, settings: dict[str, Any], prompts: Sequence[Messages], itself: bool
 ) -> list[Sample] | None:
     """The SFT model's answers; None when the model is the SFT model itself, which is then its own baseline."""
     if itself:
         return None
-    if not run.has("baseline"):
+    if not context.has("baseline"):
         raise refuse(
             "inputs.baseline",
             "missing",
@@ -208,7 +209,7 @@ def read_baseline(
             "evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
             kind="missing_input",
         )
-    baseline = Evaluation.load(run.input("baseline"))
+    baseline = Evaluation.load(context.input("baseline"))
     check_comparable("this model", settings, prompts, "the baseline", baseline)
     return baseline.samples
 
@@ -299,18 +300,18 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
     return {f"eval/{name}": value for name, value in values.items()}
 
 
-def publish(run: StageRun, evaluation: Evaluation) -> None:
+def publish(context: StageContext, evaluation: Evaluation) -> None:
     """The folder `evaluation`, and the answers beside the SFT model's as a table for MLflow's UI.
 
     Without `log_text` there is no table, and the samples are digests and numbers.
     """
-    if run.request.log_text:
+    if context.request.log_text:
         columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
         table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in evaluation.samples]}
         table |= {name: [getattr(row, name) for row in evaluation.samples] for name in columns}
-        run.table(table, "eval/samples.json")
+        context.table(table, "eval/samples.json")
     else:
         evaluation = replace(evaluation, samples=list(map(without_text, evaluation.samples)))
     with tempfile.TemporaryDirectory() as folder:
         evaluation.save(Path(folder))
-        run.publish("evaluation", Path(folder))
+        context.publish("evaluation", Path(folder))

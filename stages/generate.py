@@ -26,14 +26,13 @@ from typing import Any
 
 from schemas.config import GenerateConfig
 from schemas.errors import refuse
-from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import has, read
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, context_length
 from stages.engine.sampling import sample, seed_of, uniforms
 from stages.engine.scoring.judges import Judge, judge_for
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -165,29 +164,32 @@ def read_prompts(folder: Path, limit: int | None) -> list[Messages]:
     return list({row["prompt_id"]: row["prompt"] for row in reversed(rows)}.values())[::-1]
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Answer the prompts of `data` with `model`, label the answers, publish `rows`. Input `judge` is a reward model."""
+    request = context.request
     config = GenerateConfig.model_validate(request.params)
     began = time.monotonic()
-    judge = None if config.judge is None else judge_for(config.judge, run)  # first: what is missing costs no sampling
-    model = run.input("model")
-    prompts = read_prompts(run.input("data"), config.limit)
+    judge = (
+        None if config.judge is None else judge_for(config.judge, context)
+    )  # first: what is missing costs no sampling
+    model = context.input("model")
+    prompts = read_prompts(context.input("data"), config.limit)
 
     def progress(done: int, total: int) -> None:
-        run.progress(done, total, "answers")
+        context.progress(done, total, "answers")
 
     items, tokens = answer(
         load_policy(model, trainable=False), Codec.load(model), prompts, config, request.seed, progress
     )
     items = score(items, judge)
-    folder = run.work / "rows"
+    folder = context.work / "rows"
     shutil.rmtree(folder, ignore_errors=True)
     write([label(item, config.noise, request.seed) for item in items], folder / "rows.jsonl")
     if judge is None:
         (folder / "README.txt").write_text(HOW_TO_RANK)
     if request.log_text:
-        run.table(side_by_side(items[:50]), "samples.json")
-    run.publish("rows", folder)
+        context.table(side_by_side(items[:50]), "samples.json")
+    context.publish("rows", folder)
     return summary(items, tokens, time.monotonic() - began)
 
 

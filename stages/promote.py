@@ -8,10 +8,9 @@ from pathlib import Path
 
 from schemas.config import EndpointJudge
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
-from schemas.stage import Request
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, texts
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -89,22 +88,23 @@ def finite(value: float | None) -> float | None:
 # --- The stage --------------------------------------------------------------------------------------------------------
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Decide on the input `candidate` and publish `decision` (decision.json); returns the numbers behind it.
 
     Inputs: the evaluations candidate and sft, and champion where there is one.
     """
+    request = context.request
     gate = PromoteParams.model_validate(request.params).gate
-    candidate, sft = Evaluation.load(run.input("candidate")), Evaluation.load(run.input("sft"))
-    champion = Evaluation.load(run.input("champion")) if run.has("champion") else None
+    candidate, sft = Evaluation.load(context.input("candidate")), Evaluation.load(context.input("sft"))
+    champion = Evaluation.load(context.input("champion")) if context.has("champion") else None
     for name, other in (("sft", sft), ("champion", champion)):
         if other is not None:
             prompts = [sample.prompt for sample in candidate.samples]
             check_comparable("the candidate", candidate.settings, prompts, name, other)
-    won = wins_over_sft(candidate) if champion is None else wins_over_champion(candidate, champion, run)
+    won = wins_over_sft(candidate) if champion is None else wins_over_champion(candidate, champion, context)
     win_rate = rate(won, resamples=candidate.settings["bootstrap"], seed=request.seed)
     decision = decide({**candidate.metrics, **win_rate}, champion.metrics if champion else None, sft.metrics, gate)
-    publish(decision, run)
+    publish(decision, context)
     found = {f"gate/{check.metric}": check.value for check in decision.checks if check.value is not None}
     return {**found, **win_rate, "gate/promote": float(decision.promote)}
 
@@ -122,7 +122,7 @@ def wins_over_sft(candidate: Evaluation) -> list[float]:
     return [sample.win for sample in candidate.samples]
 
 
-def wins_over_champion(candidate: Evaluation, champion: Evaluation, run: StageRun) -> list[float]:
+def wins_over_champion(candidate: Evaluation, champion: Evaluation, context: StageContext) -> list[float]:
     """Per prompt, 1 where the judge prefers the candidate's answer to the champion's, 1/2 for a tie, else 0.
 
     A judge that scores has its scores in both evaluations; one that only compares is asked, with both answers.
@@ -135,19 +135,19 @@ def wins_over_champion(candidate: Evaluation, champion: Evaluation, run: StageRu
     answers, others = texts(candidate.samples, "the candidate"), texts(champion.samples, "the champion")
     field = "evaluate.judge"
     asked = endpoint.EndpointJudge(
-        EndpointJudge.model_validate(judge), field, lambda done, total: run.progress(done, total, "answers judged")
+        EndpointJudge.model_validate(judge), field, lambda done, total: context.progress(done, total, "answers judged")
     )
     return asked.wins([sample.prompt for sample in candidate.samples], answers, others)
 
 
-def publish(decision: Decision, run: StageRun) -> None:
+def publish(decision: Decision, context: StageContext) -> None:
     """The folder `decision`, the same file at the run's top, and a line per check in the log."""
     for check in decision.checks:
         log.info("%s %s", "pass: " if check.passed else "FAIL: ", check)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "decision.json"
         file.write_text(decision.model_dump_json(indent=2), encoding="utf-8")
-        run.file(file)
-        run.publish("decision", Path(temporary))
-    run.tag("decision", "promote" if decision.promote else "reject")
-    run.tag("decision.reasons", "; ".join(map(str, decision.reasons)) or "all bounds hold")
+        context.file(file)
+        context.publish("decision", Path(temporary))
+    context.tag("decision", "promote" if decision.promote else "reject")
+    context.tag("decision.reasons", "; ".join(map(str, decision.reasons)) or "all bounds hold")

@@ -10,6 +10,7 @@ Suffixes: A answers of a batch, P comparisons of a batch.
 import logging
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from statistics import fmean, pstdev
 
 import torch
@@ -18,19 +19,17 @@ from torch import Tensor
 
 from schemas.config import RewardConfig
 from schemas.errors import refuse
-from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Example, Row, encode, longest, read, read_if_there
 from stages.engine.data.order import order
 from stages.engine.data.trees import Batch, Tree
-from stages.engine.distributed import rank
 from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.sampling import sample, seed_of
-from stages.engine.training.loop import train
+from stages.engine.training.loop import train_and_publish
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineMethod
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -72,11 +71,11 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
 class Reward(OfflineMethod):
     """Learns from all comparisons of a prompt together, one forward per answer."""
 
-    def __init__(self, config: RewardConfig, run: StageRun, seed: int) -> None:
-        rows = read(run.input("data"), config.rows, "ranking")
-        codec = Codec.load(run.input("model"))
-        self.scorer = load_scorer(run.input("model"), config, seed=seed)
-        super().__init__(self.scorer, codec, _examples(rows, config, codec), config, run, seed)
+    def __init__(self, config: RewardConfig, context: StageContext) -> None:
+        rows = read(context.input("data"), config.rows, "ranking")
+        codec = Codec.load(context.input("model"))
+        self.scorer = load_scorer(context.input("model"), config, seed=context.request.seed)
+        super().__init__(self.scorer, codec, _examples(rows, config, codec), config, context)
         self.margin = config.margin
 
     def differences(self, scores_A: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -107,9 +106,20 @@ class Reward(OfflineMethod):
     def scores(self, batch: Batch) -> Tensor:
         return self.model(batch)
 
-    def finish(self) -> dict[str, float]:
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Save with scores of mean 0 and standard deviation 1; returns what they were, and the held-out accuracy."""
+        measured, scores = self.held_out(), reference_scores(self)
+        mean, std = fmean(scores), pstdev(scores)
+        if std < 1e-6:
+            log.warning("the reward model gives all %d sampled answers the same score: it is not scaled", len(scores))
+            std = 1.0
+        base = self.context.request.inputs["model"].sha256
+        save_scorer(self.scorer, self.codec, folder, mean, std, base=base)
+        return measured | {"data/score_mean": mean, "data/score_std": std}
+
+    def held_out(self) -> dict[str, float]:
         """Accuracy and calibration on the held-out comparisons."""
-        rows = comparable(read_if_there(self.run.input("data"), "eval", "ranking"))
+        rows = comparable(read_if_there(self.context.input("data"), "eval", "ranking"))
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
         scores = self.per_answer(self.scores, [example.tree for example in examples])
         pairs = [
@@ -145,9 +155,9 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
     return encode(kept, _answers, codec)
 
 
-def reference_scores(method: Reward, run: StageRun) -> list[float]:
+def reference_scores(method: Reward) -> list[float]:
     """Scores of answers that the reference policy (the stage's `model`) gives to training prompts."""
-    policy = load_policy(run.input("model"), method.training, trainable=False)
+    policy = load_policy(method.context.input("model"), method.training, trainable=False)
     codec, longest_answer = method.codec, max(len(answer) for tree in method.trees for answer in tree.answers)
     new = min(SAMPLE_TOKENS, max(1, longest_answer - 1))  # the last one is the end
     prompts = list(dict.fromkeys(tree.prompt for tree in method.trees if len(tree.prompt) + new < method.limit))
@@ -160,7 +170,7 @@ def reference_scores(method: Reward, run: StageRun) -> list[float]:
         seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
         stop_ids=codec.stop_ids,
         pad_id=codec.pad_id,
-        progress=lambda done, total: run.progress(done, total, "answers to calibrate the reward scale"),
+        progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
     )
     trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]
     return [score for scores in method.per_answer(method.scores, trees) for score in scores]
@@ -172,25 +182,7 @@ def _ended(answer: Sequence[int], codec: Codec) -> tuple[int, ...]:
     return (*body, codec.end_id)
 
 
-def publish(method: Reward, run: StageRun) -> dict[str, float]:
-    """Set the scores' mean and standard deviation and publish the model. Returns what they were before."""
-    scores = reference_scores(method, run)
-    mean, std = fmean(scores), pstdev(scores)
-    if std < 1e-6:
-        log.warning("the reward model gives all %d sampled answers the same score: it is not scaled", len(scores))
-        std = 1.0
-    folder = run.work / "model"
-    save_scorer(method.scorer, method.codec, folder, mean, std, base=run.request.inputs["model"].sha256)
-    run.publish("model", folder, model=True)
-    return {"data/score_mean": mean, "data/score_std": std}
-
-
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Train on rankings (pairs are rankings of two), measure on held-out ones, publish with scaled scores."""
-    config = RewardConfig.model_validate(request.params)
-    method = Reward(config, run, request.seed)
-    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
-    if rank() == 0:
-        metrics |= method.finish()
-        metrics |= publish(method, run)
-    return metrics
+    config = RewardConfig.model_validate(context.request.params)
+    return train_and_publish(Reward(config, context), context)

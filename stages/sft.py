@@ -4,17 +4,16 @@ The prompt is read and not learned. A step's loss is the mean over all its answe
 """
 
 import math
+from pathlib import Path
 
 from torch import Tensor
 
 from schemas.config import SFTConfig
-from schemas.stage import Request
 from stages.engine.data.examples import Row
-from stages.engine.distributed import rank
-from stages.engine.training.loop import train
+from stages.engine.training.loop import train_and_publish
 from stages.engine.training.method import Metrics, Totals
-from stages.engine.training.offline import Micro, PolicyMethod, publish_policy
-from stages.tracking import StageRun
+from stages.engine.training.offline import Micro, PolicyMethod
+from stages.runtime.context import StageContext
 
 
 def sft_loss(logps_N: Tensor, tokens: Tensor) -> Tensor:
@@ -39,22 +38,17 @@ class SFT(PolicyMethod):
         logps_N = self.model(micro.batch).logps_N
         return sft_loss(logps_N, totals["tokens"]), {"compute/train_tokens": self.scalar(micro.batch.tokens)}
 
-    def finish(self) -> dict[str, float]:
-        """Mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity."""
-        trees = self.held_out()
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Adds the mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity."""
+        saved, trees = super().finish(folder), self.held_out()
         if not trees:
-            return {}
+            return saved
         total = sum(value for values in self.per_answer(self.logps, trees) for value in values)
         loss = -total / sum(len(tree.answers[0]) for tree in trees)
-        return {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+        return saved | {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Train on the data's `sft` rows, measure on its held-out ones, publish the merged model."""
-    config = SFTConfig.model_validate(request.params)
-    method = SFT(config, run, request.seed)
-    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
-    if rank() == 0:
-        metrics |= method.finish()
-        publish_policy(method.policy, method.codec, run)
-    return metrics
+    config = SFTConfig.model_validate(context.request.params)
+    return train_and_publish(SFT(config, context), context)

@@ -4,37 +4,31 @@ import json
 from typing import Any
 
 from schemas.methods import CONFIGS, MethodConfig
-from schemas.stage import Request
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
 from stages.align.ppo import PPO
-from stages.engine.distributed import rank
-from stages.engine.training.loop import train
-from stages.engine.training.offline import publish_policy
-from stages.tracking import StageRun
+from stages.engine.training.loop import train_and_publish
+from stages.engine.training.method import PublishedMethod
+from stages.runtime.context import StageContext
 
-METHODS: dict[str, type[Any]] = {"dpo": DPO, "kto": KTO, "ppo": PPO}
-"""Name -> class, built as `Class(config, run, seed)`: a `Method` with `policy`, `codec`, `total_steps`, `finish()`."""
+METHODS: dict[str, type[PublishedMethod[Any]]] = {"dpo": DPO, "kto": KTO, "ppo": PPO}
+"""Name -> class, built as `Class(config, context)`; each is a `PublishedMethod` (engine/training/method.py)."""
 
 BUDGET = "budget.json"
 """What stage `budget` writes: {"train_tokens": a number}."""
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Train, measure what the method measures at its end, and publish the model."""
-    config = CONFIGS[str(request.params["method"])].model_validate(request.params)
-    if run.has("budget"):
-        config = within_budget(config, run)
-    method = METHODS[config.method](config, run, request.seed)
-    metrics = train(method, config, total_steps=method.total_steps, run=run, seed=request.seed)
-    if rank() == 0:
-        metrics |= method.finish()
-        publish_policy(method.policy, method.codec, run)
-    return metrics
+    params = context.request.params
+    config = CONFIGS[str(params["method"])].model_validate(params)
+    if context.has("budget"):
+        config = within_budget(config, context)
+    return train_and_publish(METHODS[config.method](config, context), context)
 
 
-def within_budget(config: MethodConfig, run: StageRun) -> MethodConfig:
+def within_budget(config: MethodConfig, context: StageContext) -> MethodConfig:
     """The config with the number of training tokens that stage `budget` gives to all methods."""
-    tokens = json.loads((run.input("budget") / BUDGET).read_text())["train_tokens"]
-    run.params({"train_tokens": tokens})
+    tokens = json.loads((context.input("budget") / BUDGET).read_text())["train_tokens"]
+    context.params({"train_tokens": tokens})
     return config.model_copy(update={"train_tokens": tokens})

@@ -8,6 +8,7 @@ Suffixes: P pairs, 2 the chosen and the rejected answer.
 """
 
 import logging
+from pathlib import Path
 from statistics import fmean
 
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from schemas import methods
 from stages.engine.data.examples import Row
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -54,8 +55,8 @@ class DPO(OfflineAlignment):
 
     kind = "preference"
 
-    def __init__(self, config: methods.DPO, run: StageRun, seed: int) -> None:
-        super().__init__(config, run, seed)
+    def __init__(self, config: methods.DPO, context: StageContext) -> None:
+        super().__init__(config, context)
         self.config = config
         self.test = self.held_out()[:HELD_OUT]
         self.test_reference = self.reference_logps(self.test)
@@ -81,10 +82,11 @@ class DPO(OfflineAlignment):
         metrics = {name: value.sum() / totals["rows"] for name, value in summands.items()}
         return losses.sum() / totals["rows"], {**metrics, "compute/train_tokens": self.scalar(micro.batch.tokens)}
 
-    def finish(self) -> dict[str, float]:
-        """How much likelier the held-out chosen answers have become, in nats: DPO often makes them less likely."""
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Adds how much likelier the held-out chosen answers are now, in nats: DPO often makes them less likely."""
+        saved = super().finish(folder)
         if not self.test:
-            return {}
+            return saved
         after = self.per_answer(self.logps, self.test)
         change = fmean(a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True))
         if change < 0:
@@ -97,4 +99,4 @@ class DPO(OfflineAlignment):
                 -change,
                 per_token,
             )
-        return {"eval/chosen_logp_change": change}
+        return saved | {"eval/chosen_logp_change": change}

@@ -19,7 +19,7 @@ from stages.engine.data.examples import Row
 from stages.engine.data.trees import Tree, tree_tokens
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 
 def kto_loss(log_ratio: Tensor, desirable: Tensor, z0: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
@@ -80,15 +80,15 @@ class KTO(OfflineAlignment):
 
     kind = "feedback"
 
-    def __init__(self, config: methods.KTO, run: StageRun, seed: int) -> None:
-        super().__init__(config, run, seed)
+    def __init__(self, config: methods.KTO, context: StageContext) -> None:
+        super().__init__(config, context)
         self.config = config
         self.up = [bool(example.row["label"]) for example in self.examples]
         ups = sum(self.up)
         given = (config.desirable_weight, config.undesirable_weight)
         self.weights = class_weights(ups, len(self.up) - ups, *given)
-        run.metrics(dict(zip(("data/desirable_weight", "data/undesirable_weight"), self.weights, strict=True)))
-        self.mismatched = self.mismatch(seed)
+        context.metrics(dict(zip(("data/desirable_weight", "data/undesirable_weight"), self.weights, strict=True)))
+        self.mismatched = self.mismatch(self.seed)
         self.mismatched_reference = self.reference_logps(self.mismatched)
 
     @staticmethod

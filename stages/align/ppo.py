@@ -39,9 +39,10 @@ from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.lora import base_of
 from stages.engine.models.policy import Policy, Scorer, context_length
+from stages.engine.models.saving import save_policy
 from stages.engine.sampling import sample, seed_of
 from stages.engine.training.method import Metrics, Totals
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -220,20 +221,21 @@ class PPO:
     The trained module is `model`; the policy in it is `policy`.
     """
 
-    def __init__(self, config: methods.PPO, run: StageRun, seed: int) -> None:
-        folder, reward = run.input("model"), run.input("reward")
-        self.config, self.run, self.seed = config, run, seed
+    def __init__(self, config: methods.PPO, context: StageContext) -> None:
+        folder, reward = context.input("model"), context.input("reward")
+        self.config = self.training = config
+        self.context, self.seed = context, context.request.seed
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
-        policy = load_policy(folder, config, value_head=shared, seed=seed)
-        one_base = config.lora is not None and base_of(reward) == run.request.inputs["model"].sha256
+        policy = load_policy(folder, config, value_head=shared, seed=self.seed)
+        one_base = config.lora is not None and base_of(reward) == context.request.inputs["model"].sha256
         self.judge = Judge(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
         self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
-        self.rows, self.prompts = self.fitting(read(run.input("data"), "train", "prompt"))
+        self.rows, self.prompts = self.fitting(read(context.input("data"), "train", "prompt"))
         self.layout: Layout = self.choose_layout()
-        run.tag("layout", self.layout)
+        context.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
         own_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or NO_END)
@@ -280,7 +282,7 @@ class PPO:
         room = min(limits) - config.max_new_tokens - 1
         prompts = [self.codec.prompt(row["prompt"]) for row in rows]
         kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        self.run.metrics({"data/rows": len(kept), "data/too_long": len(rows) - len(kept)})
+        self.context.metrics({"data/rows": len(kept), "data/too_long": len(rows) - len(kept)})
         if not kept:
             raise refuse(
                 "max_new_tokens",
@@ -321,7 +323,7 @@ class PPO:
         bound, patience = self.config.max_kl, self.config.max_kl_iterations
         self.far = self.far + 1 if bound is not None and not kl <= bound else 0
         if self.far >= patience:
-            self.run.metrics({"train/kl_to_reference": kl}, step=step)
+            self.context.metrics({"train/kl_to_reference": kl}, step=step)
             raise refuse(
                 "max_kl",
                 bound,
@@ -376,8 +378,8 @@ class PPO:
             self.set_scale(*state["scale"])
         self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])
 
-    def finish(self) -> dict[str, float]:
-        """Nothing to measure after the loop: `evaluate` does."""
+    def finish(self, folder: Path) -> dict[str, float]:
+        save_policy(self.policy, self.codec, folder, base=self.context.request.inputs["model"].sha256)
         return {}
 
     # --- updates ---

@@ -15,7 +15,7 @@ from stages.compare.plots import STARTING_POINTS, draw
 from stages.compare.table import Comparison, over, render_text
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, text_of
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -28,20 +28,21 @@ JUDGES = {
 }
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(context: StageContext) -> dict[str, float]:
     """Compare the evaluations that the inputs bring (model name -> evaluation) and publish `comparison`.
 
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
-    evaluations = {name: Evaluation.load(run.input(name)) for name in request.inputs}
+    request = context.request
+    evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs}
     comparison = compare(evaluations, variants_of(request), request.log_text)
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(comparison, folder)
         for file in sorted(folder.iterdir()):
-            run.file(file)  # at the run's top, where MLflow's UI shows picture and page at a click
-        run.publish("comparison", folder)
+            context.file(file)  # at the run's top, where MLflow's UI shows picture and page at a click
+        context.publish("comparison", folder)
     return {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
 
 

@@ -24,7 +24,6 @@ from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.rows import HIDING, IGNORED, may_repeat, problems
 from schemas.source import Generated, Hub, data_source, is_commit
-from schemas.stage import Request
 from schemas.strict import Strict
 from stages.validate import formats
 from stages.validate.derive import derive
@@ -33,7 +32,7 @@ from stages.validate.token_checks import ANSWERS, Progress, Tokens, too_many_cha
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # these two take seconds to import, and a check alone does without
-    from stages.tracking import StageRun
+    from stages.runtime.context import StageContext
 
 PARTS = ("train", "eval", "gold")
 _CHUNK = 20_000
@@ -521,32 +520,33 @@ def _write(kind: Kind, frame: pl.DataFrame, out: Path, tally: _Counts) -> None:
 # --- as a stage
 
 
-def run(request: Request, run: "StageRun") -> dict[str, float]:
+def run(context: "StageContext") -> dict[str, float]:
     """Inputs: source (the file), model (for its tokenizer), evaluation, rows, all of them optional. Output: data."""
+    request = context.request
     from stages.engine.data.codec import Codec
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the runner turns it off; this stage tokenizes large batches
     params = ValidateParams.model_validate(request.params)
     _refuse_moving_dataset(params)
-    if run.has("source"):
-        params = params.model_copy(update={"path": str(run.input("source"))})
-    out = run.work / "data"
+    if context.has("source"):
+        params = params.model_copy(update={"path": str(context.input("source"))})
+    out = context.work / "data"
     shutil.rmtree(out, ignore_errors=True)
     try:
         check(
             params,
             out,
-            Codec.load(run.input("model")) if run.has("model") else None,
-            run.input("evaluation") if run.has("evaluation") else None,
-            run.input("rows") if run.has("rows") else None,
+            Codec.load(context.input("model")) if context.has("model") else None,
+            context.input("evaluation") if context.has("evaluation") else None,
+            context.input("rows") if context.has("rows") else None,
             seed=request.seed,
-            progress=run.progress,
+            progress=context.progress,
             log_text=request.log_text,
         )
     finally:
-        metrics = _log(run, params, out)
+        metrics = _log(context, params, out)
     # Not the digest of the rows: the same rows under other limits or fractions are other data to learn from.
-    run.tag("data.version", run.publish("data", out).sha256[:16])
+    context.tag("data.version", context.publish("data", out).sha256[:16])
     return metrics
 
 
@@ -563,7 +563,7 @@ def _refuse_moving_dataset(params: ValidateParams) -> None:
         )
 
 
-def _log(run: "StageRun", params: ValidateParams, out: Path) -> dict[str, float]:
+def _log(context: "StageContext", params: ValidateParams, out: Path) -> dict[str, float]:
     """Log the report, if it was written; returns its counts as metrics."""
     if not (out / "report.json").is_file():
         return {}
@@ -572,9 +572,9 @@ def _log(run: "StageRun", params: ValidateParams, out: Path) -> dict[str, float]
     metrics |= {f"quarantined/{reason}": n for reason, n in report.reasons.items()}
     metrics |= {f"data/{part}/{kind}": n for part, kinds in report.parts.items() for kind, n in kinds.items()}
     values = {name: float(value) for name, value in metrics.items()}
-    run.metrics(values)
-    run.tag("data.sha256", report.sha256)
-    run.dataset(params.path, params.path, report.sha256, report.rows)
-    run.file(out / "report.json", "report")
-    run.file(out / "quarantine.jsonl", "report")
+    context.metrics(values)
+    context.tag("data.sha256", report.sha256)
+    context.dataset(params.path, params.path, report.sha256, report.rows)
+    context.file(out / "report.json", "report")
+    context.file(out / "quarantine.jsonl", "report")
     return values

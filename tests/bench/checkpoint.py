@@ -20,6 +20,7 @@ from stages.engine.training import checkpoint, loop
 from stages.sft import SFT
 from tests.bench.work import WORDS, base_model
 from tests.support import models
+from tests.support.context import MemoryContext
 
 
 class Clock:
@@ -51,8 +52,8 @@ def overlaps(span: tuple[float, float], others: list[tuple[float, float]]) -> bo
 def train(inputs: dict[str, Path], work: Path, steps: int) -> dict[str, list[float]]:
     """Seconds of the steps beside no write and beside one, of every stand-still for a checkpoint, of every write."""
     config = SFTConfig(batch_size=4, max_steps=steps, checkpoint_steps=4, checkpoint_minutes=1e6, max_length=512)
-    method = SFT(config, models.Run(work, config, inputs), 0)
-    made = loop.Loop(method, config, method.total_steps, method.run, 0)
+    method = SFT(config, MemoryContext(work, config, inputs))
+    made = loop.Loop(method, method.context)
     step, save, seal = Clock(made.one_step), Clock(made.save), Clock(made.seal)
     made.one_step, made.save, made.seal = step, save, seal  # type: ignore[method-assign]
     made()

@@ -32,7 +32,8 @@ from stages.sft import SFT
 from tests.bench.sections import watch
 from tests.bench.turns import Turns
 from tests.bench.work import Work, mismatched
-from tests.support.models import Run, one_step
+from tests.support.context import MemoryContext
+from tests.support.models import one_step
 
 
 class CycledKTO(KTO):
@@ -57,7 +58,7 @@ class FixedLengthPPO(ppo.PPO):
         self.judge.tree = lambda row, prompt, answer: Tree(tuple(prompt), (tuple(answer),))  # type: ignore[method-assign]
 
 
-class InTurns(Run):
+class InTurns(MemoryContext):
     """A run in memory that answers with every finished turn's loss."""
 
     def start(self, turns: Turns, steps_per_turn: int) -> None:
@@ -103,11 +104,11 @@ def config_for(work: Work) -> Training:
     return methods.PPO(**same, **own, **like_trl, value_trunk=trunk)
 
 
-def method_for(work: Work, run: Run, config: Any) -> Any:
+def method_for(work: Work, run: MemoryContext, config: Any) -> Any:
     if work.method == "kto":
         CycledKTO.partner = mismatched(work)
     classes = {"sft": SFT, "reward": Reward, "dpo": DPO, "kto": CycledKTO, "ppo": FixedLengthPPO}
-    return classes[work.method](config, run, 0)
+    return classes[work.method](config, run)
 
 
 def time_reading() -> list[float]:
@@ -125,7 +126,7 @@ def time_reading() -> list[float]:
     return seconds
 
 
-def first_update(work: Work, run: Run, config: Any) -> None:
+def first_update(work: Work, run: MemoryContext, config: Any) -> None:
     """Gradient of PPO's first update on the answers in `answers.safetensors`, and its losses."""
     answers = load_file(Path(work.folder) / "answers.safetensors")["answers_BT"].tolist()
     rows = json.loads((Path(work.folder) / "rows.json").read_text())
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
     run.start(turns, steps_per_turn)
     inner = method.batches
     method.batches = lambda start: run.turn_by_turn(inner(start))
-    train(method, config, total_steps=method.total_steps, run=run, seed=0)
+    train(method, run)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from stages.engine.models.loading import load_policy
 from stages.engine.models.logprobs import linear_logps
 from stages.engine.training.loop import train
 from tests.stages.align.test_golden import CONFIGS, GOLDEN, inputs_for, losses
-from tests.support import models
 from tests.support.architectures import KINDS, random_trees, save_tiny
+from tests.support.context import MemoryContext
 from tests.support.killable_training import CLASSES
 
 needs_onednn = pytest.mark.skipif(not cpu._ONEDNN, reason="without AVX-512 or oneDNN, PyTorch's own product is used")
@@ -179,9 +179,10 @@ def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Path, home: Path, produc
     inputs = inputs_for(tmp_path)
     ends = []
     for folder, parts in {"at once": [5], "in parts": [3, 5]}.items():
-        methods = [CLASSES[type(config)](config, models.Run(tmp_path / folder, config, inputs), 0) for _ in parts]
+        methods = [CLASSES[type(config)](config, MemoryContext(tmp_path / folder, config, inputs)) for _ in parts]
         for method, steps in zip(methods, parts, strict=True):
-            train(method, config, total_steps=steps, run=method.run, seed=0)
+            method.total_steps = steps
+            train(method, method.context)
         ends.append(torch.cat([p.detach().flatten() for p in methods[-1].model.parameters()]))
     assert torch.equal(*ends) and products
 
@@ -231,6 +232,7 @@ def test_the_head_of_a_large_vocabulary() -> None:
 FAULTS = """
 import resource, sys, torch
 from stages.engine.models import cpu
+from tests.support.context import MemoryContext
 if sys.argv[1] == "kept":
     cpu.keep_freed_memory()
 

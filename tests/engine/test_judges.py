@@ -23,7 +23,8 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.scoring import endpoint, judges
 from stages.engine.scoring.endpoint import EndpointJudge, read_verdict
-from tests.support.models import Run, model_folder
+from tests.support.context import MemoryContext
+from tests.support.models import model_folder
 
 KEY = "sk-secret-0123456789"
 Body = dict[str, Any]
@@ -164,9 +165,9 @@ def test_reward_judge_scores_answers_at_their_last_token(reward_folder: Path, mo
 
 def test_reward_judge_reads_the_stages_input(reward_folder: Path, tmp_path: Path) -> None:
     config = settings.RewardJudge()
-    run = Run(work=tmp_path / "w", config=config, inputs={"judge": reward_folder}, stage="evaluate")
+    run = MemoryContext(work=tmp_path / "w", params=config, inputs={"judge": reward_folder}, stage="evaluate")
     assert isinstance(judges.judge_for(config, run), judges.RewardJudge)
-    without = Run(work=tmp_path / "w", config=config, inputs={}, stage="generate")
+    without = MemoryContext(work=tmp_path / "w", params=config, inputs={}, stage="generate")
     with pytest.raises(StageError) as error:
         judges.judge_for(config, without)
     assert error.value.problem.field == "generate.judge.model"

@@ -13,28 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import StageError
-from schemas.stage import Request
 from schemas.training import Training, steps_for
 from stages.engine.data import order
 from stages.engine.training import checkpoint, loop
 from stages.engine.training.method import Metrics, Totals
+from tests.support.context import MemoryContext
 
 ROWS = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
-
-
-class Run:
-    """What the loop needs of a StageRun, kept in memory."""
-
-    def __init__(self, work: Path) -> None:
-        self.work, self.key = work, "k"
-        self.request = Request(stage="sft", version=1, params={})
-        self.logged: dict[tuple[str, int | None], float] = {}
-
-    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
-        self.logged |= {(name, step): value for name, value in values.items()}
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        pass
 
 
 class Regression:
@@ -45,6 +30,7 @@ class Regression:
         self.model: nn.Module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2 if micro == 4 else 0.0), nn.Linear(8, 1))
         self.micro, self.poison, self.kill = micro, poison, kill
         self.ema = torch.zeros(1)
+        self.training, self.total_steps = TRAINING, 0
 
     def batches(self, start: int) -> Iterator[list[Tensor]]:
         for step in range(start, 1000):
@@ -72,6 +58,15 @@ class Regression:
 
 
 TRAINING = Training(batch_size=8, learning_rate=1e-2, checkpoint_steps=2)
+
+
+def memory(work: Path) -> MemoryContext:
+    return MemoryContext(work, TRAINING, {}, stage="sft", seed=5)
+
+
+def train(method: Regression, steps: int, context: MemoryContext) -> dict[str, float]:
+    method.total_steps = steps
+    return loop.train(method, context)
 
 
 def weights(method: Regression) -> list[Tensor]:
@@ -108,7 +103,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     results = []
     for micro in (8, 2, 1):
         method = Regression(micro)
-        loop.train(method, TRAINING, total_steps=3, run=Run(tmp_path / str(micro)), seed=0)  # type: ignore[arg-type]
+        train(method, 3, memory(tmp_path / str(micro)))
         results.append(weights(method))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -116,15 +111,15 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole, whole_run = Regression(), Run(tmp_path / "whole")
-    cost = loop.train(whole, TRAINING, total_steps=7, run=whole_run, seed=5)  # type: ignore[arg-type]
+    whole, whole_run = Regression(), memory(tmp_path / "whole")
+    cost = train(whole, 7, whole_run)
 
-    run = Run(tmp_path / "cut")
+    run = memory(tmp_path / "cut")
     with pytest.raises(StageError) as stopped:
-        loop.train(Regression(kill=3), TRAINING, total_steps=7, run=run, seed=5)  # type: ignore[arg-type]
+        train(Regression(kill=3), 7, run)
     assert stopped.value.status == "preempted"
     resumed = Regression()
-    again = loop.train(resumed, TRAINING, total_steps=7, run=run, seed=5)  # type: ignore[arg-type]
+    again = train(resumed, 7, run)
 
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b)
@@ -133,17 +128,17 @@ def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> N
 
 
 def test_a_run_that_had_ended_is_not_trained_again(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    first = loop.train(Regression(), TRAINING, total_steps=2, run=run, seed=0)  # type: ignore[arg-type]
+    run = memory(tmp_path)
+    first = train(Regression(), 2, run)
     run.logged.clear()
-    assert loop.train(Regression(), TRAINING, total_steps=2, run=run, seed=0) == first  # type: ignore[arg-type]
+    assert train(Regression(), 2, run) == first
     assert not run.logged
 
 
 def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = memory(tmp_path)
     with pytest.raises(StageError, match="train/loss is nan at step 4") as stopped:
-        loop.train(Regression(poison=3), TRAINING, total_steps=7, run=run, seed=0)  # type: ignore[arg-type]
+        train(Regression(poison=3), 7, run)
     assert stopped.value.status == "diverged"
     assert math.isnan(run.logged["train/loss", 4])  # the fourth step, counted from 1
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]
@@ -152,8 +147,8 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path: Path
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write of step 2 lasts until step 4 is done; what it wrote is the state after step 2, bit for bit."""
     plain = Regression()
-    loop.train(plain, TRAINING, total_steps=2, run=Run(tmp_path / "plain"), seed=5)  # type: ignore[arg-type]
-    run, inner, went_on = Run(tmp_path / "run"), checkpoint.seal, threading.Event()
+    train(plain, 2, memory(tmp_path / "plain"))
+    run, inner, went_on = memory(tmp_path / "run"), checkpoint.seal, threading.Event()
     progress = run.progress
 
     def seal(draft: Path, target: Path, **named: Any) -> None:
@@ -167,7 +162,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint, "seal", seal)
     monkeypatch.setattr(run, "progress", note)
-    loop.train(Regression(), TRAINING, total_steps=4, run=run, seed=5)  # type: ignore[arg-type]
+    train(Regression(), 4, run)
     state = checkpoint.read_state(tmp_path / "run" / "checkpoints" / "step-2", "model")
     assert [torch.equal(a, b) for a, b in zip(state["model"].values(), weights(plain), strict=True)] == [True] * 4
     assert checkpoint.newest(tmp_path / "run" / "checkpoints", run.key) == tmp_path / "run" / "checkpoints" / "step-4"
@@ -178,8 +173,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_training(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "seal", seal)
-    run = Run(tmp_path)
+    run = memory(tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        loop.train(Regression(), TRAINING, total_steps=1000, run=run, seed=0)  # type: ignore[arg-type]
+        train(Regression(), 1000, run)
     assert ("train/loss", 1000) not in run.logged
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 import pytest
 
 from schemas.errors import StageError
-from schemas.stage import Artifact, Request
 from stages import compare
 from stages.compare.page import headline, render_html, verdict
 from stages.compare.plots import SPARE_COLOURS, colours, draw
 from stages.compare.table import over, render_text, shown_columns
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
-from stages.tracking import StageRun
 from tests.conftest import ROOT
+from tests.support.context import MemoryContext
 
 SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
 HOSTILE = "<script>alert('x')</script><img src=http://evil/x onerror=alert(1)>&\"' $x_1$ \u202edesrever \x00 \u2028 end"
@@ -84,25 +82,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-class Run(StageRun):
-    """A run kept in memory: what was published and logged."""
-
-    def __init__(self, folders: Mapping[str, Path], work: Path) -> None:
-        inputs = {name: Artifact(uri=str(path), sha256=name) for name, path in folders.items()}
-        self.request = Request(stage="compare", version=1, params={}, inputs=inputs)
-        self.folders, self.work, self.logged, self.published = folders, work, set[str](), dict[str, bytes]()
-
-    def input(self, name: str) -> Path:
-        return self.folders[name]
-
-    def file(self, path: Path, folder: str = "") -> None:
-        self.logged.add(path.name)
-
-    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
-        self.published = {f"{name}/{path.name}": path.read_bytes() for path in folder.iterdir()}
-        return Artifact(uri="", sha256="")
 
 
 def test_starting_points_come_first_then_the_best_judged() -> None:
@@ -292,18 +271,17 @@ def test_the_stage_publishes_table_picture_and_page(tmp_path: Path, caplog: pyte
         folders[name] = tmp_path / name
         folders[name].mkdir()
         value.save(folders[name])
-    run = Run(folders, tmp_path)
+    run = MemoryContext(tmp_path, {}, folders, stage="compare")
     caplog.set_level("INFO", logger="alignflow")
-    final = compare.run(run.request, run)
+    final = compare.run(run)
     assert final["win_rate_vs_sft/dpo"] == 0.8 and final["kl_to_reference/base"] == 50.0
-    assert set(run.published) == {
-        f"comparison/{name}" for name in ("report.html", "table.json", "table.txt", "reward_kl.png")
-    }
-    assert run.logged == {"report.html", "table.json", "table.txt", "reward_kl.png"}
-    table = json.loads(run.published["comparison/table.json"])
+    comparison = run.published["comparison"]
+    assert {path.name for path in comparison.iterdir()} == run.files
+    assert run.files == {"report.html", "table.json", "table.txt", "reward_kl.png"}
+    table = json.loads((comparison / "table.json").read_text())
     assert [row["model"] for row in table] == ["base", "sft", "dpo", "kto"]
     assert render_text(table) in caplog.text and "Over 4 prompts" in caplog.text
-    assert "odd \u2028 \u85cf 0" in run.published["comparison/report.html"].decode()
+    assert "odd \u2028 \u85cf 0" in (comparison / "report.html").read_text()
 
 
 def test_a_folder_that_is_no_evaluation_is_refused(tmp_path: Path) -> None:

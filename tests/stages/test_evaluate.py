@@ -5,7 +5,7 @@ Shapes: T tokens, V vocabulary.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from stages.engine.scoring import metrics
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation
 from stages.engine.scoring.judges import RewardJudge
-from stages.tracking import StageRun
+from tests.support.context import MemoryContext
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 
 N = 12
@@ -124,32 +124,6 @@ def test_reference_nll_and_preference_accuracy() -> None:
 # --- the stage ---
 
 
-class Run(StageRun):
-    """A run kept in memory: no MLflow."""
-
-    def __init__(self, work: Path, config: EvaluateConfig, folders: Mapping[str, Path], seed: int = 0) -> None:
-        inputs = {name: Artifact(uri=str(path), sha256=tracking.digest(path)) for name, path in folders.items()}
-        params = config.model_dump(mode="json")
-        self.request = Request(stage="evaluate", version=1, params=params, inputs=inputs, seed=seed)
-        self.folders, self.work, self.tables = folders, work, dict[str, Any]()
-
-    def input(self, name: str) -> Path:
-        return self.folders[name]
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        pass
-
-    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        self.tables[name] = columns
-
-    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
-        target = self.work / name
-        target.mkdir(parents=True)
-        for path in folder.iterdir():
-            (target / path.name).write_bytes(path.read_bytes())
-        return Artifact(uri=str(target), sha256="")
-
-
 class World:
     """An SFT model, an aligned one, and data, with evaluations made on demand."""
 
@@ -163,15 +137,15 @@ class World:
 
     def evaluate(
         self, model: Path, config: EvaluateConfig | None = None, seed: int = 0, **folders: Path
-    ) -> tuple[dict[str, float], Evaluation, Run]:
+    ) -> tuple[dict[str, float], Evaluation, MemoryContext]:
         self.count += 1
         inputs = {"model": model, "reference": self.sft, "data": self.data, **folders}
-        run = Run(self.folder / f"work{self.count}", config or settings(), inputs, seed)
-        final = evaluate.run(run.request, run)
-        return final, Evaluation.load(run.work / "evaluation"), run
+        run = MemoryContext(self.folder / f"work{self.count}", config or settings(), inputs, "evaluate", seed)
+        final = evaluate.run(run)
+        return final, Evaluation.load(run.published["evaluation"]), run
 
     def baseline(self, config: EvaluateConfig | None = None) -> Path:
-        return self.evaluate(self.sft, config)[2].work / "evaluation"
+        return self.evaluate(self.sft, config)[2].published["evaluation"]
 
 
 def settings(**changes: Any) -> EvaluateConfig:

@@ -25,6 +25,7 @@ from stages.engine.scoring.judges import RewardJudge
 from stages.generate import Generated, label, win_probability
 from stages.validate import check
 from tests.support import models
+from tests.support.context import MemoryContext
 
 PROMPTS = [f"write a polite note to the {person} about the bread." for person in ("baker", "cook", "nurse", "uncle")]
 Rows = list[dict[str, Any]]
@@ -44,24 +45,17 @@ def data(tmp_path: Path) -> Path:
     return models.data_folder(tmp_path / "data", prompt=rows[:3], eval_prompt=rows[3:])
 
 
-class Run(models.Run):
-    """Keeps tables too."""
-
-    tables: dict[str, Mapping[str, list[Any]]]
-
-    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        self.tables = {name: columns}
-
-
 @pytest.fixture
-def stage(tmp_path: Path, model: Path, data: Path) -> Callable[..., tuple[Rows, dict[str, float], Run]]:
+def stage(tmp_path: Path, model: Path, data: Path) -> Callable[..., tuple[Rows, dict[str, float], MemoryContext]]:
     """Runs the stage; gives the rows written, the metrics and the run."""
 
-    def run_stage(seed: int = 0, inputs: Mapping[str, Path] | None = None, **changes: Any) -> tuple[Rows, dict, Run]:
+    def run_stage(
+        seed: int = 0, inputs: Mapping[str, Path] | None = None, **changes: Any
+    ) -> tuple[Rows, dict, MemoryContext]:
         config = GenerateConfig(**{"max_new_tokens": 8, "answers": 3, **changes})
         folders = {"model": model, "data": data, **(inputs or {})}
-        run = Run(tmp_path / "work", config, folders, stage="generate", seed=seed)
-        metrics = generate.run(run.request, run)
+        run = MemoryContext(tmp_path / "work", config, folders, stage="generate", seed=seed)
+        metrics = generate.run(run)
         return read(run.published["rows"] / "rows.jsonl"), metrics, run
 
     return run_stage
@@ -188,12 +182,12 @@ def test_prompts_without_room_are_left_out_or_refused(model: Path, tmp_path: Pat
     config = GenerateConfig(answers=2, max_new_tokens=8)
     for rows, message in (([models.row(0, PROMPTS[0]), long], None), ([long], "none leaves room")):
         data = models.data_folder(tmp_path / f"d{len(rows)}", prompt=rows)
-        run = Run(tmp_path / f"w{len(rows)}", config, {"model": model, "data": data}, stage="generate")
+        run = MemoryContext(tmp_path / f"w{len(rows)}", config, {"model": model, "data": data}, stage="generate")
         if message is None:
-            assert generate.run(run.request, run)["generate/prompts"] == 1
+            assert generate.run(run)["generate/prompts"] == 1
         else:
             with pytest.raises(StageError, match=message):
-                generate.run(run.request, run)
+                generate.run(run)
 
 
 # --- alone, on the command line ---

@@ -145,11 +145,8 @@ def test_the_report_shows_no_answers(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_endpoint_is_refused_in_a_stage_too(tmp_path: Path) -> None:
     from stages.engine.scoring.judges import judge_for
-    from stages.tracking import StageRun
+    from tests.support.context import MemoryContext
 
-    class Quiet(StageRun):
-        def __init__(self) -> None:
-            self.request = request("evaluate", False)
-
+    context = MemoryContext(tmp_path, {}, {}, stage="evaluate", log_text=False)
     with pytest.raises(StageError, match="log_text: false forbids"):
-        judge_for(EndpointJudge.model_validate(ENDPOINT), Quiet())
+        judge_for(EndpointJudge.model_validate(ENDPOINT), context)

@@ -20,7 +20,7 @@ from stages import evaluate, promote, tracking
 from stages.__main__ import execute
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
-from tests.support import models
+from tests.support.context import MemoryContext
 
 N = 120
 SETTINGS: dict[str, Any] = {
@@ -239,54 +239,43 @@ def test_numbers_alone_are_enough(tmp_path: Path) -> None:
 # --- The stage ---
 
 
-class Run(models.Run):
-    """Keeps what is published, which lies in a folder that is gone after the call."""
-
-    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
-        self.texts = {path.name: path.read_text() for path in folder.iterdir()}
-        return super().publish(name, folder, model)
-
-    def file(self, path: Path, folder: str = "") -> None:
-        pass
-
-
-def run_of(tmp_path: Path, **evaluations: Evaluation) -> Run:
+def run_of(tmp_path: Path, **evaluations: Evaluation) -> MemoryContext:
     folders = {}
     for name, evaluation in evaluations.items():
         folders[name] = tmp_path / name
         folders[name].mkdir(parents=True)
         evaluation.save(folders[name])
-    return Run(tmp_path / "work", PromoteParams(), folders, stage="promote")
+    return MemoryContext(tmp_path / "work", PromoteParams(), folders, stage="promote")
 
 
 def test_the_stage_pairs_candidate_and_champion_on_the_same_prompts(tmp_path: Path) -> None:
     run = run_of(tmp_path, candidate=good(2, score=2.0), sft=SFT, champion=good())
-    final = promote.run(run.request, run)
+    final = promote.run(run)
     # 4 of 5 prompts won, the fifth tied at -1
     assert final["gate/win_rate"] == pytest.approx((4 + 0.5) / 5)
     assert final["gate/win_rate_low"] < final["gate/win_rate"] < final["gate/win_rate_high"]
     assert final["gate/promote"] == 1.0 and final["gate/kl_to_reference"] == 3.0
-    decision = Decision.model_validate_json(run.texts["decision.json"])
+    decision = Decision.model_validate_json((run.published["decision"] / "decision.json").read_text())
     assert decision.promote and run.tags["decision"] == "promote"
 
 
 def test_the_stage_says_why_not(tmp_path: Path) -> None:
     run = run_of(tmp_path, candidate=made(lambda i: "Great!", lambda i: 9.0), sft=SFT)
-    final = promote.run(run.request, run)
+    final = promote.run(run)
     assert final["gate/promote"] == 0.0 and final["gate/win_rate_low"] == 1.0
     assert run.tags["decision"] == "reject" and "distinct_2_ratio is 0, must be >= 0.8" in str(run.tags)
-    assert json.loads(run.texts["decision.json"])["promote"] is False
+    assert json.loads((run.published["decision"] / "decision.json").read_text())["promote"] is False
 
 
 def test_evaluations_under_other_conditions_are_refused(tmp_path: Path) -> None:
     other = replace(good(), settings={**SETTINGS, "seed": 1})
     run = run_of(tmp_path, candidate=good(), sft=SFT, champion=other)
     with pytest.raises(StageError, match=r"evaluated with seed = 0, champion with 1"):
-        promote.run(run.request, run)
+        promote.run(run)
     fewer = replace(good(), samples=good().samples[1:])
     run = run_of(tmp_path / "fewer", candidate=good(), sft=SFT, champion=fewer)
     with pytest.raises(StageError, match="not the same"):
-        promote.run(run.request, run)
+        promote.run(run)
 
 
 def test_a_judge_that_only_compares_is_asked_with_both_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,13 +291,13 @@ def test_a_judge_that_only_compares_is_asked_with_both_answers(tmp_path: Path, m
 
     monkeypatch.setattr(EndpointJudge, "wins", wins)
     run = run_of(tmp_path, candidate=ours, sft=sft, champion=theirs)
-    assert promote.run(run.request, run)["gate/win_rate"] == 1.0
+    assert promote.run(run)["gate/win_rate"] == 1.0
     ((prompts, answers, others),) = asked
     assert prompts[7] == [{"role": "user", "content": "question 7"}]
     assert answers == [prose(i, 1) for i in range(N)] and others == [prose(i, 2) for i in range(N)]
     # without a champion, the evaluation has asked already
     run = run_of(tmp_path / "first", candidate=ours, sft=sft)
-    assert promote.run(run.request, run)["gate/win_rate"] == pytest.approx(0.8)
+    assert promote.run(run)["gate/win_rate"] == pytest.approx(0.8)
     assert len(asked) == 1
 
 

@@ -19,6 +19,7 @@ from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.lora import base_of
 from tests.support import models
+from tests.support.context import MemoryContext
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -34,11 +35,11 @@ def config(**changes: Any) -> RewardConfig:
 
 def make(
     folder: Path, training: RewardConfig, rows: list[dict[str, Any]], seed: int = 0, **more: Any
-) -> tuple[reward.Reward, models.Run]:
+) -> tuple[reward.Reward, MemoryContext]:
     model = models.model_folder(folder / "model")
     data = models.data_folder(folder / "data", ranking=rows, **more)
-    run = models.Run(folder / "work", training, {"model": model, "data": data}, stage="reward")
-    return reward.Reward(training, run, seed), run
+    run = MemoryContext(folder / "work", training, {"model": model, "data": data}, stage="reward", seed=seed)
+    return reward.Reward(training, run), run
 
 
 def ranking(number: int, responses: list[str], pairs: list[tuple[int, int]], margins: Any = None) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def test_held_out_accuracy_counts_comparisons_with_ties_as_half(tmp_path: Path) 
     ]
     method, _ = make(tmp_path, config(), held_out, eval_ranking=held_out)
     a, b, c = scores(method, 0)
-    metrics = method.finish()
+    metrics = method.held_out()
     assert metrics["eval/accuracy"] == pytest.approx(((a > b) + (a > c) + (b > c) + 0.5) / 4)
     assert metrics["eval/pairs"] == 4
     assert metrics["eval/calibration"] == pytest.approx(reward.calibration_error([a - b, a - c, b - c, 0.0]), abs=1e-5)
@@ -170,7 +171,7 @@ def test_stage_learns_and_publishes_scores_of_mean_0_and_std_1(tmp_path: Path, l
     rows = models.rows(24, *models.RANKINGS)
     training = config(epochs=12, lora=lora, learning_rate=1e-2)
     _, run = make(tmp_path, training, rows[:18], eval_ranking=rows[18:])
-    metrics = reward.run(run.request, run)
+    metrics = reward.run(run)
     assert metrics["eval/accuracy"] > 0.8
     assert fmean(run.steps("train/loss")[-3:]) < fmean(run.steps("train/loss")[:3]) - 0.2
 
@@ -182,9 +183,9 @@ def test_stage_learns_and_publishes_scores_of_mean_0_and_std_1(tmp_path: Path, l
     assert base_of(folder) == (run.request.inputs["model"].sha256 if lora else None)
 
     # The same samples scored by the published model: what PPO will see.
-    again = reward.Reward(training, run, seed=0)
+    again = reward.Reward(training, run)
     again.scorer = again.model = load_scorer(folder, trainable=False)
-    normalised = reward.reference_scores(again, run)
+    normalised = reward.reference_scores(again)
     assert fmean(normalised) == pytest.approx(0.0, abs=1e-4)
     assert pstdev(normalised) == pytest.approx(1.0, abs=1e-4)
     assert Codec.load(folder).end_id == again.codec.end_id
@@ -195,5 +196,5 @@ def test_a_constant_reward_model_is_not_scaled(tmp_path: Path, caplog: pytest.Lo
     with torch.no_grad():
         head(method).weight.zero_()
     with caplog.at_level(logging.WARNING):
-        assert reward.publish(method, run) == {"data/score_mean": 0.0, "data/score_std": 1.0}
+        assert method.finish(run.work / "model") == {"data/score_mean": 0.0, "data/score_std": 1.0}
     assert "the same score" in caplog.text

@@ -13,6 +13,7 @@ from stages import sft
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 from tests.support import models
+from tests.support.context import MemoryContext
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -26,11 +27,11 @@ ROWS = models.rows(6, *models.ANSWERS)
 
 def make(
     folder: Path, training: SFTConfig, rows: Any = ROWS, pad_is_end: bool = False, seed: int = 0, **more: Any
-) -> tuple[sft.SFT, models.Run]:
+) -> tuple[sft.SFT, MemoryContext]:
     model = models.model_folder(folder / "model", pad_is_end)
     data = models.data_folder(folder / "data", sft=rows, **more)
-    run = models.Run(folder / "work", training, {"model": model, "data": data}, stage="sft")
-    return sft.SFT(training, run, seed), run
+    run = MemoryContext(folder / "work", training, {"model": model, "data": data}, stage="sft", seed=seed)
+    return sft.SFT(training, run), run
 
 
 def negative_mean(folder: Path, trees: list[Tree]) -> float:
@@ -68,13 +69,14 @@ def test_held_out_loss_and_perplexity(tmp_path: Path) -> None:
     held_out = models.rows(5, *models.ANSWERS)
     method, run = make(tmp_path, config(), eval_sft=held_out)
     expected = negative_mean(run.input("model"), method.held_out())
-    metrics = method.finish()
+    metrics = method.finish(run.work / "model")
     assert metrics["eval/loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
 def test_without_held_out_rows_there_is_no_held_out_loss(tmp_path: Path) -> None:
-    assert make(tmp_path, config())[0].finish() == {}
+    method, run = make(tmp_path, config())
+    assert method.finish(run.work / "model") == {}
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,9 +107,9 @@ def test_no_row_left_stops_with_the_shortest_length(tmp_path: Path) -> None:
 def test_missing_rows_are_named(tmp_path: Path) -> None:
     model = models.model_folder(tmp_path / "model")
     data = models.data_folder(tmp_path / "data", prompt=models.rows(2, {}))
-    run = models.Run(tmp_path / "work", config(), {"model": model, "data": data})
+    run = MemoryContext(tmp_path / "work", config(), {"model": model, "data": data})
     with pytest.raises(StageError, match=r"no rows of kind `sft`.*only: prompt") as stopped:
-        sft.SFT(config(), run, seed=0)
+        sft.SFT(config(), run)
     assert stopped.value.problem.field == "data.sft"
     assert stopped.value.problem.fix
 
@@ -116,8 +118,8 @@ def test_missing_rows_are_named(tmp_path: Path) -> None:
 def test_stage_learns_and_publishes_a_plain_transformers_folder(tmp_path: Path, lora: Any) -> None:
     training = config(epochs=20, lora=lora)
     method, run = make(tmp_path, training, eval_sft=models.rows(6, *models.ANSWERS))
-    before = method.finish()["eval/loss"]
-    metrics = sft.run(run.request, run)
+    before = method.finish(run.work / "before")["eval/loss"]
+    metrics = sft.run(run)
     assert metrics["eval/loss"] < before - 0.3
     assert metrics["compute/train_tokens"] > 0
     assert len(run.steps("train/loss")) == 20 * 6 / 4

@@ -27,7 +27,7 @@ from stages.engine.training.checkpoint import load_file
 from stages.engine.training.loop import train
 from stages.reward import Reward
 from stages.sft import SFT
-from tests.support import models
+from tests.support.context import MemoryContext
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.killable_training", "tests.faults.test_kill"])
@@ -49,22 +49,22 @@ class Case:
     inputs: dict[str, Path] = field(hash=False)
 
     def method(self, work: Path) -> Any:
-        run = JournalRun(work, self.config, self.inputs)
-        return CLASSES[type(self.config)](self.config, run, 7)
+        run = JournalRun(work, self.config, self.inputs, seed=7)
+        return CLASSES[type(self.config)](self.config, run)
 
     def train(self, work: Path) -> None:
         """Train to the end; leaves the state that decides the future in `end.json`. For a process of its own."""
         os.environ["ALIGNFLOW_HOME"] = str(work.parent / "home")
         method = self.method(work)
-        train(method, self.config, total_steps=method.total_steps, run=method.run, seed=7)
+        train(method, method.context)
         (work / "end.json").write_text(json.dumps(state_of(work), sort_keys=True))
 
 
-class JournalRun(models.Run):
+class JournalRun(MemoryContext):
     """Keeps its metrics in a file, as a stage's journal does: they outlive the process, each (name, step) once."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         self.path = self.work / "metrics.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         self.seen = {(p[0], p[1]): p[2] for p in map(json.loads, (line for line in lines if line.endswith("\n")))}

@@ -11,13 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from schemas.stage import Artifact, Request
-from schemas.strict import Strict
 from schemas.training import LoRA
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 from stages.engine.training.method import Method, Metrics
-from stages.tracking import StageRun
 
 WORDS = [*"abcdefgh", "red", "blue", "green", "yes", "no", "good", "bad", "one", "two", "three"]
 LORA = LoRA(rank=2, alpha=4.0)
@@ -138,46 +135,3 @@ def gradient(model: nn.Module) -> Tensor:
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return torch.cat(parts)
-
-
-class Run(StageRun):
-    """A stage's run kept in memory: no MLflow."""
-
-    def __init__(
-        self, work: Path, config: Strict, inputs: Mapping[str, Path], stage: str = "align", seed: int = 0
-    ) -> None:
-        self.work, self.key, self.rank, self.folders = work, "key", 0, dict(inputs)
-        self.work.mkdir(parents=True, exist_ok=True)
-        artifacts = {name: Artifact(uri=str(path), sha256=str(path)) for name, path in inputs.items()}
-        params = config.model_dump(mode="json")
-        self.request = Request(stage=stage, version=1, params=params, inputs=artifacts, seed=seed)
-        self.logged: dict[tuple[str, int | None], float] = {}
-        self.tags: dict[str, object] = {}
-        self.published: dict[str, Path] = {}
-
-    def input(self, name: str) -> Path:
-        return self.folders[name]
-
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        self.logged |= {(name, step): value for name, value in values.items()}
-
-    def params(self, values: Mapping[str, object]) -> None:
-        pass
-
-    def tag(self, name: str, value: object) -> None:
-        self.tags[name] = value
-
-    def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
-        pass
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        pass
-
-    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
-        self.published[name] = folder
-        return Artifact(uri=str(folder), sha256="")
-
-    def steps(self, name: str) -> list[float]:
-        """A metric's values over the steps."""
-        found = [(step, value) for (key, step), value in self.logged.items() if key == name and step is not None]
-        return [value for _, value in sorted(found)]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from schemas.errors import refuse
-from schemas.stage import STAGES, Request
+from schemas.stage import STAGES
 from stages import __main__ as entry
 from stages.tracking import StageRun
 
@@ -15,18 +15,18 @@ STAGES["fake"] = 1
 entry.MODULES["fake"] = "scripted_stage"
 
 
-def run(request: Request, run: StageRun) -> dict[str, float]:
+def run(run: StageRun) -> dict[str, float]:
     """Count to `steps`, keeping the count as a checkpoint; then publish it, or end as `end` says.
 
     With FAKE_HOLD in the environment the third step waits until a file of that name exists: no part of the key.
     """
-    params = request.params
+    params = run.request.params
     if run.rank > 0:  # the counting is rank 0's
         return {}
     checkpoint = run.work / "checkpoints" / "count"
     checkpoint.parent.mkdir(exist_ok=True)
     start = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    for name in request.inputs:
+    for name in run.request.inputs:
         run.input(name)
     for step in range(start, int(str(params.get("steps", 3)))):
         while step == 2 and "FAKE_HOLD" in os.environ and not Path(os.environ["FAKE_HOLD"]).exists():

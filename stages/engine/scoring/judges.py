@@ -19,7 +19,7 @@ from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge
 from stages.engine.scoring import metrics
 from stages.engine.scoring.endpoint import EndpointJudge
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 TOKENS_PER_BATCH = 8192  # of one forward pass of a reward model
 
@@ -107,22 +107,22 @@ class RewardJudge(Scoring):
         return scores
 
 
-def judge_for(config: settings.Judge, run: StageRun) -> Judge:
+def judge_for(config: settings.Judge, context: StageContext) -> Judge:
     """The judge that a stage's config names. A reward model is read from the stage's input `judge`.
 
     Raises StageError when the package, the key or the input that it needs is not there.
     """
-    field = f"{run.request.stage}.judge"
+    field = f"{context.request.stage}.judge"
 
     def progress(done: int, total: int) -> None:
-        run.progress(done, total, "answers judged")
+        context.progress(done, total, "answers judged")
 
     if isinstance(config, settings.RuleJudge):
         return RuleJudge()
     if isinstance(config, settings.SentimentJudge):
         return SentimentJudge(field)
     if isinstance(config, settings.EndpointJudge):
-        if not run.request.log_text:
+        if not context.request.log_text:
             raise refuse(
                 field,
                 "endpoint",
@@ -130,7 +130,7 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
                 "use a judge that runs here (rule, sentiment, reward), or log_text: true",
             )
         return EndpointJudge(config, field, progress)
-    if not run.has("judge"):
+    if not context.has("judge"):
         raise refuse(
             f"{field}.model",
             config.model,
@@ -138,7 +138,7 @@ def judge_for(config: settings.Judge, run: StageRun) -> Judge:
             "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
             kind="missing_input",
         )
-    return RewardJudge(run.input("judge"), progress)
+    return RewardJudge(context.input("judge"), progress)
 
 
 def accuracy(judge: Judge, pairs: Sequence[Mapping[str, str]]) -> float:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from schemas.errors import StageError, refuse
 from schemas.training import Training
-from stages.engine.distributed import processes
+from stages.engine.distributed import processes, rank
 from stages.engine.training import checkpoint
-from stages.engine.training.method import Method, Metrics
-from stages.tracking import StageRun
+from stages.engine.training.method import Method, Metrics, PublishedMethod
+from stages.runtime.context import StageContext
 
 
 def learning_rate(training: Training, at: int, end: int) -> float:
@@ -75,17 +75,17 @@ def make_deterministic() -> None:
 class Loop:
     """One training run of a method. `train` below is the way to call it."""
 
-    def __init__(self, method: Method[Any], training: Training, total_steps: int, run: StageRun, seed: int) -> None:
-        self.method, self.training, self.total_steps, self.run, self.seed = method, training, total_steps, run, seed
+    def __init__(self, method: Method[Any], context: StageContext) -> None:
+        self.method, self.training, self.context = method, method.training, context
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
         processes()
         make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
-        self.adamw = optimizer_for(method.model, training)
+        self.adamw = optimizer_for(method.model, self.training)
         method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
         method.model.train()
         self.raw = self.accelerator.unwrap_model(method.model)
-        self.folder = run.work / "checkpoints"
+        self.folder = context.work / "checkpoints"
         self.step = 0
         self.compute: dict[str, float] = {"compute/seconds": 0.0}
         self.last: dict[str, float] = {}
@@ -98,7 +98,7 @@ class Loop:
     def progress(self) -> tuple[int, int, str]:
         """What is done, of how much, in what: tokens where they end the training, else steps."""
         if self.training.train_tokens is None:
-            return self.step, self.total_steps, "steps"
+            return self.step, self.method.total_steps, "steps"
         seen = self.compute["compute/train_tokens"] if self.step else 0
         return min(int(seen), self.training.train_tokens), self.training.train_tokens, "tokens"
 
@@ -144,7 +144,7 @@ class Loop:
 
     def one_step(self, micros: list[Any]) -> dict[str, float]:
         """Update the model once; returns the step's metrics. Raises StageError when anything is not finite."""
-        seed = hash((self.seed, self.step, self.accelerator.process_index)) % 2**63
+        seed = hash((self.context.request.seed, self.step, self.accelerator.process_index)) % 2**63
         torch.manual_seed(seed)  # dropout draws from it
         random.seed(seed)
         rate = learning_rate(self.training, *self.progress[:2])
@@ -162,7 +162,7 @@ class Loop:
         """Stop before a non-finite loss or gradient reaches the weights; the tracker shows the value as it is."""
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
-                self.run.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
+                self.context.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
                 raise refuse(
                     "learning_rate",
                     self.training.learning_rate,
@@ -206,7 +206,7 @@ class Loop:
         with self.or_nothing(draft):
             for name, taken in parts.items():
                 checkpoint.write(draft, name, taken)
-            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.run.key, step=step)
+            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.context.key, step=step)
 
     @contextlib.contextmanager
     def or_nothing(self, draft: Path) -> Iterator[None]:
@@ -223,9 +223,9 @@ class Loop:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".draft-*"):
                 shutil.rmtree(leftover)
-            checkpoint.newest(self.folder, self.run.key)  # moves bad ones aside, before the other ranks look
+            checkpoint.newest(self.folder, self.context.key)  # moves bad ones aside, before the other ranks look
         self.accelerator.wait_for_everyone()
-        found = checkpoint.newest(self.folder, self.run.key)
+        found = checkpoint.newest(self.folder, self.context.key)
         if found is None:
             return
         checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
@@ -257,9 +257,9 @@ class Loop:
             self.compute[name] = self.compute.get(name, 0.0) + metrics.pop(name)
         self.last = metrics
         if self.step % self.training.log_every == 0 or self.ended:
-            self.run.metrics(metrics, step=self.step)
+            self.context.metrics(metrics, step=self.step)
         done, end, unit = self.progress
-        self.run.progress(done, end, f"{unit}  loss {metrics['train/loss']:.4f}")
+        self.context.progress(done, end, f"{unit}  loss {metrics['train/loss']:.4f}")
 
     def __call__(self) -> dict[str, float]:
         self.resume()
@@ -283,15 +283,25 @@ class Loop:
         return {**self.last, **self.compute}
 
 
-def train(method: Method[Any], training: Training, *, total_steps: int, run: StageRun, seed: int) -> dict[str, float]:
-    """Train `method.model` in place for `total_steps` optimizer steps, or until `training.train_tokens` are seen.
+def train(method: Method[Any], context: StageContext) -> dict[str, float]:
+    """Train `method.model` in place for `method.total_steps` optimizer steps, or until `train_tokens` are seen.
 
     Returns the last step's metrics and the cost.
-    Resumes from `run.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not finite,
-    and `preempted` after a SIGTERM, once the step in progress is done and saved.
+    Resumes from `context.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not
+    finite, and `preempted` after a SIGTERM, once the step in progress is done and saved.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loop = Loop(method, training, total_steps, run, seed)
+    loop = Loop(method, context)
     metrics = loop()
     method.model = loop.raw
+    return metrics
+
+
+def train_and_publish(method: PublishedMethod[Any], context: StageContext) -> dict[str, float]:
+    """Train, measure what the method measures at its end, and publish the model; returns all metrics."""
+    metrics = train(method, context)
+    if rank() == 0:
+        folder = context.work / "model"
+        metrics |= method.finish(folder)
+        context.publish("model", folder, model=True)
     return metrics

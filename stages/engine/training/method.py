@@ -4,9 +4,13 @@ An online method is an offline method whose batches come from its own model, so 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
+
+from schemas.training import Training
+from stages.runtime.context import StageContext
 
 Micro = TypeVar("Micro")
 
@@ -25,6 +29,13 @@ class Method(Protocol[Micro]):
 
     model: nn.Module
     """What is trained. The loop replaces it by Accelerate's wrapper; call it, don't reach into it."""
+    total_steps: int
+    """Optimizer steps of the whole training."""
+
+    @property
+    def training(self) -> Training:
+        """Its settings: batch size, learning rate, when to save."""
+        ...
 
     def batches(self, start: int) -> Iterator[list[Micro]]:
         """This rank's micro-batches, one list per optimizer step, from step `start` on. A function of (seed, step)."""
@@ -47,3 +58,13 @@ class Method(Protocol[Micro]):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class PublishedMethod(Method[Micro], Protocol[Micro]):
+    """A method whose model a stage publishes, through `train_and_publish` in loop.py."""
+
+    def __init__(self, config: Any, context: StageContext) -> None: ...
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Write the trained model to `folder`; returns what is measured after training. Called on the first rank."""
+        ...

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from stages.engine.models.policy import Policy, Scorer, context_length, sums
 from stages.engine.models.saving import save_policy
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.engine.training.method import Metrics, Totals
-from stages.tracking import StageRun
+from stages.runtime.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,18 @@ class OfflineMethod(ABC):
         codec: Codec,
         examples: Sequence[Example],
         training: Training,
-        run: StageRun,
-        seed: int,
+        context: StageContext,
     ) -> None:
         self.model: nn.Module = model
-        self.codec, self.training, self.run, self.seed = codec, training, run, seed
+        self.codec, self.training, self.context, self.seed = codec, training, context, context.request.seed
         self.limit = min(training.max_length, context_length(model.plain) or training.max_length)
         self.examples = fitting(examples, self.limit)
-        run.metrics({"data/rows": len(self.examples), "data/too_long": len(examples) - len(self.examples)})
-        data = run.request.inputs["data"]
-        run.dataset("data", data.uri, data.sha256, len(self.examples))
+        context.metrics({"data/rows": len(self.examples), "data/too_long": len(examples) - len(self.examples)})
+        data = context.request.inputs["data"]
+        context.dataset("data", data.uri, data.sha256, len(self.examples))
         self.trees = [example.tree for example in self.examples]
         self.layout: Layout = choose_layout(model, training.layout, self.trees[:8], codec.pad_id)
-        run.tag("layout", self.layout)
+        context.tag("layout", self.layout)
         self.total_steps = steps_for(len(self.trees), training)
 
     @property
@@ -128,11 +128,11 @@ class PolicyMethod(OfflineMethod):
     kind: ClassVar[str]
     """Which rows of the data it learns from."""
 
-    def __init__(self, config: Training, run: StageRun, seed: int) -> None:
-        rows = read(run.input("data"), "train", self.kind)
-        codec = Codec.load(run.input("model"))
-        self.policy = load_policy(run.input("model"), config, seed=seed)
-        super().__init__(self.policy, codec, encode(rows, self.answers, codec), config, run, seed)
+    def __init__(self, config: Training, context: StageContext) -> None:
+        rows = read(context.input("data"), "train", self.kind)
+        codec = Codec.load(context.input("model"))
+        self.policy = load_policy(context.input("model"), config, seed=context.request.seed)
+        super().__init__(self.policy, codec, encode(rows, self.answers, codec), config, context)
 
     @staticmethod
     @abstractmethod
@@ -145,19 +145,19 @@ class PolicyMethod(OfflineMethod):
 
     def held_out(self) -> list[Tree]:
         """The held-out rows of the method's kind that are short enough; none where the data holds none."""
-        examples = encode(read_if_there(self.run.input("data"), "eval", self.kind), self.answers, self.codec)
+        examples = encode(read_if_there(self.context.input("data"), "eval", self.kind), self.answers, self.codec)
         return [example.tree for example in examples if longest(example.tree) <= self.limit]
 
-    def finish(self) -> dict[str, float]:
-        """Metrics of the trained policy, without a step. Called once, after the loop, on the first rank."""
+    def finish(self, folder: Path) -> dict[str, float]:
+        save_policy(self.policy, self.codec, folder, base=self.context.request.inputs["model"].sha256)
         return {}
 
 
 class OfflineAlignment(PolicyMethod):
     """A policy that learns from fixed answers and is held to its own start: the reference."""
 
-    def __init__(self, config: MethodConfig, run: StageRun, seed: int) -> None:
-        super().__init__(config, run, seed)
+    def __init__(self, config: MethodConfig, context: StageContext) -> None:
+        super().__init__(config, context)
         self.reference = self.reference_logps(self.trees)
 
     def reference_logps(self, trees: Sequence[Tree]) -> list[list[float]]:
@@ -167,19 +167,12 @@ class OfflineAlignment(PolicyMethod):
         """
 
         def progress(done: int, total: int) -> None:
-            self.run.progress(done, total, "answers scored by the reference")
+            self.context.progress(done, total, "answers scored by the reference")
 
-        cache = ReferenceCache(self.run.request.inputs["model"].sha256, self.training.precision)
+        cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.training.precision)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
         with self.policy.reference() if self.training.lora else nullcontext():
             if world() > 1:  # each rank computes its share; then all is there to be read
                 cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id, progress)
                 processes().wait_for_everyone()
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
-
-
-def publish_policy(policy: Policy, codec: Codec, run: StageRun) -> None:
-    """Save the trained policy and publish it as the stage's `model`. For the first rank alone."""
-    folder = run.work / "model"
-    save_policy(policy, codec, folder, base=run.request.inputs["model"].sha256)
-    run.publish("model", folder, model=True)

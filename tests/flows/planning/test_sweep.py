@@ -19,7 +19,6 @@ from schemas import methods
 from schemas.config import PipelineConfig, SFTConfig
 from schemas.errors import StageError
 from schemas.methods import MethodConfig
-from schemas.stage import Request
 from schemas.training import Training
 from stages import align, budget, compare
 from stages.compare import frontier
@@ -29,8 +28,8 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.training.loop import train
 from tests.stages.test_compare import Page, evaluation
-from tests.stages.test_compare import Run as CompareRun
 from tests.support import models
+from tests.support.context import MemoryContext
 
 # --- the grid ---
 
@@ -156,8 +155,8 @@ class Limited:
 
     def __init__(self, name: str, work: Path, inputs: dict[str, Path]) -> None:
         self.config = SETTINGS[name].model_copy(update={"train_tokens": TOKENS})
-        self.run = models.Run(work, self.config, inputs)
-        self.method = align.METHODS[name](self.config, self.run, 5)
+        self.run = MemoryContext(work, self.config, inputs, seed=5)
+        self.method: Any = align.METHODS[name](self.config, self.run)
         self.seen: list[float] = []
         """Training tokens of each step."""
 
@@ -171,7 +170,7 @@ class Limited:
             return after_step(metrics)
 
         self.method.after_step = watched
-        return train(self.method, self.config, total_steps=self.method.total_steps, run=self.run, seed=5)
+        return train(self.method, self.run)
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.method.policy.parameters()]
@@ -222,11 +221,9 @@ def test_the_budget_is_the_least_that_a_method_sees_by_itself(inputs: dict[str, 
     own = [methods.DPO(batch_size=4, epochs=2), methods.PPO(**ROLLOUTS, batch_size=4)]
     folders = {"model": inputs["model"], "evaluation": tmp_path / "evaluation"}
     folders |= {kind: inputs["data"] for kind in ("preference", "prompt")}
-    run = models.Run(tmp_path / "work", own[0], folders, stage="budget")
-    published: dict[str, str] = {}
-    run.publish = lambda name, folder, model=False: published.update({name: (folder / align.BUDGET).read_text()})  # type: ignore[method-assign,assignment,return-value]
     params: Any = {"methods": [config.model_dump(mode="json", exclude={"seed"}) for config in own]}
-    found = budget.run(Request(stage="budget", version=1, params=params), run)
+    run = MemoryContext(tmp_path / "work", params, folders, stage="budget")
+    found = budget.run(run)
 
     codec = Codec.load(inputs["model"])
     prompts = [codec.prompt(r["prompt"]) for r in models.rows(20, {})]
@@ -236,14 +233,16 @@ def test_the_budget_is_the_least_that_a_method_sees_by_itself(inputs: dict[str, 
     assert found["budget/own_dpo"] == round(mean * 4 * 10)  # 20 rows twice in batches of 4
     assert found["budget/own_ppo"] == round(8 * 2 * (fmean(map(len, prompts)) + 3 + 1))  # 3 tokens and the end
     least = min(found["budget/own_dpo"], found["budget/own_ppo"])
-    assert json.loads(published["budget"]) == {"train_tokens": least} == {"train_tokens": found["budget/train_tokens"]}
+    published = run.published["budget"] / align.BUDGET
+    assert json.loads(published.read_text()) == {"train_tokens": least}
+    assert least == found["budget/train_tokens"]
 
 
 @pytest.mark.usefixtures("home")
 def test_a_method_trains_on_the_budget_that_it_is_given(inputs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "budget").mkdir()
     (tmp_path / "budget" / align.BUDGET).write_text(json.dumps({"train_tokens": 123}))
-    run = models.Run(tmp_path / "work", methods.DPO(), {**inputs, "budget": tmp_path / "budget"})
+    run = MemoryContext(tmp_path / "work", methods.DPO(), {**inputs, "budget": tmp_path / "budget"})
     assert align.within_budget(methods.DPO(beta=0.3), run) == methods.DPO(beta=0.3, train_tokens=123)
 
 
@@ -303,7 +302,7 @@ def test_the_frontier_in_words_and_pictures() -> None:
 
 
 def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
-    variants = {
+    variants: Any = {
         f"dpo-{beta}-s{seed}": {"method": "dpo", "beta": beta, "seed": seed} for beta in (0.1, 0.3) for seed in (0, 1)
     }
     given = {name: evaluation(1.0 + v["beta"] + v["seed"], 0.7, 2.0, answer=name) for name, v in variants.items()}
@@ -313,17 +312,18 @@ def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
         folders[name] = tmp_path / name
         folders[name].mkdir()
         value.save(folders[name])
-    run = CompareRun(folders, tmp_path)
-    compare.run(run.request.model_copy(update={"params": {"variants": variants}}), run)
+    run = MemoryContext(tmp_path / "work", {"variants": variants}, folders, stage="compare")
+    compare.run(run)
+    comparison = run.published["comparison"]
 
-    points = json.loads(run.published["comparison/frontier.json"])
+    points = json.loads((comparison / "frontier.json").read_text())
     assert [point["models"] for point in points] == [["dpo-0.1-s0", "dpo-0.1-s1"], ["dpo-0.3-s0", "dpo-0.3-s1"]]
     # judge_score of `evaluation(score)` is score + 1.5: 2.6 and 3.6, then 2.8 and 3.8.
     assert [point["judge_score"] for point in points] == pytest.approx([3.1, 3.3])
-    table = json.loads(run.published["comparison/table.json"])
+    table = json.loads((comparison / "table.json").read_text())
     assert [r["model"] for r in table] == ["sft", *variants, "champion"] and table[2]["seed"] == 1
-    assert run.published["comparison/table.txt"].decode().startswith("Method")
-    page = Page(run.published["comparison/report.html"].decode())
+    assert (comparison / "table.txt").read_text().startswith("Method")
+    page = Page((comparison / "report.html").read_text())
     assert "The highest mean judge score is that of dpo at beta 0.3: 3.30 ± 0.50" in page.text
     assert "dpo-0.3-s0 0" in page.text and "dpo-0.3-s1 0" not in page.text, "answers of the first seed"
     assert page.tags.count("img") == 1

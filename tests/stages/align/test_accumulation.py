@@ -18,6 +18,7 @@ from schemas.training import Training
 from stages import align, reward, sft
 from stages.engine.training.loop import train
 from tests.support import models
+from tests.support.context import MemoryContext
 
 CONFIGS: dict[str, type[Training]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPO, "kto": KTO}
 CLASSES: dict[str, Callable[..., Any]] = {"sft": sft.SFT, "reward": reward.Reward, **align.METHODS}
@@ -36,12 +37,12 @@ def write(folder: Path) -> None:
     models.data_folder(folder / "data", **DATA)
 
 
-def make(folder: Path, name: str, **changes: Any) -> tuple[Any, models.Run]:
+def make(folder: Path, name: str, **changes: Any) -> tuple[Any, MemoryContext]:
     """A method on 8 rows, its policy moved away from the reference; a batch is all of them."""
     # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
     training = CONFIGS[name](**{"batch_size": 8, "learning_rate": 0.1, "adam_eps": 1.0, **changes})
-    run = models.Run(folder / "work" / name, training, {"model": folder / "model", "data": folder / "data"})
-    method = CLASSES[name](training, run, 0)
+    run = MemoryContext(folder / "work" / name, training, {"model": folder / "model", "data": folder / "data"})
+    method = CLASSES[name](training, run)
     models.perturb(method.model, seed=4, scale=0.2)
     return method, run
 
@@ -91,7 +92,7 @@ def trained(folder: Path, name: str, lora: bool) -> dict[str, Tensor]:
     """The weights after three steps of the real loop, and each step's loss."""
     method, run = make(folder, name, lora=models.LORA if lora else None, epochs=3, tokens_per_micro_batch=48)
     run.work = folder / f"{name}-{lora}"
-    train(method, method.training, total_steps=method.total_steps, run=run, seed=0)
+    train(method, run)
     weights = {n: p.detach().clone() for n, p in method.model.named_parameters() if p.requires_grad}
     return {**weights, "losses": torch.tensor(run.steps("train/loss"))}
 

@@ -19,6 +19,7 @@ from stages.align.dpo import DPO, dpo_loss
 from stages.engine.models.saving import save_policy
 from stages.engine.training.loop import train
 from tests.support import models
+from tests.support.context import MemoryContext
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -80,11 +81,13 @@ def config(**changes: Any) -> methods.DPO:
     return methods.DPO(**{"batch_size": 4, "learning_rate": 1e-2, "beta": BETA, **changes})
 
 
-def make(folder: Path, training: methods.DPO, rows: Any = None, seed: int = 0, **more: Any) -> tuple[DPO, models.Run]:
+def make(
+    folder: Path, training: methods.DPO, rows: Any = None, seed: int = 0, **more: Any
+) -> tuple[DPO, MemoryContext]:
     model = models.model_folder(folder / "model")
     data = models.data_folder(folder / "data", preference=rows or models.rows(8, *models.PAIRS), **more)
-    run = models.Run(folder / "work", training, {"model": model, "data": data})
-    return DPO(training, run, seed), run
+    run = MemoryContext(folder / "work", training, {"model": model, "data": data}, seed=seed)
+    return DPO(training, run), run
 
 
 @pytest.mark.parametrize("lora", [None, models.LORA])
@@ -135,7 +138,7 @@ def test_reference_is_computed_once_for_data_and_model(tmp_path: Path, home: Pat
 def test_lora_trains_adapters_alone_and_keeps_the_reference(tmp_path: Path) -> None:
     method, run = make(tmp_path, config(lora=models.LORA, epochs=10))
     before = models.logps(run.input("model"), method.trees[0])
-    train(method, method.config, total_steps=method.total_steps, run=run, seed=0)
+    train(method, run)
     assert all("lora" in name for name, p in method.policy.named_parameters() if p.requires_grad)
     with method.policy.reference():
         after = method.per_answer(method.logps, method.trees[:1])[0]
@@ -146,14 +149,14 @@ def test_lora_trains_adapters_alone_and_keeps_the_reference(tmp_path: Path) -> N
 def test_stage_learns_the_preferences(tmp_path: Path, lora: Any) -> None:
     rows = models.rows(24, *models.PAIRS)
     _, run = make(tmp_path, config(epochs=8, lora=lora), rows[:18], eval_preference=rows[18:])
-    metrics = align.run(run.request, run)
+    metrics = align.run(run)
     assert run.steps("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["train/loss"] < 0.5
     assert metrics["train/accuracy"] > 0.9
     assert len(run.steps("train/rejected_logp")) == 36
 
     # The published model against the reference, in float64, on the held-out chosen answers.
-    held_out = DPO(method_config(run), run, seed=0).test
+    held_out = DPO(method_config(run), run).test
     changes = [
         sum(models.logps(run.published["model"], tree)[0]) - sum(models.logps(run.input("model"), tree)[0])
         for tree in held_out
@@ -161,7 +164,7 @@ def test_stage_learns_the_preferences(tmp_path: Path, lora: Any) -> None:
     assert metrics["eval/chosen_logp_change"] == pytest.approx(fmean(changes), abs=1e-3)
 
 
-def method_config(run: models.Run) -> methods.DPO:
+def method_config(run: MemoryContext) -> methods.DPO:
     return methods.DPO.model_validate(run.request.params)
 
 
@@ -171,11 +174,11 @@ def test_a_fall_of_the_chosen_log_prob_is_said_and_a_large_one_warned_of(
 ) -> None:
     monkeypatch.setattr(dpo, "LARGE_FALL", bound)
     caplog.set_level("INFO", logger="alignflow")  # whose INFO a stage shows
-    method, _ = make(tmp_path, config(), eval_preference=models.rows(4, *models.PAIRS))
-    assert method.finish()["eval/chosen_logp_change"] == pytest.approx(0.0, abs=1e-5)
+    method, run = make(tmp_path, config(), eval_preference=models.rows(4, *models.PAIRS))
+    assert method.finish(run.work / "model")["eval/chosen_logp_change"] == pytest.approx(0.0, abs=1e-5)
     caplog.clear()
     models.perturb(method.model, scale=1.0)
-    change = method.finish()["eval/chosen_logp_change"]
+    change = method.finish(run.work / "model")["eval/chosen_logp_change"]
     assert change < 0
     [record] = [record for record in caplog.records if record.module == "dpo" and record.name == "alignflow"]
     per_token = -change / fmean(len(tree.answers[0]) for tree in method.test)
@@ -184,13 +187,14 @@ def test_a_fall_of_the_chosen_log_prob_is_said_and_a_large_one_warned_of(
 
 
 def test_without_held_out_pairs_no_change_is_reported(tmp_path: Path) -> None:
-    assert make(tmp_path, config())[0].finish() == {}
+    method, run = make(tmp_path, config())
+    assert method.finish(run.work / "model") == {}
 
 
 def test_data_without_pairs_is_refused(tmp_path: Path) -> None:
     model = models.model_folder(tmp_path / "model")
     data = models.data_folder(tmp_path / "data", feedback=models.rows(4, *models.THUMBS))
-    run = models.Run(tmp_path / "work", config(), {"model": model, "data": data})
+    run = MemoryContext(tmp_path / "work", config(), {"model": model, "data": data})
     with pytest.raises(StageError, match=r"no rows of kind `preference`.*only: feedback") as stopped:
-        align.run(run.request, run)
+        align.run(run)
     assert stopped.value.problem.field == "data.preference"

@@ -21,6 +21,7 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training.loop import train
 from tests.support import models
+from tests.support.context import MemoryContext
 from tests.support.killable_training import CLASSES
 
 COMMON: dict[str, Any] = {"batch_size": 6, "epochs": 1.5, "learning_rate": 1e-2}
@@ -56,9 +57,10 @@ def inputs_for(folder: Path) -> dict[str, Path]:
 def losses(name: str, folder: Path) -> list[float]:
     """The method's first five losses on a tiny model."""
     config, inputs = CONFIGS[name], inputs_for(folder)
-    run = models.Run(folder / "work", config, inputs)
-    method = CLASSES[type(config)](config, run, 0)
-    train(method, config, total_steps=5, run=run, seed=0)
+    run = MemoryContext(folder / "work", config, inputs)
+    method = CLASSES[type(config)](config, run)
+    method.total_steps = 5
+    train(method, run)
     return run.steps("train/loss")
 
 

@@ -15,6 +15,7 @@ from stages.align.kto import KTO, class_weights, kto_loss, partners, reference_p
 from stages.engine.data.trees import Tree
 from stages.engine.models.saving import save_policy
 from tests.support import models
+from tests.support.context import MemoryContext
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -90,11 +91,11 @@ def config(**changes: Any) -> methods.KTO:
     return methods.KTO(**{"batch_size": 6, "learning_rate": 1e-2, "beta": 0.3, **changes})
 
 
-def make(folder: Path, training: methods.KTO, rows: Any = None, seed: int = 0) -> tuple[KTO, models.Run]:
+def make(folder: Path, training: methods.KTO, rows: Any = None, seed: int = 0) -> tuple[KTO, MemoryContext]:
     model = models.model_folder(folder / "model")
     data = models.data_folder(folder / "data", feedback=rows or models.rows(12, *models.THUMBS))
-    run = models.Run(folder / "work", training, {"model": model, "data": data})
-    return KTO(training, run, seed), run
+    run = MemoryContext(folder / "work", training, {"model": model, "data": data}, seed=seed)
+    return KTO(training, run), run
 
 
 def test_partners_have_another_prompt_whatever_the_order() -> None:
@@ -117,7 +118,7 @@ def test_a_single_prompt_is_refused(tmp_path: Path, n: int) -> None:
     assert stopped.value.problem.fix
 
 
-def step_by_hand(method: KTO, run: models.Run, moved: Path) -> tuple[float, float]:
+def step_by_hand(method: KTO, run: MemoryContext, moved: Path) -> tuple[float, float]:
     """Loss and z0 of the first step in float64, from plain transformers' log-probs."""
 
     def ratio(tree: Tree) -> float:
@@ -183,7 +184,7 @@ def test_mismatched_answers_are_cut_to_the_longest_length(tmp_path: Path) -> Non
 def test_one_class_alone_trains(tmp_path: Path, label: bool) -> None:
     rows = models.rows(8, {"completion": "yes good", "label": label})
     _, run = make(tmp_path, config(epochs=10, lora=models.LORA), rows)
-    metrics = align.run(run.request, run)
+    metrics = align.run(run)
     assert all(math.isfinite(value) for value in run.logged.values())
     assert metrics["train/loss"] < run.steps("train/loss")[0] == pytest.approx(0.5)
 
@@ -192,7 +193,7 @@ def test_one_class_alone_trains(tmp_path: Path, label: bool) -> None:
 def test_stage_learns_from_thumbs(tmp_path: Path, lora: Any) -> None:
     thumbs = [{"completion": "yes good one", "label": True}, {"completion": "no bad", "label": False}]
     _, run = make(tmp_path, config(epochs=20, lora=lora), models.rows(12, *thumbs))
-    metrics = align.run(run.request, run)
+    metrics = align.run(run)
     assert metrics["train/loss"] < run.steps("train/loss")[0] - 0.1
     assert metrics["train/reward_desirable"] > 0 > metrics["train/reward_undesirable"]
     assert run.published["model"].is_dir()

@@ -31,6 +31,7 @@ from stages.engine.models.policy import Policy, sums
 from stages.engine.models.saving import save_scorer
 from stages.engine.training.loop import train
 from tests.support import models as support_models
+from tests.support.context import MemoryContext
 
 END, WORDS = 0, "abcd"
 ANSWERS = [(END,), *((i, END) for i in range(1, 5)), *product(range(1, 5), repeat=2)]
@@ -174,18 +175,18 @@ def test_ppo_comes_near_the_optimum(world: World, tmp_path: Path, value_trunk: L
         **{n: world.folder / n for n in ("model", "reward")},
         "data": support_models.data_folder(tmp_path / "data", prompt=rows),
     }
-    method = PPO(config, support_models.Run(tmp_path / "work", config, inputs), 0)
+    method = PPO(config, MemoryContext(tmp_path / "work", config, inputs))
     start_XY = logps(method.policy, method.codec)
     torch.testing.assert_close(start_XY, world.reference_XY)
-    train(method, config, total_steps=method.total_steps, run=method.run, seed=0)
+    train(method, method.context)
     check(world, f"ppo, {value_trunk} trunk", method.policy, method.codec)
 
 
 class TokenDPO(DPO):
     """DPO on given token ids: that an answer broke off cannot be said in text. All else is the real thing."""
 
-    def __init__(self, config: methods.DPO, run: support_models.Run, seed: int, pairs: list[Tree]) -> None:
-        super().__init__(config, run, seed)
+    def __init__(self, config: methods.DPO, context: MemoryContext, pairs: list[Tree]) -> None:
+        super().__init__(config, context)
         assert len(pairs) == len(self.trees)
         self.trees = pairs
         self.reference = self.reference_logps(pairs)
@@ -215,6 +216,6 @@ def test_dpo_comes_near_the_optimum(world: World, tmp_path: Path) -> None:
     rows = [support_models.row(i, "a", **columns) for i in range(len(pairs))]
     config = methods.DPO(beta=BETA, batch_size=256, epochs=3, learning_rate=2e-3, schedule="linear")
     inputs = {"model": world.folder / "model", "data": support_models.data_folder(tmp_path / "data", preference=rows)}
-    method = TokenDPO(config, support_models.Run(tmp_path / "work", config, inputs), 0, pairs)
-    train(method, config, total_steps=method.total_steps, run=method.run, seed=0)
+    method = TokenDPO(config, MemoryContext(tmp_path / "work", config, inputs), pairs)
+    train(method, method.context)
     check(world, "dpo", method.policy, method.codec)

@@ -31,6 +31,7 @@ from stages.engine.scoring.judges import RewardJudge
 from stages.engine.training.loop import train
 from tests.stages.align.test_accumulation import free_port
 from tests.support import models
+from tests.support.context import MemoryContext
 
 F64 = torch.float64
 
@@ -131,9 +132,10 @@ def test_adaptive_kl_is_zieglers_controller() -> None:
 # --- the method on a tiny model ---
 
 
-def memory(folder: Path, work: Path) -> models.Run:
+def memory(folder: Path, work: Path, seed: int = 0) -> MemoryContext:
     """A run whose inputs are the folders model, reward and data."""
-    return models.Run(work, settings(), {name: folder / name for name in ("model", "reward", "data")})
+    inputs = {name: folder / name for name in ("model", "reward", "data")}
+    return MemoryContext(work, settings(), inputs, seed=seed)
 
 
 SMALL = Scratch(hidden_size=16, layers=2, heads=2, intermediate_size=32, max_length=64)
@@ -179,16 +181,17 @@ def start(inputs: Path, tmp_path: Path) -> Callable[..., PPO]:
     """Builds a PPO from changes to `settings`."""
 
     def build_one(folder: Path = inputs, seed: int = 0, **changes: Any) -> PPO:
-        return PPO(settings(**changes), memory(folder, tmp_path / "work"), seed)
+        return PPO(settings(**changes), memory(folder, tmp_path / "work", seed))
 
     return build_one
 
 
 def run_loop(method: PPO, steps: int | None = None) -> dict[str, list[float]]:
     """Train; what was logged with a step, as lists over the steps."""
-    train(method, method.config, total_steps=steps or method.total_steps, run=method.run, seed=method.seed)
-    run = method.run
-    assert isinstance(run, models.Run)
+    method.total_steps = steps or method.total_steps
+    train(method, method.context)
+    run = method.context
+    assert isinstance(run, MemoryContext)
     return {name: run.steps(name) for name, step in run.logged if step is not None}
 
 
@@ -305,7 +308,7 @@ def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO])
 @pytest.mark.parametrize(("cut_at", "lora"), [(3, None), (6, None), (8, None), (3, LoRA(rank=4)), (8, LoRA(rank=4))])
 def test_resume_is_exact_also_within_an_iteration(adapted: Path, tmp_path: Path, cut_at: int, lora: Any) -> None:
     def ppo(work: str) -> PPO:
-        return PPO(settings(kl_target=0.01, kl_horizon=20, lora=lora), memory(adapted, tmp_path / work), 0)
+        return PPO(settings(kl_target=0.01, kl_horizon=20, lora=lora), memory(adapted, tmp_path / work))
 
     whole, before, after = ppo("whole"), ppo("cut"), ppo("cut")
     logged = run_loop(whole, 12)
@@ -324,7 +327,7 @@ def train_shared(inputs: Path, work: Path) -> dict[str, Tensor]:
     for name, lora in {"full": None, "lora": LoRA(rank=4)}.items():
         # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
         config = settings(adam_eps=1.0, learning_rate=0.1, kl_target=0.01, lora=lora)
-        ppo = PPO(config, memory(inputs, work / name), 0)
+        ppo = PPO(config, memory(inputs, work / name))
         logged = run_loop(ppo)
         skip = {"compute/seconds", "train/tokens_per_second"}
         found |= {f"{name}/{key}": torch.tensor(values) for key, values in logged.items() if key not in skip}
@@ -361,7 +364,8 @@ def test_two_ranks_sample_and_train_like_one(adapted: Path, tmp_path: Path) -> N
 def test_the_loop_counts_sampled_tokens_once(start: Callable[..., PPO]) -> None:
     ppo = start()
     sampled = sum(map(len, start().collect(0).answers))
-    final = train(ppo, ppo.config, total_steps=6, run=ppo.run, seed=0)  # one iteration: two epochs of three batches
+    ppo.total_steps = 6
+    final = train(ppo, ppo.context)  # one iteration: two epochs of three batches
     assert final["compute/generated_tokens"] == sampled
     assert final["compute/train_tokens"] > 2 * sampled
 
@@ -477,8 +481,8 @@ def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapt
 def test_prompts_without_room_for_an_answer_are_left_out_or_refused(start: Callable[..., PPO]) -> None:
     longest = max(map(len, start().prompts))
     ppo = start(max_length=longest + 6)  # no room for the longest, six new tokens, and the reward model's end
-    assert isinstance(ppo.run, models.Run)
-    assert (ppo.run.logged["data/rows", None], ppo.run.logged["data/too_long", None]) == (23, 1)
+    assert isinstance(ppo.context, MemoryContext)
+    assert (ppo.context.logged["data/rows", None], ppo.context.logged["data/too_long", None]) == (23, 1)
     assert max(map(len, ppo.prompts)) < longest
     with pytest.raises(StageError, match="no prompt is left"):
         start(max_length=10)

@@ -644,7 +644,7 @@ def test_stage(home: Path, tmp_path: Path) -> None:
     params = ValidateParams(path=str(file), kind="sft").model_dump(mode="json")
     request = Request(stage="validate", version=STAGES["validate"], params=params, inputs={"source": source})
     with tracking.StageRun(request) as stage:
-        metrics = run(request, stage)
+        metrics = run(stage)
         stage.finish(metrics)
     assert metrics["data/rows"] == 21 and metrics["data/kept"] == 20 and metrics["quarantined/empty"] == 1
     assert stage.outputs["data"].uri.endswith("/data")
@@ -655,7 +655,7 @@ def test_stage(home: Path, tmp_path: Path) -> None:
     assert logged.tags["data.sha256"] == checked(file, tmp_path / "out").sha256
     strict = request.model_copy(update={"params": params | {"max_bad": 0.0}})
     with pytest.raises(StageError), tracking.StageRun(strict) as stage:
-        run(strict, stage)
+        run(stage)
     assert tracking.client().get_run(stage.run_id).data.metrics["data/quarantined"] == 1
 
 
@@ -664,7 +664,7 @@ def test_a_moving_dataset_is_refused_as_a_stage(home: Path) -> None:
     params = ValidateParams(path="hub:team/rows", kind="sft", revision="main").model_dump(mode="json")
     request = Request(stage="validate", version=STAGES["validate"], params=params)
     with pytest.raises(StageError, match="full commit"):
-        run(request, tracking.StageRun(request))
+        run(tracking.StageRun(request))
 
 
 def test_records_are_read_as_they_come(tmp_path: Path) -> None:

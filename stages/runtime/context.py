@@ -1,0 +1,57 @@
+"""What a stage and the training loop see of a run. `tracking.StageRun` is this on MLflow; tests keep it in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from schemas.stage import Artifact, Request
+
+
+class StageContext(Protocol):
+    """One run of a stage. On rank > 0 all methods that write do nothing."""
+
+    request: Request
+    key: str
+    """The request's key: checkpoints carry it."""
+    work: Path
+    """Folder for what must survive a restart of the stage, such as checkpoints; cleared once it is done."""
+
+    def has(self, name: str) -> bool:
+        """Whether the request brings an input of that name."""
+        ...
+
+    def input(self, name: str) -> Path:
+        """Local folder of an input, verified once. Raises StageError when it is missing or altered."""
+        ...
+
+    def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
+        """Store a folder as an output of the stage; a model becomes a LoggedModel."""
+        ...
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics at a step, or without one as final. Returns at once."""
+        ...
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters, flat; known names are left alone."""
+        ...
+
+    def tag(self, name: str, value: object) -> None:
+        """Set a tag of the run."""
+        ...
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Log a file as an artifact of the run, in a folder of it."""
+        ...
+
+    def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
+        """Log a table that MLflow's UI shows side by side across runs."""
+        ...
+
+    def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
+        """Log which data the run has seen, with its sha256."""
+        ...
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Say every few seconds how far the stage is."""
+        ...
