@@ -61,7 +61,7 @@ def fingerprint(config: PipelineConfig) -> Fingerprint:
     """
     data, rest = {}, {}
     for node in [*plan(config), *promotion(config, champion=False)]:
-        asked = Request(stage=node.stage, version=STAGES[node.stage], params=node.params, seed=node.seed)
+        asked = Request(stage=node.stage, version=STAGES[node.stage].version, params=node.params, seed=node.seed)
         request = requests.with_sources(asked, requests.config_field(node))
         if node.stage == "validate" and "source" in request.inputs:
             data[node.name] = request.inputs["source"].sha256

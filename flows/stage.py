@@ -7,7 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Crashed, Failed, State
 
-from flows.execution import gpu_slots, process
+from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.planning.allowed_paths import check_request_roots
 from flows.servers import checks
@@ -33,7 +33,7 @@ def stage(request: Request) -> State[Any]:
         if deployment.id:
             check_request_roots(request, deployed=True)
             checks.check_experiment(tracking.experiment_name(request), placed=True)
-        if request.stage in gpu_slots.TAKE_DEVICES:
+        if request.spec.needs_device:
             checks.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
         log = get_run_logger()
         result = process.run_stage(request, log, stage_lease(request.key(), log))

@@ -2,29 +2,45 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
 from schemas.errors import Problem, Status
 from schemas.strict import Strict
 
-# Raise a stage's version when its results change for equal requests; raise ENGINE_VERSION when training does.
-STAGES: dict[str, int] = {
-    "base": 1,
-    "validate": 2,
-    "sft": 1,
-    "generate": 1,
-    "reward": 1,
-    "budget": 1,
-    "align": 1,
-    "evaluate": 1,
-    "compare": 2,
-    "promote": 1,
-}
-ENGINE_VERSION = 3
 
-# Stages that write prompts or answers where people look at them, unless `log_text` is false.
-SHOW_TEXT = {"validate", "generate", "evaluate", "compare"}
+@dataclass(frozen=True)
+class StageSpec:
+    """What the rest of the code must know of a stage without importing it."""
+
+    version: int
+    """To be raised when its results change for equal requests."""
+    makes: Literal["model", "data", "evaluation"] | None = None
+    """What others build on; the runs of models and evaluations carry the tag `model`."""
+    needs_device: bool = False
+    """Whether it holds a GPU while it runs."""
+    shows_text: bool = False
+    """Whether it writes prompts or answers where people look at them, unless `log_text` is false."""
+
+
+STAGES = {
+    "base": StageSpec(1, makes="model"),
+    "validate": StageSpec(2, makes="data", shows_text=True),
+    "sft": StageSpec(1, makes="model", needs_device=True),
+    "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
+    "reward": StageSpec(1, makes="model", needs_device=True),
+    "budget": StageSpec(1),
+    "align": StageSpec(1, makes="model", needs_device=True),
+    "evaluate": StageSpec(1, makes="evaluation", needs_device=True, shows_text=True),
+    "compare": StageSpec(2, shows_text=True),
+    "promote": StageSpec(1),
+}
+"""Every stage: a file or folder of that name in `stages/`."""
+
+ENGINE_VERSION = 3
+"""To be raised when training changes for equal requests."""
 
 # Parameters that change no result: how often to save and to log, and when to give up.
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations"}
@@ -66,6 +82,11 @@ class Request(Strict):
     """False keeps prompts and answers out of logs, tables, reports and errors. Part of the key where it changes what a
     stage publishes."""
 
+    @property
+    def spec(self) -> StageSpec:
+        """What is known of its stage: nothing where another version of the code has asked for one of its own."""
+        return STAGES.get(self.stage, StageSpec(0))
+
     def key(self) -> str:
         """sha256 over what decides the result: never paths, pools, threads or run ids.
 
@@ -80,7 +101,7 @@ class Request(Strict):
             "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
             "seed": self.seed,
         }
-        if not self.log_text and self.stage in SHOW_TEXT:
+        if not self.log_text and self.spec.shows_text:
             decides["log_text"] = False
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

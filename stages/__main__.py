@@ -77,8 +77,8 @@ def read_request(name: str, path: Path) -> Request:
     if name not in MODULES or request.stage != name:
         known = ", ".join(MODULES)
         raise refuse("stage", request.stage, f"asked to run {name!r}.", known, kind="request")
-    if request.version != STAGES[name]:
-        fix = f"this code has version {STAGES[name]}; make the request with the same code"
+    if request.version != STAGES[name].version:
+        fix = f"this code has version {STAGES[name].version}; make the request with the same code"
         raise refuse("version", request.version, "another version.", fix, kind="request")
     return request
 

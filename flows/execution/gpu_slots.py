@@ -16,7 +16,6 @@ from pathlib import Path
 from schemas.errors import StageError, refuse
 from schemas.stage import Request
 
-TAKE_DEVICES = frozenset({"sft", "generate", "reward", "align", "evaluate"})
 POLL_SECONDS = 0.3
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -54,7 +53,7 @@ def held(request: Request, log: Log, stopping: Callable[[], bool]) -> Iterator[t
         StageError: there are fewer devices, or the run is stopped while it waits.
     """
     elsewhere = "ALIGNFLOW_LAUNCHER" in os.environ  # Slurm hands out the devices of its own machines
-    there = names() if request.stage in TAKE_DEVICES and not elsewhere else []
+    there = names() if request.spec.needs_device and not elsewhere else []
     if not there:
         yield {}, []
         return

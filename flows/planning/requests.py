@@ -23,7 +23,7 @@ def request_for(
     inputs = {name: results[source].outputs[output] for name, (source, output) in node.inputs.items()}
     request = Request(
         stage=node.stage,
-        version=STAGES[node.stage],
+        version=STAGES[node.stage].version,
         params=node.params,
         inputs=inputs,
         seed=node.seed,

@@ -16,11 +16,12 @@ from typing import Any
 from flows.results import lookup, registry
 from flows.results.registry import Version
 from schemas.errors import StageError, refuse
+from schemas.stage import STAGES
 from stages import tracking
 
 log = logging.getLogger("alignflow")
 
-MAKERS = ("base", "validate", "sft", "generate", "reward", "align")
+MAKERS = {name for name, spec in STAGES.items() if spec.makes in ("model", "data")}
 """Stages whose outputs hold something of the data that they took."""
 NOT_SEEN = {"evaluation"}
 """Inputs that leave no trace in what is made: held-out prompts, which are kept out of training data."""
@@ -50,8 +51,8 @@ class Step:
 
     @property
     def makes_model(self) -> bool:
-        """Whether the step made a model of its own; `base` brings one from outside."""
-        return self.stage in ("base", "sft", "reward", "align")
+        """Whether the step made a model."""
+        return self.stage in lookup.MODEL_STAGES
 
 
 class Graph:

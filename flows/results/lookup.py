@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import StageError, refuse
-from schemas.stage import Artifact, Request, Result
+from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
 
-TRAINING = ("base", "sft", "reward", "align")
+MODEL_STAGES = {name for name, spec in STAGES.items() if spec.makes == "model"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def names() -> list[str]:
 
 def trained(condition: str) -> list[Any]:
     """Runs that made a model. MLflow's query language has no IN for tags."""
-    return [run for run in search(condition) if run.data.tags.get("stage") in TRAINING]
+    return [run for run in search(condition) if run.data.tags.get("stage") in MODEL_STAGES]
 
 
 def _maker(uri: str) -> tuple[str | None, str | None]:

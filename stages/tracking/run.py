@@ -35,9 +35,6 @@ from stages.tracking.store import arrived, digest, fetch
 
 log = logging.getLogger("alignflow")
 
-# Stages that make or judge a model; their runs carry its name as the tag `model`.
-WITH_MODEL = {"base", "sft", "reward", "align", "evaluate"}
-
 ENTRIES_PER_BATCH = 100
 PROGRESS_SECONDS = 5.0
 
@@ -133,7 +130,7 @@ class StageRun:
             "stage.key": self.key,
             "pipeline.run": request.pipeline_run,
             "method": request.params.get("method") if request.stage == "align" else None,
-            "model": request.name if request.stage in WITH_MODEL else None,
+            "model": request.name if request.spec.makes in ("model", "evaluation") else None,
             "code.version": code_version(),
         }
         tags |= place() | {f"input.{name}": artifact.sha256 for name, artifact in request.inputs.items()} | request.tags

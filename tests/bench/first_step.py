@@ -36,7 +36,7 @@ def of_a_stage(plan: Work, number: int) -> float:
         "model": Artifact(uri=plan.model, sha256=digest(Path(plan.model))),
     }
     params = config_for(plan).model_dump(mode="json")
-    request = Request(stage="sft", version=STAGES["sft"], params=params, inputs=inputs, seed=number + 1)
+    request = Request(stage="sft", version=STAGES["sft"].version, params=params, inputs=inputs, seed=number + 1)
     (folder / "request.json").write_text(request.model_dump_json())
     settings = environment(plan)
     command = [sys.executable, "-m", "stages", "sft", str(folder / "request.json")]

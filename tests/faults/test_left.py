@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.execution import process as execution_process
-from schemas.stage import STAGES, Request
+from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
 from stages.tracking.reuse import runs_with
 from tests.conftest import ROOT
@@ -22,7 +22,7 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the stage `fake` (scripted_stage.py) beside the real ones."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     return ready_home
 
 

@@ -45,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def ask(folder: Path, stage: str, config: Training, inputs: dict[str, Path]) -> Path:
     """A request on disk."""
     given = {name: Artifact(uri=str(path), sha256=tracking.digest(path)) for name, path in inputs.items()}
-    request = Request(stage=stage, version=STAGES[stage], params=config.model_dump(mode="json"), inputs=given)
+    request = Request(stage=stage, version=STAGES[stage].version, params=config.model_dump(mode="json"), inputs=given)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(request.model_dump_json())
     return folder / "request.json"

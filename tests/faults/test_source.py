@@ -19,7 +19,9 @@ ROWS = 20_000
 def asked(path: Path) -> Request:
     """A request as the flow makes it: with the digest of what the file is now."""
     params = ValidateParams(path=str(path), kind="sft", min_eval_prompts=0).model_dump(mode="json")
-    return requests.with_sources(Request(stage="validate", version=STAGES["validate"], params=params), "data.sft")
+    return requests.with_sources(
+        Request(stage="validate", version=STAGES["validate"].version, params=params), "data.sft"
+    )
 
 
 def line(number: int) -> str:

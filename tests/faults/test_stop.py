@@ -47,7 +47,7 @@ def ask(folder: Path, stage: str, config: Training, inputs: dict[str, Path]) -> 
     given = {name: Artifact(uri=str(path), sha256=tracking.digest(path)) for name, path in inputs.items()}
     params = config.model_dump(mode="json")
     folder.mkdir(parents=True, exist_ok=True)
-    request = Request(stage=stage, version=STAGES[stage], params=params, inputs=given, name=stage)
+    request = Request(stage=stage, version=STAGES[stage].version, params=params, inputs=given, name=stage)
     (folder / "request.json").write_text(request.model_dump_json())
     return folder / "request.json"
 

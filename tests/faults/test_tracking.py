@@ -143,7 +143,9 @@ def test_training_does_not_wait_for_mlflow(
     inputs = {n: Artifact(uri=str(p), sha256=tracking.digest(p)) for n, p in (("model", model), ("data", data))}
     config = SFTConfig(batch_size=4, epochs=STEPS / 5, checkpoint_minutes=60)
     params = config.model_dump(mode="json")
-    asked = Request(stage="sft", version=STAGES["sft"], params=params, inputs=inputs, seed=len(kind), experiment=kind)
+    asked = Request(
+        stage="sft", version=STAGES["sft"].version, params=params, inputs=inputs, seed=len(kind), experiment=kind
+    )
     request = tmp_path / "request.json"
     request.write_text(asked.model_dump_json())
     process = start(unhurried_stage, home, request, proxy)

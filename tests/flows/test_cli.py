@@ -154,11 +154,11 @@ def test_a_stage_runs_alone_and_its_code_comes_through(ready_home: Path, tmp_pat
     pairs = write_rows(tmp_path / "pairs.jsonl", list(PAIRS))
     params = {"path": str(pairs), "kind": "preference", "eval_fraction": 0.3}
     request = tmp_path / "request.json"
-    request.write_text(Request(stage="validate", version=STAGES["validate"], params=params).model_dump_json())  # type: ignore[arg-type]
+    request.write_text(Request(stage="validate", version=STAGES["validate"].version, params=params).model_dump_json())  # type: ignore[arg-type]
     answer = alignflow("stage", "validate", request)
     assert answer.returncode == 0, answer.stderr
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "done"
-    gone = Request(stage="validate", version=STAGES["validate"], params={**params, "path": "gone"})  # type: ignore[arg-type]
+    gone = Request(stage="validate", version=STAGES["validate"].version, params={**params, "path": "gone"})  # type: ignore[arg-type]
     request.write_text(gone.model_dump_json())
     assert alignflow("stage", "validate", request).returncode == EXIT_CODES["refused"]
     assert alignflow("stage", "validate", tmp_path / "nothing.json").returncode == EXIT_CODES["refused"]

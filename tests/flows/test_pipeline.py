@@ -17,7 +17,7 @@ from flows.planning import dry_run, requests
 from flows.planning.plan import Node
 from schemas.config import PipelineConfig
 from schemas.errors import EXIT_CODES, StageError
-from schemas.stage import STAGES, Artifact, Result
+from schemas.stage import STAGES, Artifact, Result, StageSpec
 from stages import tracking
 from tests.conftest import ROOT
 
@@ -45,7 +45,7 @@ def planned(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]
     """The nodes that the flow will run; change the list to change the plan."""
     nodes = a_plan()
     monkeypatch.setattr(process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     for module in (pipeline, dry_run):
         monkeypatch.setattr(module, "plan", lambda config: list(nodes))
     yield nodes

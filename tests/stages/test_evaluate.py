@@ -357,7 +357,7 @@ def test_the_run_in_mlflow_carries_metrics_without_steps_table_and_the_trainings
     }
     request = Request(
         stage="evaluate",
-        version=STAGES["evaluate"],
+        version=STAGES["evaluate"].version,
         params=settings().model_dump(mode="json"),
         inputs=inputs,
         name="sft",

@@ -60,7 +60,7 @@ def test_an_endpoint_is_refused_before_anything_runs() -> None:
 
 
 def request(stage: str, log_text: bool, **params: Any) -> Request:
-    return Request(stage=stage, version=STAGES[stage], params=params, log_text=log_text)
+    return Request(stage=stage, version=STAGES[stage].version, params=params, log_text=log_text)
 
 
 def test_only_what_a_stage_publishes_is_part_of_its_key() -> None:

@@ -314,7 +314,7 @@ def test_the_run_in_mlflow_carries_the_gates_numbers(ready_home: Path, tmp_path:
         evaluation.save(folder)
         inputs[name] = Artifact(uri=str(folder), sha256=tracking.digest(folder))
     params = PromoteParams().model_dump(mode="json")
-    result = execute(Request(stage="promote", version=STAGES["promote"], params=params, inputs=inputs))
+    result = execute(Request(stage="promote", version=STAGES["promote"].version, params=params, inputs=inputs))
     assert result.status == "done", result.error
     logged = tracking.client().get_run(result.run_id or "").data
     assert logged.metrics["gate/promote"] == 0.0 and logged.metrics["gate/distinct_2_ratio"] == 0.0

@@ -111,7 +111,7 @@ from prefect.deployments import run_deployment
 from flows.stage import stage
 from schemas.stage import STAGES, Request
 params = {"path": "demo:sft", "kind": "sft", "limit": 20}
-request = Request(stage="validate", version=STAGES["validate"], params=params, name="tiny")
+request = Request(stage="validate", version=STAGES["validate"].version, params=params, name="tiny")
 run = run_deployment("stage/cpu", parameters={"request": request.model_dump(mode="json")}, timeout=240, poll_interval=1)
 print(json.dumps({"state": run.state.name, "message": run.state.message, "key": request.key()}))
 """

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from schemas.errors import refuse
-from schemas.stage import STAGES
+from schemas.stage import STAGES, StageSpec
 from stages import __main__ as entry
 from stages.tracking import StageRun
 
-STAGES["fake"] = 1
+STAGES["fake"] = StageSpec(1)
 entry.MODULES["fake"] = "scripted_stage"
 
 

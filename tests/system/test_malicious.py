@@ -220,7 +220,7 @@ def test_a_pickle_as_a_prefect_result(ready_home: Path, tmp_path: Path, mark: Pa
     record = store.create_result_record(Mark(mark), key="result")
     store.persist_result_record(record)
     state = Completed(data=record.metadata)
-    result = work_pool.outcome(state, Request(stage="sft", version=STAGES["sft"], params={}))
+    result = work_pool.outcome(state, Request(stage="sft", version=STAGES["sft"].version, params={}))
     assert result.status == "failed" and not mark.exists()
     ResultStore(result_storage=storage, serializer=PickleSerializer()).read("result")
     assert mark.exists()  # it would have worked

@@ -8,7 +8,7 @@ import pytest
 
 from flows.execution import process
 from schemas.errors import EXIT_CODES
-from schemas.stage import STAGES
+from schemas.stage import STAGES, StageSpec
 from stages import tracking
 from stages.tracking.mlflow_client import first_line
 from tests.flows.execution.test_process import FAKE, fake_request
@@ -35,7 +35,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     caplog.set_level(logging.DEBUG)
     judge = {"judge": "endpoint", "api_key_env": "MY_JUDGES_KEY"}
     ends = [process.run_stage(fake_request(steps=2, end=end, judge=judge)).status for end in (None, "refuse", "bug")]

@@ -14,7 +14,7 @@ import pytest
 from flows.execution import process as execution_process
 from flows.planning import requests
 from schemas.errors import EXIT_CODES, StageError, Status
-from schemas.stage import STAGES, Artifact, Placement, Request, Result
+from schemas.stage import STAGES, Artifact, Placement, Request, Result, StageSpec
 from stages import __main__ as entry
 from stages import tracking
 from tests.conftest import ROOT
@@ -26,7 +26,7 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 def fake(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     return home
 
 

@@ -16,7 +16,7 @@ import pytest
 from flows.execution import process as execution_process
 from flows.execution import slurm
 from schemas.errors import EXIT_CODES, Status
-from schemas.stage import STAGES, Request
+from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
 from tests.conftest import ROOT
 from tests.support.live_servers import free_port
@@ -152,7 +152,7 @@ def launched(cluster: Path, ready_home: Path, monkeypatch: pytest.MonkeyPatch) -
     """A home whose stages go to Slurm."""
     monkeypatch.setenv("ALIGNFLOW_LAUNCHER", " ".join([*LAUNCHER, "--partition=training", "--cpus=1", "--"]))
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", 1)
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     execution_process.begin()
     return ready_home
 
@@ -227,7 +227,7 @@ def test_two_ranks_train_in_a_job(
     inputs = {name: Artifact(uri=str(folder), sha256=tracking.digest(folder)) for name, folder in folders.items()}
     params = SFTConfig(max_steps=3, batch_size=4, max_length=32).model_dump(mode="json")
     request = Request(
-        stage="sft", version=STAGES["sft"], params=params, inputs=inputs, name="sft", experiment="slurm",
+        stage="sft", version=STAGES["sft"].version, params=params, inputs=inputs, name="sft", experiment="slurm",
         placement=Placement(devices=2, threads=1),
     )  # fmt: skip
     result = execution_process.run_stage(request)

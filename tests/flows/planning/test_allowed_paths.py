@@ -206,7 +206,7 @@ def test_a_data_set_whose_readme_names_a_file_elsewhere(
 
 def request(stage: str, params: dict[str, Any] | None = None, **uris: str) -> Request:
     inputs = {name: Artifact(uri=uri, sha256="0" * 64) for name, uri in uris.items()}
-    return Request(stage=stage, version=STAGES[stage], params=params or {}, inputs=inputs)
+    return Request(stage=stage, version=STAGES[stage].version, params=params or {}, inputs=inputs)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_hostile_rows_through_the_stage(home: Path, tmp_path: Path, tinystories:
     params = ValidateParams(path=str(file), kind="sft", eval_fraction=0, max_bad=0.5, max_length=256)
     inputs = {"model": Artifact(uri=str(tinystories), sha256=tracking.digest(tinystories))}
     request = Request(
-        stage="validate", version=STAGES["validate"], params=params.model_dump(mode="json"), inputs=inputs
+        stage="validate", version=STAGES["validate"].version, params=params.model_dump(mode="json"), inputs=inputs
     )
     result = process.run_stage(request)
     assert result.status == "done", result.error

@@ -642,7 +642,7 @@ def test_stage(home: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [*ROWS, {"prompt": "p", "response": ""}])
     source = Artifact(uri=str(file), sha256=tracking.digest(file))
     params = ValidateParams(path=str(file), kind="sft").model_dump(mode="json")
-    request = Request(stage="validate", version=STAGES["validate"], params=params, inputs={"source": source})
+    request = Request(stage="validate", version=STAGES["validate"].version, params=params, inputs={"source": source})
     with tracking.StageRun(request) as stage:
         metrics = run(stage)
         stage.finish(metrics)
@@ -662,7 +662,7 @@ def test_stage(home: Path, tmp_path: Path) -> None:
 def test_a_moving_dataset_is_refused_as_a_stage(home: Path) -> None:
     """A branch of a Hub dataset is no input that can be keyed; the check alone may read it."""
     params = ValidateParams(path="hub:team/rows", kind="sft", revision="main").model_dump(mode="json")
-    request = Request(stage="validate", version=STAGES["validate"], params=params)
+    request = Request(stage="validate", version=STAGES["validate"].version, params=params)
     with pytest.raises(StageError, match="full commit"):
         run(tracking.StageRun(request))
 
