@@ -11,7 +11,7 @@ from flows.planning import memory as planning_memory
 from flows.planning.plan import Node, plan
 from flows.planning.requests import request_for
 from flows.servers import checks
-from schemas.config import PipelineConfig, ValidateParams
+from schemas.config import DERIVES, PipelineConfig, ValidateParams
 from schemas.methods import CONFIGS, MethodConfig
 from schemas.stage import Result
 from schemas.training import Training
@@ -88,22 +88,10 @@ def steps_of(node: Node, training: Training, data: Outlook) -> str:
     return "?" if guess is None else f"~{guess}"
 
 
-# Rows of a kind that one row of the file's kind gives; rankings give a varying number of pairs.
-ROWS = {
-    ("sft", "sft"): 1,
-    ("preference", "sft"): 1,
-    ("preference", "preference"): 1,
-    ("preference", "ranking"): 1,
-    ("preference", "feedback"): 2,
-    ("ranking", "ranking"): 1,
-    ("feedback", "feedback"): 1,
-}
-
-
 def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
     """Rows of a part of a JSONL file, by its lines and the shares that are held out; None for what has no lines."""
     lines = count_lines(Path(data.path).expanduser())
-    each = ROWS.get((data.kind, kind))
+    each = DERIVES[data.kind].get(kind)
     if lines is None or each is None:
         return None
     train = 1 - data.eval_fraction

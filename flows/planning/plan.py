@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import DataConfig, EndpointJudge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import DERIVES, DataConfig, EndpointJudge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
@@ -21,14 +21,6 @@ from schemas.training import Training
 Output = tuple[str, str]
 """A node's name and the name of one of its outputs."""
 
-# Kinds of rows that a source of each kind gives.
-GIVES = {
-    "preference": {"preference", "ranking", "feedback", "prompt", "sft"},
-    "ranking": {"preference", "ranking", "feedback", "prompt", "sft"},
-    "sft": {"sft", "prompt"},
-    "feedback": {"feedback", "prompt", "sft"},
-    "prompt": {"prompt"},
-}
 # For each need, the slots of `data` that are asked for it, in this order.
 SLOTS = {
     "sft": ("sft", "preference", "feedback"),
@@ -295,7 +287,7 @@ class Planner:
         """The slot of `data` that gives rows of a kind, else None."""
         for slot in SLOTS[kind]:
             source: DataConfig | None = getattr(self.config.data, slot)
-            if source is not None and kind in GIVES[source.kind]:
+            if source is not None and kind in DERIVES[source.kind]:
                 return slot
         return None
 
@@ -314,7 +306,7 @@ class Planner:
             return self.data(slot)
         if own:
             source = getattr(self.config.data, kind)
-            given = ", ".join(sorted(GIVES[source.kind]))
+            given = ", ".join(sorted(DERIVES[source.kind]))
             message = f"{who} needs rows of kind {kind}; from this kind come {given} only."
             raise refuse(f"data.{kind}.kind", source.kind, message, FIXES[kind])
         raise refuse(who, "set", f"needs {kind} data, which nothing gives.", FIXES[kind])
