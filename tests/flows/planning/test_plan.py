@@ -15,13 +15,12 @@ ALL = {"dpo": {}, "kto": {}, "ppo": {}}
 
 def nodes(**config: Any) -> dict[str, Node]:
     config = {"name": "test", "model": {"path": "/model"}, "align": ALL, **config}
-    planned = plan(PipelineConfig.model_validate(config))
+    planned = plan(PipelineConfig.model_validate(config)).nodes
     done: set[str] = set()
-    for node in planned:  # an order in which they can run
-        assert node.needs <= done
-        done.add(node.name)
-    assert len(done) == len(planned)
-    return {node.name: node for node in planned}
+    for name, node in planned.items():  # an order in which they can run
+        assert node.name == name and node.needs <= done
+        done.add(name)
+    return planned
 
 
 def error(**config: Any) -> str:
@@ -127,7 +126,7 @@ def test_methods_by_other_names() -> None:
     align = {"dpo": {"beta": 0.3}, "dpo-low": {"method": "dpo", "beta": 0.01, "learning_rate": 1e-3}}
     made = nodes(data={"preference": PAIRS}, align=align)
     low = made["eval dpo-low"]
-    assert low.label == "dpo-low" and low.tags == {"method": "dpo"}
+    assert low.model == "dpo-low" and low.tags == {"method": "dpo"}
     assert low.about == {"method": "dpo", "seed": "0", "beta": "0.01", "learning_rate": "0.001"}
     assert made["eval base"].about == {"method": "base", "seed": "0"}
 
