@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from schemas import Strict
 from schemas.methods import Method
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, data_source
 from schemas.stage import STAGES
-from schemas.strict import Strict
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]

@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from flows.planning import config_file
+from schemas import Strict
 from schemas.errors import StageError
 from schemas.methods import DPO, PPO
 from schemas.stage import Result
-from schemas.strict import Strict
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from flows.planning import dry_run
 from flows.planning.plan import Node, plan
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
@@ -120,6 +121,13 @@ def test_models_of_ones_own() -> None:
     assert made["reward"].stage == made["judge"].stage == "base"
     assert made["reward"].params["path"] == "/reward" and made["judge"].params["path"] == "/judge"
     assert made["eval dpo"].inputs["judge"] == ("judge", "model")
+
+
+def test_a_dry_run_counts_no_steps_of_a_reward_model_of_ones_own() -> None:
+    raw = {"name": "test", "model": {"path": "/model"}, "align": ALL, "data": {"preference": PAIRS}}
+    planned = plan(PipelineConfig.model_validate({**raw, "reward_model": "/reward"}))
+    assert dry_run.training_of(planned.nodes["reward"], planned.config) is None
+    assert dry_run.training_of(planned.nodes["sft"], planned.config) == planned.config.sft
 
 
 def test_methods_by_other_names() -> None:
