@@ -33,9 +33,6 @@ TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
 
 
-# --- One stage --------------------------------------------------------------------------------------------------------
-
-
 def start_again(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a stage ended from outside, by a signal or with its machine, so that it resumes when started again."""
     error = state.data
@@ -66,19 +63,11 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
         result = process.run_stage(request, logger, lease)
     if result.status == "done":
         return result
-    error = problem_of(name, result)
-    return Failed(message=str(error), data=error)
-
-
-def problem_of(name: str, result: Result) -> StageError:
-    """A stopped stage's problem as an exception that carries its exit code."""
     assert result.error is not None
     first = "field" if result.error.field else "message"
     named = {first: f"{name}: {getattr(result.error, first)}"}
-    return StageError(result.error.model_copy(update=named), status=result.status)
-
-
-# --- The flow ---------------------------------------------------------------------------------------------------------
+    error = StageError(result.error.model_copy(update=named), status=result.status)
+    return Failed(message=str(error), data=error)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
@@ -149,8 +138,10 @@ def run_nodes(
         outcome = future.result(raise_on_failure=False)
         if isinstance(outcome, Result):
             results[name] = outcome
-        else:
-            errors[name] = outcome if isinstance(outcome, StageError) else as_bug(name, outcome)
+        elif isinstance(outcome, StageError):
+            errors[name] = outcome
+        else:  # an exception that no stage has made a problem of
+            errors[name] = StageError(f"{name}: {outcome!r}", status="failed", kind=type(outcome).__name__)
 
 
 def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
@@ -160,11 +151,6 @@ def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
             return ended.get(timeout=0.5)
 
 
-def as_bug(name: str, error: object) -> StageError:
-    """An exception that no stage has made a problem of."""
-    return StageError(f"{name}: {error!r}", status="failed", kind=type(error).__name__)
-
-
 def longest_chain_first(nodes: list[Node]) -> list[Node]:
     """Nodes with the longest chain of others behind them first; else in the plan's order."""
     depth = {node.name: 0 for node in nodes}
@@ -172,9 +158,6 @@ def longest_chain_first(nodes: list[Node]) -> list[Node]:
         for need in node.needs & depth.keys():
             depth[need] = max(depth[need], depth[node.name] + 1)
     return sorted(nodes, key=lambda node: -depth[node.name])
-
-
-# --- Running it from here ---------------------------------------------------------------------------------------------
 
 
 def run(planned: Plan) -> dict[str, Result]:

@@ -76,9 +76,6 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-# --- The flow ---------------------------------------------------------------------------------------------------------
-
-
 @flow(name="retrain", flow_run_name="retrain {source}", persist_result=False, result_serializer="json")
 def retrain(source: str, overrides: list[str] = [], force: bool = False) -> State[Any]:  # noqa: B006 - Prefect's form
     """Retrain from a preset or config file when its data or settings changed since the champion was trained.
@@ -111,7 +108,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     name = model_name(config)
     made_from = fingerprint(planned)
     champion = registry.champion(name)
-    if champion is not None and not force and unchanged(champion, made_from):
+    if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
     results = run_all(planned, pipeline_run)
@@ -123,11 +120,6 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
 def model_name(config: PipelineConfig) -> str:
     """The registered model's name."""
     return (config.promote or PromoteConfig()).model or config.name
-
-
-def unchanged(champion: Version, made_from: Fingerprint) -> bool:
-    """Whether the champion was made from the same."""
-    return made_from.tags().items() <= champion.tags.items()
 
 
 def run_all(planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None = None) -> dict[str, Result]:
@@ -161,7 +153,8 @@ def decide(
     known = dict(trained) if champion is None else {**trained, "champion": as_result(champion)}
     results = run_all(judging, pipeline_run, known)
     name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
-    decision = read_decision(results["promote"])
+    decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
+    decision = Decision.model_validate_json(decided.read_text())
     tags = {
         **made_from.tags(),
         **verdict(decision, champion),
@@ -195,11 +188,6 @@ def as_result(champion: Version) -> Result:
     return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
 
 
-def read_decision(result: Result) -> Decision:
-    """What stage `promote` has decided."""
-    return Decision.model_validate_json((tracking.fetch(result.outputs["decision"]) / "decision.json").read_text())
-
-
 def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
     """The decision as tags of the version."""
     reasons = decision.reasons or decision.checks
@@ -221,9 +209,6 @@ def traces(name: str, trained: Result, evaluated: Result, decided: Result) -> di
         "candidate": name,
         "code.version": train_run.data.tags.get("code.version", "unknown"),
     }
-
-
-# --- Running it from here ---------------------------------------------------------------------------------------------
 
 
 def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outcome:

@@ -18,7 +18,7 @@ from stages import tracking
 
 def run_name() -> str:
     """The stage's short name, as in the pipeline: `sft`, `eval dpo`."""
-    return tracking.label(Request.model_validate(flow_run.parameters["request"]))
+    return Request.model_validate(flow_run.parameters["request"]).label
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False, result_serializer="json")

@@ -87,6 +87,13 @@ class Request(Strict):
         """What is known of its stage: nothing where another version of the code has asked for one of its own."""
         return STAGES.get(self.stage, StageSpec(0))
 
+    @property
+    def label(self) -> str:
+        """Short name for people: `sft`, `dpo`, `eval dpo`."""
+        if self.stage == "evaluate":
+            return f"eval {self.name}" if self.name else "eval"
+        return self.name or self.stage
+
     def key(self) -> str:
         """sha256 over what decides the result: never paths, pools, threads or run ids.
 

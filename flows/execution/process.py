@@ -52,9 +52,9 @@ def run_stage(
     on this host the stage does so itself.
     """
     log = log or logging.getLogger("alignflow")
-    found = reused(request, log)
-    if found is not None:
-        return found
+    known = reused(request, log)
+    if known is not None:
+        return known
     ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
     began = time.monotonic()
@@ -67,17 +67,17 @@ def run_stage(
     except StageError as error:
         return Result(status=error.status, key=request.key(), error=error.problem)
     result = read_result(ask / "result.json", request, code)
-    log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
+    log.info("%s: %s after %.0f s", request.label, result.status, time.monotonic() - began)
     return result
 
 
 def reused(request: Request, log: Log) -> Result | None:
     """The stage's result where it already exists, noted as reused."""
-    found = tracking.find(request.key())
-    if found is not None:
-        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
-        tracking.note_reuse(found, request.pipeline_run)
-    return found
+    result = tracking.find(request.key())
+    if result is not None:
+        log.info("%s: reused, from run %s", request.label, result.run_id)
+        tracking.note_reuse(result, request.pipeline_run)
+    return result
 
 
 def run_process(request: Request, path: Path, log: Log) -> int:
@@ -186,6 +186,3 @@ def read_result(path: Path, request: Request, code: int) -> Result:
     fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
     problem = Problem(kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", fix=fix)
     return Result(status="failed", key=request.key(), error=problem)
-
-
-# --- What lies outside the request ------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ OPTIONS = {"partition": "partition", "account": "account", "gres": "gres", "cpus
 OPTIONS |= {"time": "time"}
 RUNNING = {"CONFIGURING", "COMPLETING", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "STAGE_OUT", "SUSPENDED"}
 STOPPED = {"CANCELLED", "FORGOTTEN", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
-"""States of a job that was ended from outside, or may have been: the stage goes on when it is started again."""
-SAID = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
+"""States of a job that was ended from outside, or may have been: the stage resumes when it is started again."""
+OWN_CODES = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
 """Exit codes by which a stage says itself why it stopped."""
 
 
@@ -76,7 +76,7 @@ class Job:
 
     number: str
     log: Path
-    told: bool = False
+    cancelled: bool = False
     read: int = 0
 
     def state(self) -> tuple[str, int]:
@@ -84,21 +84,21 @@ class Job:
         minutes after a job's end the controller knows nothing of it: then it is FORGOTTEN.
         """
         answer = subprocess.run(["scontrol", "show", "job", self.number, "-o"], capture_output=True, text=True)
-        found = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
-        if found is None:
+        state = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
+        if state is None:
             return ("FORGOTTEN" if "Invalid job id" in answer.stderr else "RUNNING"), 0
-        return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
+        return state[1], int(state[2]) or (128 + int(state[3]) if int(state[3]) else 0)
 
     def end(self) -> None:
         """Let the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
         when nobody is left here.
         """
-        if not self.told:
-            self.told = True
+        if not self.cancelled:
+            self.cancelled = True
             subprocess.run(["scancel", self.number], check=False)
 
     def pass_on(self) -> None:
-        """Print what the job has said since the last call."""
+        """Print what the job has printed since the last call."""
         if not self.log.exists():
             return
         with self.log.open("rb") as file:
@@ -141,7 +141,7 @@ def meaning(state: str, code: int, stopped: bool) -> int:
     """The stage's exit code by its job's state and code. Death by SIGTERM is a stop from outside, as is all that comes
     after one, unless the stage says otherwise.
     """
-    if state == "COMPLETED" or code in SAID:
+    if state == "COMPLETED" or code in OWN_CODES:
         return code
     if state in STOPPED or stopped or code == 128 + signal.SIGTERM:
         return EXIT_CODES["preempted"]

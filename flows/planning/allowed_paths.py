@@ -66,8 +66,8 @@ def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
 
 def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem]:
     """A problem per path that leads out of all roots, by itself or through a link in a folder."""
-    found = (_outside(*named, [root.resolve() for root in roots]) for named in paths)
-    return [one for one in found if one is not None]
+    problems = (_outside(*named, [root.resolve() for root in roots]) for named in paths)
+    return [one for one in problems if one is not None]
 
 
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:

@@ -85,8 +85,8 @@ def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
         yield problem(field, path, "no such folder.", f"give its path as seen from {Path.cwd()}")
     elif not (folder / "config.json").is_file():
         yield problem(field, path, "the folder holds no config.json.", "name the folder that save_pretrained wrote")
-    elif found := why_unusable(folder, scorer):
-        yield problem(field, path, f"{found[0]}.", found[1])
+    elif unusable := why_unusable(folder, scorer):
+        yield problem(field, path, f"{unusable[0]}.", unusable[1])
 
 
 def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:

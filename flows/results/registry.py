@@ -187,7 +187,7 @@ def check_still_champion(model: str, expected: str | None) -> None:
             f"{model}@{CHAMPION}",
             f"{was} when the candidate was judged, now it is {'none' if now is None else f'version {now}'}; "
             "nothing was moved.",
-            "retrain again: what is trained is reused, and the candidate is held against the new champion",
+            "retrain again: what is trained is reused, and the candidate is compared with the new champion",
             kind="conflict",
         )
 

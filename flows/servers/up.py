@@ -131,7 +131,7 @@ def bring_up(
             make_pools(wanted)
         workers = [worker(pool, where) for pool in wanted]
         with supervisor.running(workers, keep) as more:
-            write_down(where)
+            publish_addresses(where)
             say_all(where, elsewhere)
             supervisor.wait([*ours, *workers], [*processes, *more])
             say("Ending the servers." if not wanted else "Ending workers and servers.")
@@ -180,7 +180,7 @@ def passwords() -> dict[str, str]:
     return {name: value for name in ours if (value := os.environ.get(name) or ours[name])}
 
 
-def write_down(where: Addresses) -> None:
+def publish_addresses(where: Addresses) -> None:
     """Say for other commands of this home where everything is."""
     shown = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
     tracking.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))

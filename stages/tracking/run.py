@@ -67,13 +67,6 @@ def code_version() -> str:
     return f"{version}+{commit}" if commit else version
 
 
-def label(request: Request) -> str:
-    """Short name of a request for people: `sft`, `dpo`, `eval dpo`."""
-    if request.stage == "evaluate":
-        return f"eval {request.name}" if request.name else "eval"
-    return request.name or request.stage
-
-
 class StageRun:
     """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
 
@@ -91,11 +84,6 @@ class StageRun:
         self._fetched: dict[str, Path] = {}
         self._pace = Pace()
         self.work.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def label(self) -> str:
-        """The request's short name."""
-        return label(self.request)
 
     def __enter__(self) -> Self:
         if self.rank == 0:
@@ -118,7 +106,7 @@ class StageRun:
             return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
-        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.request.label)).info.run_id
         return False
 
     def _describe(self) -> None:
@@ -298,7 +286,7 @@ class StageRun:
         model = retrying(
             lambda: client().create_logged_model(
                 run.info.experiment_id,
-                name=re.sub(r"[^\w\- ]", "_", self.label),
+                name=re.sub(r"[^\w\- ]", "_", self.request.label),
                 source_run_id=self.run_id,
                 tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
                 params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
@@ -330,7 +318,7 @@ class StageRun:
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
-        sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.write(f"{self.request.label}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
 

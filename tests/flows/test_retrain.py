@@ -161,7 +161,7 @@ def test_the_life_of_a_champion(
     assert forced.ending == "Unchanged" and "own weights" in forced.message
     assert (runs_of("align"), runs_of("promote")) == (1, 1)
 
-    # New data, a gate that nobody passes: trained, held against the champion, registered, not promoted.
+    # New data, a gate that nobody passes: trained, compared with the champion, registered, not promoted.
     write_rows(tmp_path / "pairs.jsonl", pairs(48))
     shut = ["promote.gate.win_rate_min=0.999"]
     rejected = retrain.run(config, shut)
