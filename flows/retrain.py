@@ -220,7 +220,7 @@ def traces(config: PipelineConfig, results: Mapping[str, Result]) -> dict[str, s
     name = candidate(config)
     runs = {"train.run_id": results[name].run_id, "eval.run_id": results[f"eval {name}"].run_id}
     runs["promote.run_id"] = results["promote"].run_id
-    train_run = tracking.retrying(lambda: tracking.client().get_run(results[name].run_id or ""))
+    train_run = tracking.client().get_run(results[name].run_id or "")
     return {
         **{tag: run_id or "" for tag, run_id in runs.items()},
         "stage.key": results[name].key,

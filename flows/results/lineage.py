@@ -59,7 +59,9 @@ class Graph:
     """All finished stages that MLflow knows, joined by digests."""
 
     def __init__(self) -> None:
-        self.steps = [step_of(run) for run in finished_runs()]
+        self.steps = [
+            step_of(run) for run in tracking.runs("attributes.status = 'FINISHED' and tags.`stage.key` != ''")
+        ]
 
     @cached_property
     def makers(self) -> dict[str, Step]:
@@ -103,24 +105,6 @@ class Graph:
             }
             for one in self.versions.get(sha256, [])
         ]
-
-
-def finished_runs() -> Iterator[Any]:
-    """Finished runs of stages in all experiments, newest first."""
-    client = tracking.client()
-    ids = [experiment.experiment_id for experiment in tracking.retrying(lambda: client.search_experiments())]
-    query = "attributes.status = 'FINISHED' and tags.`stage.key` != ''"
-    token = None
-    while True:
-        page = tracking.retrying(
-            lambda token=token: client.search_runs(
-                ids, query, order_by=["attributes.start_time DESC"], page_token=token
-            )
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def step_of(run: Any) -> Step:

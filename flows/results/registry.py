@@ -59,17 +59,17 @@ def champion(model: str) -> Version | None:
 def aliases(model: str) -> dict[str, str]:
     """Alias -> version of a registered model; empty where there is no such model."""
     client = tracking.client()
-    found = tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}"))
+    found = client.search_registered_models(f"name = {quoted(model)}")
     if not found:
         return {}
     # Read by itself: what a search finds may come without its aliases. Over a database the versions are numbers.
-    whole = tracking.retrying(lambda: client.get_registered_model(model))
+    whole = client.get_registered_model(model)
     return {alias: str(number) for alias, number in whole.aliases.items()}
 
 
 def version(model: str, number: str) -> Version:
     """A version by its number."""
-    return _version(tracking.retrying(lambda: tracking.client().get_model_version(model, number)))
+    return _version(tracking.client().get_model_version(model, number))
 
 
 def versions(model: str | None = None) -> list[Version]:
@@ -77,7 +77,7 @@ def versions(model: str | None = None) -> list[Version]:
     query = f"name = {quoted(model)}" if model is not None else None
     client, token, found = tracking.client(), None, list[Any]()
     while True:
-        page = tracking.retrying(lambda token=token: client.search_model_versions(query, page_token=token))
+        page = client.search_model_versions(query, page_token=token)
         found += page
         token = page.token
         if not token:
@@ -107,7 +107,7 @@ def _digest(source: str, tags: Mapping[str, str]) -> str:
     """The content's sha256: a version that was not registered here has it on its LoggedModel, or nowhere."""
     if "sha256" in tags or not source.startswith("models:/m-"):
         return tags.get("sha256", "")
-    model = tracking.retrying(lambda: tracking.client().get_logged_model(source.removeprefix("models:/")))
+    model = tracking.client().get_logged_model(source.removeprefix("models:/"))
     return model.tags.get("sha256", "")
 
 
@@ -158,14 +158,12 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
     found = of_digest(model, candidate.sha256)
     if found is None:
         client = tracking.client()
-        if not tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}")):
-            tracking.retrying(lambda: client.create_registered_model(model))
+        if not client.search_registered_models(f"name = {quoted(model)}"):
+            client.create_registered_model(model)
         at_once = {"sha256": candidate.sha256}  # by which it is found again, should this process die here
         logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
         with tracking.as_default():
-            made = tracking.retrying(
-                lambda: client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
-            )
+            made = client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
         found = version(model, str(made.version))
     tag(found, tags)
     return found
@@ -175,9 +173,7 @@ def tag(one: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a version; a long value is shortened."""
     for name, value in tags.items():
         short = tracking.shortened(value, tracking.TAG_LENGTH)
-        tracking.retrying(
-            lambda name=name, short=short: tracking.client().set_model_version_tag(one.model, one.number, name, short)
-        )
+        tracking.client().set_model_version_tag(one.model, one.number, name, short)
 
 
 def check_still_champion(model: str, expected: str | None) -> None:
@@ -211,7 +207,7 @@ def move(one: Version, former: str | None) -> None:
     """Make a version the champion. The former one is noted first, so that a crash on the way loses nothing."""
     client = tracking.client()
     tag(one, {FORMER: former or "none"})
-    tracking.retrying(lambda: client.set_registered_model_alias(one.model, CHAMPION, one.number))
+    client.set_registered_model_alias(one.model, CHAMPION, one.number)
     point_previous(one.model, former)
     if former is not None:
         tag(version(one.model, former), {"champion.until": now()})
@@ -222,9 +218,9 @@ def point_previous(model: str, number: str | None) -> None:
     """Let the alias `previous` point to a version, or to none."""
     client = tracking.client()
     if number is not None:
-        tracking.retrying(lambda: client.set_registered_model_alias(model, PREVIOUS, number))
+        client.set_registered_model_alias(model, PREVIOUS, number)
     elif PREVIOUS in aliases(model):
-        tracking.retrying(lambda: client.delete_registered_model_alias(model, PREVIOUS))
+        client.delete_registered_model_alias(model, PREVIOUS)
 
 
 def now() -> str:
@@ -256,7 +252,7 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
             message = f"the champion before it, version {former}, was rolled back itself."
             raise refuse("MODEL", bad, message, fix, kind="registry")
         tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
-        tracking.retrying(lambda: tracking.client().set_registered_model_alias(model, CHAMPION, former))
+        tracking.client().set_registered_model_alias(model, CHAMPION, former)
         before = restored.tags.get(FORMER, "none")
         point_previous(model, None if before == "none" else before)
         return bad, restored

@@ -128,7 +128,7 @@ def check_experiment(name: str, placed: bool) -> None:
         fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
         message = "stages on work pools need an MLflow server."
         raise refuse("MLFLOW_TRACKING_URI", uri, message, fix, kind="server")
-    found = tracking.retrying(lambda: tracking.client().get_experiment_by_name(name))
+    found = tracking.client().get_experiment_by_name(name)
     location = "" if found is None else str(found.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
         fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas.stage import Request
 from stages.runtime.workspace import home, lock
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger("alignflow")
@@ -58,6 +59,17 @@ def value_classes() -> Any:
     return mlflow.entities
 
 
+class _Retrying:
+    """MLflow's client, each of whose calls is made again while its error is transient."""
+
+    def __init__(self, plain: "MlflowClient") -> None:
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._plain, name)
+        return lambda *given, **named: retrying(lambda: method(*given, **named))
+
+
 @cache
 def _client_for(uri: str) -> "MlflowClient":
     """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
@@ -89,9 +101,25 @@ def _client_for(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
 
 
-def client() -> "MlflowClient":
-    """MLflow's client for `tracking_uri()`."""
+def plain_client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`, which asks once; for who cannot wait, or has a loop of its own."""
     return _client_for(tracking_uri())
+
+
+def client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`; what it is asked while MLflow is away is asked again."""
+    return cast("MlflowClient", _Retrying(plain_client()))
+
+
+def runs(condition: str) -> "Iterator[Run]":
+    """All runs, of all experiments, that meet a condition in MLflow's query language; newest first."""
+    experiments, token = [experiment.experiment_id for experiment in client().search_experiments()], None
+    while True:
+        page = client().search_runs(experiments, condition, order_by=["attributes.start_time DESC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def setup() -> None:
@@ -168,13 +196,13 @@ def experiment_name(request: Request) -> str:
 
 def experiment(name: str) -> str:
     """Id of the experiment, made when it does not exist."""
-    found = retrying(lambda: client().get_experiment_by_name(name))
+    found = client().get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
     # With a server, the server says where artifacts lie; alone, they lie beside the database.
     location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
     try:
-        return retrying(lambda: client().create_experiment(name, artifact_location=location))
+        return client().create_experiment(name, artifact_location=location)
     except Exception:
         found = client().get_experiment_by_name(name)  # another process was quicker
         if found is None:
@@ -184,5 +212,5 @@ def experiment(name: str) -> str:
 
 def behind_server(name: str) -> bool:
     """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
-    found = retrying(lambda: client().get_experiment_by_name(name))
+    found = client().get_experiment_by_name(name)
     return found is not None and str(found.artifact_location).startswith("mlflow-artifacts:")

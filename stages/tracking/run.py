@@ -25,7 +25,7 @@ from stages.tracking.mlflow_client import (
     experiment,
     experiment_name,
     first_line,
-    retrying,
+    plain_client,
     value_classes,
     without_passwords,
 )
@@ -112,13 +112,13 @@ class StageRun:
         if left:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was interrupted (%s)", self.run_id, left[0].info.status)
-            retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+            client().update_run(self.run_id, status="RUNNING")
             if "problem" in left[0].data.tags:
-                retrying(lambda: client().delete_tag(self.run_id, "problem"))
+                client().delete_tag(self.run_id, "problem")
             return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
-        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.label)).info.run_id
+        self.run_id = client().create_run(name, tags=tags, run_name=self.label).info.run_id
         return False
 
     def _describe(self) -> None:
@@ -149,7 +149,7 @@ class StageRun:
             try:
                 self._journal.close()
             finally:
-                retrying(lambda: client().set_terminated(self.run_id, status))
+                client().set_terminated(self.run_id, status)
         except Exception as second:
             if error is None:
                 raise
@@ -201,13 +201,13 @@ class StageRun:
         """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""
         if self.rank > 0:
             return
-        known = retrying(lambda: client().get_run(self.run_id)).data.params
+        known = client().get_run(self.run_id).data.params
         flat = {acceptable_name(name): value for name, value in flatten(values).items()}
         param = value_classes().Param
         new = [param(name, shortened(value, PARAM_LENGTH)) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), ENTRIES_PER_BATCH):
             batch = new[start : start + ENTRIES_PER_BATCH]
-            retrying(lambda batch=batch: client().log_batch(self.run_id, params=batch))
+            client().log_batch(self.run_id, params=batch)
 
     def tag(self, name: str, value: object) -> None:
         """Set a tag of the run."""
@@ -217,18 +217,18 @@ class StageRun:
     def _tags(self, values: Mapping[str, object]) -> None:
         tag = value_classes().RunTag
         tags = [tag(acceptable_name(name), shortened(str(value), TAG_LENGTH)) for name, value in values.items()]
-        retrying(lambda: client().log_batch(self.run_id, tags=tags))
+        client().log_batch(self.run_id, tags=tags)
 
     def file(self, path: Path, folder: str = "") -> None:
         """Log a file as an artifact of the run, in a folder of it."""
         if self.rank == 0:
-            retrying(lambda: client().log_artifact(self.run_id, str(path), folder or None))
+            client().log_artifact(self.run_id, str(path), folder or None)
 
     def text(self, text: str, name: str) -> None:
         """Log a text as an artifact file of that name."""
         if self.rank == 0:
             clean = text.encode(errors="replace").decode()  # a lone surrogate cannot be written
-            retrying(lambda: client().log_text(self.run_id, clean, name))
+            client().log_text(self.run_id, clean, name)
 
     def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         """Log a table that MLflow's UI shows side by side across runs, e.g. as `eval/samples.json`.
@@ -256,7 +256,7 @@ class StageRun:
         )
         context = [entities.InputTag("mlflow.data.context", self.request.stage)]
         logged = [entities.DatasetInput(dataset=dataset, tags=context)]
-        retrying(lambda: client().log_inputs(self.run_id, datasets=logged))
+        client().log_inputs(self.run_id, datasets=logged)
 
     def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
@@ -285,34 +285,32 @@ class StageRun:
             )
 
     def _publish_folder(self, name: str, folder: Path) -> str:
-        taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}
+        taken = {file.path for file in client().list_artifacts(self.run_id)}
         place = name
         while place in taken:
             place += "-again"  # a killed process has left part of it
-        retrying(lambda: client().log_artifacts(self.run_id, str(folder), place))
+        client().log_artifacts(self.run_id, str(folder), place)
         return f"runs:/{self.run_id}/{place}"
 
     def _publish_model(self, folder: Path, sha256: str) -> str:
         entities, request = value_classes(), self.request
-        run = retrying(lambda: client().get_run(self.run_id))
-        model = retrying(
-            lambda: client().create_logged_model(
-                run.info.experiment_id,
-                name=re.sub(r"[^\w\- ]", "_", self.label),
-                source_run_id=self.run_id,
-                tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
-                params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
-                model_type=request.stage,
-            )
+        run = client().get_run(self.run_id)
+        model = client().create_logged_model(
+            run.info.experiment_id,
+            name=re.sub(r"[^\w\- ]", "_", self.label),
+            source_run_id=self.run_id,
+            tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
+            params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
+            model_type=request.stage,
         )
         try:
-            retrying(lambda: client().log_model_artifacts(model.model_id, str(folder)))
+            client().log_model_artifacts(model.model_id, str(folder))
         except BaseException:
-            client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
+            plain_client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
             raise
-        retrying(lambda: client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY))
+        client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
         output = [entities.LoggedModelOutput(model.model_id, 0)]
-        retrying(lambda: client().log_outputs(self.run_id, output))
+        client().log_outputs(self.run_id, output)
         return f"models:/{model.model_id}"
 
     def progress(self, done: int, total: int, what: str) -> None:
