@@ -1,6 +1,7 @@
 """Whether a model folder fits together, told from its JSON files alone: no weight is read and nothing is imported."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     return _why_head_unusable(config, scorer)
 
 
+def is_reward_model(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json is that of a sequence classifier; a language model's else."""
+    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+
+
 def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] | None:
-    classifier = any("SequenceClassification" in name for name in config.get("architectures") or [])
+    classifier = is_reward_model(config)
     if scorer and not classifier:
         return "it is a language model without a score", "train a reward model from it (stage `reward`), or name one"
     if classifier and not scorer:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
+from schemas.model_folder import is_reward_model
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,8 +109,7 @@ def cell(value: Any) -> str:
 def snippet(folder: Path, out: Path) -> str:
     """Code that loads the model, by its kind."""
     config = json.loads((folder / "config.json").read_text())
-    kinds = config.get("architectures") or [""]
-    if kinds[0].endswith("ForSequenceClassification"):
+    if is_reward_model(config):
         return REWARD_MODEL.format(folder=out.name, end=end_of_turn(folder))
     return LANGUAGE_MODEL.format(folder=out.name)
 
