@@ -176,7 +176,7 @@ def decide(
         "decided.at": registry.now(),
     }
     expected = None if champion is None else champion.number
-    version = registry.settle(
+    version = registry.register_and_promote(
         model_name(config), trained.outputs["model"], trained.run_id, tags, promote=decision.promote, expected=expected
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"

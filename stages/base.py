@@ -182,7 +182,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         except (OSError, ValueError, KeyError) as error:
             raise _refuse(file, f"the GGUF file cannot be read: {error}", "check that it is whole") from error
     model = load_whole(AutoModelForCausalLM, file.parent, field=FIELD, gguf_file=file.name, dtype=torch.float32)
-    # What is saved is no longer quantized, and must not say so.
+    # What is saved is no longer quantized, and its config must not claim it.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in vars(model):
             delattr(model, name)

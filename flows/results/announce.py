@@ -1,4 +1,4 @@
-"""What a finished run says: what was reused, the table of the comparison, links into MLflow."""
+"""The summary of a finished run: what was reused, the table of the comparison, links into MLflow."""
 
 import os
 from collections.abc import Mapping
@@ -32,11 +32,11 @@ def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineCon
             logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
     runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
-    found = [run for run in runs if run] if len(runs) > 1 else []  # one alone is beside nothing
+    evaluated = [run for run in runs if run] if len(runs) > 1 else []  # one alone is beside nothing
     server, first = mlflow_pages()
     pages = {
-        "metrics": tracking.compare_link(server, found),
-        "answers": tracking.compare_link(server, found, "ARTIFACT"),
+        "metrics": tracking.compare_link(server, evaluated),
+        "answers": tracking.compare_link(server, evaluated, "ARTIFACT"),
     }
     links = {what: link for what, link in pages.items() if link}
     for what, link in links.items():
@@ -54,7 +54,7 @@ def mlflow_pages() -> tuple[str, str]:
         return running.mlflow, ""
     if supervisor.port(None, supervisor.MLFLOW_PORT, "port") == supervisor.MLFLOW_PORT:
         return supervisor.address(supervisor.HOST, supervisor.MLFLOW_PORT), "  (start `alignflow ui`)"
-    return "", "  (start `alignflow ui`, and put the address that it says for MLflow before this)"
+    return "", "  (start `alignflow ui`, and prefix this with the MLflow address that it prints)"
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:

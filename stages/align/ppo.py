@@ -6,7 +6,7 @@ et al. 2022, with the details that Huang et al. 2024 (https://arxiv.org/abs/2403
 Left out of the papers' method, or changed:
 1. Early stopping of the epochs by KL (an option in later code, not in the paper): clipping and `kl_coef` bound it.
 2. An entropy bonus (Schulman et al. eq. 9): the KL penalty holds entropy already; entropy is logged.
-3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not at hand.
+3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not available.
 4. Whitening by minibatch (Ziegler's code): advantages are whitened over the whole rollout, all ranks together, so that
    neither the batch size nor the number of devices changes an advantage, and small minibatches add no noise to it.
    Rewards are not whitened: scores come normalised, by the reward model's own scale or else by the first rollout's.

@@ -153,7 +153,9 @@ class StageRun:
         except Exception as second:
             if error is None:
                 raise
-            log.warning("MLflow could not be told how the run ended: %s", first_line(second))  # the first error matters
+            log.warning(
+                "the end of the run could not be recorded in MLflow: %s", first_line(second)
+            )  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
@@ -166,13 +168,13 @@ class StageRun:
         return self.result
 
     def fail(self, problem: Problem, trace: str | None = None) -> None:
-        """Write down on the run why the stage stops; where even that cannot be written, say so."""
+        """Record on the run why the stage stops; log where even that fails."""
         try:
             self.tag("problem", str(problem))
             if trace:
                 self.text(without_passwords(trace), "traceback.txt")
         except Exception as error:
-            log.warning("MLflow could not be told why the stage stopped: %s", first_line(error))
+            log.warning("the reason why the stage stopped could not be recorded in MLflow: %s", first_line(error))
 
     def has(self, name: str) -> bool:
         """Whether the request brings an input of that name."""
@@ -314,7 +316,7 @@ class StageRun:
         return f"models:/{model.model_id}"
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Say on stderr, every few seconds and at the end, how far the stage is: `sft  120/400 steps  0:34 left`."""
+        """Print progress to stderr, every few seconds and at the end: `sft  120/400 steps  0:34 left`."""
         if self.rank > 0:
             return
         now = time.monotonic()
@@ -322,9 +324,9 @@ class StageRun:
             self._pace = Pace(began=now, first=done, total=total)
         pace = self._pace
         pace.done = done
-        if done < total and now - pace.said < PROGRESS_SECONDS:
+        if done < total and now - pace.printed < PROGRESS_SECONDS:
             return
-        pace.said = now
+        pace.printed = now
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
@@ -334,13 +336,13 @@ class StageRun:
 
 @dataclass
 class Pace:
-    """How fast a piece of work goes: when it was first heard of, how far it was then, and what was said last."""
+    """The pace of a piece of work: when it began, how far it was then, and when it was last printed."""
 
     began: float = 0.0
     first: int = 0
     total: int = -1
     done: int = -1
-    said: float = -math.inf
+    printed: float = -math.inf
 
 
 def _clock(seconds: float) -> str:
