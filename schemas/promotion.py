@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from schemas.strict import Strict, no_truth
+from schemas import Strict, no_truth
 
 
 class Check(Strict):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
+from schemas import Strict
 from schemas.errors import Problem, Status
-from schemas.strict import Strict
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from schemas import Strict
 from schemas.errors import refuse
-from schemas.strict import Strict
 
 
 class LoRA(Strict):

@@ -18,6 +18,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
+from schemas.environment import HOME, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
@@ -35,8 +36,7 @@ MODULES = {name: f"stages.{name}" for name in STAGES}
 def stay_with_parent() -> None:
     """Die with the parent that started this stage, and leave when it has died already."""
     die_with_parent()
-    expected = os.environ.get("ALIGNFLOW_PARENT")
-    if expected and "RANK" not in os.environ and os.getppid() != int(expected):
+    if "RANK" not in os.environ and parent() not in (None, os.getppid()):
         sys.exit(EXIT_CODES["preempted"])
 
 
@@ -151,8 +151,8 @@ def out_of_resource(error: BaseException) -> Problem | None:
     text = f"{type(error).__name__}: {error}"
     again = "then start it again: it resumes from its last checkpoint"
     for kind, words, field, fix in (
-        ("disk", r"No space left on device|disk is full|Disk quota exceeded", "ALIGNFLOW_HOME", "make room there"),
-        ("disk", r"Read-only file system|Permission denied|readonly database", "ALIGNFLOW_HOME", "make it writable"),
+        ("disk", r"No space left on device|disk is full|Disk quota exceeded", HOME, "make room there"),
+        ("disk", r"Read-only file system|Permission denied|readonly database", HOME, "make it writable"),
         (
             "memory",
             r"MemoryError|OutOfMemory|can't allocate memory|out of memory",
@@ -161,7 +161,7 @@ def out_of_resource(error: BaseException) -> Problem | None:
         ),
     ):
         if re.search(words, text, re.IGNORECASE):
-            value = str(tracking.home()) if field == "ALIGNFLOW_HOME" else None
+            value = str(tracking.home()) if field == HOME else None
             return Problem(kind=kind, message=f"{error}.", field=field, value=value, fix=f"{fix}, {again}")
     return None
 

@@ -62,16 +62,16 @@ def run(
     """
     from flows.planning import config_file
 
-    checked = config_file.load(config, overrides)
-    use_servers(checked)
+    plan = config_file.load(config, overrides)
+    use_servers(plan.config)
     if dry_run:
         from flows.planning.dry_run import outlook
 
-        print(outlook(checked))
+        print(outlook(plan))
         return
     from flows import pipeline
 
-    pipeline.run(checked)
+    pipeline.run(plan)
 
 
 @app.command()
@@ -163,16 +163,16 @@ def sweep(
     """
     from flows.planning import sweep as sweeping
 
-    checked = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
-    use_servers(checked)
+    plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    use_servers(plan.config)
     if dry_run:
         from flows.planning.dry_run import outlook
 
-        print(outlook(checked))
+        print(outlook(plan))
         return
     from flows import pipeline
 
-    print(sweeping.tokens_line(checked, pipeline.run(checked)))
+    print(sweeping.tokens_line(plan.config, pipeline.run(plan)))
 
 
 @app.command()
@@ -421,7 +421,7 @@ def submit(
     from flows.planning import config_file
     from flows.submit import submit as start
 
-    print(start(config_file.load(config, overrides, here=False)))
+    print(start(config_file.load(config, overrides, here=False).config))
 
 
 def use_servers(config: "PipelineConfig") -> None:

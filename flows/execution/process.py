@@ -7,7 +7,6 @@ that exists is taken without starting anything.
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import uuid
 from pathlib import Path
 
 from flows.execution import gpu_slots
+from schemas.environment import HOME, PARENT, launcher
 from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import Request, Result
 from stages import tracking
@@ -83,7 +83,7 @@ def reused(request: Request, log: Log) -> Result | None:
 def run_process(request: Request, path: Path, log: Log) -> int:
     """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
     outlives this call."""
-    with gpu_slots.held(request, log, stopping) as (shown, locks):
+    with gpu_slots.hold_devices(request, log, stopping) as (shown, locks):
         process = start(request, path, shown, locks)
         return follow(process, log)
 
@@ -91,7 +91,7 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
-        [*shlex.split(os.environ.get("ALIGNFLOW_LAUNCHER", "")), *COMMAND, request.stage, str(path)],
+        [*launcher(), *COMMAND, request.stage, str(path)],
         env=environment(request) | shown,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -137,8 +137,8 @@ def environment(request: Request) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        "ALIGNFLOW_HOME": str(tracking.home()),
-        "ALIGNFLOW_PARENT": str(os.getpid()),
+        HOME: str(tracking.home()),
+        PARENT: str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if request.placement.threads is not None:

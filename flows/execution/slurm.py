@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows.execution import job
+from schemas.environment import HOME, LAUNCHER, PARENT
 from schemas.errors import EXIT_CODES
 from stages.runtime.process import die_with_parent
 
@@ -55,9 +56,7 @@ def asked(options: argparse.Namespace) -> dict[str, str]:
 def run_flow(options: argparse.Namespace) -> None:
     """Run the flow run here, and send its stages to Slurm."""
     own = [f"--{name}={value}" for name, value in asked(options).items()]
-    os.environ["ALIGNFLOW_LAUNCHER"] = shlex.join(
-        [sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"]
-    )
+    os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"])
     job.main()
 
 
@@ -112,7 +111,7 @@ class Job:
 
 def submit(options: argparse.Namespace, log: Path) -> Job:
     """Hand the command to Slurm. Ends this process, with what sbatch says, when it refuses."""
-    environment = {name: value for name, value in os.environ.items() if name != "ALIGNFLOW_PARENT"}  # slurmd starts it
+    environment = {name: value for name, value in os.environ.items() if name != PARENT}  # slurmd starts it
     answer = subprocess.run(
         ["sbatch", "--parsable"], input=script(options, log), env=environment, capture_output=True, text=True
     )
@@ -159,7 +158,7 @@ def run_stage(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
-    with tempfile.NamedTemporaryFile(dir=os.environ.get("ALIGNFLOW_HOME"), prefix="slurm-", suffix=".log") as log:
+    with tempfile.NamedTemporaryFile(dir=os.environ.get(HOME), prefix="slurm-", suffix=".log") as log:
         submitted = submit(options, Path(log.name))
         if stopping:
             submitted.end()

@@ -27,7 +27,7 @@ def request_for(
         params=node.params,
         inputs=inputs,
         seed=node.seed,
-        name=node.label,
+        name=node.model or node.name,
         pipeline_run=pipeline_run,
         experiment=config.name,
         placement=Placement(devices=node.devices, threads=threads(config)),
@@ -35,19 +35,12 @@ def request_for(
         about=node.about | training_behind(node, results),
         log_text=config.log_text,
     )
-    return with_sources(request, config_field(node))
+    return with_sources(request, node.field)
 
 
 def threads(config: PipelineConfig) -> int | None:
     """Threads per stage when several run side by side."""
     return max(1, (os.cpu_count() or 1) // config.parallel) if config.parallel > 1 else None
-
-
-def config_field(node: Node) -> str:
-    """Where the config names the files of a node, for messages."""
-    if node.stage == "validate":
-        return node.name.replace(" ", ".")
-    return "model" if node.name == "base" else node.name
 
 
 def data_version(node: Node, results: Mapping[str, Result]) -> dict[str, str]:

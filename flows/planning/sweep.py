@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flows.planning import config_file, explain
+from flows.planning.plan import Plan
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from schemas.methods import CONFIGS, PPO, MethodConfig
@@ -28,8 +29,8 @@ def load(
     seeds: str,
     tokens: int | None = None,
     name: str | None = None,
-) -> PipelineConfig:
-    """The config of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
+) -> Plan:
+    """The plan of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
 
     Raises:
         StageError: a list holds what it cannot, or the config is wrong.
@@ -42,7 +43,7 @@ def load(
     }
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
-    return config_file.checked(raw)
+    return config_file.planned(raw)
 
 
 def method_names(text: str) -> list[str]:

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefect.settings import PREFECT_API_URL
-
 from flows.execution.lease import lease
 from flows.results.lookup import quoted
-from flows.servers import local_prefect
+from flows.servers.local_prefect import has_shared_server
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
@@ -117,8 +115,7 @@ def held(model: str) -> Iterator[None]:
     """Keep all others from changing the model: on this host by a file's lock, elsewhere by a lease on the Prefect
     server. Where that server is this process's own, or none is set, other hosts are not kept out.
     """
-    server = PREFECT_API_URL.value()
-    shared = server is not None and server not in local_prefect.own_servers
+    shared = has_shared_server()
     if not shared and not tracking.tracking_uri().startswith("sqlite:"):
         log.warning("no shared Prefect server (PREFECT_API_URL): promotions from other hosts are not kept out")
     waiting = f"another process changes the registered model {model}: waiting for it"

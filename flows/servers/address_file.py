@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from schemas.strict import Strict
+from schemas import Strict
 from stages import tracking
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -22,8 +23,13 @@ from stages import tracking
 RETRIES = 7
 """Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
 
-own_servers: set[str] = set()
-"""Addresses of Prefect servers that this process has started: not shared with other hosts."""
+_own: ContextVar[str | None] = ContextVar("own", default=None)
+"""Address of the server that `local_prefect` has started, within it: not shared with other hosts."""
+
+
+def has_shared_server() -> bool:
+    """Whether the Prefect server is one that other hosts may use too."""
+    return PREFECT_API_URL.value() not in (None, _own.get())
 
 
 def quieten() -> None:
@@ -82,10 +88,11 @@ def local_prefect() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
             stack.enter_context(supervisor.running([server]))
-        own_servers.add(f"{server.url}/api")
         stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+        before = _own.set(f"{server.url}/api")
         try:
             yield
         finally:
+            _own.reset(before)
             for handler in logging.getLogger("prefect.flow_runs").handlers:
                 handler.flush()  # lines still on their way, before the server ends

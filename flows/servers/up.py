@@ -25,13 +25,14 @@ from flows.execution import gpu_slots
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
+from schemas.environment import HOME, PARENT, ROOTS
 from schemas.errors import refuse
 from stages import tracking
 
 # What only the servers need to know. Runs may be anybody's code.
 SERVERS_ONLY = frozenset(
     {
-        "ALIGNFLOW_PARENT",
+        PARENT,
         "MLFLOW_AUTH_ADMIN_PASSWORD",
         "MLFLOW_AUTH_CONFIG_PATH",
         "MLFLOW_ARTIFACTS_DESTINATION",
@@ -243,8 +244,8 @@ def worker(pool: str, where: Addresses) -> Worker:
 def worker_environment(where: Addresses) -> dict[str, str]:
     """What runs need to know: the servers, this home, and below which folders a config's files may lie."""
     return passwords() | {
-        "ALIGNFLOW_HOME": str(tracking.home()),
-        "ALIGNFLOW_ROOTS": os.environ.get("ALIGNFLOW_ROOTS") or str(Path.cwd()),
+        HOME: str(tracking.home()),
+        ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),
         "MLFLOW_TRACKING_URI": where.mlflow,
         # A template says `python`, which is to be this one on every machine.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

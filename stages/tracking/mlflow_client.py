@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from schemas import environment
 from schemas.stage import Request
 from stages.runtime.workspace import home, lock
 
@@ -191,7 +192,7 @@ def _retrying(call: Callable[[], T], end: float) -> T:
 
 def experiment_name(request: Request) -> str:
     """The MLflow experiment of a request: its own, else ALIGNFLOW_EXPERIMENT, else `alignflow`."""
-    return request.experiment or os.environ.get("ALIGNFLOW_EXPERIMENT") or "alignflow"
+    return request.experiment or environment.experiment()
 
 
 def experiment(name: str) -> str:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import polars as pl
 
+from schemas import Strict
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.rows import HIDING, IGNORED, may_repeat, problems
 from schemas.source import Generated, Hub, data_source, is_commit
-from schemas.strict import Strict
 from stages.validate import formats
 from stages.validate.derive import derive
 from stages.validate.readers import Record, records

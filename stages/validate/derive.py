@@ -1,8 +1,4 @@
-"""Derives further kinds of data from one, so that one data set can feed every method.
-
-ranking -> preference, feedback, sft, prompt        preference -> ranking, feedback, sft, prompt
-feedback -> sft, prompt                             sft -> prompt
-"""
+"""Derives further kinds of data from one, so that one data set can feed every method; `DERIVES` says which."""
 
 import polars as pl
 

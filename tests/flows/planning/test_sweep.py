@@ -35,11 +35,11 @@ from tests.support.context import MemoryContext
 
 
 def swept(methods: str = "dpo,kto,ppo", beta: str = "0.1", seeds: str = "0,1", *sets: str, **more: Any) -> Any:
-    return sweep.load("demo", sets, methods, beta, seeds, **more)
+    return sweep.load("demo", sets, methods, beta, seeds, **more).config
 
 
 def nodes(config: PipelineConfig) -> dict[str, Node]:
-    return {node.name: node for node in plan(config)}
+    return plan(config).nodes
 
 
 def test_a_sweep_is_a_plain_config_with_all_variants() -> None:
@@ -125,7 +125,7 @@ def test_an_unset_limit_is_not_in_the_request() -> None:
 
 def test_all_runs_carry_the_sweeps_tag() -> None:
     config = swept("dpo", "0.1", "0")
-    assert requests.request_for(plan(config)[0], config, {}).tags["sweep"] == "demo"
+    assert requests.request_for(nodes(config)["base"], config, {}).tags["sweep"] == "demo"
 
 
 # --- equal tokens ---
