@@ -164,7 +164,7 @@ def decide(
     }
     model, run_id = results[name].outputs["model"], results[name].run_id
     expected = None if champion is None else champion.number
-    version = registry.settle(
+    version = registry.register_and_promote(
         model_name(planned.config), model, run_id, tags, promote=decision.promote, expected=expected
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"
@@ -200,7 +200,7 @@ def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
 
 def traces(name: str, trained: Result, evaluated: Result, decided: Result) -> dict[str, str]:
     """Where the candidate comes from: its stage's key, MLflow runs, and the code that trained it."""
-    train_run = tracking.retrying(lambda: tracking.client().get_run(trained.run_id or ""))
+    train_run = tracking.client().get_run(trained.run_id or "")
     return {
         "train.run_id": trained.run_id or "",
         "eval.run_id": evaluated.run_id or "",

@@ -57,7 +57,7 @@ class Lines(logging.Formatter):
 
 
 def set_up_log(rank: int) -> None:
-    """Log to stderr; the other ranks say errors only."""
+    """Log to stderr; the other ranks log errors only."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
@@ -96,7 +96,7 @@ def rank_signal_file(work: Path) -> Path:
     return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
 
 
-def follow(request: Request) -> None:
+def run_other_rank(request: Request) -> None:
     """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
     verdict = rank_signal_file(tracking.work_folder(request.key()))
     while not verdict.exists():
@@ -106,20 +106,20 @@ def follow(request: Request) -> None:
             importlib.import_module(MODULES[request.stage]).run(run)
 
 
-def lead(request: Request) -> Result:
+def run_rank_0(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
     work = tracking.work_folder(key)
     verdict = rank_signal_file(work)
     with tracking.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
-        found = tracking.find(key)
+        earlier = tracking.find(key)
         if "RANK" in os.environ:
             for old in work.glob("verdict-*.json"):
                 old.unlink()  # of an earlier start; this one's stays, for a rank that comes late
-            tracking.write_whole(verdict, json.dumps({"reused": found is not None}))
-        if found is not None:
-            tracking.note_reuse(found, request.pipeline_run)
-            return found
+            tracking.write_whole(verdict, json.dumps({"reused": earlier is not None}))
+        if earlier is not None:
+            tracking.note_reuse(earlier, request.pipeline_run)
+            return earlier
         result = execute(request)
         if result.status == "done":
             tracking.clear_work(key)
@@ -147,7 +147,7 @@ def execute(request: Request) -> Result:
 
 
 def out_of_resource(error: BaseException) -> Problem | None:
-    """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
+    """The problem of an error that means that the machine ran out of something; each library words it its own way."""
     text = f"{type(error).__name__}: {error}"
     again = "then start it again: it resumes from its last checkpoint"
     for kind, words, field, fix in (
@@ -167,7 +167,7 @@ def out_of_resource(error: BaseException) -> Problem | None:
 
 
 def problem_of(error: BaseException, log_text: bool = True) -> Problem:
-    """What a person needs to know of an error. Without `log_text` not what a library says: it may quote a row."""
+    """What a person needs to know of an error; without `log_text` no library's message: it may quote a row."""
     if isinstance(error, StageError):
         return error.problem
     lack = out_of_resource(error)
@@ -185,7 +185,7 @@ def problem_of(error: BaseException, log_text: bool = True) -> Problem:
 
 
 def trace_of(error: BaseException, log_text: bool) -> str:
-    """The traceback; without `log_text` its places only, not what the error says."""
+    """The traceback; without `log_text` its places only, not the error's message."""
     if log_text:
         return "".join(traceback.format_exception(error))
     return "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__} {LEFT_OUT}"])
@@ -219,9 +219,9 @@ def main(argv: list[str]) -> int:
         if request.placement.devices > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
-            follow(request)
+            run_other_rank(request)
             return 0
-        result = lead(request)
+        result = run_rank_0(request)
     except Exception as error:
         result = stopped(error, key, None, log_text)
     if rank == 0:

@@ -205,7 +205,7 @@ def read_baseline(
         raise refuse(
             "inputs.baseline",
             "missing",
-            "the model differs from the reference, so its answers need the SFT model's to be held against.",
+            "the model differs from the reference, so its answers must be compared with the SFT model's.",
             "evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
             kind="missing_input",
         )
@@ -217,7 +217,7 @@ def read_baseline(
 def judge_answers(
     judge: Judge, prompts: Sequence[Messages], answers: Sequence[str], baseline: Sequence[Sample] | None
 ) -> list[tuple[float, float, float]]:
-    """(score, the baseline's score, win) per prompt. Raises StageError when a score is no number.
+    """(score, the baseline's score, win) per prompt. Raises StageError when a score is not a number.
 
     A judge that only compares gives the win as score, and its complement to the baseline. Without a baseline the model
     is its own: every prompt is a tie.

@@ -1,7 +1,7 @@
 """The reward model: Bradley-Terry scores from pairs and rankings (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
 
 Left out of the paper's method, or changed:
-1. Ties are no comparison: they are left out, as in the paper's labelling.
+1. Ties are left out, as in the paper's labelling.
 2. Scores are shifted to mean 0 on answers of the reference policy, and scaled to standard deviation 1 too.
 
 Suffixes: A answers of a batch, P comparisons of a batch.
@@ -64,7 +64,7 @@ def _answers(row: Row) -> list[str]:
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold a comparison: those with ties alone say nothing."""
+    """The rows that hold a comparison: those with ties alone are left out."""
     return [row for row in rows if row["winners"]]
 
 

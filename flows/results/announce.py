@@ -1,4 +1,4 @@
-"""What a finished run says: what was reused, the table of the comparison, links into MLflow."""
+"""The summary of a finished run: what was reused, the table of the comparison, links into MLflow."""
 
 import os
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def mlflow_pages() -> tuple[str, str]:
         return running.mlflow, ""
     if supervisor.port(None, supervisor.MLFLOW_PORT, "port") == supervisor.MLFLOW_PORT:
         return supervisor.address(supervisor.HOST, supervisor.MLFLOW_PORT), "  (start `alignflow ui`)"
-    return "", "  (start `alignflow ui`, and put the address that it says for MLflow before this)"
+    return "", "  (start `alignflow ui`, and prefix this with the MLflow address that it prints)"
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:

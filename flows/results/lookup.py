@@ -32,10 +32,7 @@ class Comparison:
 
 def search(condition: str) -> list[Any]:
     """Finished MLflow runs of all experiments that meet a condition, last used first."""
-    client = tracking.client()
-    ids = [experiment.experiment_id for experiment in tracking.retrying(lambda: client.search_experiments())]
-    query = f"attributes.status = 'FINISHED' and {condition}"
-    runs = tracking.retrying(lambda: client.search_runs(ids, query))
+    runs = tracking.runs(f"attributes.status = 'FINISHED' and {condition}")
     return sorted(runs, key=_last_used, reverse=True)
 
 
@@ -61,12 +58,12 @@ def comparison(which: str | None = None) -> Comparison:
     Raises:
         StageError: there is none.
     """
-    found = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
-    if not found:
+    comparisons = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
+    if not comparisons:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
         raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
-    result = result_of(found[0].info.run_id)
-    ids = _run_ids(found[0])
+    result = result_of(comparisons[0].info.run_id)
+    ids = _run_ids(comparisons[0])
     return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
 
 
@@ -127,7 +124,7 @@ def _maker(uri: str) -> tuple[str | None, str | None]:
         run_id = source.removeprefix("runs:/").partition("/")[0]
     elif source.startswith("models:/m-"):
         run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
-    run = tracking.retrying(lambda: tracking.client().get_run(run_id)) if run_id else None
+    run = tracking.client().get_run(run_id) if run_id else None
     return run_id, run.data.tags.get("model") if run else None
 
 

@@ -43,7 +43,7 @@ class Version:
 # --- Looking ----------------------------------------------------------------------------------------------------------
 
 
-def holder(model: str, alias: str) -> Version | None:
+def version_at_alias(model: str, alias: str) -> Version | None:
     """The version that an alias points to, None where there is no such model or alias."""
     number = aliases(model).get(alias)
     return None if number is None else version(model, number)
@@ -51,36 +51,36 @@ def holder(model: str, alias: str) -> Version | None:
 
 def champion(model: str) -> Version | None:
     """The version that is champion."""
-    return holder(model, CHAMPION)
+    return version_at_alias(model, CHAMPION)
 
 
 def aliases(model: str) -> dict[str, str]:
     """Alias -> version of a registered model; empty where there is no such model."""
     client = tracking.client()
-    found = tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}"))
-    if not found:
+    models = client.search_registered_models(f"name = {quoted(model)}")
+    if not models:
         return {}
     # Read by itself: what a search finds may come without its aliases. Over a database the versions are numbers.
-    whole = tracking.retrying(lambda: client.get_registered_model(model))
+    whole = client.get_registered_model(model)
     return {alias: str(number) for alias, number in whole.aliases.items()}
 
 
 def version(model: str, number: str) -> Version:
     """A version by its number."""
-    return _version(tracking.retrying(lambda: tracking.client().get_model_version(model, number)))
+    return _version(tracking.client().get_model_version(model, number))
 
 
 def versions(model: str | None = None) -> list[Version]:
     """All versions of a model, or of all models; newest first."""
     query = f"name = {quoted(model)}" if model is not None else None
-    client, token, found = tracking.client(), None, list[Any]()
+    client, token, listed = tracking.client(), None, list[Any]()
     while True:
-        page = tracking.retrying(lambda token=token: client.search_model_versions(query, page_token=token))
-        found += page
+        page = client.search_model_versions(query, page_token=token)
+        listed += page
         token = page.token
         if not token:
             break
-    return sorted(map(_version, found), key=lambda one: (one.model, -int(one.number)))
+    return sorted(map(_version, listed), key=lambda one: (one.model, -int(one.number)))
 
 
 def names() -> list[str]:
@@ -93,19 +93,17 @@ def of_digest(model: str, sha256: str) -> Version | None:
     return next((one for one in versions(model) if one.artifact.sha256 == sha256), None)
 
 
-def _version(found: Any) -> Version:
-    tags = dict(found.tags)
-    source = str(found.source)
-    return Version(
-        found.name, str(found.version), Artifact(uri=source, sha256=_digest(source, tags)), found.run_id, tags
-    )
+def _version(raw: Any) -> Version:
+    tags = dict(raw.tags)
+    source = str(raw.source)
+    return Version(raw.name, str(raw.version), Artifact(uri=source, sha256=_digest(source, tags)), raw.run_id, tags)
 
 
 def _digest(source: str, tags: Mapping[str, str]) -> str:
     """The content's sha256: a version that was not registered here has it on its LoggedModel, or nowhere."""
     if "sha256" in tags or not source.startswith("models:/m-"):
         return tags.get("sha256", "")
-    model = tracking.retrying(lambda: tracking.client().get_logged_model(source.removeprefix("models:/")))
+    model = tracking.client().get_logged_model(source.removeprefix("models:/"))
     return model.tags.get("sha256", "")
 
 
@@ -126,7 +124,7 @@ def held(model: str) -> Iterator[None]:
         yield
 
 
-def settle(
+def register_and_promote(
     model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], *, promote: bool, expected: str | None
 ) -> Version:
     """Register the candidate with its tags; to promote it, make it the champion replaces version `expected`.
@@ -135,46 +133,42 @@ def settle(
 
     Raises:
         StageError: kind `conflict`: another version is champion by now; kind `rolled_back`: this content was champion
-            once and was rolled back. Nothing has moved then, and the version says so.
+            once and was rolled back. Then no alias has moved, and the version is tagged.
     """
     with held(model):
-        found = register(model, candidate, run_id, tags)
+        candidate_version = register(model, candidate, run_id, tags)
         if promote:
             try:
-                check_not_rolled_back(found)
+                check_not_rolled_back(candidate_version)
                 check_still_champion(model, expected)
             except StageError as error:
-                tag(found, {"decision": error.problem.kind, "decision.reasons": str(error)})
+                tag(candidate_version, {"decision": error.problem.kind, "decision.reasons": str(error)})
                 raise
-            move(found, expected)
-        return version(model, found.number)
+            move(candidate_version, expected)
+        return version(model, candidate_version.number)
 
 
 def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str]) -> Version:
     """The candidate's version: the one with the same content, else a new one."""
-    found = of_digest(model, candidate.sha256)
-    if found is None:
+    registered = of_digest(model, candidate.sha256)
+    if registered is None:
         client = tracking.client()
-        if not tracking.retrying(lambda: client.search_registered_models(f"name = {quoted(model)}")):
-            tracking.retrying(lambda: client.create_registered_model(model))
+        if not client.search_registered_models(f"name = {quoted(model)}"):
+            client.create_registered_model(model)
         at_once = {"sha256": candidate.sha256}  # by which it is found again, should this process die here
         logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
         with tracking.as_default():
-            made = tracking.retrying(
-                lambda: client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
-            )
-        found = version(model, str(made.version))
-    tag(found, tags)
-    return found
+            made = client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
+        registered = version(model, str(made.version))
+    tag(registered, tags)
+    return registered
 
 
 def tag(one: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a version; a long value is shortened."""
     for name, value in tags.items():
         short = tracking.shortened(value, tracking.TAG_LENGTH)
-        tracking.retrying(
-            lambda name=name, short=short: tracking.client().set_model_version_tag(one.model, one.number, name, short)
-        )
+        tracking.client().set_model_version_tag(one.model, one.number, name, short)
 
 
 def check_still_champion(model: str, expected: str | None) -> None:
@@ -208,7 +202,7 @@ def move(one: Version, former: str | None) -> None:
     """Make a version the champion. The former one is noted first, so that a crash on the way loses nothing."""
     client = tracking.client()
     tag(one, {FORMER: former or "none"})
-    tracking.retrying(lambda: client.set_registered_model_alias(one.model, CHAMPION, one.number))
+    client.set_registered_model_alias(one.model, CHAMPION, one.number)
     point_previous(one.model, former)
     if former is not None:
         tag(version(one.model, former), {"champion.until": now()})
@@ -216,12 +210,12 @@ def move(one: Version, former: str | None) -> None:
 
 
 def point_previous(model: str, number: str | None) -> None:
-    """Let the alias `previous` point to a version, or to none."""
+    """Point the alias `previous` to a version, or remove it."""
     client = tracking.client()
     if number is not None:
-        tracking.retrying(lambda: client.set_registered_model_alias(model, PREVIOUS, number))
+        client.set_registered_model_alias(model, PREVIOUS, number)
     elif PREVIOUS in aliases(model):
-        tracking.retrying(lambda: client.delete_registered_model_alias(model, PREVIOUS))
+        client.delete_registered_model_alias(model, PREVIOUS)
 
 
 def now() -> str:
@@ -253,7 +247,7 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
             message = f"the champion before it, version {former}, was rolled back itself."
             raise refuse("MODEL", bad, message, fix, kind="registry")
         tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
-        tracking.retrying(lambda: tracking.client().set_registered_model_alias(model, CHAMPION, former))
+        tracking.client().set_registered_model_alias(model, CHAMPION, former)
         before = restored.tags.get(FORMER, "none")
         point_previous(model, None if before == "none" else before)
         return bad, restored

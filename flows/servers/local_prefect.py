@@ -24,7 +24,7 @@ RETRIES = 7
 """Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
 
 _own: ContextVar[str | None] = ContextVar("own", default=None)
-"""Address of the server that `local_prefect` has started, within it: nobody on another host shares it."""
+"""Address of the server that `local_prefect` has started, within it: not shared with other hosts."""
 
 
 def has_shared_server() -> bool:
@@ -41,7 +41,7 @@ def quieten() -> None:
 
 
 def not_repeated(record: logging.LogRecord) -> bool:
-    """False where Prefect says again what the stage's own line says: that it is done, or has failed."""
+    """False where Prefect repeats the stage's own line: that it is done, or has failed."""
     return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
 
 
@@ -74,8 +74,8 @@ def local_prefect() -> Iterator[None]:
     quieten()
     if PREFECT_API_URL.value():
         refuse_no_server()
-        said = "PREFECT_CLIENT_MAX_RETRIES" in os.environ
-        patience: dict[Any, Any] = {} if said else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        is_set = "PREFECT_CLIENT_MAX_RETRIES" in os.environ
+        patience: dict[Any, Any] = {} if is_set else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
         with temporary_settings(patience):
             yield
         return

@@ -74,7 +74,7 @@ def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
     """The wanted port; without one the usual, or a free one when that is taken.
 
     Raises:
-        StageError: the wanted port is taken, or the host is no address of this machine.
+        StageError: the wanted port is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [wanted] if wanted is not None else [usual, 0]:
@@ -174,7 +174,7 @@ def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 
 def failed(server: Server) -> StageError:
-    """What a server said last."""
+    """The end of a server's log."""
     text = tracking.without_passwords(server.log.read_text(errors="replace"))
     tail = "\n".join(text.splitlines()[-15:])
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")

@@ -58,7 +58,7 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
     """
     by_prompt = sorted(range(len(prompt_ids)), key=lambda row: prompt_ids[row])
     ordered = [prompt_ids[row] for row in by_prompt]
-    found = []
+    others_of = []
     for row, prompt in enumerate(prompt_ids):
         first, end = bisect_left(ordered, prompt), bisect_right(ordered, prompt)
         others = len(ordered) - (end - first)
@@ -71,8 +71,8 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
                 kind="data",
             )
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)
-        found.append(by_prompt[drawn if drawn < first else drawn + end - first])
-    return found
+        others_of.append(by_prompt[drawn if drawn < first else drawn + end - first])
+    return others_of
 
 
 class KTO(OfflineAlignment):

@@ -6,7 +6,7 @@ et al. 2022, with the details that Huang et al. 2024 (https://arxiv.org/abs/2403
 Left out of the papers' method, or changed:
 1. Early stopping of the epochs by KL (an option in later code, not in the paper): clipping and `kl_coef` bound it.
 2. An entropy bonus (Schulman et al. eq. 9): the KL penalty holds entropy already; entropy is logged.
-3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not at hand.
+3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not available.
 4. Whitening by minibatch (Ziegler's code): advantages are whitened over the whole rollout, all ranks together, so that
    neither the batch size nor the number of devices changes an advantage, and small minibatches add no noise to it.
    Rewards are not whitened: scores come normalised, by the reward model's own scale or else by the first rollout's.
@@ -34,13 +34,14 @@ from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Row, read
 from stages.engine.data.order import order, step_rows
 from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
-from stages.engine.distributed import rank, share, whole, world
+from stages.engine.distributed import gather_in_order, rank, share, world
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.lora import base_of
 from stages.engine.models.policy import Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
 from stages.engine.sampling import sample, seed_of
+from stages.engine.scoring.batched import over_trees
 from stages.engine.training.method import Metrics, Totals
 from stages.runtime.context import StageContext
 
@@ -124,14 +125,20 @@ class ActorCritic(nn.Module):
         return out.logps_N, values_N, out.entropy_N
 
 
-@dataclass
-class Rollout:
-    """The answers of one iteration, whole on every rank. Token tensors hold the answers end to end, on the CPU."""
+@dataclass(frozen=True)
+class Sampled:
+    """The answers of one iteration, whole on every rank."""
 
     iteration: int
     rows: list[int]
     """Number of each answer's prompt."""
     answers: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Rollout(Sampled):
+    """Answers with what an update needs of them. Token tensors hold the answers end to end, on the CPU."""
+
     logps_N: Tensor
     values_N: Tensor
     advantages_N: Tensor
@@ -139,9 +146,9 @@ class Rollout:
     stats: dict[str, float]
     """What is logged of the iteration."""
 
-    def of(self, name: str, positions: Sequence[int]) -> Tensor:
+    def of(self, tensor_N: Tensor, positions: Sequence[int]) -> Tensor:
         """A token tensor's parts that belong to some answers, end to end."""
-        pieces = getattr(self, name).split([len(a) for a in self.answers])
+        pieces = tensor_N.split([len(a) for a in self.answers])
         return torch.cat([pieces[i] for i in positions])
 
 
@@ -158,8 +165,8 @@ class Micro:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What policy, critic and reference say of one answer's tokens at rollout time."""
+class TokenStats:
+    """What policy, critic and reference give for one answer's tokens at rollout time."""
 
     logps_T: Tensor
     values_T: Tensor
@@ -167,7 +174,7 @@ class Seen:
     entropy_T: Tensor
 
 
-class Judge:
+class RewardModel:
     """The reward model. It may have a tokenizer and a chat template of its own: then it reads the answers' text."""
 
     def __init__(self, folder: Path, policy_folder: Path, config: methods.PPO, on: Policy | None) -> None:
@@ -185,22 +192,17 @@ class Judge:
         body = answer[:-1] if answer[-1] in self.codec.stop_ids else answer
         return Tree(tuple(prompt), ((*body, self.codec.end_id),))
 
-    @torch.no_grad()
     def __call__(self, trees: Sequence[Tree]) -> list[float]:
         """One score per tree, at the last real token."""
         if not trees:
             return []
         if self.layout is None:
             self.layout = choose_layout(self.scorer, self.config.layout, trees[:8], self.codec.pad_id)
-        layout = self.layout
-        scores = [0.0] * len(trees)
-        by_size = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], layout))
-        for group in cut([tree_tokens(trees[i], layout) for i in by_size], self.config.tokens_per_micro_batch):
-            rows = [by_size[i] for i in group]
-            batch = collate([trees[i] for i in rows], layout, self.codec.pad_id).to(self.scorer.device)
-            for i, score in zip(rows, self.scorer(batch).tolist(), strict=True):
-                scores[i] = score
-        return scores
+        budget, pad_id = self.config.tokens_per_micro_batch, self.codec.pad_id
+        scores: dict[int, list[float]] = {}
+        for batch in over_trees(self.scorer, self.scorer, trees, self.layout, budget, pad_id):
+            scores |= batch
+        return [scores[i][0] for i in range(len(trees))]
 
     def set_scale(self, mean: float, std: float) -> None:
         """Scores come out as (score - mean) / std from now on."""
@@ -229,7 +231,7 @@ class PPO:
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=self.seed)
         one_base = config.lora is not None and base_of(reward) == context.request.inputs["model"].sha256
-        self.judge = Judge(reward, folder, config, on=policy if one_base else None)
+        self.reward_model = RewardModel(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
         self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
@@ -256,8 +258,8 @@ class PPO:
         model and critic all stand on the SFT model's.
         """
         lora = self.config.lora is not None
-        if self.judge.same_tokens:
-            on = policy if one_base else self.judge.scorer if lora else None
+        if self.reward_model.same_tokens:
+            on = policy if one_base else self.reward_model.scorer if lora else None
             return load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
         critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
         nn.init.zeros_(critic.plain.get_parameter("score.weight"))
@@ -277,7 +279,7 @@ class PPO:
     def fitting(self, rows: list[Row]) -> tuple[list[Row], list[list[int]]]:
         """The rows whose prompt leaves room for an answer, and their tokens. Raises StageError when none does."""
         config = self.config
-        models = [self.policy, self.judge.scorer, *([self.critic] if self.critic else [])]
+        models = [self.policy, self.reward_model.scorer, *([self.critic] if self.critic else [])]
         limits = [config.max_length, *(context_length(m.plain) or config.max_length for m in models)]
         room = min(limits) - config.max_new_tokens - 1
         prompts = [self.codec.prompt(row["prompt"]) for row in rows]
@@ -387,7 +389,7 @@ class PPO:
     def tree(self, rollout_row: int, answer: Sequence[int]) -> Tree:
         return Tree(tuple(self.prompts[rollout_row]), (tuple(answer),))
 
-    def minibatch(self, rollout: Rollout, within: int) -> list[list[int]]:
+    def minibatch(self, rollout: Sampled, within: int) -> list[list[int]]:
         """This rank's answers of one optimizer step of the iteration, cut into micro-batches of like length."""
         epoch, part = divmod(within, self.steps_per_epoch)
         size, number = self.config.batch_size, rollout.iteration * self.config.ppo_epochs + epoch
@@ -398,27 +400,24 @@ class PPO:
         groups = cut([sizes[i] for i in mine], self.config.tokens_per_micro_batch)
         return [[mine[i] for i in group] for group in groups]
 
-    def batch(self, rollout: Rollout, positions: Sequence[int]) -> Batch:
+    def batch(self, rollout: Sampled, positions: Sequence[int]) -> Batch:
         trees = [self.tree(rollout.rows[i], rollout.answers[i]) for i in positions]
         return collate(trees, self.layout, self.codec.pad_id).to(self.policy.device)
 
     def micro(self, rollout: Rollout, positions: list[int]) -> Micro:
-        names = ("logps_N", "values_N", "advantages_N", "returns_N")
-        tensors = [rollout.of(name, positions).to(self.policy.device) for name in names]
-        logps_N, values_N, advantages_N, returns_N = tensors
-        return Micro(self.batch(rollout, positions), logps_N, values_N, advantages_N, returns_N)
+        every = (rollout.logps_N, rollout.values_N, rollout.advantages_N, rollout.returns_N)
+        old_N, values_N, advantages_N, returns_N = (rollout.of(t, positions).to(self.policy.device) for t in every)
+        return Micro(self.batch(rollout, positions), old_N, values_N, advantages_N, returns_N)
 
     # --- rollouts ---
 
     def collect(self, iteration: int) -> Rollout:
         """Sample, score, and work out advantages. Every rank does its share; all get the whole."""
         rows = step_rows(len(self.rows), iteration, self.config.rollout_size, seed_of(self.seed, "prompts"))
-        none_N = torch.zeros(0)
-        rollout = Rollout(iteration, rows, self.answer(iteration, rows), none_N, none_N, none_N, none_N, {})
-        self.new_tokens = sum(map(len, rollout.answers))
-        scores = self.score(rollout)
-        seen = self.look(rollout)
-        self.fill(rollout, torch.tensor(scores, dtype=torch.float64), seen)
+        sampled = Sampled(iteration, rows, self.answer(iteration, rows))
+        self.new_tokens = sum(map(len, sampled.answers))
+        scores_B = torch.tensor(self.score(sampled), dtype=torch.float64)
+        rollout = self.finish_rollout(sampled, scores_B, self.measure(sampled))
         if self.config.kl_target is not None:
             kl, answers = rollout.stats["train/kl_to_reference"], len(rows)
             self.kl_coef = adapt_kl(self.kl_coef, kl, self.config.kl_target, answers, self.config.kl_horizon)
@@ -436,15 +435,15 @@ class PPO:
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
         )
-        return whole(dict(zip(mine, answers, strict=True)))
+        return gather_in_order(dict(zip(mine, answers, strict=True)))
 
-    def score(self, rollout: Rollout) -> list[float]:
+    def score(self, sampled: Sampled) -> list[float]:
         """The reward model's normalised scores. One without a scale gets that of the first rollout: the reference's."""
-        mine = share(range(len(rollout.rows)), rank(), world())
-        rows = [(rollout.rows[i], rollout.answers[i]) for i in mine]
-        trees = [self.judge.tree(self.rows[row], self.prompts[row], answer) for row, answer in rows]
-        scores = whole(dict(zip(mine, self.judge(trees), strict=True)))
-        if self.judge.scaled or self.scale is not None:
+        mine = share(range(len(sampled.rows)), rank(), world())
+        rows = [(sampled.rows[i], sampled.answers[i]) for i in mine]
+        trees = [self.reward_model.tree(self.rows[row], self.prompts[row], answer) for row, answer in rows]
+        scores = gather_in_order(dict(zip(mine, self.reward_model(trees), strict=True)))
+        if self.reward_model.scaled or self.scale is not None:
             return scores
         raw_B = torch.tensor(scores, dtype=torch.float64)
         self.set_scale(float(raw_B.mean()), float(raw_B.std(correction=0).clamp(min=1e-6)))
@@ -453,27 +452,27 @@ class PPO:
     def set_scale(self, mean: float, std: float) -> None:
         """Normalise the scores of a reward model that brings no scale, and the values that began as it."""
         self.scale = [mean, std]
-        self.judge.set_scale(mean, std)
-        if self.critic is not None and self.judge.same_tokens:
+        self.reward_model.set_scale(mean, std)
+        if self.critic is not None and self.reward_model.same_tokens:
             self.critic.mean, self.critic.std = mean, std
 
     @torch.no_grad()
-    def look(self, rollout: Rollout) -> list[Seen]:
+    def measure(self, sampled: Sampled) -> list[TokenStats]:
         """Log-probs, values and reference log-probs, in the very micro-batches of the first epoch.
 
         Equal inputs through the equal forward: the ratio starts at exactly 1 and, on the untrained policy, KL at 0.
         """
-        seen: dict[int, Seen] = {}
+        stats: dict[int, TokenStats] = {}
         for within in range(self.steps_per_epoch):
-            for positions in self.minibatch(rollout, within):
-                batch = self.batch(rollout, positions)
+            for positions in self.minibatch(sampled, within):
+                batch = self.batch(sampled, positions)
                 own = self.actor_critic(batch, entropy=True, temperature=self.config.temperature)
                 logps_N, values_N, entropy_N = own
-                lengths = [len(rollout.answers[i]) for i in positions]
+                lengths = [len(sampled.answers[i]) for i in positions]
                 tensors = (logps_N, values_N, self.reference_logps(batch), entropy_N)
                 parts = [tensor.float().cpu().split(lengths) for tensor in tensors]
-                seen |= {i: Seen(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
-        return whole(seen)
+                stats |= {i: TokenStats(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
+        return gather_in_order(stats)
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """Of the SFT model: the adapters switched off, or a frozen copy."""
@@ -481,28 +480,32 @@ class PPO:
         with policy.reference() if self.frozen is None else nullcontext():
             return policy(batch, temperature=self.config.temperature).logps_N
 
-    def fill(self, rollout: Rollout, scores_B: Tensor, seen: list[Seen]) -> None:
+    def finish_rollout(self, sampled: Sampled, scores_B: Tensor, stats: list[TokenStats]) -> Rollout:
         """Rewards, advantages and returns of the whole rollout, in float64; and what is logged of it."""
         config = self.config
-        ended_B = torch.tensor([answer[-1] in self.codec.stop_ids for answer in rollout.answers])
-        lengths_B = torch.tensor([len(answer) for answer in rollout.answers])
+        ended_B = torch.tensor([answer[-1] in self.codec.stop_ids for answer in sampled.answers])
+        lengths_B = torch.tensor([len(answer) for answer in sampled.answers])
         mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
         logps_BT, values_BT, reference_BT = (
-            pad_sequence([getattr(s, name).double() for s in seen], batch_first=True)
-            for name in ("logps_T", "values_T", "reference_T")
+            pad_sequence([tensor_T.double() for tensor_T in tensors], batch_first=True)
+            for tensors in zip(*((s.logps_T, s.values_T, s.reference_T) for s in stats), strict=True)
         )
         paid_B = scores_B - config.missing_end_penalty * (~ended_B)
         rewards_BT = token_rewards(paid_B, logps_BT, reference_BT, mask_BT, self.kl_coef)
         advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, config.gamma, config.lam)
-        rollout.logps_N = torch.cat([s.logps_T for s in seen])
-        rollout.values_N = torch.cat([s.values_T for s in seen])
-        rollout.advantages_N = whiten(advantages_BT, mask_BT)[mask_BT].float()
-        rollout.returns_N = returns_BT[mask_BT].float()
-        rollout.stats = {
+        logged = {
             "train/score": float(scores_B.mean()),
             "train/kl_to_reference": float((logps_BT - reference_BT).sum(1).mean()),
             "train/kl_coef": self.kl_coef,
-            "train/entropy": float(torch.cat([s.entropy_T for s in seen]).double().mean()),
+            "train/entropy": float(torch.cat([s.entropy_T for s in stats]).double().mean()),
             "train/length": float((lengths_B - ended_B.long()).double().mean()),
             "train/ended": float(ended_B.double().mean()),
         }
+        return Rollout(
+            **vars(sampled),
+            logps_N=torch.cat([s.logps_T for s in stats]),
+            values_N=torch.cat([s.values_T for s in stats]),
+            advantages_N=whiten(advantages_BT, mask_BT)[mask_BT].float(),
+            returns_N=returns_BT[mask_BT].float(),
+            stats=logged,
+        )

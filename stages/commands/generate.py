@@ -16,6 +16,7 @@ from stages.engine.models.loading import load_policy
 from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, SentimentJudge
 from stages.generate import HOW_TO_RANK, Messages, Progress, answer, label, score, summary, write
 from stages.validate import formats, readers
+from stages.validate.cells import BadRow
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,9 +52,9 @@ def prompts_of(path: str, limit: int | None) -> list[Messages]:
     for number, record in enumerate(readers.records(ValidateParams(path=path, kind="prompt", limit=limit))):
         try:
             if record.row is None:
-                raise formats.Bad("row", record.reason)
+                raise BadRow("row", record.reason)
             turns = formats.parse("prompt", record.row)["prompt"]
-        except formats.Bad as problem:
+        except BadRow as problem:
             fix = "`alignflow validate --kind prompt` cleans a file"
             message = f"row {number} holds no prompt: {problem}"
             raise refuse("--prompts", path, message, fix, kind="bad_data") from problem

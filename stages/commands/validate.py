@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from schemas.config import Kind, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from stages.validate import check
+from stages.validate.context import Context
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     error = None
     try:
         params = _params(options)
-        check(params, options.out, None if options.model is None else _codec(options.model), options.evaluation)
+        codec = None if options.model is None else _codec(options.model)
+        check(Context(params, codec, options.evaluation), options.out)
     except StageError as refusal:
         error = refusal
     _print(options, error)

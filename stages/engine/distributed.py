@@ -36,6 +36,6 @@ def processes() -> PartialState:
     return state
 
 
-def whole(mine: dict[int, Any]) -> list[Any]:
+def gather_in_order(mine: dict[int, Any]) -> list[Any]:
     """What all ranks have worked out, keyed by position, as one list in order of position."""
     return [value for _, value in sorted(gather_object(list(mine.items())), key=lambda item: item[0])]

@@ -32,7 +32,7 @@ def clear_work(key: str) -> None:
 
 
 def place() -> dict[str, str]:
-    """Tags that say where a run is made: whose locks tell whether it lives."""
+    """Tags that name where a run is made: its locks show whether it is alive."""
     return {"host": socket.gethostname(), "home": str(home())}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.runtime.workspace import home, lock_if_free, work_folder, write_whole
-from stages.tracking.mlflow_client import client, first_line, retrying, value_classes
+from stages.tracking.mlflow_client import client, first_line, plain_client, retrying, runs, value_classes
 from stages.tracking.names import acceptable_name
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ def journal_file(key: str, run_id: str) -> Path:
 
 def points_of(run_id: str) -> dict[tuple[str, int], bool]:
     """(name, step) of all metrics that MLflow has of a run, and whether their value is finite."""
-    found: dict[tuple[str, int], bool] = {}
-    for name in retrying(lambda: client().get_run(run_id)).data.metrics:
-        for point in retrying(lambda name=name: client().get_metric_history(run_id, name)):
-            found[name, point.step] = math.isfinite(point.value)
-    return found
+    points: dict[tuple[str, int], bool] = {}
+    for name in client().get_run(run_id).data.metrics:
+        for point in client().get_metric_history(run_id, name):
+            points[name, point.step] = math.isfinite(point.value)
+    return points
 
 
 class Journal:
-    """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
+    """Metrics in a local file, shipped to MLflow by a side thread; training never waits for it, and no line is lost.
 
     Each line holds its timestamp, so that shipping a line twice (after a crash, or when an answer got lost) leaves one
     point in MLflow. A point that is already there, from before a resume, is not written again.
@@ -83,7 +83,7 @@ class Journal:
                 if step is not None and known is not None and (known or not finite):
                     continue
                 self._seen[place] = finite
-                # repr: NaN and infinity are no JSON numbers
+                # repr: JSON has no NaN and no infinity
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)
 
@@ -99,7 +99,7 @@ class Journal:
 
     def _ship(self) -> None:
         while batch := self._waiting[:METRICS_PER_BATCH]:
-            client().log_batch(self.run_id, metrics=[self._metric(point) for point in batch])
+            plain_client().log_batch(self.run_id, metrics=[self._metric(point) for point in batch])
             with self._guard:
                 del self._waiting[: len(batch)]
 
@@ -119,11 +119,9 @@ def close_left() -> list[str]:
     """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
 
     Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
-    stage that is asked for again goes on in the same run.
+    stage that is asked for again resumes in the same run.
     """
-    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
-    query = f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'"
-    left = retrying(lambda: client().search_runs(experiments, query))
+    left = runs(f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'")
     mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]
     return [run.info.run_id for run in mine if _close(run.data.tags["stage.key"], run.info.run_id)]
 
@@ -131,12 +129,12 @@ def close_left() -> list[str]:
 def _close(key: str, run_id: str) -> bool:
     """Close one run as KILLED, its journal shipped, unless its stage lives or has ended it since it was found."""
     with lock_if_free(work_folder(key) / "lock") as free:
-        if not free or retrying(lambda: client().get_run(run_id)).info.status != "RUNNING":
+        if not free or client().get_run(run_id).info.status != "RUNNING":
             return False
         if journal_file(key, run_id).exists():
             Journal(journal_file(key, run_id), run_id).close()
         problem = "the process was killed, or its machine went down. Fix: start it again: it resumes"
-        retrying(lambda: client().set_tag(run_id, "problem", problem))
-        retrying(lambda: client().set_terminated(run_id, "KILLED"))
+        client().set_tag(run_id, "problem", problem)
+        client().set_terminated(run_id, "KILLED")
     log.info("run %s was left RUNNING by a process that died: closed as KILLED", run_id)
     return True

@@ -1,4 +1,4 @@
-"""MLflow's client: found, made ready, and asked again while it is away."""
+"""MLflow's client: created, migrated, and asked again while it is away."""
 
 import contextlib
 import logging
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas import environment
 from schemas.stage import Request
 from stages.runtime.workspace import home, lock
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger("alignflow")
@@ -37,7 +38,7 @@ QUIET = {
 
 RETRY_SECONDS = 90.0
 
-# What the errors say of a locked database, and of a server that is away or busy.
+# Errors of a locked database, and of a server that is away or busy.
 TRANSIENT = (
     r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
     r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
@@ -57,6 +58,17 @@ def value_classes() -> Any:
     import mlflow.entities
 
     return mlflow.entities
+
+
+class _Retrying:
+    """MLflow's client, each of whose calls is made again while its error is transient."""
+
+    def __init__(self, plain: "MlflowClient") -> None:
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._plain, name)
+        return lambda *given, **named: retrying(lambda: method(*given, **named))
 
 
 @cache
@@ -90,9 +102,25 @@ def _client_for(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
 
 
-def client() -> "MlflowClient":
-    """MLflow's client for `tracking_uri()`."""
+def plain_client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`, which asks once, for callers that must not wait or retry by themselves."""
     return _client_for(tracking_uri())
+
+
+def client() -> "MlflowClient":
+    """MLflow's client for `tracking_uri()`; what it is asked while MLflow is away is asked again."""
+    return cast("MlflowClient", _Retrying(plain_client()))
+
+
+def runs(condition: str) -> "Iterator[Run]":
+    """All runs, of all experiments, that meet a condition in MLflow's query language; newest first."""
+    experiments, token = [experiment.experiment_id for experiment in client().search_experiments()], None
+    while True:
+        page = client().search_runs(experiments, condition, order_by=["attributes.start_time DESC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def setup() -> None:
@@ -131,7 +159,7 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class _Clock:
-    """Seconds that this process has waited for MLflow; those of the side thread are nobody's wait."""
+    """Seconds that this process has waited for MLflow; the side thread's do not count."""
 
     waited: float = 0.0
 
@@ -140,7 +168,7 @@ clock = _Clock()
 
 
 def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
-    """The call's answer, tried again for so many seconds while its error is a passing one."""
+    """The call's answer, tried again for `seconds` while its error is transient."""
     began = time.monotonic()
     try:
         return _retrying(call, began + seconds)
@@ -169,21 +197,21 @@ def experiment_name(request: Request) -> str:
 
 def experiment(name: str) -> str:
     """Id of the experiment, made when it does not exist."""
-    found = retrying(lambda: client().get_experiment_by_name(name))
-    if found is not None:
-        return found.experiment_id
-    # With a server, the server says where artifacts lie; alone, they lie beside the database.
+    existing = client().get_experiment_by_name(name)
+    if existing is not None:
+        return existing.experiment_id
+    # With a server, it decides where artifacts are kept; without one, they are beside the database.
     location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
     try:
-        return retrying(lambda: client().create_experiment(name, artifact_location=location))
+        return client().create_experiment(name, artifact_location=location)
     except Exception:
-        found = client().get_experiment_by_name(name)  # another process was quicker
-        if found is None:
+        existing = client().get_experiment_by_name(name)  # another process was quicker
+        if existing is None:
             raise
-        return found.experiment_id
+        return existing.experiment_id
 
 
 def behind_server(name: str) -> bool:
     """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
-    found = retrying(lambda: client().get_experiment_by_name(name))
-    return found is not None and str(found.artifact_location).startswith("mlflow-artifacts:")
+    existing = client().get_experiment_by_name(name)
+    return existing is not None and str(existing.artifact_location).startswith("mlflow-artifacts:")

@@ -1,4 +1,4 @@
-"""Finished runs: found by their key, taken again, compared."""
+"""Finished runs: found by their key, reused, compared."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlencode
 
 from schemas.stage import Result
-from stages.tracking.mlflow_client import client, retrying
+from stages.tracking.mlflow_client import client, runs
 from stages.tracking.names import TAG_LENGTH
 from stages.tracking.store import BAD, intact, local_path, location_of
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def runs_with(key: str, condition: str) -> "list[Run]":
     """Runs of a stage key that fit a condition on their attributes, newest first, in any experiment."""
-    experiments = [e.experiment_id for e in retrying(lambda: client().search_experiments())]
-    query = f"tags.`stage.key` = '{key}' and {condition}"
-    return list(retrying(lambda: client().search_runs(experiments, query, order_by=["attributes.start_time DESC"])))
+    return list(runs(f"tags.`stage.key` = '{key}' and {condition}"))
 
 
 def _result_of(run_id: str) -> Result | None:
@@ -29,10 +27,10 @@ def _result_of(run_id: str) -> Result | None:
     path = local_path(location)
     if path is not None:
         return Result.model_validate_json(path.read_text()) if path.exists() else None
-    if not any(file.path == "result.json" for file in retrying(lambda: client().list_artifacts(run_id))):
+    if not any(file.path == "result.json" for file in client().list_artifacts(run_id)):
         return None
     with tempfile.TemporaryDirectory() as folder:
-        got = retrying(lambda: client().download_artifacts(run_id, "result.json", folder))
+        got = client().download_artifacts(run_id, "result.json", folder)
         return Result.model_validate_json(Path(got).read_text())
 
 
@@ -48,20 +46,20 @@ def find(key: str) -> Result | None:
 
 
 def note_reuse(result: Result, pipeline_run: str | None) -> None:
-    """Say on a reused run which pipeline run took it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
+    """Record on a reused run which pipeline run reused it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
     if not pipeline_run or not result.run_id:
         return
     run_id = result.run_id
-    tags = retrying(lambda: client().get_run(run_id)).data.tags
+    tags = client().get_run(run_id).data.tags
     if tags.get("pipeline.run") == pipeline_run:
         return
     others = [name for name in tags.get("pipeline.reused_by", "").split() if name != pipeline_run]
     value = " ".join([*others, pipeline_run])
     while len(value) > TAG_LENGTH:
         value = value.partition(" ")[2]  # forget the oldest
-    retrying(lambda: client().set_tag(run_id, "pipeline.reused_by", value))
+    client().set_tag(run_id, "pipeline.reused_by", value)
     # For "the last comparison": a run that is taken again counts as new.
-    retrying(lambda: client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000)))
+    client().set_tag(run_id, "pipeline.reused_at", str(time.time_ns() // 1_000_000))
 
 
 def compare_link(server: str, run_ids: list[str], view: Literal["CHART", "ARTIFACT"] = "CHART") -> str | None:
@@ -72,7 +70,7 @@ def compare_link(server: str, run_ids: list[str], view: Literal["CHART", "ARTIFA
     """
     if not run_ids:
         return None
-    runs = [retrying(lambda run_id=run_id: client().get_run(run_id)) for run_id in run_ids]
+    runs = [client().get_run(run_id) for run_id in run_ids]
     experiments = sorted({run.info.experiment_id for run in runs})
     chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
     query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}

@@ -25,7 +25,7 @@ from stages.tracking.mlflow_client import (
     experiment,
     experiment_name,
     first_line,
-    retrying,
+    plain_client,
     value_classes,
     without_passwords,
 )
@@ -100,13 +100,13 @@ class StageRun:
         if left:
             self.run_id = left[0].info.run_id
             log.info("continuing run %s, which was interrupted (%s)", self.run_id, left[0].info.status)
-            retrying(lambda: client().update_run(self.run_id, status="RUNNING"))
+            client().update_run(self.run_id, status="RUNNING")
             if "problem" in left[0].data.tags:
-                retrying(lambda: client().delete_tag(self.run_id, "problem"))
+                client().delete_tag(self.run_id, "problem")
             return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
-        self.run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=self.request.label)).info.run_id
+        self.run_id = client().create_run(name, tags=tags, run_name=self.request.label).info.run_id
         return False
 
     def _describe(self) -> None:
@@ -137,11 +137,13 @@ class StageRun:
             try:
                 self._journal.close()
             finally:
-                retrying(lambda: client().set_terminated(self.run_id, status))
+                client().set_terminated(self.run_id, status)
         except Exception as second:
             if error is None:
                 raise
-            log.warning("MLflow could not be told how the run ended: %s", first_line(second))  # the first error matters
+            log.warning(
+                "the end of the run could not be recorded in MLflow: %s", first_line(second)
+            )  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
@@ -154,13 +156,13 @@ class StageRun:
         return self.result
 
     def fail(self, problem: Problem, trace: str | None = None) -> None:
-        """Write down on the run why the stage stops; where even that cannot be written, say so."""
+        """Record on the run why the stage stops; log where even that fails."""
         try:
             self.tag("problem", str(problem))
             if trace:
                 self.text(without_passwords(trace), "traceback.txt")
         except Exception as error:
-            log.warning("MLflow could not be told why the stage stopped: %s", first_line(error))
+            log.warning("the reason why the stage stopped could not be recorded in MLflow: %s", first_line(error))
 
     def has(self, name: str) -> bool:
         """Whether the request brings an input of that name."""
@@ -189,13 +191,13 @@ class StageRun:
         """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""
         if self.rank > 0:
             return
-        known = retrying(lambda: client().get_run(self.run_id)).data.params
+        known = client().get_run(self.run_id).data.params
         flat = {acceptable_name(name): value for name, value in flatten(values).items()}
         param = value_classes().Param
         new = [param(name, shortened(value, PARAM_LENGTH)) for name, value in flat.items() if name not in known]
         for start in range(0, len(new), ENTRIES_PER_BATCH):
             batch = new[start : start + ENTRIES_PER_BATCH]
-            retrying(lambda batch=batch: client().log_batch(self.run_id, params=batch))
+            client().log_batch(self.run_id, params=batch)
 
     def tag(self, name: str, value: object) -> None:
         """Set a tag of the run."""
@@ -205,18 +207,18 @@ class StageRun:
     def _tags(self, values: Mapping[str, object]) -> None:
         tag = value_classes().RunTag
         tags = [tag(acceptable_name(name), shortened(str(value), TAG_LENGTH)) for name, value in values.items()]
-        retrying(lambda: client().log_batch(self.run_id, tags=tags))
+        client().log_batch(self.run_id, tags=tags)
 
     def file(self, path: Path, folder: str = "") -> None:
         """Log a file as an artifact of the run, in a folder of it."""
         if self.rank == 0:
-            retrying(lambda: client().log_artifact(self.run_id, str(path), folder or None))
+            client().log_artifact(self.run_id, str(path), folder or None)
 
     def text(self, text: str, name: str) -> None:
         """Log a text as an artifact file of that name."""
         if self.rank == 0:
             clean = text.encode(errors="replace").decode()  # a lone surrogate cannot be written
-            retrying(lambda: client().log_text(self.run_id, clean, name))
+            client().log_text(self.run_id, clean, name)
 
     def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         """Log a table that MLflow's UI shows side by side across runs, e.g. as `eval/samples.json`.
@@ -244,7 +246,7 @@ class StageRun:
         )
         context = [entities.InputTag("mlflow.data.context", self.request.stage)]
         logged = [entities.DatasetInput(dataset=dataset, tags=context)]
-        retrying(lambda: client().log_inputs(self.run_id, datasets=logged))
+        client().log_inputs(self.run_id, datasets=logged)
 
     def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
@@ -273,38 +275,36 @@ class StageRun:
             )
 
     def _publish_folder(self, name: str, folder: Path) -> str:
-        taken = {file.path for file in retrying(lambda: client().list_artifacts(self.run_id))}
+        taken = {file.path for file in client().list_artifacts(self.run_id)}
         place = name
         while place in taken:
             place += "-again"  # a killed process has left part of it
-        retrying(lambda: client().log_artifacts(self.run_id, str(folder), place))
+        client().log_artifacts(self.run_id, str(folder), place)
         return f"runs:/{self.run_id}/{place}"
 
     def _publish_model(self, folder: Path, sha256: str) -> str:
         entities, request = value_classes(), self.request
-        run = retrying(lambda: client().get_run(self.run_id))
-        model = retrying(
-            lambda: client().create_logged_model(
-                run.info.experiment_id,
-                name=re.sub(r"[^\w\- ]", "_", self.request.label),
-                source_run_id=self.run_id,
-                tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
-                params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
-                model_type=request.stage,
-            )
+        run = client().get_run(self.run_id)
+        model = client().create_logged_model(
+            run.info.experiment_id,
+            name=re.sub(r"[^\w\- ]", "_", self.request.label),
+            source_run_id=self.run_id,
+            tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
+            params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
+            model_type=request.stage,
         )
         try:
-            retrying(lambda: client().log_model_artifacts(model.model_id, str(folder)))
+            client().log_model_artifacts(model.model_id, str(folder))
         except BaseException:
-            client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
+            plain_client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
             raise
-        retrying(lambda: client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY))
+        client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
         output = [entities.LoggedModelOutput(model.model_id, 0)]
-        retrying(lambda: client().log_outputs(self.run_id, output))
+        client().log_outputs(self.run_id, output)
         return f"models:/{model.model_id}"
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Say on stderr, every few seconds and at the end, how far the stage is: `sft  120/400 steps  0:34 left`."""
+        """Print progress to stderr, every few seconds and at the end: `sft  120/400 steps  0:34 left`."""
         if self.rank > 0:
             return
         now = time.monotonic()
@@ -312,9 +312,9 @@ class StageRun:
             self._pace = Pace(began=now, first=done, total=total)
         pace = self._pace
         pace.done = done
-        if done < total and now - pace.said < PROGRESS_SECONDS:
+        if done < total and now - pace.printed < PROGRESS_SECONDS:
             return
-        pace.said = now
+        pace.printed = now
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
@@ -324,13 +324,13 @@ class StageRun:
 
 @dataclass
 class Pace:
-    """How fast a piece of work goes: when it was first heard of, how far it was then, and what was said last."""
+    """The pace of a piece of work: when it began, how far it was then, and when it was last printed."""
 
     began: float = 0.0
     first: int = 0
     total: int = -1
     done: int = -1
-    said: float = -math.inf
+    printed: float = -math.inf
 
 
 def _clock(seconds: float) -> str:

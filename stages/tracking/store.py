@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact, Request
 from stages.runtime.workspace import home, lock
-from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, retrying, tracking_uri
+from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, tracking_uri
 from stages.tracking.names import TAG_LENGTH, shortened
 
 log = logging.getLogger("alignflow")
@@ -40,10 +40,10 @@ def location_of(uri: str) -> str:
     """Where the files of an artifact really lie: a path, or the address in an artifact store."""
     if uri.startswith("runs:/"):
         run_id, _, inner = uri.removeprefix("runs:/").partition("/")
-        run = retrying(lambda: client().get_run(run_id))
+        run = client().get_run(run_id)
         return f"{run.info.artifact_uri}/{inner}".rstrip("/")
     if uri.startswith("models:/m-"):
-        return retrying(lambda: client().get_logged_model(uri.removeprefix("models:/"))).artifact_location
+        return client().get_logged_model(uri.removeprefix("models:/")).artifact_location
     return uri
 
 
@@ -58,7 +58,7 @@ def local_path(location: str) -> Path | None:
 def _download(location: str, sha256: str) -> Path:
     """A copy of a remote artifact, kept by its digest."""
     folder = home() / "cache" / "artifacts" / sha256
-    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name says of what kind it is
+    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name shows its kind
     with lock(folder.with_suffix(".lock")):
         if target.exists() and digest(target) == sha256:
             return target
@@ -68,9 +68,7 @@ def _download(location: str, sha256: str) -> Path:
         beside = folder.with_suffix(".part")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        got = retrying(
-            lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
-        )
+        got = download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
         folder.mkdir(parents=True)
         Path(got).replace(target)
         shutil.rmtree(beside, ignore_errors=True)
@@ -78,7 +76,7 @@ def _download(location: str, sha256: str) -> Path:
 
 
 def portable(request: Request) -> Request:
-    """The request with inputs that any host can fetch: what lies on this host's disk is stored in MLflow first.
+    """The request with inputs that any host can fetch: what is on this host's disk is stored in MLflow first.
 
     The key stays the same: it goes by digests, not by uris.
     """
@@ -93,16 +91,16 @@ def _stored(artifact: Artifact, request: Request) -> Artifact:
     """A local file or folder as an artifact of a run of its own, tagged `stage` = source; stored once per digest."""
     query = f"tags.stage = 'source' and tags.sha256 = '{artifact.sha256}' and attributes.status = 'FINISHED'"
     name = experiment(experiment_name(request))
-    for run in retrying(lambda: client().search_runs([name], query)):
+    for run in client().search_runs([name], query):
         kept = Artifact(uri=f"runs:/{run.info.run_id}/{run.data.tags['artifact']}", sha256=artifact.sha256)
         if intact(kept):
             return kept
     path = fetch(artifact)
     tags = {"stage": "source", "sha256": artifact.sha256, "artifact": f"source/{path.name}"}
-    run_id = retrying(lambda: client().create_run(name, tags=tags, run_name=f"source {path.name}")).info.run_id
+    run_id = client().create_run(name, tags=tags, run_name=f"source {path.name}").info.run_id
     store = client().log_artifacts if path.is_dir() else client().log_artifact
-    retrying(lambda: store(run_id, str(path), tags["artifact"] if path.is_dir() else "source"))
-    retrying(lambda: client().set_terminated(run_id))
+    store(run_id, str(path), tags["artifact"] if path.is_dir() else "source")
+    client().set_terminated(run_id)
     return Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
 
 
@@ -112,7 +110,7 @@ def fetch(artifact: Artifact) -> Path:
     Raises:
         StageError: the artifact is gone or has been altered.
     """
-    fix = "run the pipeline again: the stage that makes it notices and makes it anew"
+    fix = "run the pipeline again: the stage that makes it notices and runs again"
     try:
         location = location_of(artifact.uri)
         folder = local_path(location) or _download(location, artifact.sha256)
@@ -126,9 +124,9 @@ def fetch(artifact: Artifact) -> Path:
         raise refuse("uri", artifact.uri, message, fix, kind="artifact") from error
     if not folder.exists():
         raise refuse("uri", artifact.uri, "the artifact is gone.", fix, kind="artifact")
-    found = digest(folder)
-    if found != artifact.sha256:
-        message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+    actual = digest(folder)
+    if actual != artifact.sha256:
+        message = f"the artifact was altered: its sha256 is {actual}, it should be {artifact.sha256}."
         if local_path(location) is None:
             _mark_bad(artifact, message)
         raise refuse("uri", artifact.uri, message, fix, kind="artifact")
@@ -168,16 +166,16 @@ def registered(uri: str) -> str:
     if not uri.startswith("models:/") or name.startswith("m-"):
         return uri
     if "@" in name:
-        found = retrying(lambda: client().get_model_version_by_alias(*name.rsplit("@", 1)))
+        actual = client().get_model_version_by_alias(*name.rsplit("@", 1))
     else:
-        found = retrying(lambda: client().get_model_version(*name.rsplit("/", 1)))
-    return str(found.source)
+        actual = client().get_model_version(*name.rsplit("/", 1))
+    return str(actual.source)
 
 
 def _model_of_run(uri: str) -> str:
-    """`runs:/ID/model` as the LoggedModel that the run has made: its files don't lie among the run's own."""
+    """`runs:/ID/model` as the LoggedModel that the run has made: its files are not among the run's own."""
     run_id, _, inner = uri.removeprefix("runs:/").partition("/")
-    outputs = retrying(lambda: client().get_run(run_id)).outputs if inner == "model" else None
+    outputs = client().get_run(run_id).outputs if inner == "model" else None
     return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
 
 
@@ -187,7 +185,7 @@ def _copied(location: str) -> Path:
     from mlflow.artifacts import download_artifacts  # late: see value_classes
 
     target.mkdir(parents=True, exist_ok=True)
-    return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(target))))
+    return Path(download_artifacts(artifact_uri=location, dst_path=str(target)))
 
 
 def intact(artifact: Artifact) -> bool:
@@ -211,10 +209,10 @@ def intact(artifact: Artifact) -> bool:
 
 
 def _entries(location: str) -> list[Any]:
-    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    """The entries of a folder of a remote store; none where there is no such folder."""
     from mlflow.artifacts import list_artifacts  # late: see value_classes
 
-    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
+    return list(list_artifacts(artifact_uri=location, tracking_uri=tracking_uri()))
 
 
 def _is_there(location: str) -> bool:
@@ -225,14 +223,14 @@ def _is_there(location: str) -> bool:
 
 def _sizes(location: str) -> dict[str, int]:
     """The files of a remote folder: path in it -> bytes."""
-    found: dict[str, int] = {}
+    actual: dict[str, int] = {}
     for entry in _entries(location):
         name = entry.path.rpartition("/")[2]
         if entry.is_dir:
-            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+            actual |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
         else:
-            found[name] = entry.file_size or 0  # of an empty file, None
-    return found
+            actual[name] = entry.file_size or 0  # of an empty file, None
+    return actual
 
 
 def arrived(artifact: Artifact, folder: Path) -> bool:
@@ -245,11 +243,11 @@ def arrived(artifact: Artifact, folder: Path) -> bool:
 
 
 def _mark_bad(artifact: Artifact, message: str) -> None:
-    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    """Keep `find` from reusing the run that made a remote artifact, so that the stage runs again."""
     if artifact.uri.startswith("models:/m-"):
         run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
     elif artifact.uri.startswith("runs:/"):
         run_id = artifact.uri.removeprefix("runs:/").partition("/")[0]
     else:
         return
-    retrying(lambda: client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH)))
+    client().set_tag(str(run_id), BAD, shortened(f"{artifact.uri}: {message}", TAG_LENGTH))

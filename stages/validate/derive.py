@@ -1,11 +1,40 @@
-"""Derives further kinds of data from one, so that one data set can feed every method; `DERIVES` says which."""
+"""Splits rows by prompt, derives further kinds so that one data set can feed every method (`DERIVES`), writes them."""
+
+from pathlib import Path
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.config import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
 
+PARTS = ("train", "eval", "gold")
 _HEAD = ["row", "prompt", "prompt_id"]
+_CHUNK = 20_000
+
+
+def part(params: ValidateParams) -> pl.Expr:
+    """A row's part, told by `prompt_id` alone: the same prompt is on the same side in all data."""
+    held, gold = params.eval_fraction, params.gold_fraction
+    draw = pl.col("prompt_id").str.slice(0, 8).str.to_integer(base=16) / 2**32
+    choice = pl.when(draw < held).then(pl.lit("eval"))
+    if held < 1:
+        choice = choice.when((draw - held) / (1 - held) < gold).then(pl.lit("gold"))
+    return choice.otherwise(pl.lit("train"))
+
+
+def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:
+    """Write Parquet of every part and kind that has rows; returns part -> kind -> rows. `frame` has column `part`."""
+    counts: dict[str, dict[str, int]] = {}
+    for name in PARTS:
+        rows = frame.filter(pl.col("part") == name).drop("part")
+        tables = {kind: table for kind, table in derive(kind, rows).items() if table.height}
+        counts[name] = {kind: table.height for kind, table in tables.items()}
+        for derived in list(tables):
+            (out / name).mkdir(exist_ok=True)
+            # For every row group polars copies the whole chunk that it lies in: small chunks keep that linear.
+            pieces = pl.concat(tables.pop(derived).iter_slices(_CHUNK), rechunk=False)
+            pieces.write_parquet(out / name / f"{derived}.parquet")
+    return counts
 
 
 def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:

@@ -69,6 +69,20 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Reco
             )
 
 
+def refuse_moving(params: ValidateParams) -> None:
+    """Raise StageError where `params.path` is a Hub dataset that no commit holds still."""
+    source = data_source(params.path)
+    moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
+    if moves and not is_commit(params.revision):
+        raise refuse(
+            "revision",
+            params.revision,
+            f"{params.path} changes with time: a branch or tag moves",
+            "set it to the full commit that you want, so that the same config means the same rows",
+            kind="no_revision",
+        )
+
+
 def _from_file(file: Path) -> Iterator[Record]:
     _refuse_missing(file)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]

@@ -55,7 +55,7 @@ class FixedLengthPPO(ppo.PPO):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.codec.stop_ids = frozenset()
-        self.judge.tree = lambda row, prompt, answer: Tree(tuple(prompt), (tuple(answer),))  # type: ignore[method-assign]
+        self.reward_model.tree = lambda row, prompt, answer: Tree(tuple(prompt), (tuple(answer),))  # type: ignore[method-assign]
 
 
 class InTurns(MemoryContext):

@@ -24,6 +24,7 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.scoring.judges import RewardJudge
 from stages.generate import Generated, label, win_probability
 from stages.validate import check
+from stages.validate.context import Context
 from tests.support import models
 from tests.support.context import MemoryContext
 
@@ -137,7 +138,7 @@ def test_a_reward_model_may_judge(stage: Callable[..., Any], judge: Path) -> Non
 def test_validate_reads_what_was_written(stage: Callable[..., Any], judge: Path, tmp_path: Path, noise: float) -> None:
     rows, _, run = stage(judge="reward", inputs={"judge": judge}, noise=noise, answers=4)
     params = ValidateParams(path="input:rows", kind="ranking", eval_fraction=0.0, max_bad=1.0)
-    report = check(params, tmp_path / "read", rows=run.published["rows"])
+    report = check(Context(params, rows=run.published["rows"]), tmp_path / "read")
     assert report.rows == 4 and report.quarantined == 0
     ranked = pl.read_parquet(tmp_path / "read" / "train" / "ranking.parquet").to_dicts()
     by_prompt = {row["prompt"][0]["content"]: row for row in rows}
@@ -163,7 +164,8 @@ def test_people_rank_the_answers_and_the_file_comes_back(stage: Callable[..., An
     rows[0]["order"], rows[1]["order"], rows[2]["order"] = [2, 0, 1], [0, [1, 2]], [1, 2, 0]
     file = tmp_path / "ranked.jsonl"
     generate.write(rows, file)
-    report = check(ValidateParams(path=str(file), kind="ranking", eval_fraction=0.0, max_bad=0.5), tmp_path / "read")
+    params = ValidateParams(path=str(file), kind="ranking", eval_fraction=0.0, max_bad=0.5)
+    report = check(Context(params), tmp_path / "read")
     assert (report.kept, report.quarantined) == (4, 0)
     assert report.notes == {"not_ranked": 1}, "rows that nobody has ranked yet are kept and counted"
     ranked = pl.read_parquet(tmp_path / "read" / "train" / "ranking.parquet").sort("row").to_dicts()

@@ -12,10 +12,11 @@ from schemas.config import EndpointJudge, PipelineConfig, ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
 from stages import __main__ as entry
-from stages import validate
 from stages.compare import compare
 from stages.compare.page import render_html
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, digest_of, texts, without_text
+from stages.validate import check
+from stages.validate.context import Context
 from tests.support.leak_pipeline import WORD, Run
 
 # The rows themselves, and the vocabulary of the test's model.
@@ -88,14 +89,14 @@ def test_quarantine_and_report_hold_no_values(tmp_path: Path) -> None:
     file.write_text(f"prompt,response,{WORD}\n{WORD},,x\np,r,x\nsay {WORD},r\n")
     for log_text in (True, False):
         out = tmp_path / str(log_text)
-        validate.check(ValidateParams(path=str(file), kind="sft", max_bad=1), out, log_text=log_text)
+        check(Context(ValidateParams(path=str(file), kind="sft", max_bad=1), log_text=log_text), out)
         shown = "".join((out / name).read_text() for name in ("quarantine.jsonl", "report.json"))
         assert (WORD in shown) == log_text
         rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
         assert [(row["row"], row["reason"]) for row in rows] == [(2, "wrong_number_of_cells"), (0, "empty")]
     file.write_text(f"{WORD} is what I asked,and this the answer\np,r\n")
     with pytest.raises(StageError) as refused:
-        validate.check(ValidateParams(path=str(file), kind="sft"), tmp_path / "out", log_text=False)
+        check(Context(ValidateParams(path=str(file), kind="sft"), log_text=False), tmp_path / "out")
     assert WORD not in str(refused.value) and "column 1, column 2" in str(refused.value)
 
 

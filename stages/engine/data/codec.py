@@ -99,12 +99,12 @@ class Codec:
             "local_files_only",
             "auto_map",
             "gguf_file",
-        ):  # where it came from, which is no content
+        ):  # where it came from, which is not content
             self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.save_pretrained(str(folder))
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Render and tokenize, with the special tokens that stand in contents kept apart as text."""
+        """Render and tokenize, with the special tokens that contents hold kept apart as text."""
         contents = "".join(message["content"] for message in messages)
         if not self._special.search(contents):
             return self._encode_control(self.render(messages, add_generation_prompt))
@@ -208,8 +208,8 @@ def _find_end(codec: Codec) -> int:
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
     _, seen, after = codec.render(chat, add_generation_prompt=False).rpartition(mark)
     ids = tokenizer.encode(after, add_special_tokens=False) if seen else []
-    found = [token for token in ids if token in special and token != tokenizer.unk_token_id]
-    end = found[0] if found else _number(tokenizer.eos_token_id)
+    ends = [token for token in ids if token in special and token != tokenizer.unk_token_id]
+    end = ends[0] if ends else _number(tokenizer.eos_token_id)
     if end is None:
         raise StageError(
             "the tokenizer has no token that ends an answer",

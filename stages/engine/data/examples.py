@@ -51,7 +51,7 @@ def _fix(part: str, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as read, and its tokens: the prompt with the answers that hang off it."""
+    """A row as read, and its tokens: the prompt with its answers."""
 
     row: Row
     tree: Tree

@@ -219,7 +219,7 @@ def _read_key(config: EndpointConfig, field: str) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; 0 where it does not say, or says it as a date."""
+    """Seconds that the server asks to wait; 0 where it does not ask, or gives a date."""
     text = response.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 

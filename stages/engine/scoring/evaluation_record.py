@@ -11,7 +11,7 @@ from schemas.errors import refuse
 
 Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
-# Evaluations that differ in any of these say nothing about each other.
+# Evaluations that differ in any of these cannot be compared.
 CONDITIONS = ("judge", "judge_model", "temperature", "max_new_tokens", "seed")
 
 
@@ -58,7 +58,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluation":
-        """Read what `save` wrote. Raises StageError when the folder is no evaluation."""
+        """Read what `save` wrote. Raises StageError when the folder is not an evaluation."""
         try:
             # Not splitlines: an answer may hold U+2028, which ends a line there and not in a file.
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
@@ -87,13 +87,13 @@ def digest_of(prompt: Sequence[Message]) -> str:
 
 
 def without_text(sample: Sample) -> Sample:
-    """All that a sample says in numbers, and its prompt's digest."""
+    """All numbers of a sample, and its prompt's digest."""
     digest = [{"role": "sha256", "content": digest_of(sample.prompt)}]
     return replace(sample, prompt=digest, answer=None, sft_answer=None)
 
 
 def texts(samples: Sequence[Sample], name: str) -> list[str]:
-    """The answers. Raises StageError where the evaluation was told to keep none."""
+    """The answers. Raises StageError where the evaluation keeps none."""
     answers = [sample.answer for sample in samples if sample.answer is not None]
     if len(answers) < len(samples):
         raise refuse(

@@ -3,21 +3,19 @@
 A judge scores answers by themselves (`Scoring`) or compares two (`EndpointJudge`); both kinds have `score` and `wins`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from schemas import config as settings
 from schemas.errors import refuse
 from stages.engine import demo
 from stages.engine.data.codec import Codec, Message
-from stages.engine.data.trees import Tree, collate, cut, tree_tokens
+from stages.engine.data.trees import Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge
 from stages.engine.scoring import metrics
+from stages.engine.scoring.batched import over_trees
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.runtime.context import StageContext
 
@@ -86,7 +84,6 @@ class RewardJudge(Scoring):
         self.scorer = load_judge(folder).eval()
         self.progress = progress
 
-    @torch.no_grad()
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
         trees = [
             Tree(tuple(self.codec.prompt(prompt)), (tuple(self.codec.answer(answer)),))
@@ -95,16 +92,12 @@ class RewardJudge(Scoring):
         if not trees:
             return []
         layout = choose_layout(self.scorer, "packed", trees, self.codec.pad_id)
-        by_length = sorted(range(len(trees)), key=lambda i: tree_tokens(trees[i], layout))
-        scores = [math.nan] * len(trees)
-        for group in cut([tree_tokens(trees[i], layout) for i in by_length], TOKENS_PER_BATCH):
-            rows = [by_length[i] for i in group]
-            batch = collate([trees[i] for i in rows], layout, self.codec.pad_id).to(self.scorer.device)
-            for i, score in zip(rows, self.scorer(batch).tolist(), strict=True):
-                scores[i] = score
+        scores: dict[int, list[float]] = {}
+        for batch in over_trees(self.scorer, self.scorer, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id):
+            scores |= batch
             if self.progress is not None:
-                self.progress(group[-1] + 1, len(trees))
-        return scores
+                self.progress(len(scores), len(trees))
+        return [scores[i][0] for i in range(len(trees))]
 
 
 def judge_for(config: settings.Judge, context: StageContext) -> Judge:

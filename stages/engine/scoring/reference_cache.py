@@ -6,16 +6,18 @@ sweeps over a method's settings share the numbers. Batches differ between runs, 
 
 import contextlib
 import hashlib
+import math
 import sqlite3
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from schemas.errors import refuse
-from stages.engine.data.trees import Layout, Tree, collate, cut, tree_tokens
+from stages.engine.data.trees import Batch, Layout, Tree
 from stages.engine.models.policy import Policy, sums
+from stages.engine.scoring.batched import over_trees
 from stages.tracking import home, lock
 
 Key = bytes
@@ -48,14 +50,15 @@ class ReferenceCache:
         with self._open() as database:
             known = _read(database, [key for row in keys for key in row])
             missing = _missing(trees, keys, known)
-            total, done = sum(len(wanted) for _, wanted in missing), 0
-            for tree_batch in _batches(missing, layout, budget):
-                fresh = _compute(policy, tree_batch, layout, pad_id)
+            total, before = sum(len(wanted) for _, wanted in missing), len(known)
+            batches = over_trees(policy, _totals(policy), [tree for tree, _ in missing], layout, budget, pad_id)
+            for batch in batches:
+                fresh = {key: value for i in batch for key, value in zip(missing[i][1], batch[i], strict=True)}
+                _check_finite(fresh.values())
                 _write(database, fresh)
                 known |= fresh
-                done += len(fresh)
                 if progress is not None:
-                    progress(done, total)
+                    progress(len(known) - before, total)
         return [[known[key] for key in row] for row in keys]
 
     def _key(self, prompt: Sequence[int], answer: Sequence[int]) -> Key:
@@ -80,13 +83,13 @@ Missing = list[tuple[Tree, list[Key]]]
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, float]:
-    found: dict[Key, float] = {}
+    known: dict[Key, float] = {}
     unique = list(dict.fromkeys(keys))
     for start in range(0, len(unique), _LOOK_UP):
         some = unique[start : start + _LOOK_UP]
         marks = ",".join("?" * len(some))
-        found.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
-    return found
+        known.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
+    return known
 
 
 def _write(database: sqlite3.Connection, values: dict[Key, float]) -> None:
@@ -107,24 +110,12 @@ def _missing(trees: Sequence[Tree], keys: Sequence[Sequence[Key]], known: dict[K
     return missing
 
 
-def _batches(missing: Missing, layout: Layout, budget: int) -> Iterator[Missing]:
-    """Trees of like size together, so that little is padded."""
-    ordered = sorted(missing, key=lambda pair: tree_tokens(pair[0], layout))
-    for group in cut([tree_tokens(tree, layout) for tree, _ in ordered], budget):
-        yield [ordered[i] for i in group]
+def _totals(policy: Policy) -> Callable[[Batch], Tensor]:
+    """log pi of a batch's answers, A."""
+    return lambda batch: sums(policy(batch).logps_N, batch.answer_N, batch.answers)
 
 
-@torch.no_grad()
-def _compute(policy: Policy, missing: Missing, layout: Layout, pad_id: int) -> dict[Key, float]:
-    training = policy.training
-    policy.eval()
-    try:
-        batch = collate([tree for tree, _ in missing], layout, pad_id).to(policy.device)
-        totals_A = sums(policy(batch).logps_N, batch.answer_N, batch.answers)
-    finally:
-        policy.train(training)
-    if not totals_A.isfinite().all():
-        raise refuse(
-            "model", None, "the reference model gives log-probabilities that are not finite", None, kind="model"
-        )
-    return dict(zip((key for _, keys in missing for key in keys), totals_A.tolist(), strict=True))
+def _check_finite(values: Iterable[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        message = "the reference model gives log-probabilities that are not finite"
+        raise refuse("model", None, message, "train it again with a lower learning rate", kind="model")

@@ -1,6 +1,6 @@
 """The training loop, the only one: optimizer step, clipping, logging, checkpoint, resume. It knows no method.
 
-Order and randomness are functions of (seed, step), so a run that was cut goes on as if it had not been.
+Order and randomness are functions of (seed, step), so an interrupted run resumes as if it had not been interrupted.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ class Loop:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Copy everything that decides the future; a side thread writes it while training goes on.
+        """Copy everything that decides the future; a side thread writes it while training continues.
 
         What cannot be written whole leaves nothing, and stops training at the next step.
         """
@@ -218,21 +218,21 @@ class Loop:
             raise
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies, if there is one."""
+        """Resume from the newest checkpoint that verifies, if there is one."""
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".draft-*"):
                 shutil.rmtree(leftover)
             checkpoint.newest(self.folder, self.context.key)  # moves bad ones aside, before the other ranks look
         self.accelerator.wait_for_everyone()
-        found = checkpoint.newest(self.folder, self.context.key)
-        if found is None:
+        newest = checkpoint.newest(self.folder, self.context.key)
+        if newest is None:
             return
-        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
-        own = checkpoint.read_state(found, f"rank-{self.accelerator.process_index}")
+        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(newest, "model"))
+        own = checkpoint.read_state(newest, f"rank-{self.accelerator.process_index}")
         self.method.load_state_dict(own["method"])
         checkpoint.load_rng_state(own["rng"])
-        state = checkpoint.read_state(found, "loop")
+        state = checkpoint.read_state(newest, "loop")
         self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
 
     def due(self) -> bool:
@@ -242,7 +242,7 @@ class Loop:
         return time.monotonic() - self.saved_at > 60 * self.training.checkpoint_minutes
 
     def agree(self, *flags: bool) -> list[bool]:
-        """True where any rank says so: ranks must stop and save together."""
+        """True where it is true on any rank: ranks must stop and save together."""
         if self.accelerator.num_processes == 1:
             return list(flags)
         reduced = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))
@@ -279,7 +279,7 @@ class Loop:
                     self.writer.wait()
                     done, end, unit = self.progress
                     message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
-                    raise StageError(message, status="preempted", kind="preempted", fix="run again to go on")
+                    raise StageError(message, status="preempted", kind="preempted", fix="run it again: it resumes")
         return {**self.last, **self.compute}
 
 

@@ -24,6 +24,7 @@ from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, Scorer, context_length, sums
 from stages.engine.models.saving import save_policy
+from stages.engine.scoring.batched import over_trees
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.engine.training.method import Metrics, Totals
 from stages.runtime.context import StageContext
@@ -108,18 +109,11 @@ class OfflineMethod(ABC):
         if state:
             raise ValueError(f"an offline method has no state, but was given {sorted(state)}")
 
-    @torch.no_grad()
     def per_answer(self, values: Callable[[Batch], Tensor], trees: Sequence[Tree]) -> list[list[float]]:
         """`values` (A numbers of a batch) over many trees: a list per tree, a number per answer."""
-        self.model.eval()
-        found: list[list[float]] = []
-        sizes = [tree_tokens(tree, self.layout) for tree in trees]
-        for group in cut(sizes, self.training.tokens_per_micro_batch):
-            chosen = [trees[i] for i in group]
-            numbers = iter(values(self.collate(chosen)).tolist())
-            found += [[next(numbers) for _ in tree.answers] for tree in chosen]
-        self.model.train()
-        return found
+        budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
+        batches = over_trees(self.model, values, trees, self.layout, budget, pad_id, by_size=False)
+        return [numbers for batch in batches for numbers in batch.values()]
 
 
 class PolicyMethod(OfflineMethod):

@@ -21,7 +21,7 @@ from schemas.config import BaseParams, Scratch
 from schemas.errors import StageError
 from schemas.methods import PPO as Config
 from schemas.training import LoRA
-from stages.align.ppo import PPO, Seen, adapt_kl, gae, policy_loss, token_rewards, value_loss, whiten
+from stages.align.ppo import PPO, Sampled, TokenStats, adapt_kl, gae, policy_loss, token_rewards, value_loss, whiten
 from stages.base import build
 from stages.engine import demo
 from stages.engine.data.codec import Codec
@@ -239,14 +239,13 @@ def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None
     ppo = start(kl_coef=0.5, missing_end_penalty=3.0, lam=1.0)
     end, pad = ppo.codec.end_id, ppo.codec.pad_id
     assert end != pad
-    rollout = ppo.collect(0)
-    rollout.rows, rollout.answers = [0, 1, 2], [[9, end], [9, 8, 7], [9, pad]]
+    sampled = Sampled(0, [0, 1, 2], [[9, end], [9, 8, 7], [9, pad]])
     logps = [tensor([-1.0, -2.0]), tensor([-1.0, -1.0, -1.0]), tensor([-2.0, -2.0])]
     reference = [tensor([-1.0, -2.5]), tensor([-1.5, -1.0, -1.0]), tensor([-2.0, -2.0])]
     values = [tensor([0.5, 0.5]), tensor([0.0, 0.0, 0.0]), tensor([1.0, 2.0])]
     triples = zip(logps, values, reference, strict=True)
-    seen = [Seen(a.float(), b.float(), c.float(), torch.zeros(len(a))) for a, b, c in triples]
-    ppo.fill(rollout, tensor([10.0, 20.0, 30.0]), seen)
+    stats = [TokenStats(a.float(), b.float(), c.float(), torch.zeros(len(a))) for a, b, c in triples]
+    rollout = ppo.finish_rollout(sampled, tensor([10.0, 20.0, 30.0]), stats)
     to_come = [10 - 0.5 * 0.5, 10 - 0.5 * 0.5, 17 - 0.5 * 0.5, 17.0, 17.0, 27.0, 27.0]
     assert rollout.returns_N.tolist() == pytest.approx(to_come)
     raw = [a - b for a, b in zip(to_come, torch.cat(values).tolist(), strict=True)]
@@ -396,7 +395,7 @@ def test_a_reward_model_with_another_tokenizer_and_template_reads_the_text(
         (tmp_path / name).symlink_to(inputs / name)
     save_scorer(load_scorer(tinystories, seed=2), Codec.load(tinystories), tmp_path / "reward", std=2.0)
     ppo = start(folder=tmp_path)
-    assert not ppo.judge.same_tokens
+    assert not ppo.reward_model.same_tokens
     rollout = ppo.collect(0)
     texts = [ppo.codec.text(answer) for answer in rollout.answers]
     expected = RewardJudge(tmp_path / "reward").score([ppo.rows[i]["prompt"] for i in rollout.rows], texts)
@@ -426,7 +425,7 @@ def test_a_reward_model_without_a_scale_gets_that_of_the_first_rollout(
     again = start(folder=tmp_path)
     again.load_state_dict(ppo.state_dict())
     assert again.critic is not None
-    assert again.judge.scorer.std == again.critic.std == ppo.scale[1]
+    assert again.reward_model.scorer.std == again.critic.std == ppo.scale[1]
 
 
 def test_the_critic_begins_as_the_reward_model(start: Callable[..., PPO], inputs: Path) -> None:
@@ -435,7 +434,7 @@ def test_the_critic_begins_as_the_reward_model(start: Callable[..., PPO], inputs
     theirs = dict(load_scorer(inputs / "reward").named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in ppo.critic.named_parameters())
     assert all(p.requires_grad for p in ppo.critic.parameters())
-    assert not any(p.requires_grad for p in ppo.judge.scorer.parameters())
+    assert not any(p.requires_grad for p in ppo.reward_model.scorer.parameters())
 
 
 def held(*models: nn.Module) -> set[int]:
@@ -448,7 +447,7 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
 ) -> None:
     ppo = start(folder=adapted, lora=LoRA(rank=4))
     assert ppo.critic is not None and ppo.frozen is None
-    assert len(held(ppo.critic, ppo.judge.scorer) - held(ppo.policy)) == 2, "the heads"
+    assert len(held(ppo.critic, ppo.reward_model.scorer) - held(ppo.policy)) == 2, "the heads"
 
     # Without its adapter the same reward model is a model of its own: the same scores and values.
     for name in ("model", "data"):
@@ -456,7 +455,7 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
     shutil.copytree(adapted / "reward", tmp_path / "reward", ignore=shutil.ignore_patterns("adapter"))
     apart = start(folder=tmp_path, lora=LoRA(rank=4))
     assert apart.critic is not None
-    assert len(held(apart.critic) - held(apart.judge.scorer)) == 1, "a frozen reward model lends its weights too"
+    assert len(held(apart.critic) - held(apart.reward_model.scorer)) == 1, "a frozen reward model lends its weights too"
     assert not held(apart.critic) & held(apart.policy)
     one, other = ppo.collect(0), apart.collect(0)
     assert one.answers == other.answers
@@ -475,7 +474,7 @@ def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapt
         (tmp_path / name).symlink_to(adapted / name)
     shutil.copytree(adapted / "model", tmp_path / "model")  # another digest
     ppo = start(folder=tmp_path, lora=LoRA(rank=4))
-    assert not held(ppo.judge.scorer) & held(ppo.policy)
+    assert not held(ppo.reward_model.scorer) & held(ppo.policy)
 
 
 def test_prompts_without_room_for_an_answer_are_left_out_or_refused(start: Callable[..., PPO]) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from schemas.config import Kind
-from stages.validate.formats import Bad, fitting_kinds, generated, has_cycle, parse, to_frame
+from stages.validate.cells import BadRow
+from stages.validate.column_advice import fitting_kinds
+from stages.validate.formats import parse, to_frame
+from stages.validate.rankings import generated, has_cycle
 
 USER, BOT, SYSTEM = (
     {"role": role, "content": text} for role, text in (("user", "u"), ("assistant", "a"), ("system", "s"))
@@ -15,7 +18,7 @@ PAIR = ["x", "y"]
 
 
 def reason(kind: Kind, row: dict[str, Any]) -> tuple[str, str]:
-    with pytest.raises(Bad) as caught:
+    with pytest.raises(BadRow) as caught:
         parse(kind, row)
     return caught.value.column, caught.value.reason
 

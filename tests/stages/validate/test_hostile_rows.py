@@ -19,9 +19,11 @@ from schemas.config import BaseParams, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import prompt_id
 from schemas.stage import STAGES, Artifact, Request
-from stages import base, tracking, validate
+from stages import base, tracking
 from stages.engine.data.codec import Codec
 from stages.engine.scoring.judges import RewardJudge
+from stages.validate import check
+from stages.validate.context import Context
 from tests.support import models
 
 GOOD = [{"prompt": f"Tell a story about number {i}.", "response": f"Once there were {i} birds."} for i in range(12)]
@@ -110,7 +112,7 @@ def test_text_that_becomes_a_control_token_is_put_aside(tmp_path: Path) -> None:
     rows = [{"prompt": text, "response": "yes"} for text in asked]
     rows += [{"prompt": f"{a} {b}", "response": "no <pad> no" if a == "a" else "no"} for a in "abc" for b in "defgh"]
     params = ValidateParams(path=str(write(tmp_path / "a.jsonl", rows)), kind="sft", eval_fraction=0, max_bad=1)
-    validate.check(params, tmp_path / "out", codec)
+    check(Context(params, codec), tmp_path / "out")
     entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     found = {entry["row"]: (entry["column"], entry["reason"]) for entry in entries}
     forged = {row: ("prompt", "control_tokens") for row in range(5) if row in found}
@@ -149,7 +151,7 @@ def test_look_alikes_never_stand_on_both_sides(tmp_path: Path) -> None:
     assert all(len(group) == 1 for group in ids) and len(set.union(*ids)) == 40
     rows = [{"prompt": form.format(i=i), "response": f"{name} {i}"} for i in range(40) for name, form in FORMS.items()]
     file = write(tmp_path / "rows.jsonl", rows)
-    report = validate.check(ValidateParams(path=str(file), kind="sft", eval_fraction=0.5), tmp_path / "one")
+    report = check(Context(ValidateParams(path=str(file), kind="sft", eval_fraction=0.5)), tmp_path / "one")
     assert (report.kept, report.notes["hidden_characters"]) == (len(rows), 40 * 6)
     sides = {}
     for part in ("train", "eval"):
@@ -158,17 +160,16 @@ def test_look_alikes_never_stand_on_both_sides(tmp_path: Path) -> None:
     assert all(len(parts) == 1 for parts in sides.values()) and len(set.union(*sides.values())) == 2
 
     held = write(tmp_path / "held.jsonl", [{"prompt": FORMS["plain"].format(i=i)} for i in range(20)])
-    validate.check(ValidateParams(path=str(held), kind="prompt", eval_fraction=1), tmp_path / "held")
+    check(Context(ValidateParams(path=str(held), kind="prompt", eval_fraction=1)), tmp_path / "held")
     params = ValidateParams(path=str(file), kind="sft", eval_fraction=0, max_bad=1)
-    report = validate.check(params, tmp_path / "two", evaluation=tmp_path / "held")
+    report = check(Context(params, evaluation=tmp_path / "held"), tmp_path / "two")
     assert report.reasons == {"leaks_into_evaluation": 20 * len(FORMS)}
 
 
 def test_look_alike_answers_are_noted(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "response": form.format(i=0)} for form in FORMS.values()]
-    report = validate.check(
-        ValidateParams(path=str(write(tmp_path / "a.jsonl", rows)), kind="sft", eval_fraction=0), tmp_path / "out"
-    )
+    file = write(tmp_path / "a.jsonl", rows)
+    report = check(Context(ValidateParams(path=str(file), kind="sft", eval_fraction=0)), tmp_path / "out")
     assert report.notes["look_alike"] == len(FORMS) - 1
 
 
@@ -268,7 +269,7 @@ def test_an_empty_data_set(tmp_path: Path) -> None:
         data = {"sft": {"path": str(tmp_path / name), "kind": "sft"}}
         assert told(tmp_path, data=data) == ["data.sft.path", "the file holds no rows."], name
         with pytest.raises(StageError, match="holds no rows"):
-            validate.check(ValidateParams(path=str(tmp_path / name), kind="sft"), tmp_path / "out")
+            check(Context(ValidateParams(path=str(tmp_path / name), kind="sft")), tmp_path / "out")
     for name, content in {"one.csv": b"prompt,response\np,r\n", "one.json": b'[{"prompt": "p"}]'}.items():
         (tmp_path / name).write_bytes(content)
         assert told(tmp_path, data={"sft": {"path": str(tmp_path / name), "kind": "sft"}}) == []

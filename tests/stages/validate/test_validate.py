@@ -22,9 +22,12 @@ from schemas.stage import STAGES, Artifact, Request
 from stages import tracking
 from stages.commands.validate import main
 from stages.engine.data.codec import Codec
-from stages.validate import PARTS, Report, check, run
+from stages.validate import check, run
+from stages.validate.context import Context, note
+from stages.validate.derive import PARTS
+from stages.validate.quarantine import Report
 from stages.validate.readers import records
-from stages.validate.token_checks import Tokens
+from stages.validate.token_checks import prompt_tokens_differ
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
 
@@ -38,7 +41,7 @@ def write(file: Path, rows: Iterable[Any]) -> Path:
 
 def checked(path: Path | str, out: Path, kind: Kind = "sft", codec: Codec | None = None, **more: Any) -> Report:
     inputs = {name: more.pop(name) for name in ("evaluation", "rows", "seed") if name in more}
-    return check(ValidateParams(path=str(path), kind=kind, **more), out, codec, **inputs)
+    return check(Context(ValidateParams(path=str(path), kind=kind, **more), codec, **inputs), out)
 
 
 def refused(path: Path | str, out: Path, kind: Kind = "sft", **more: Any) -> tuple[str, Report]:
@@ -540,14 +543,15 @@ def test_merges_across_the_border_are_counted(tmp_path: Path, tinystories: Path)
     """A template that ends in a letter lets the tokenizer merge prompt and answer, and not for both answers alike."""
     codec = Codec.load(tinystories)
     codec.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} th"
-    tokens = Tokens(codec, 1024)
     rows = [
         {"prompt": "Say it:", "chosen": "e dog", "rejected": "? no"},
         {"prompt": "x", "chosen": "?", "rejected": "!"},
     ]
-    checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", "preference", eval_fraction=0)
+    file = write(tmp_path / "a.jsonl", rows)
+    checked(file, tmp_path / "out", "preference", eval_fraction=0)
+    context = Context(ValidateParams(path=str(file), kind="preference"), codec)
     frame = table(tmp_path / "out", "train", "preference")
-    assert list(tokens.differ("preference", frame)) == [0]
+    assert list(prompt_tokens_differ(frame, context)) == [note(0, "prompt_tokens_differ")]
 
 
 # --- the real files

@@ -1,0 +1,38 @@
+"""Numbers of many answers, a batch of tokens at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
+
+
+def over_trees(
+    model: nn.Module,
+    values: Callable[[Batch], Tensor],
+    trees: Sequence[Tree],
+    layout: Layout,
+    budget: int,
+    pad_id: int,
+    by_size: bool = True,
+) -> Iterator[dict[int, list[float]]]:
+    """`values` (A numbers of a batch, by `model` without gradient or dropout) in batches of at most `budget` tokens.
+
+    Yields after each batch: the trees' positions -> a number per answer. `by_size` puts trees of like size together, so
+    that little is padded; batches differ then, and with them the last bits.
+    """
+    sizes = [tree_tokens(tree, layout) for tree in trees]
+    order = sorted(range(len(trees)), key=sizes.__getitem__) if by_size else range(len(trees))
+    device = next(model.parameters()).device
+    for group in cut([sizes[i] for i in order], budget):
+        positions = [order[i] for i in group]
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                batch = collate([trees[i] for i in positions], layout, pad_id).to(device)
+                numbers = iter(values(batch).tolist())
+        finally:
+            model.train(training)
+        yield {i: [next(numbers) for _ in trees[i].answers] for i in positions}

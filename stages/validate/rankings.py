@@ -1,0 +1,192 @@
+"""Rows of kind `ranking`: several answers to a prompt, and which of them is better.
+
+prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
+(indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
+or models; winner null, 0 or "tie" is a tie). Where they stand empty, nobody has ranked the answers yet: such a row is
+noted, and gives its prompt only.
+Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
+independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
+
+_TIES = (None, 0, "tie", "both", "")
+
+
+def ranking(row: Row) -> Parsed:
+    prompt = turns(row.get("prompt"), "prompt")
+    texts, names = _responses(listed(row.get("responses"), "responses"))
+    different = {answer.strip(): answer for answer in reversed(texts)}  # reversed: the first of equals stays
+    places = {answer: place for place, answer in enumerate(dict.fromkeys(answer.strip() for answer in texts))}
+    merged = [places[answer.strip()] for answer in texts]
+    if not row.keys() & {"comparisons", *_LEVELS}:
+        raise BadRow("scores", "missing")
+    by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in (None, [], "")), None)
+    pairs: list[tuple[int, int]] = []
+    margins, notes = None, ["identical_answers"] * (len(places) < len(texts))
+    if by == "comparisons":
+        pairs, odd = _from_comparisons(listed(row[by], by), names, merged)
+        notes += odd
+    elif by is not None:
+        pairs, levels = _from_levels(_LEVELS[by](listed(row[by], by), names), merged)
+        margins = levels if by == "scores" else None
+    if not pairs:
+        notes.append("not_ranked" if by is None else "all_tied")
+    winners, losers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return {
+        **{"prompt": prompt, "responses": [different[answer] for answer in places]},
+        **{"winners": winners, "losers": losers, "margins": margins, "notes": notes},
+    }
+
+
+def generated(row: Row) -> Parsed:
+    """A ranking that stage `generate` made. A model now and then says nothing, which is no reason to refuse its rows:
+
+    empty answers are left out with their scores and comparisons, and noted.
+    """
+    texts = row["responses"]
+    used = [place for place, answer in enumerate(texts) if not _unusable(answer)]
+    notes = ["empty_answers"] * (len(used) < len(texts))
+    if len(used) < 2:
+        nothing = {"responses": [texts[i] for i in used], "winners": [], "losers": [], "margins": None}
+        return {"prompt": turns(row["prompt"], "prompt"), **nothing, "notes": [*notes, "all_tied"]}
+    places = {old: new for new, old in enumerate(used)}
+    fewer: dict[str, Any] = {**row, "responses": [texts[i] for i in used]}
+    if row.get("scores"):
+        fewer["scores"] = [row["scores"][i] for i in used]
+    if row.get("comparisons"):
+        fewer["comparisons"] = [
+            {side: places.get(c[side]) for side in ("a", "b", "winner")}
+            for c in row["comparisons"]
+            if c["a"] in places and c["b"] in places
+        ]
+        if not fewer["comparisons"]:
+            fewer["scores"] = [0] * len(used)
+    parsed = ranking(fewer)
+    return {**parsed, "notes": [*notes, *parsed["notes"]]}
+
+
+def _unusable(answer: str) -> bool:
+    invisible = all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in answer)
+    return invisible or "\x00" in answer
+
+
+def _responses(values: list[Any]) -> tuple[list[str], list[str | None]]:
+    """The answers' texts, and the models they came from where that is given."""
+    if len(values) < 2:
+        raise BadRow("responses", "fewer_than_two", values)
+    texts: list[str] = []
+    names: list[str | None] = []
+    for value in values:
+        named = isinstance(value, dict)
+        texts.append(text(value.get("text", value.get("content")) if named else value, "responses"))
+        names.append(value.get("model") if named and isinstance(value.get("model"), str) else None)
+    return texts, names
+
+
+def _place(value: object, names: Sequence[str | None], column: str) -> int:
+    """Which answer a value names: its index from 0, or its model."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return value
+    if isinstance(value, str) and names.count(value) == 1:
+        return names.index(value)
+    raise BadRow(column, "unknown_answer", value)
+
+
+def _scores(values: list[Any], names: Sequence[str | None]) -> list[float]:
+    if len(values) != len(names):
+        raise BadRow("scores", "wrong_number_of_scores", values)
+    return [number(value, "scores") for value in values]
+
+
+def _ranks(values: list[Any], names: Sequence[str | None]) -> list[float]:
+    if len(values) != len(names):
+        raise BadRow("ranks", "wrong_number_of_ranks", values)
+    return [-number(value, "ranks") for value in values]
+
+
+def _order(values: list[Any], names: Sequence[str | None]) -> list[float]:
+    level: dict[int, float] = {}
+    for rank, value in enumerate(values):
+        for tied in value if isinstance(value, list) else [value]:
+            place = _place(tied, names, "order")
+            if place in level:
+                raise BadRow("order", "not_a_permutation", values)
+            level[place] = -rank
+    if len(level) != len(names):
+        raise BadRow("order", "not_a_permutation", values)
+    return [level[place] for place in range(len(names))]
+
+
+_LEVELS: dict[str, Callable[[list[Any], Sequence[str | None]], list[float]]] = {
+    "scores": _scores,
+    "order": _order,
+    "ranks": _ranks,
+}
+
+
+def _from_levels(levels: list[float], merged: list[int]) -> tuple[list[tuple[int, int]], list[float]]:
+    """All pairs (better, worse) of a full ranking and their differences. Identical answers stand at their mean."""
+    groups: list[list[float]] = [[] for _ in range(max(merged) + 1)]
+    for place, level in zip(merged, levels, strict=True):
+        groups[place].append(level)
+    # Equal levels are taken as they stand: their mean may round to another number, and so make a pair of a tie.
+    mean = [group[0] if len(set(group)) == 1 else fmean(group) for group in groups]
+    pairs = [
+        (i, j) if mean[i] > mean[j] else (j, i) for i, j in combinations(range(len(mean)), 2) if mean[i] != mean[j]
+    ]
+    return pairs, [mean[i] - mean[j] for i, j in pairs]
+
+
+def _from_comparisons(
+    values: list[Any], names: Sequence[str | None], merged: list[int]
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """The pairs (better, worse) that the comparisons tell of, by majority where one pair was compared repeatedly."""
+    votes: dict[tuple[int, int], list[int]] = {}
+    for value in values:
+        winner, loser = _judgement(value, names)
+        if winner is not None and merged[winner] != merged[loser]:
+            i, j = sorted((merged[winner], merged[loser]))
+            votes.setdefault((i, j), []).append(1 if merged[winner] == i else -1)
+    contradictory = any(min(vote) < 0 < max(vote) for vote in votes.values())
+    pairs = [(i, j) if sum(vote) > 0 else (j, i) for (i, j), vote in votes.items() if sum(vote)]
+    return pairs, ["contradictory"] * contradictory + ["cycle"] * has_cycle(pairs)
+
+
+def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, int]:
+    """(winner, loser) of one comparison; the winner is None in a tie."""
+    if not isinstance(value, dict):
+        raise BadRow("comparisons", "not_a_comparison", value)
+    if value.get("a") is None or value.get("b") is None or "winner" not in value:
+        raise BadRow("comparisons", "not_a_comparison", value)
+    a, b = (_place(value[side], names, "comparisons") for side in ("a", "b"))
+    if a == b:
+        raise BadRow("comparisons", "compared_with_itself", value)
+    winner = value["winner"]
+    if isinstance(winner, bool):
+        raise BadRow("comparisons", "winner_not_compared", value)
+    # A model may be called "b" and stand on side a: names go before sides. An index 0 goes before 0 for a tie.
+    for first, second in ((value["a"], value["b"]), ("a", "b")):
+        if winner is not None and winner in (first, second):
+            return (a, b) if winner == first else (b, a)
+    if winner in _TIES:
+        return None, b
+    raise BadRow("comparisons", "winner_not_compared", value)
+
+
+def has_cycle(pairs: Iterable[tuple[int, int]]) -> bool:
+    """Whether some answer beats, over others, itself: taking away unbeaten answers one by one leaves something."""
+    left = set(pairs)
+    while left:
+        beaten = {loser for _, loser in left}
+        rest = {pair for pair in left if pair[0] in beaten}
+        if rest == left:
+            return True
+        left = rest
+    return False

@@ -1,0 +1,103 @@
+"""Checks of the rows as a table, which need no tokenizer. All checks have one shape: `(frame, context) -> findings`."""
+
+from collections.abc import Iterator
+
+import polars as pl
+
+from schemas.config import Kind
+from schemas.rows import HIDING, IGNORED, may_repeat, problems
+from stages.validate.context import Context, Finding, note
+from stages.validate.derive import part
+
+ANSWERS: dict[Kind, tuple[str, ...]] = {
+    "sft": ("response",),
+    "preference": ("chosen", "rejected"),
+    "ranking": ("responses",),
+    "feedback": ("completion",),
+    "prompt": (),
+}
+"""The columns that hold a kind's answers."""
+
+# Without a tokenizer: text has fewer characters per token than this in any language and any vocabulary in use.
+_CHARACTERS_PER_TOKEN = 16
+
+
+def broken_fields(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Rows that the pandera model of their kind refuses."""
+    for index, column, reason in problems(context.params.kind, frame).rows():
+        value = frame[column][index]
+        yield Finding(frame["row"][index], column, reason, value.to_list() if isinstance(value, pl.Series) else value)
+
+
+def repetitions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Rows that repeat an earlier one in all it says."""
+    content = [name for name in frame.columns if name not in ("row", "prompt_id")]
+    frame = frame.filter(may_repeat(frame, content))
+    again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
+    if again.height:
+        firsts = frame.unique(content, keep="first", maintain_order=True).select(*content, first="row")
+        pairs = again.join(firsts, on=content, nulls_equal=True, maintain_order="left").select("row", "first")
+        for row, first in pairs.rows():
+            yield Finding(row, _first_answer(context.params.kind), "duplicate", f"same as row {first}")
+
+
+def too_many_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Without a tokenizer: rows whose characters alone tell that they are too long for any."""
+    kind = context.params.kind
+    if context.codec is not None:
+        return
+    prompt = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
+    answers = [pl.col(name).str.len_chars() for name in ANSWERS[kind]]
+    if kind == "ranking":
+        answers = [pl.col("responses").list.eval(pl.element().str.len_chars()).list.max().fill_null(0)]
+    sizes = frame.select("row", characters=prompt + (pl.max_horizontal(answers) if answers else 0))
+    longest = context.params.max_length * _CHARACTERS_PER_TOKEN
+    for row, characters in sizes.filter(pl.col("characters") > longest).rows():
+        yield Finding(row, _first_answer(kind), "too_long", f"{characters} characters")
+
+
+def look_alikes(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Notes rows that differ from an earlier one in case, marks, white space or compatible characters only."""
+    labels = [name for name in ("label", "winners") if name in frame.columns]
+    content = ["prompt_id", *(_plain(answer) for answer in _answers(context.params.kind)), *labels]
+    frame = frame.filter(may_repeat(frame, content))
+    again = ~frame.select(content).select(pl.struct(pl.all()).is_first_distinct()).to_series()
+    yield from (note(row, "look_alike") for row in frame.filter(again)["row"])
+
+
+def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
+    contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
+    hides = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *_answers(context.params.kind)))
+    yield from (note(row, "hidden_characters") for row in frame.filter(hides)["row"])
+
+
+def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Rows to train on whose prompts are evaluation prompts elsewhere."""
+    file = None if context.evaluation is None else context.evaluation / "eval" / "prompt.parquet"
+    if file is None or not file.is_file():
+        return
+    held_out = pl.read_parquet(file, columns=["prompt_id"])["prompt_id"].unique()
+    leaking = frame.filter((part(context.params) != "eval") & pl.col("prompt_id").is_in(held_out.to_list()))
+    for row, prompt in leaking.select("row", "prompt").iter_rows():
+        yield Finding(row, "prompt", "leaks_into_evaluation", prompt[-1]["content"])
+
+
+def _first_answer(kind: Kind) -> str:
+    return (*ANSWERS[kind], "prompt")[0]
+
+
+def _answers(kind: Kind) -> list[pl.Expr]:
+    """The answers' columns, each as one text per row."""
+    return [pl.col(name).list.join("\n") if name == "responses" else pl.col(name) for name in ANSWERS[kind]]
+
+
+def _plain(text: pl.Expr) -> pl.Expr:
+    """schemas.rows.normalise, near enough, at the speed of columns."""
+    return (
+        text.str.replace_all(IGNORED, "")
+        .str.normalize("NFKC")
+        .str.to_lowercase()
+        .str.replace_all(r"\W+", " ")
+        .str.strip_chars()
+    )

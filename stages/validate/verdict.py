@@ -1,0 +1,62 @@
+"""Whether what is left of the rows will do: too much may be bad, nothing may be left, or too little is held out."""
+
+import polars as pl
+
+from schemas.errors import StageError, refuse
+from stages.validate.context import Context
+from stages.validate.quarantine import Quarantine
+
+
+def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> StageError | None:
+    """Why the rows, with column `part`, cannot be used; None when they can."""
+    params, bad = context.params, len(quarantine.rows)
+    share = bad / context.read
+    usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
+    if share <= params.max_bad and usable.height:
+        return _few_held_out(frame, context)
+    if frame.height and not usable.height and "all_tied" not in quarantine.notes:
+        return _unranked(frame.height, context, quarantine)
+    counts = f"{params.path}: {bad} of {context.read} rows ({share:.1%}) are bad"
+    if not frame.height:
+        message = f"{counts}: nothing is left"
+    elif not usable.height:
+        message = f"{counts}, and none of the other {frame.height} prefers one answer to another: nothing is left"
+    else:
+        message = f"{counts}, more than max_bad = {params.max_bad:.1%}"
+    most = ", ".join(f"{name} ({n})" for name, n in list(quarantine.summary().items())[:3])
+    failed = f"most frequent: {most}. They lie in {quarantine.file}" if most else "no check failed"
+    kind, fix = (
+        ("bad_data", "fix the rows, map the right columns, or raise max_bad")
+        if usable.height
+        else ("nothing_left", "fix the rows or map the right columns")
+    )
+    return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
+
+
+def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError:
+    """The answers wait for people to rank them."""
+    columns, bad = {*context.columns, *context.params.columns}, len(quarantine.rows)
+    column = next(name for name in ("order", "ranks", "scores", "comparisons") if name in columns)
+    how = " (numbers of the answers from 0, best first)" if column == "order" else ""
+    rest = f"; the other {bad} are bad and lie in {quarantine.file}" if bad else ""
+    return StageError(
+        f"{context.params.path}: no line has {'an order' if column == 'order' else column} yet: "
+        f"nobody has ranked the answers of {rows} of {context.read} lines{rest}.",
+        kind="not_ranked",
+        fix=f"fill in `{column}` on each line{how}",
+    )
+
+
+def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
+    """There would be too few prompts to evaluate on; found here, nothing has been trained yet."""
+    params, prompts = context.params, frame["prompt_id"].n_unique()
+    held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
+    if held_out >= params.min_eval_prompts:
+        return None
+    return refuse(
+        "evaluate.min_prompts",
+        params.min_eval_prompts,
+        f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on.",
+        "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts",
+        kind="few_prompts",
+    )
