@@ -1,0 +1,94 @@
+"""Commands for data: presets to start from, a check of rows, and answers to rank."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.child import forward
+
+
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
+) -> None:
+    """List the presets, or print one.
+
+    Examples:
+
+    - alignflow presets
+    - alignflow presets demo > my.yaml
+    """
+    from flows.planning import config_file
+
+    if name is not None:
+        print(config_file.find(name).read_text(), end="")
+        return
+    for preset, file in config_file.presets().items():
+        print(f"{preset:12} {config_file.headline(file)}")
+
+
+def validate(
+    path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
+    kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
+    out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],  # noqa: B006
+    model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer tells what is too long.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
+    max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
+    eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
+    gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N rows.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: rows, kept, quarantined, reasons.")
+    ] = False,
+) -> None:
+    """Check a data file without training anything. Exits 0, or 65 when the data is refused.
+
+    Examples:
+
+    - alignflow validate pairs.jsonl --kind preference --out checked
+    - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
+    - alignflow validate pairs.jsonl --kind preference --out checked --json
+    """
+    from flows.cli.options import check_data
+
+    given = {"kind": kind, "max_bad": max_bad, "max_length": max_length, "eval_fraction": eval_fraction}
+    given |= {"gold_fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
+    check_data(columns, model, evaluation, out, path=path, **given)
+    named = {name.replace("_", "-"): value for name, value in given.items()}
+    named |= {"out": out, "columns": columns, "model": model, "evaluation": evaluation, "json": json}
+    forward("stages.commands.validate", [path], named)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A name in the last run (sft), a uri, or a model folder.")],
+    prompts: Annotated[str, typer.Argument(help="File of prompts: JSONL, JSONL.gz, Parquet or CSV.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; must not exist yet.")],
+    answers: Annotated[int | None, typer.Option(help="Answers per prompt; default 4.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="none (people rank; the default), rule, sentiment, or a reward model's folder.")
+    ] = None,
+    noise: Annotated[float | None, typer.Option(help="Temperature of Bradley-Terry label noise; default 0.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer; default 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default 1.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Let a model write several answers per prompt, for people (or a judge) to rank.
+
+    The ranked file is data of kind `ranking`.
+
+    Examples:
+
+    - alignflow generate sft prompts.jsonl --answers 4 --out to_rank.jsonl
+    - alignflow validate to_rank.jsonl --kind ranking --out checked
+    """
+    from flows.results.lookup import model as find
+
+    named = {"model": find(model).folder, "prompts": prompts, "out": out, "answers": answers, "judge": judge}
+    named |= {"noise": noise, "max-new-tokens": max_new_tokens, "temperature": temperature}
+    forward("stages.commands.generate", [], named | {"limit": limit, "seed": seed})

@@ -1,0 +1,106 @@
+"""Commands for the models that runs have left: compare, export, chat, trace back, roll back."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.child import forward
+
+
+def rollback(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+    ] = None,
+) -> None:
+    """Restore the previous champion. A version that was rolled back is not promoted again.
+
+    Examples:
+
+    - alignflow rollback
+    - alignflow rollback my-assistant
+    """
+    from flows.results import registry
+
+    bad, restored = registry.rollback(model)
+    print(f"restored {restored} as champion; rolled back version {bad.number}")
+
+
+def lineage(
+    what: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """From a model back to the rows it was trained on; from a data file to every model that saw it.
+
+    Examples:
+
+    - alignflow lineage models:/my-assistant@champion
+    - alignflow lineage dpo --json
+    - alignflow lineage pairs.jsonl
+    """
+    from flows.results import lineage as trace
+
+    tree = trace.lineage(what)
+    print(trace.as_json(tree) if json else trace.as_text(tree))
+
+
+def compare(
+    pipeline: Annotated[
+        str | None, typer.Argument(metavar="[PIPELINE_RUN]", help="A pipeline run's id, or its config's name.")
+    ] = None,
+) -> None:
+    """Print the table of the last pipeline run, and the path of its report.
+
+    Examples:
+
+    - alignflow compare
+    - alignflow compare demo
+    """
+    from flows.results.lookup import comparison
+
+    last = comparison(pipeline)
+    print(f"pipeline run {last.pipeline_run}\n")
+    print((last.folder / "table.txt").read_text())
+    print(f"report: {last.folder / 'report.html'}")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A name in the last run (dpo), models:/NAME@ALIAS or runs:/ID/model.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Write a model to a folder that plain transformers loads, with a model card.
+
+    Examples:
+
+    - alignflow export dpo --out my-model
+    - alignflow export models:/assistant@champion --out my-model
+    """
+    from flows.results.export import export as write
+
+    print(f"{model} is in {write(model, out)}, with a model card in README.md")
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A name in the last run (dpo), a uri, or a model folder.")],
+    versus: Annotated[str | None, typer.Option(help="A second model, answering beside the first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.")] = None,
+) -> None:
+    """Talk to a model, or to two side by side.
+
+    Examples:
+
+    - alignflow chat dpo
+    - alignflow chat dpo --versus sft
+    """
+    from flows.results.lookup import model as find
+
+    named: dict[str, Any] = {"model": find(model).folder, "name": model}
+    if versus is not None:
+        named |= {"versus": find(versus).folder, "versus-name": versus}
+    named |= {"system": system, "temperature": temperature, "seed": seed, "max-new-tokens": max_new_tokens}
+    forward("stages.commands.chat", [], named)

@@ -1,0 +1,148 @@
+"""Commands that run something: the whole pipeline, a retraining, a sweep, one stage, or a deployed pipeline."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.child import run_python
+
+if TYPE_CHECKING:
+    from flows.planning.plan import Plan
+
+Config = Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. Can be repeated."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
+
+
+def run(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
+
+    Results of earlier runs with the same settings and data are reused.
+
+    Examples:
+
+    - alignflow run demo
+    - alignflow run demo --set align.dpo.beta=0.2
+    - alignflow run smollm2 --set data.preference.path=pairs.jsonl --dry-run
+    - alignflow run my.yaml
+    """
+    from flows.planning import config_file
+
+    _run(config_file.load(config, overrides), dry_run)
+
+
+def retrain(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
+) -> None:
+    """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
+
+    Ends as Unchanged, Promoted or Rejected (exit code 0), or with a conflict or a problem.
+
+    Examples:
+
+    - alignflow retrain my.yaml
+    - alignflow retrain my.yaml --set promote.candidate=dpo
+    """
+    from flows import retrain as flow
+
+    flow.run(config, overrides, force)
+
+
+def sweep(
+    config: Config,
+    methods: Annotated[str, typer.Option(help="Comma-separated methods.")] = "dpo,kto,ppo",
+    beta: Annotated[
+        str, typer.Option(help="Comma-separated strengths of the pull to the reference; for PPO this is kl_coef.")
+    ] = "0.05,0.1,0.3",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the alignment runs.")] = "0,1,2",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training tokens of every variant; default: the smallest number that any method would use."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    dry_run: DryRun = False,
+) -> None:
+    """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
+
+    All variants train on the same number of tokens. A beta or seed that is added later runs alone: the rest is reused.
+
+    Examples:
+
+    - alignflow sweep demo --methods dpo,kto,ppo --beta 0.05,0.1,0.3 --seeds 0,1,2
+    - alignflow sweep my.yaml --methods dpo --beta 0.01,0.1 --tokens 2000000 --dry-run
+    """
+    from flows.planning import sweep as sweeping
+
+    plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    results = _run(plan, dry_run)
+    if results is not None:
+        print(sweeping.tokens_line(plan.config, results))
+
+
+def stage(
+    name: Annotated[
+        str, typer.Argument(help="base, validate, sft, generate, reward, budget, align, evaluate, compare or promote.")
+    ],
+    request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
+) -> None:
+    """Run a single stage from its request. Writes result.json beside it.
+
+    Example:
+
+    - alignflow stage sft request.json
+    """
+    raise typer.Exit(run_python("stages", name, request))
+
+
+def submit(
+    config: Config,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Start the deployed pipeline, which a worker runs, and don't wait for it.
+
+    The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by
+    their whole path they need not be on this machine.
+
+    Examples:
+
+    - alignflow submit demo
+    - alignflow submit my.yaml --set pools.align=gpu
+    """
+    from flows.planning import config_file
+    from flows.submit import submit as start
+
+    print(start(config_file.load(config, overrides, here=False).config))
+
+
+def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
+    """Run a plan and return its results; or print what it would do.
+
+    It uses the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its experiment's
+    artifacts are behind MLflow's server.
+    """
+    from flows.servers import address_file
+    from stages import tracking
+
+    if address_file.found() is not None and (plan.config.pools or tracking.behind_server(plan.config.name)):
+        address_file.adopt()
+    if dry_run:
+        from flows.planning.dry_run import outlook
+
+        print(outlook(plan))
+        return None
+    from flows import pipeline
+
+    return pipeline.run(plan)

@@ -1,0 +1,61 @@
+"""Commands for the servers: started, watched, and told what to deploy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Pools = Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. Can be repeated.")]
+MlflowPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 5000, or a free one.")]
+PrefectPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")]
+
+
+def ui(mlflow_port: MlflowPort = None, prefect_port: PrefectPort = None) -> None:
+    """Start MLflow (models and numbers) and Prefect (runs) on this machine, until Ctrl-C.
+
+    Example:
+
+    - alignflow ui
+    """
+    from flows.servers.up import up as start
+
+    start([], mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+def up(
+    pools: Pools = ["cpu", "gpu"],  # noqa: B006
+    host: Annotated[
+        str, typer.Option(help="Address that the servers listen on; any other than loopback needs passwords.")
+    ] = "127.0.0.1",
+    mlflow_port: MlflowPort = None,
+    prefect_port: PrefectPort = None,
+) -> None:
+    """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
+
+    With PREFECT_API_URL and MLFLOW_TRACKING_URI set, it starts workers alone, for servers elsewhere.
+
+    Examples:
+
+    - alignflow up
+    - alignflow up --pool gpu
+    - alignflow up --host 0.0.0.0
+    """
+    from flows.servers.up import up as start
+
+    start(pools, host, mlflow_port, prefect_port)
+
+
+def deploy(
+    file: Annotated[Path | None, typer.Option(help="Default: deploy/prefect.yaml of this project.")] = None,
+) -> None:
+    """Create or update work pools, deployments and automations on the Prefect server, without questions.
+
+    The server is that of `alignflow up`, or PREFECT_API_URL.
+
+    Example:
+
+    - alignflow deploy
+    """
+    from flows.servers.deploy import deploy as create
+
+    create(file)
