@@ -61,12 +61,9 @@ def run(context: StageContext) -> dict[str, float]:
 def build(params: BaseParams, seed: int, folder: Path) -> int:
     """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a fix."""
     if (params.scratch is None) == (params.path is None):
-        raise refuse(
-            "model.path",
-            params.path,
-            "a base model is either a path or made from scratch",
-            "set exactly one of model.path and model.scratch",
-        )
+        message = "a base model is either a path or made from scratch"
+        fix = "set exactly one of model.path and model.scratch"
+        raise refuse("model.path", params.path, message, fix)
     if params.scratch is not None:
         tokenizer = demo.tokenizer()
         model: PreTrainedModel = from_scratch(params.scratch, tokenizer, seed)
@@ -120,13 +117,9 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not is_commit(revision):
-        raise refuse(
-            "model.revision",
-            revision,
-            f"{name} is not a local folder, and as a name on the Hub it needs a commit",
-            f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
-            kind="missing_revision",
-        )
+        message = f"{name} is not a local folder, and as a name on the Hub it needs a commit"
+        fix = f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main"
+        raise refuse("model.revision", revision, message, fix, kind="missing_revision")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
@@ -236,13 +229,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
         return codec
     tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), params.system_prompt)
     if params.system_prompt.strip() not in _try(tokenizer, params.chat_template).render(_GREETING):
-        raise refuse(
-            "model.system_prompt",
-            params.system_prompt,
-            "the chat template leaves the system prompt out",
-            "set model.chat_template to one that writes system messages",
-            kind="chat_template",
-        )
+        message = "the chat template leaves the system prompt out"
+        fix = "set model.chat_template to one that writes system messages"
+        raise refuse("model.system_prompt", params.system_prompt, message, fix, kind="chat_template")
     return Codec(tokenizer)
 
 
@@ -252,13 +241,9 @@ def template_text(given: str) -> str:
     if file is None:
         return given
     if not file.is_file():
-        raise refuse(
-            "model.chat_template",
-            given,
-            "this is neither a Jinja template nor an existing file",
-            "give the path of a file with a Jinja template, or the template's text",
-            kind="chat_template",
-        )
+        message = "this is neither a Jinja template nor an existing file"
+        fix = "give the path of a file with a Jinja template, or the template's text"
+        raise refuse("model.chat_template", given, message, fix, kind="chat_template")
     return file.read_text()
 
 
@@ -298,11 +283,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
         codec = Codec(tokenizer)
         codec.prompt(_GREETING)
     except (TemplateError, TypeError, ValueError) as error:
-        raise refuse(
-            "model.chat_template",
-            template,
-            f"the chat template fails: {error}",
-            "fix the template, or leave it out to use the model's own",
-            kind="chat_template",
-        ) from error
+        message = f"the chat template fails: {error}"
+        fix = "fix the template, or leave it out to use the model's own"
+        raise refuse("model.chat_template", template, message, fix, kind="chat_template") from error
     return codec

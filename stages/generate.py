@@ -101,13 +101,9 @@ def answer(
     if len(fitting) < len(prompts):
         log.warning("%d of %d prompts leave no room for an answer: left out", len(prompts) - len(fitting), len(prompts))
     if not fitting:
-        raise refuse(
-            "generate.max_new_tokens",
-            config.max_new_tokens,
-            f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer",
-            "lower it, or give shorter prompts",
-            kind="no_prompts",
-        )
+        message = f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer"
+        fix = "lower it, or give shorter prompts"
+        raise refuse("generate.max_new_tokens", config.max_new_tokens, message, fix, kind="no_prompts")
     every = [(ids, seed_of(seed, "generate", json.dumps(p), k)) for p, ids in fitting for k in range(config.answers)]
     sampled = sample(
         policy,

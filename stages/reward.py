@@ -137,21 +137,11 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
     """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
     kept = comparable(rows)
     if not kept:
-        raise refuse(
-            "data.preference",
-            f"{len(rows)} rows",
-            "every row is a tie.",
-            "give rows in which one answer is better than another",
-            kind="data",
-        )
+        fix = "give rows in which one answer is better than another"
+        raise refuse("data.preference", f"{len(rows)} rows", "every row is a tie.", fix, kind="data")
     if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
-        raise refuse(
-            "reward.margin",
-            True,
-            "no row has a margin.",
-            "set it to false, or name the column of the margins in data.preference.columns",
-            kind="data",
-        )
+        fix = "set it to false, or name the column of the margins in data.preference.columns"
+        raise refuse("reward.margin", True, "no row has a margin.", fix, kind="data")
     return encode(kept, _answers, codec)
 
 

@@ -55,12 +55,9 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
         case File():
             yield from _check_folder("model.path", path, scorer=False)
         case Hub() if not revision:
-            yield problem(
-                "model.path",
-                path,
-                f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
-                "fix the path, or set model.revision to a commit, so that the same config means the same weights",
-            )
+            message = f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision."
+            fix = "fix the path, or set model.revision to a commit, so that the same config means the same weights"
+            yield problem("model.path", path, message, fix)
 
 
 def _check_package(path: str, package: Package) -> Iterator[Problem]:

@@ -176,26 +176,20 @@ def check_still_champion(model: str, expected: str | None) -> None:
     now = aliases(model).get(CHAMPION)
     if now != expected:
         was = "there was no champion" if expected is None else f"version {expected} was champion"
-        raise refuse(
-            "champion",
-            f"{model}@{CHAMPION}",
+        message = (
             f"{was} when the candidate was judged, now it is {'none' if now is None else f'version {now}'}; "
-            "nothing was moved.",
-            "retrain again: what is trained is reused, and the candidate is compared with the new champion",
-            kind="conflict",
+            "nothing was moved."
         )
+        fix = "retrain again: what is trained is reused, and the candidate is compared with the new champion"
+        raise refuse("champion", f"{model}@{CHAMPION}", message, fix, kind="conflict")
 
 
 def check_not_rolled_back(one: Version) -> None:
     """Raises StageError of kind `rolled_back` when this content was taken back as champion."""
     if ROLLED_BACK in one.tags:
-        raise refuse(
-            "candidate",
-            one.artifact.sha256[:16],
-            f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}.",
-            f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
-            kind=ROLLED_BACK,
-        )
+        message = f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}."
+        fix = f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}"
+        raise refuse("candidate", one.artifact.sha256[:16], message, fix, kind=ROLLED_BACK)
 
 
 def move(one: Version, former: str | None) -> None:

@@ -55,11 +55,13 @@ def refuse_no_server() -> None:
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
+        message = f"the Prefect server does not answer ({type(error).__name__})."
+        fix = "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own"
         raise refuse(
             "PREFECT_API_URL",
             tracking.without_passwords(str(PREFECT_API_URL.value())),
-            f"the Prefect server does not answer ({type(error).__name__}).",
-            "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+            message,
+            fix,
             kind="server",
             status="failed",
         )

@@ -63,13 +63,11 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
         first, end = bisect_left(ordered, prompt), bisect_right(ordered, prompt)
         others = len(ordered) - (end - first)
         if not others:
-            raise refuse(
-                "data.feedback",
-                f"{len(prompt_ids)} rows with one prompt",
-                "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer.",
-                "give rows of more prompts, or use another method",
-                kind="data",
+            message = (
+                "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer."
             )
+            fix = "give rows of more prompts, or use another method"
+            raise refuse("data.feedback", f"{len(prompt_ids)} rows with one prompt", message, fix, kind="data")
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)
         others_of.append(by_prompt[drawn if drawn < first else drawn + end - first])
     return others_of

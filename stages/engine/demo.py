@@ -100,13 +100,9 @@ WORDS = _vocabulary()
 def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 1920 prompts. Seeded."""
     if kind not in ("sft", "prompt"):
-        raise refuse(
-            "path",
-            f"demo:{kind}",
-            f"the demo has no rows of kind {kind!r}",
-            "use demo:sft or demo:prompt; pairs come from stage `generate`",
-            kind="unknown_data",
-        )
+        message = f"the demo has no rows of kind {kind!r}"
+        fix = "use demo:sft or demo:prompt; pairs come from stage `generate`"
+        raise refuse("path", f"demo:{kind}", message, fix, kind="unknown_data")
     draw = random.Random(seed)
     wishes = [Wish(*parts) for parts in itertools.product(TONES, TIMES, PEOPLE, THINGS)]
     draw.shuffle(wishes)

@@ -266,13 +266,9 @@ class StageRun:
         """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
         source = self.request.inputs.get("source")
         if source is not None and digest(self.input("source")) != source.sha256:
-            raise refuse(
-                "source",
-                source.uri,
-                "it changed while it was read; nothing is published.",
-                "start the run again once nothing writes to it",
-                kind="source_changed",
-            )
+            message = "it changed while it was read; nothing is published."
+            fix = "start the run again once nothing writes to it"
+            raise refuse("source", source.uri, message, fix, kind="source_changed")
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in client().list_artifacts(self.run_id)}

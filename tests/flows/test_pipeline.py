@@ -150,7 +150,7 @@ def test_what_is_missing_is_said_before_a_server_starts(home: Path, tmp_path: Pa
     raw = config(model={"scratch": {}}, align={"kto": {}}).model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(json.dumps(raw))
     with pytest.raises(StageError, match=r"align\.kto"):
-        cli.run(str(tmp_path / "config.yaml"))
+        cli.run.run(str(tmp_path / "config.yaml"))
     assert list(home.iterdir()) == []
 
 

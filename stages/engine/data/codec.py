@@ -157,13 +157,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise refuse("folder", folder, "the model folder does not exist", None, kind="missing_model")
     if not (folder / "tokenizer.json").is_file():
-        raise refuse(
-            "folder",
-            folder,
-            "the folder has no tokenizer.json",
-            "pass it as `model.path`: stage `base` converts what transformers can read",
-            kind="missing_tokenizer",
-        )
+        message = "the folder has no tokenizer.json"
+        fix = "pass it as `model.path`: stage `base` converts what transformers can read"
+        raise refuse("folder", folder, message, fix, kind="missing_tokenizer")
     quiet = logging.getLogger("transformers.tokenization_utils_base")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it warns when tokenizer_config.json names another class for the same file
@@ -211,11 +207,8 @@ def _find_end(codec: Codec) -> int:
     ends = [token for token in ids if token in special and token != tokenizer.unk_token_id]
     end = ends[0] if ends else _number(tokenizer.eos_token_id)
     if end is None:
-        raise StageError(
-            "the tokenizer has no token that ends an answer",
-            kind="no_end_token",
-            fix="set eos_token in tokenizer_config.json",
-        )
+        message = "the tokenizer has no token that ends an answer"
+        raise StageError(message, kind="no_end_token", fix="set eos_token in tokenizer_config.json")
     return end
 
 

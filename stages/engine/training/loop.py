@@ -123,13 +123,9 @@ class Loop:
     def backward(self, micros: list[Any]) -> Metrics:
         """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
         if not micros:
-            raise refuse(
-                "batch_size",
-                self.training.batch_size,
-                "a device got no rows in this step",
-                f"set it to at least the number of devices ({self.accelerator.num_processes})",
-                kind="input",
-            )
+            message = "a device got no rows in this step"
+            fix = f"set it to at least the number of devices ({self.accelerator.num_processes})"
+            raise refuse("batch_size", self.training.batch_size, message, fix, kind="input")
         totals = self.reduce(self.method.prepare(micros))
         summed: Metrics = {}
         for i, micro in enumerate(micros):
@@ -163,13 +159,10 @@ class Loop:
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
                 self.context.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
+                message = f"{name} is {metrics[name]} at step {self.step + 1}"
+                fix = "lower the learning rate, or look for odd rows in the data; the last checkpoint is kept"
                 raise refuse(
-                    "learning_rate",
-                    self.training.learning_rate,
-                    f"{name} is {metrics[name]} at step {self.step + 1}",
-                    "lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
-                    kind="diverged",
-                    status="diverged",
+                    "learning_rate", self.training.learning_rate, message, fix, kind="diverged", status="diverged"
                 )
 
     # --- checkpoints ---
