@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
@@ -52,26 +55,33 @@ def write(chosen: Model, out: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(chosen.folder, beside)
-    (beside / "README.md").write_text(card(chosen, out), encoding="utf-8")
+    card(chosen, out).save(beside / "README.md")
     if out.exists():
         out.rmdir()
     beside.replace(out)
 
 
-def card(chosen: Model, out: Path) -> str:
+def card(chosen: Model, out: Path) -> ModelCard:
     """The model card: how to load it, what it was trained with, and how it did."""
-    parts = [
-        "---\nlibrary_name: transformers\ntags: [alignflow]\n---",
-        f"# {chosen.name}",
-        origin(chosen),
-        f"## Use\n\n```python\n{snippet(chosen.folder, out)}```",
-    ]
-    if chosen.metrics:
-        rows = {name: f"{value:.4g}" for name, value in sorted(chosen.metrics.items()) if name.startswith("eval/")}
+    scores = is_reward_model(json.loads((chosen.folder / "config.json").read_text()))
+    code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, end=end_of_turn(chosen.folder))
+    metrics = {name: value for name, value in sorted((chosen.metrics or {}).items()) if name.startswith("eval/")}
+    task = "text-classification" if scores else "text-generation"
+    result = partial(EvalResult, task, dataset_type="prompts", dataset_name="held-out prompts")
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["alignflow"],
+        pipeline_tag=task,
+        model_name=chosen.name if metrics else None,
+        eval_results=[result(metric_type=name, metric_value=value) for name, value in metrics.items()] or None,
+    )
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {chosen.name}", origin(chosen), f"## Use\n\n```python\n{code}```"]
+    if metrics:
+        rows = {name: f"{value:.4g}" for name, value in metrics.items()}
         parts.append("## Evaluation\n\nOn held-out prompts.\n\n" + table(rows, "metric", "value"))
     if chosen.request is not None:
         parts.append("## Training\n\n" + table(settings_of(chosen), "setting", "value"))
-    return "\n\n".join(parts) + "\n"
+    return ModelCard("\n\n".join(parts) + "\n")
 
 
 def origin(chosen: Model) -> str:
@@ -104,14 +114,6 @@ def cell(value: Any) -> str:
     """A value that breaks no table: one line, no bars, cut when very long."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def snippet(folder: Path, out: Path) -> str:
-    """Code that loads the model, by its kind."""
-    config = json.loads((folder / "config.json").read_text())
-    if is_reward_model(config):
-        return REWARD_MODEL.format(folder=out.name, end=end_of_turn(folder))
-    return LANGUAGE_MODEL.format(folder=out.name)
 
 
 def end_of_turn(folder: Path) -> str:
