@@ -1,34 +1,31 @@
 """The pipeline as a Prefect flow: a config's nodes as tasks, each in its own process, in the order of their needs."""
 
 import contextlib
-import logging
 import queue
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 
 from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning.allowed_paths import check_roots
-from flows.planning.plan import Node, plan
+from flows.planning.plan import Node, Plan, plan
 from flows.planning.requests import request_for
 from flows.results.announce import report
 from flows.servers import checks, supervisor
-from flows.servers.local_prefect import local_prefect, own_servers
+from flows.servers.local_prefect import has_shared_server, local_prefect
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import Request, Result
 from stages import tracking
-
-log = logging.getLogger("alignflow")
 
 T = TypeVar("T")
 
@@ -36,49 +33,41 @@ TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
 
 
-# --- From a node to a request -----------------------------------------------------------------------------------------
+def start_again(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a stage ended from outside, by a signal or with its machine, so that it resumes when started again."""
+    error = state.data
+    if not isinstance(error, StageError) or process.stopping():
+        return False
+    if error.status != "preempted" and error.problem.kind != "killed":
+        return False
+    get_run_logger().warning("%s Started again, try %d of %d.", error, run.run_count + 1, TRIES)
+    return True
 
 
-# --- The flow ---------------------------------------------------------------------------------------------------------
-
-
-@task(name="stage", task_run_name="{name}", persist_result=False, result_serializer="json", cache_policy=NO_CACHE)
+@task(
+    name="stage",
+    task_run_name="{name}",
+    retries=TRIES - 1,
+    retry_condition_fn=start_again,
+    persist_result=False,
+    result_serializer="json",
+    cache_policy=NO_CACHE,
+)
 def run_node(name: str, request: Request, pool: str | None = None) -> Result | State[Any]:
-    """One stage, here or on a work pool. When it stops, the task fails with the stage's problem; when it was stopped
-    from outside, it is started again first.
-    """
-    result = run_once(request, pool)
-    for number in range(2, TRIES + 1):
-        if not was_stopped(result) or process.stopping():
-            break
-        get_run_logger().warning("%s: %s Started again, try %d of %d.", name, result.error, number, TRIES)
-        result = run_once(request, pool)
+    """One stage, here or on a work pool. When it stops, the task fails with the stage's problem."""
+    logger = get_run_logger()
+    if pool is not None:
+        result = run_placed(request, pool, logger)
+    else:
+        lease = stage_lease(request.key(), logger) if has_shared_server() else None
+        result = process.run_stage(request, logger, lease)
     if result.status == "done":
         return result
-    error = problem_of(name, result)
-    return Failed(message=str(error), data=error)
-
-
-def was_stopped(result: Result) -> bool:
-    """Whether a stage ended from outside, by a signal or with its machine, and goes on when it is started again."""
-    return result.status == "preempted" or (result.error is not None and result.error.kind == "killed")
-
-
-def run_once(request: Request, pool: str | None) -> Result:
-    """The result of one try at a stage."""
-    if pool is not None:
-        return run_placed(request, pool, get_run_logger())
-    shared = PREFECT_API_URL.value() not in own_servers
-    log = get_run_logger()
-    return process.run_stage(request, log, stage_lease(request.key(), log) if shared else None)
-
-
-def problem_of(name: str, result: Result) -> StageError:
-    """A stopped stage's problem as an exception that carries its exit code."""
     assert result.error is not None
     first = "field" if result.error.field else "message"
     named = {first: f"{name}: {getattr(result.error, first)}"}
-    return StageError(result.error.model_copy(update=named), status=result.status)
+    error = StageError(result.error.model_copy(update=named), status=result.status)
+    return Failed(message=str(error), data=error)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
@@ -87,15 +76,15 @@ def pipeline(config: PipelineConfig) -> State[Any]:
     process.begin()
     try:
         prepare(config)
-        nodes = plan(config)
+        planned = plan(config)  # here again: a worker is given the config alone
     except StageError as error:
         return Failed(message=str(error), data=error)
     try:
-        results, errors = run_nodes(nodes, config, str(flow_run.id))
+        results, errors = run_nodes(planned, str(flow_run.id))
     except BaseException:
         process.stop_all()
         raise
-    report(nodes, results, config)
+    report(planned, results)
     if errors:
         first = next(iter(errors.values()))
         return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
@@ -119,15 +108,15 @@ def prepare(config: PipelineConfig) -> None:
 
 
 def run_nodes(
-    nodes: list[Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
+    planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None = None
 ) -> tuple[dict[str, Result], dict[str, StageError]]:
     """Run nodes as their needs are done, at most `config.parallel` at once. What a failure leaves whole still runs.
 
     `known`: results of nodes that are not to be run; they are in the answer too.
     """
-    results: dict[str, Result] = dict(known or {})
+    config, results = planned.config, dict(known or {})
     errors: dict[str, StageError] = {}
-    waiting = longest_chain_first(nodes)
+    waiting = longest_chain_first(list(planned.nodes.values()))
     running: set[str] = set()
     ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     while True:
@@ -149,8 +138,10 @@ def run_nodes(
         outcome = future.result(raise_on_failure=False)
         if isinstance(outcome, Result):
             results[name] = outcome
-        else:
-            errors[name] = outcome if isinstance(outcome, StageError) else as_bug(name, outcome)
+        elif isinstance(outcome, StageError):
+            errors[name] = outcome
+        else:  # an exception that no stage has made a problem of
+            errors[name] = StageError(f"{name}: {outcome!r}", status="failed", kind=type(outcome).__name__)
 
 
 def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
@@ -158,11 +149,6 @@ def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
     while True:
         with contextlib.suppress(queue.Empty):
             return ended.get(timeout=0.5)
-
-
-def as_bug(name: str, error: object) -> StageError:
-    """An exception that no stage has made a problem of."""
-    return StageError(f"{name}: {error!r}", status="failed", kind=type(error).__name__)
 
 
 def longest_chain_first(nodes: list[Node]) -> list[Node]:
@@ -174,22 +160,19 @@ def longest_chain_first(nodes: list[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: -depth[node.name])
 
 
-# --- Running it from here ---------------------------------------------------------------------------------------------
-
-
-def run(config: PipelineConfig) -> dict[str, Result]:
+def run(planned: Plan) -> dict[str, Result]:
     """Run the pipeline from this process and wait for it: node name -> Result.
 
     Raises:
-        StageError: a stage stopped, with its problem and status; or the config lacks something; or the run was stopped
-            by Ctrl-C or SIGTERM (status `preempted`).
+        StageError: a stage stopped, with its problem and status; or the run was stopped by Ctrl-C or SIGTERM (status
+            `preempted`).
     """
-    plan(config)  # what is missing is said before a server starts
+    config = planned.config
     return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
 
 
 def run_locally(call: Callable[[], T]) -> T:
-    """Call a flow from this process, with databases and a Prefect server at hand, and wait for it.
+    """Call a flow from this process, with databases and a Prefect server available, and wait for it.
 
     Raises:
         StageError: what the flow raises; or it was stopped by Ctrl-C or SIGTERM (status `preempted`).
@@ -202,9 +185,6 @@ def run_locally(call: Callable[[], T]) -> T:
                 database.result()
                 return call()
     except (KeyboardInterrupt, TerminationSignal):
-        fix = "start it again: finished stages are reused, and training goes on from its last checkpoint"
+        fix = "start it again: finished stages are reused, and training resumes from its last checkpoint"
         message = "the run was stopped from outside."
         raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
-
-
-# --- What a run would do ----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from flows import pipeline
 from flows.execution import process
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
-from flows.planning.plan import candidate, plan, promotion
+from flows.planning.plan import Plan, promotion
+from flows.planning.plan_checks import candidate, check_gate
 from flows.results import announce, registry
 from flows.results.registry import Version
 from schemas.config import PipelineConfig
@@ -52,7 +53,7 @@ class Fingerprint:
         return {"data.digest": self.data, "config.digest": self.config}
 
 
-def fingerprint(config: PipelineConfig) -> Fingerprint:
+def fingerprint(planned: Plan) -> Fingerprint:
     """Digests of the source files and of the settings that decide the result, the gate and the code's stage versions
     included; neither paths nor places matter.
 
@@ -60,22 +61,19 @@ def fingerprint(config: PipelineConfig) -> Fingerprint:
         StageError: a file is missing, or it is not clear who the candidate is.
     """
     data, rest = {}, {}
-    for node in [*plan(config), *promotion(config, champion=False)]:
+    for name, node in {**planned.nodes, **promotion(planned, champion=False).nodes}.items():
         asked = Request(stage=node.stage, version=STAGES[node.stage].version, params=node.params, seed=node.seed)
-        request = requests.with_sources(asked, requests.config_field(node))
+        request = requests.with_sources(asked, node.field)
         if node.stage == "validate" and "source" in request.inputs:
-            data[node.name] = request.inputs["source"].sha256
+            data[name] = request.inputs["source"].sha256
             blank = {"source": Artifact(uri="", sha256="")}  # the data's part; without it the path would count
             request = request.model_copy(update={"inputs": blank})
-        rest[node.name] = [request.key(), sorted(node.inputs.items())]
+        rest[name] = [request.key(), sorted(node.inputs.items())]
     return Fingerprint(_digest(data), _digest(rest))
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# --- The flow ---------------------------------------------------------------------------------------------------------
 
 
 @flow(name="retrain", flow_run_name="retrain {source}", persist_result=False, result_serializer="json")
@@ -88,8 +86,7 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     try:
         if deployment.id and source not in config_file.presets():
             check_source(source, deployed=True)
-        config = config_file.load(source, overrides)
-        outcome = retrained(config, str(flow_run.id), force)
+        outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
     except StageError as error:
         conflict = error.problem.kind == "conflict"
         return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
@@ -99,24 +96,25 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     return Completed(name=outcome.ending, message=outcome.message, data=outcome)
 
 
-def retrained(config: PipelineConfig, pipeline_run: str, force: bool = False) -> Outcome:
+def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     """Look, train, judge, decide, act.
 
     Raises:
         StageError: a stage stopped; the config lacks something; or another champion was made in the meantime
             (kind `conflict`).
     """
+    config = planned.config
     pipeline.prepare(config)
     name = model_name(config)
-    made_from = fingerprint(config)
+    made_from = fingerprint(planned)
     champion = registry.champion(name)
-    if champion is not None and not force and unchanged(champion, made_from):
+    if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
-    results = run_all(plan(config), config, pipeline_run)
+    results = run_all(planned, pipeline_run)
     trained = results[candidate(config)]
     champion = registry.champion(name)  # training takes long: judge against the champion of now
-    return already_settled(name, trained, champion) or decide(config, results, champion, made_from, pipeline_run)
+    return already_settled(name, trained, champion) or decide(planned, results, champion, made_from, pipeline_run)
 
 
 def model_name(config: PipelineConfig) -> str:
@@ -124,17 +122,10 @@ def model_name(config: PipelineConfig) -> str:
     return (config.promote or PromoteConfig()).model or config.name
 
 
-def unchanged(champion: Version, made_from: Fingerprint) -> bool:
-    """Whether the champion was made from the same."""
-    return made_from.tags().items() <= champion.tags.items()
-
-
-def run_all(
-    nodes: Sequence[pipeline.Node], config: PipelineConfig, pipeline_run: str, known: Mapping[str, Result] | None = None
-) -> dict[str, Result]:
+def run_all(planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None = None) -> dict[str, Result]:
     """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
-    results, errors = pipeline.run_nodes(list(nodes), config, pipeline_run, known)
-    announce.report(list(nodes), results, config)
+    results, errors = pipeline.run_nodes(planned, pipeline_run, known)
+    announce.report(planned, results)
     if errors:
         raise next(iter(errors.values()))
     return results
@@ -155,29 +146,26 @@ def already_settled(name: str, trained: Result, champion: Version | None) -> Out
 
 
 def decide(
-    config: PipelineConfig,
-    results: Mapping[str, Result],
-    champion: Version | None,
-    made_from: Fingerprint,
-    pipeline_run: str,
+    planned: Plan, trained: Mapping[str, Result], champion: Version | None, made_from: Fingerprint, pipeline_run: str
 ) -> Outcome:
     """Judge the candidate beside the champion, register it, and move the alias or not."""
-    known = dict(results)
-    if champion is not None:
-        known["champion"] = as_result(champion)
-    results = run_all(promotion(config, champion is not None), config, pipeline_run, known)
-    decision = read_decision(results["promote"])
-    trained = results[candidate(config)]
+    judging = promotion(planned, champion is not None)
+    known = dict(trained) if champion is None else {**trained, "champion": as_result(champion)}
+    results = run_all(judging, pipeline_run, known)
+    name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
+    decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
+    decision = Decision.model_validate_json(decided.read_text())
     tags = {
         **made_from.tags(),
         **verdict(decision, champion),
-        **traces(config, results),
+        **traces(name, results[name], results[judged], results["promote"]),
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
     }
+    model, run_id = results[name].outputs["model"], results[name].run_id
     expected = None if champion is None else champion.number
-    version = registry.settle(
-        model_name(config), trained.outputs["model"], trained.run_id, tags, promote=decision.promote, expected=expected
+    version = registry.register_and_promote(
+        model_name(planned.config), model, run_id, tags, promote=decision.promote, expected=expected
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"
     if decision.promote:
@@ -200,11 +188,6 @@ def as_result(champion: Version) -> Result:
     return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
 
 
-def read_decision(result: Result) -> Decision:
-    """What stage `promote` has decided."""
-    return Decision.model_validate_json((tracking.fetch(result.outputs["decision"]) / "decision.json").read_text())
-
-
 def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
     """The decision as tags of the version."""
     reasons = decision.reasons or decision.checks
@@ -215,21 +198,17 @@ def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
     }
 
 
-def traces(config: PipelineConfig, results: Mapping[str, Result]) -> dict[str, str]:
+def traces(name: str, trained: Result, evaluated: Result, decided: Result) -> dict[str, str]:
     """Where the candidate comes from: its stage's key, MLflow runs, and the code that trained it."""
-    name = candidate(config)
-    runs = {"train.run_id": results[name].run_id, "eval.run_id": results[f"eval {name}"].run_id}
-    runs["promote.run_id"] = results["promote"].run_id
-    train_run = tracking.client().get_run(results[name].run_id or "")
+    train_run = tracking.client().get_run(trained.run_id or "")
     return {
-        **{tag: run_id or "" for tag, run_id in runs.items()},
-        "stage.key": results[name].key,
+        "train.run_id": trained.run_id or "",
+        "eval.run_id": evaluated.run_id or "",
+        "promote.run_id": decided.run_id or "",
+        "stage.key": trained.key,
         "candidate": name,
         "code.version": train_run.data.tags.get("code.version", "unknown"),
     }
-
-
-# --- Running it from here ---------------------------------------------------------------------------------------------
 
 
 def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outcome:
@@ -238,5 +217,5 @@ def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outc
     Raises:
         StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
     """
-    promotion(config_file.load(source, overrides), champion=False)  # what is missing is said before a server starts
+    check_gate(config_file.load(source, overrides).config)  # what is missing is said before a server starts
     return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))

@@ -1,6 +1,5 @@
 """One stage as a Prefect flow: what the deployments `stage/POOL` run where a worker takes them up."""
 
-import os
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -11,6 +10,7 @@ from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.planning.allowed_paths import check_request_roots
 from flows.servers import checks
+from schemas import environment
 from schemas.errors import StageError
 from schemas.stage import Request
 from stages import tracking
@@ -18,7 +18,7 @@ from stages import tracking
 
 def run_name() -> str:
     """The stage's short name, as in the pipeline: `sft`, `eval dpo`."""
-    return tracking.label(Request.model_validate(flow_run.parameters["request"]))
+    return Request.model_validate(flow_run.parameters["request"]).label
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False, result_serializer="json")
@@ -34,7 +34,7 @@ def stage(request: Request) -> State[Any]:
             check_request_roots(request, deployed=True)
             checks.check_experiment(tracking.experiment_name(request), placed=True)
         if request.spec.needs_device:
-            checks.check_gpu(int(os.environ.get("ALIGNFLOW_GPUS") or 0))
+            checks.check_gpu(environment.gpus())
         log = get_run_logger()
         result = process.run_stage(request, log, stage_lease(request.key(), log))
     except StageError as error:

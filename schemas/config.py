@@ -5,14 +5,23 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from schemas import Strict
 from schemas.methods import Method
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, data_source
 from schemas.stage import STAGES
-from schemas.strict import Strict
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
+DERIVES: dict[Kind, dict[str, int | None]] = {
+    "preference": {"preference": 1, "ranking": 1, "feedback": 2, "sft": 1, "prompt": 1},
+    "ranking": {"ranking": 1, "preference": None, "feedback": None, "sft": None, "prompt": 1},
+    "feedback": {"feedback": 1, "sft": None, "prompt": 1},
+    "sft": {"sft": 1, "prompt": 1},
+    "prompt": {"prompt": 1},
+}
+"""The kinds that a source of each kind gives, and how many rows each of its rows gives at most; None where it varies.
+"""
 
 
 class Scratch(Strict):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from schemas.strict import Strict
+from schemas import Strict
 
 Status = Literal["done", "refused", "diverged", "preempted", "failed"]
 

@@ -1,6 +1,7 @@
-"""Whether a model folder fits together, told from its JSON files alone: no weight is read and nothing is imported."""
+"""Whether the parts of a model folder fit together, from its JSON files alone: no weight is read, nothing imported."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from typing import Any
 def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     """What does not fit, and its fix; None for a folder in order. `scorer`: a reward model is wanted.
 
-    What the files do not say (no tokenizer.json, no `vocab_size`) is left to those who load them.
+    What the files do not tell (no tokenizer.json, no `vocab_size`) is left to those who load them.
     """
     try:
         config = _read(folder / "config.json")
@@ -23,8 +24,13 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     return _why_head_unusable(config, scorer)
 
 
+def is_reward_model(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json is that of a sequence classifier; a language model's else."""
+    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+
+
 def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] | None:
-    classifier = any("SequenceClassification" in name for name in config.get("architectures") or [])
+    classifier = is_reward_model(config)
     if scorer and not classifier:
         return "it is a language model without a score", "train a reward model from it (stage `reward`), or name one"
     if classifier and not scorer:
@@ -37,10 +43,10 @@ def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(found, dict):
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not a JSON object")
-    return found
+    return content
 
 
 def last_token(tokenizer: dict[str, Any]) -> int | None:

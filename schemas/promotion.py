@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from schemas.strict import Strict, no_truth
+from schemas import Strict, no_truth
 
 
 class Check(Strict):
@@ -20,8 +20,8 @@ class Check(Strict):
     passed: bool
 
     def __str__(self) -> str:
-        found = "missing or not finite" if self.value is None else f"{self.value:.4g}"
-        return f"{self.metric} is {found}, must be {self.relation} {self.bound:.4g} ({self.meaning})"
+        measured = "missing or not finite" if self.value is None else f"{self.value:.4g}"
+        return f"{self.metric} is {measured}, must be {self.relation} {self.bound:.4g} ({self.meaning})"
 
 
 class Decision(Strict):
@@ -60,7 +60,7 @@ class Gate(Strict):
     or against the SFT model where there is no champion yet."""
     kl_max: float = Field(default=25.0, gt=0)
     """Nats per answer from the current SFT model. Picking the best of n answers costs less than log n nats, so that 25
-    is more than choosing among 10^10 answers can need: what lies beyond is another model, not a better choice. It is a
+    is more than choosing among 10^10 answers can need: beyond that is another model, not a better choice. It is a
     sum over tokens; for answers of many hundred tokens measure your own good models, and raise it knowingly."""
     length_ratio_max: float = Field(default=1.5, gt=0)
     """Mean length of the answers over the SFT model's."""
@@ -69,7 +69,7 @@ class Gate(Strict):
     reference_nll_min: float = Field(default=0.5, ge=0)
     """How odd the answers look to the SFT model over how odd its own do; below: it repeats what is likeliest."""
     reference_nll_max: float = Field(default=2.0, gt=0)
-    """The same; above: it says what the SFT model never would."""
+    """The same; above: its answers are unlikely under the SFT model."""
     empty_max: float = Field(default=0.01, ge=0, le=1)
     """Share of empty answers."""
     prompts_min: int = Field(default=100, ge=1)

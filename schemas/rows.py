@@ -1,6 +1,6 @@
 """What a clean row of each data kind looks like: pandera models on polars, and the names of what can be wrong with one.
 
-A check is named after what it finds: the `reason` that stands in quarantine files and reports. The models check types,
+A check is named after what it finds: the `reason` in quarantine files and reports. The models check types,
 emptiness and what columns owe to each other; what needs a tokenizer or other rows is checked by stage `validate`.
 """
 
@@ -58,7 +58,7 @@ class PromptRow(pa.DataFrameModel):
 
     @pa.check(_TEXTS, regex=True)
     def empty_text(cls, data: PolarsData) -> pl.LazyFrame:
-        """Every message and every answer says something."""
+        """No message and no answer is empty."""
         return data.lazyframe.select(_no_text(str(data.key), lambda text: text.str.contains(_BLANK)))
 
     @pa.check(_TEXTS, regex=True)
@@ -85,11 +85,11 @@ class PreferenceRow(PromptRow):
     chosen: pl.String
     rejected: pl.String
     margin: pl.Float64 = pa.Field(nullable=True, ge=0)
-    """How much better `chosen` is, on the annotators' scale; null where they did not say."""
+    """How much better `chosen` is, on the annotators' scale; null where not given."""
 
     @pa.check("margin")
     def not_finite(cls, data: PolarsData) -> pl.LazyFrame:
-        """NaN and infinity are no margins."""
+        """NaN and infinity are not margins."""
         return data.lazyframe.select(pl.col(str(data.key)).is_finite())
 
     @pa.dataframe_check
@@ -141,13 +141,13 @@ def problems(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
 
     Raises pandera's SchemaError when the frame has other columns or types than the kind: that is a bug, not bad data.
     """
-    found: list[pl.DataFrame] = []
+    failures: list[pl.DataFrame] = []
     try:
         ROWS[kind].validate(frame, lazy=True)
     except SchemaErrors as errors:
-        found = [_failures(kind, error) for error in errors.schema_errors]
+        failures = [_failures(kind, error) for error in errors.schema_errors]
     empty = pl.DataFrame(schema={"index": pl.Int64, "column": pl.String, "reason": pl.String})
-    return pl.concat([empty, *found])
+    return pl.concat([empty, *failures])
 
 
 # Names of checks that are not their reasons: pandera's own, and one that pandera keeps for itself.

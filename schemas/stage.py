@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
+from schemas import Strict
 from schemas.errors import Problem, Status
-from schemas.strict import Strict
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max
 
 
 class Artifact(Strict):
-    """A folder that a stage has published: where it lies, and the digest of its content."""
+    """A folder that a stage has published: its address, and the digest of its content."""
 
     uri: str
     sha256: str
 
 
 class Placement(Strict):
-    """Where a stage runs. It changes no result, so it is no part of the key."""
+    """Where a stage runs. It changes no result, so it is not part of the key."""
 
     devices: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, ge=1)
@@ -87,10 +87,17 @@ class Request(Strict):
         """What is known of its stage: nothing where another version of the code has asked for one of its own."""
         return STAGES.get(self.stage, StageSpec(0))
 
+    @property
+    def label(self) -> str:
+        """Short name for people: `sft`, `dpo`, `eval dpo`."""
+        if self.stage == "evaluate":
+            return f"eval {self.name}" if self.name else "eval"
+        return self.name or self.stage
+
     def key(self) -> str:
         """sha256 over what decides the result: never paths, pools, threads or run ids.
 
-        A path in `params` gives way to the input `source`, the digest of what lies there.
+        A path in `params` gives way to the input `source`, the digest of the file or folder.
         """
         neutral = NEUTRAL | ({"path"} if "source" in self.inputs else set())
         decides = {
@@ -109,7 +116,7 @@ class Request(Strict):
 class Result(Strict):
     """What a stage answers; written as `result.json` beside the request."""
 
-    # What was measured is no setting: NaN is written as NaN, where pydantic's null could not be read back.
+    # A measurement may be NaN, which is written as NaN, where pydantic's null could not be read back.
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
 
     status: Status

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from schemas import Strict
 from schemas.errors import refuse
-from schemas.strict import Strict
 
 
 class LoRA(Strict):
@@ -38,9 +38,9 @@ class Training(Strict):
     epochs: float | None = Field(default=1.0, gt=0, le=1_000_000)
     """Passes over the data. PPO counts iterations instead."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps, whatever `epochs` says."""
     train_tokens: int | None = Field(default=None, ge=1)
-    """Train until so many tokens were learnt from, whatever `epochs`, `max_steps` and PPO's `iterations` say; the step
+    """Train on this many tokens, whatever `epochs`, `max_steps` and PPO's `iterations` say; the step
     in which the number is reached is the last. A token counts when it is in a row (prompt or answer) of an optimizer
     step: a prompt once for all answers of its row, and again whenever its row is seen again; padding does not count,
     nor what is read without learning (the reference, KTO's mismatched answers, PPO's sampling and scoring). The
@@ -64,7 +64,7 @@ class Training(Strict):
     """bf16: float32 weights, bfloat16 autocast."""
     gradient_checkpointing: bool = False
     layout: Literal["shared", "packed", "padded"] = "shared"
-    """How a batch lies in memory: answers hang off one prompt, sequences end to end, or rows with padding."""
+    """How a batch is laid out in memory: answers share a prompt, sequences end to end, or rows with padding."""
     lora: LoRA | None = None
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     checkpoint_steps: int | None = Field(default=None, ge=1)

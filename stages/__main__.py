@@ -18,6 +18,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
+from schemas.environment import HOME, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
@@ -35,8 +36,7 @@ MODULES = {name: f"stages.{name}" for name in STAGES}
 def stay_with_parent() -> None:
     """Die with the parent that started this stage, and leave when it has died already."""
     die_with_parent()
-    expected = os.environ.get("ALIGNFLOW_PARENT")
-    if expected and "RANK" not in os.environ and os.getppid() != int(expected):
+    if "RANK" not in os.environ and parent() not in (None, os.getppid()):
         sys.exit(EXIT_CODES["preempted"])
 
 
@@ -57,7 +57,7 @@ class Lines(logging.Formatter):
 
 
 def set_up_log(rank: int) -> None:
-    """Log to stderr; the other ranks say errors only."""
+    """Log to stderr; the other ranks log errors only."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
@@ -96,7 +96,7 @@ def rank_signal_file(work: Path) -> Path:
     return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
 
 
-def follow(request: Request) -> None:
+def run_other_rank(request: Request) -> None:
     """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
     verdict = rank_signal_file(tracking.work_folder(request.key()))
     while not verdict.exists():
@@ -106,20 +106,20 @@ def follow(request: Request) -> None:
             importlib.import_module(MODULES[request.stage]).run(run)
 
 
-def lead(request: Request) -> Result:
+def run_rank_0(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
     work = tracking.work_folder(key)
     verdict = rank_signal_file(work)
     with tracking.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
-        found = tracking.find(key)
+        earlier = tracking.find(key)
         if "RANK" in os.environ:
             for old in work.glob("verdict-*.json"):
                 old.unlink()  # of an earlier start; this one's stays, for a rank that comes late
-            tracking.write_whole(verdict, json.dumps({"reused": found is not None}))
-        if found is not None:
-            tracking.note_reuse(found, request.pipeline_run)
-            return found
+            tracking.write_whole(verdict, json.dumps({"reused": earlier is not None}))
+        if earlier is not None:
+            tracking.note_reuse(earlier, request.pipeline_run)
+            return earlier
         result = execute(request)
         if result.status == "done":
             tracking.clear_work(key)
@@ -147,12 +147,12 @@ def execute(request: Request) -> Result:
 
 
 def out_of_resource(error: BaseException) -> Problem | None:
-    """The problem of an error that says that the machine ran out of something; libraries word it in their own ways."""
+    """The problem of an error that means that the machine ran out of something; each library words it its own way."""
     text = f"{type(error).__name__}: {error}"
     again = "then start it again: it resumes from its last checkpoint"
     for kind, words, field, fix in (
-        ("disk", r"No space left on device|disk is full|Disk quota exceeded", "ALIGNFLOW_HOME", "make room there"),
-        ("disk", r"Read-only file system|Permission denied|readonly database", "ALIGNFLOW_HOME", "make it writable"),
+        ("disk", r"No space left on device|disk is full|Disk quota exceeded", HOME, "make room there"),
+        ("disk", r"Read-only file system|Permission denied|readonly database", HOME, "make it writable"),
         (
             "memory",
             r"MemoryError|OutOfMemory|can't allocate memory|out of memory",
@@ -161,13 +161,13 @@ def out_of_resource(error: BaseException) -> Problem | None:
         ),
     ):
         if re.search(words, text, re.IGNORECASE):
-            value = str(tracking.home()) if field == "ALIGNFLOW_HOME" else None
+            value = str(tracking.home()) if field == HOME else None
             return Problem(kind=kind, message=f"{error}.", field=field, value=value, fix=f"{fix}, {again}")
     return None
 
 
 def problem_of(error: BaseException, log_text: bool = True) -> Problem:
-    """What a person needs to know of an error. Without `log_text` not what a library says: it may quote a row."""
+    """What a person needs to know of an error; without `log_text` no library's message: it may quote a row."""
     if isinstance(error, StageError):
         return error.problem
     lack = out_of_resource(error)
@@ -185,7 +185,7 @@ def problem_of(error: BaseException, log_text: bool = True) -> Problem:
 
 
 def trace_of(error: BaseException, log_text: bool) -> str:
-    """The traceback; without `log_text` its places only, not what the error says."""
+    """The traceback; without `log_text` its places only, not the error's message."""
     if log_text:
         return "".join(traceback.format_exception(error))
     return "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__} {LEFT_OUT}"])
@@ -219,9 +219,9 @@ def main(argv: list[str]) -> int:
         if request.placement.devices > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
-            follow(request)
+            run_other_rank(request)
             return 0
-        result = lead(request)
+        result = run_rank_0(request)
     except Exception as error:
         result = stopped(error, key, None, log_text)
     if rank == 0:

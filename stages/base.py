@@ -5,18 +5,13 @@ with random weights. Chat template and system prompt are written into the tokeni
 transformers, need nothing but the folder. No pickle is read and no code from a model folder is run.
 """
 
-import contextlib
 import importlib.util
-import json
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,14 +26,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
 
 from schemas.config import BaseParams, Scratch
 from schemas.errors import refuse
-from schemas.model_folder import why_unusable
+from schemas.model_folder import is_reward_model, why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, template_file
 from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
+from stages.engine.models.loading import check_folder, load_whole, quiet, read_config
 from stages.runtime.context import StageContext
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
@@ -46,7 +41,8 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _GREETING = [{"role": "user", "content": "hello"}]
 
 
-_refuse = partial(refuse, "model.path", kind="model")
+FIELD = "model.path"
+_refuse = partial(refuse, FIELD, kind="model")
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -65,12 +61,9 @@ def run(context: StageContext) -> dict[str, float]:
 def build(params: BaseParams, seed: int, folder: Path) -> int:
     """Write the base model to `folder`; returns the number of its parameters. Raises StageError with a fix."""
     if (params.scratch is None) == (params.path is None):
-        raise refuse(
-            "model.path",
-            params.path,
-            "a base model is either a path or made from scratch",
-            "set exactly one of model.path and model.scratch",
-        )
+        message = "a base model is either a path or made from scratch"
+        fix = "set exactly one of model.path and model.scratch"
+        raise refuse("model.path", params.path, message, fix)
     if params.scratch is not None:
         tokenizer = demo.tokenizer()
         model: PreTrainedModel = from_scratch(params.scratch, tokenizer, seed)
@@ -80,7 +73,7 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
             check_fit(source)
         if source.is_file():
             model, tokenizer = read_gguf(source)
-        elif is_reward_model(source):
+        elif is_reward_model(read_config(source, FIELD)):
             return copy_reward_model(source, folder)
         else:
             model, tokenizer = read_folder(source)
@@ -124,13 +117,9 @@ def download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not is_commit(revision):
-        raise refuse(
-            "model.revision",
-            revision,
-            f"{name} is not a local folder, and as a name on the Hub it needs a commit",
-            f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main",
-            kind="missing_revision",
-        )
+        message = f"{name} is not a local folder, and as a name on the Hub it needs a commit"
+        fix = f"set it to the 40 hex digits of a commit, listed at https://huggingface.co/{name}/commits/main"
+        raise refuse("model.revision", revision, message, fix, kind="missing_revision")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
@@ -144,7 +133,7 @@ def download(name: str, revision: str | None) -> Path:
 
 def check_fit(folder: Path) -> None:
     """Refuse a folder whose parts do not belong together, before its weights are read."""
-    if problem := why_unusable(folder, scorer=is_reward_model(folder)):
+    if problem := why_unusable(folder, scorer=is_reward_model(read_config(folder, FIELD))):
         raise _refuse(folder, problem[0], problem[1])
 
 
@@ -172,21 +161,21 @@ def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int
 
 def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from a folder of safetensors."""
-    check_folder(folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return load_whole(AutoModelForCausalLM, folder), read_tokenizer(folder)
+    check_folder(folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, FIELD)
+    return load_whole(AutoModelForCausalLM, folder, field=FIELD, dtype="auto"), read_tokenizer(folder)
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise _refuse(file, "reading a GGUF file needs the package gguf", "pip install gguf")
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise _refuse(file, f"the GGUF file cannot be read: {error}", "check that it is whole") from error
-    model = load_whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
-    # What is saved is no longer quantized, and must not say so.
+    model = load_whole(AutoModelForCausalLM, file.parent, field=FIELD, gguf_file=file.name, dtype=torch.float32)
+    # What is saved is no longer quantized, and its config must not claim it.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in vars(model):
             delattr(model, name)
@@ -211,61 +200,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_whole(auto: Any, folder: Path, **options: Any) -> PreTrainedModel:
-    """`auto.from_pretrained`, which must find every weight. No pickle is read and no code of the folder is run."""
-    settings = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
-    with _quiet():
-        try:
-            model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _refuse(folder, f"the model cannot be loaded: {error}", "load it in plain transformers") from error
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:3])
-        fix = "give a folder whose weights are whole and fit its config.json"
-        raise _refuse(folder, f"{len(info['missing_keys'])} weights are missing: {names}", fix)
-    return model
-
-
-def check_folder(folder: Path, known: Any) -> None:
-    """Refuse what cannot or must not be read: no config, an unknown type, packed weights, pickles."""
-    config = _config(folder)
-    kind = config.get("model_type")
-    if kind not in known:
-        why = (
-            "needs code from its folder, which is never run" if "auto_map" in config else "is not one of transformers'"
-        )
-        raise _refuse(folder, f"the model type {kind!r} {why}", "give a model of a type that transformers knows")
-    if "quantization_config" in config:
-        raise _refuse(folder, "the weights are quantized", "give the model's plain weights (or a GGUF file)")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
-        what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
-        raise _refuse(folder, what, "save the model as safetensors: model.save_pretrained(folder) does")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise _refuse(folder, "the folder has no config.json", "give a transformers model folder")
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise _refuse(folder, f"config.json cannot be read: {error}", "fix the file") from error
-
-
 # --- Reward models ----------------------------------------------------------------------------------------------------
-
-
-def is_reward_model(folder: Path) -> bool:
-    """Whether the folder holds a sequence classifier."""
-    return any("SequenceClassification" in name for name in _config(folder).get("architectures") or [])
 
 
 def copy_reward_model(source: Path, folder: Path) -> int:
     """A reward model of the user's own, checked and copied as it is: its scores belong to its own template."""
-    check_folder(source, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    check_folder(source, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, FIELD)
     load_tokenizer(source)
-    model = load_whole(AutoModelForSequenceClassification, source)
+    model = load_whole(AutoModelForSequenceClassification, source, field=FIELD, dtype="auto")
     folder.mkdir(parents=True)
     for pattern in MODEL_FILES:
         for file in source.glob(pattern):
@@ -287,13 +229,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
         return codec
     tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), params.system_prompt)
     if params.system_prompt.strip() not in _try(tokenizer, params.chat_template).render(_GREETING):
-        raise refuse(
-            "model.system_prompt",
-            params.system_prompt,
-            "the chat template leaves the system prompt out",
-            "set model.chat_template to one that writes system messages",
-            kind="chat_template",
-        )
+        message = "the chat template leaves the system prompt out"
+        fix = "set model.chat_template to one that writes system messages"
+        raise refuse("model.system_prompt", params.system_prompt, message, fix, kind="chat_template")
     return Codec(tokenizer)
 
 
@@ -303,13 +241,9 @@ def template_text(given: str) -> str:
     if file is None:
         return given
     if not file.is_file():
-        raise refuse(
-            "model.chat_template",
-            given,
-            "this is neither a Jinja template nor an existing file",
-            "give the path of a file with a Jinja template, or the template's text",
-            kind="chat_template",
-        )
+        message = "this is neither a Jinja template nor an existing file"
+        fix = "give the path of a file with a Jinja template, or the template's text"
+        raise refuse("model.chat_template", given, message, fix, kind="chat_template")
     return file.read_text()
 
 
@@ -323,7 +257,7 @@ def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = codec.pad_id
     model.generation_config = generation_config(model, codec)
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     codec.save(folder)
 
@@ -349,24 +283,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
         codec = Codec(tokenizer)
         codec.prompt(_GREETING)
     except (TemplateError, TypeError, ValueError) as error:
-        raise refuse(
-            "model.chat_template",
-            template,
-            f"the chat template fails: {error}",
-            "fix the template, or leave it out to use the model's own",
-            kind="chat_template",
-        ) from error
+        message = f"the chat template fails: {error}"
+        fix = "fix the template, or leave it out to use the model's own"
+        raise refuse("model.chat_template", template, message, fix, kind="chat_template") from error
     return codec
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars: what matters in them is checked here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

@@ -33,14 +33,14 @@ def run(context: StageContext) -> dict[str, float]:
     """
     settings = context.request.params["methods"]
     assert isinstance(settings, list)
-    found = [(method.method, own_tokens(method, context)) for method in map(method_of, settings)]
-    least = min(tokens for _, tokens in found)
-    log.info("training tokens by themselves: %s", ", ".join(f"{name} {tokens:,}" for name, tokens in found))
+    own = [(method.method, own_tokens(method, context)) for method in map(method_of, settings)]
+    least = min(tokens for _, tokens in own)
+    log.info("training tokens by themselves: %s", ", ".join(f"{name} {tokens:,}" for name, tokens in own))
     log.info("every method trains on %s", f"{least:,}")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / BUDGET).write_text(json.dumps({"train_tokens": least}))
         context.publish("budget", Path(folder))
-    return {"budget/train_tokens": float(least)} | {f"budget/own_{name}": float(tokens) for name, tokens in found}
+    return {"budget/train_tokens": float(least)} | {f"budget/own_{name}": float(tokens) for name, tokens in own}
 
 
 def method_of(settings: JsonValue) -> MethodConfig:
@@ -69,7 +69,7 @@ def rollout_tokens(config: PPO, context: StageContext, codec: Codec, limit: int)
     """Prompts and sampled answers of all iterations, once per epoch."""
     prompts = [len(codec.prompt(row["prompt"])) for row in read(context.input("prompt"), "train", "prompt")]
     room = limit - config.max_new_tokens - 1
-    fit = [length for length in prompts if length <= room] or [room]  # PPO itself says that none fits
+    fit = [length for length in prompts if length <= room] or [room]  # PPO itself refuses when none fits
     samples = Evaluation.load(context.input("evaluation")).samples
     answer = fmean(min(sample.length + sample.ended, config.max_new_tokens) for sample in samples)
     answers = config.iterations * config.rollout_size * config.ppo_epochs

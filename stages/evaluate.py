@@ -76,13 +76,9 @@ class Evaluator:
             )
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
-            raise refuse(
-                "evaluate.min_prompts",
-                self.config.min_prompts,
-                f"only {len(kept)} held-out prompts to evaluate on.",
-                "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer",
-                kind="too_few_prompts",
-            )
+            message = f"only {len(kept)} held-out prompts to evaluate on."
+            fix = "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer"
+            raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
     def answer(self, prompts: Sequence[Messages], temperature: float) -> Answers:
@@ -177,12 +173,9 @@ def check_judge(request: Request) -> None:
     """The reward model that a policy was trained on must not be the one that judges it."""
     judge, reward = request.inputs.get("judge"), request.inputs.get("reward")
     if judge is not None and reward is not None and judge.sha256 == reward.sha256:
-        raise refuse(
-            "evaluate.judge",
-            "reward",
-            "the judge is the reward model that the policy was trained on, so it cannot judge it.",
-            "train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge",
-        )
+        message = "the judge is the reward model that the policy was trained on, so it cannot judge it."
+        fix = "train a gold reward model on other rows (data.preference.gold_fraction, gold), or use another judge"
+        raise refuse("evaluate.judge", "reward", message, fix)
 
 
 def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
@@ -202,13 +195,9 @@ def read_baseline(
     if itself:
         return None
     if not context.has("baseline"):
-        raise refuse(
-            "inputs.baseline",
-            "missing",
-            "the model differs from the reference, so its answers need the SFT model's to be held against.",
-            "evaluate the SFT model first, and give its output `evaluation` as the input `baseline`",
-            kind="missing_input",
-        )
+        message = "the model differs from the reference, so its answers must be compared with the SFT model's."
+        fix = "evaluate the SFT model first, and give its output `evaluation` as the input `baseline`"
+        raise refuse("inputs.baseline", "missing", message, fix, kind="missing_input")
     baseline = Evaluation.load(context.input("baseline"))
     check_comparable("this model", settings, prompts, "the baseline", baseline)
     return baseline.samples
@@ -217,7 +206,7 @@ def read_baseline(
 def judge_answers(
     judge: Judge, prompts: Sequence[Messages], answers: Sequence[str], baseline: Sequence[Sample] | None
 ) -> list[tuple[float, float, float]]:
-    """(score, the baseline's score, win) per prompt. Raises StageError when a score is no number.
+    """(score, the baseline's score, win) per prompt. Raises StageError when a score is not a number.
 
     A judge that only compares gives the win as score, and its complement to the baseline. Without a baseline the model
     is its own: every prompt is a tie.
@@ -235,12 +224,10 @@ def judge_answers(
 def _finite(scores: list[float]) -> list[float]:
     bad = sum(not math.isfinite(score) for score in scores)
     if bad:
+        message = f"the judge gave {bad} of {len(scores)} answers no finite score."
+        fix = "look at the training of the judging reward model: it may have diverged"
         raise refuse(
-            "evaluate.judge",
-            next(score for score in scores if not math.isfinite(score)),
-            f"the judge gave {bad} of {len(scores)} answers no finite score.",
-            "look at the training of the judging reward model: it may have diverged",
-            kind="judge",
+            "evaluate.judge", next(score for score in scores if not math.isfinite(score)), message, fix, kind="judge"
         )
     return scores
 

@@ -9,7 +9,7 @@ Writes rows.jsonl, one row per prompt, which stage `validate` reads as kind `ran
 - for people to rank:       {"prompt": [...], "responses": [...], "order": []}
 
 All K answers are written, equal ones too: how often a model repeats itself is worth knowing, and `validate` makes one
-of them and reports it. For people, a README beside the file says how to fill in `order`.
+of them and reports it. For people, a README beside the file explains how to fill in `order`.
 """
 
 import json
@@ -46,7 +46,7 @@ Fill in `order` on every line: the answers' numbers, counted from 0 in the order
     "order": [2, 0, 3, 1]       the third answer is best, then the first, the fourth, the second
     "order": [2, [0, 3], 1]     the first and the fourth are equally good
 
-Each answer has to stand in it once. A line whose `order` stays empty counts as not ranked. Change nothing else.
+It must name each answer once. A line whose `order` stays empty counts as not ranked. Change nothing else.
 The ranked file comes back as preference data, in a pipeline's config
 
     data:
@@ -58,7 +58,7 @@ or to look at it first: alignflow validate rows.jsonl --kind ranking --out ranke
 
 @dataclass(frozen=True)
 class Generated:
-    """K answers to one prompt, and what the judge said of them."""
+    """K answers to one prompt, and the judge's scores."""
 
     prompt: Messages
     responses: list[str]
@@ -101,13 +101,9 @@ def answer(
     if len(fitting) < len(prompts):
         log.warning("%d of %d prompts leave no room for an answer: left out", len(prompts) - len(fitting), len(prompts))
     if not fitting:
-        raise refuse(
-            "generate.max_new_tokens",
-            config.max_new_tokens,
-            f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer",
-            "lower it, or give shorter prompts",
-            kind="no_prompts",
-        )
+        message = f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer"
+        fix = "lower it, or give shorter prompts"
+        raise refuse("generate.max_new_tokens", config.max_new_tokens, message, fix, kind="no_prompts")
     every = [(ids, seed_of(seed, "generate", json.dumps(p), k)) for p, ids in fitting for k in range(config.answers)]
     sampled = sample(
         policy,
@@ -202,6 +198,6 @@ def side_by_side(items: Sequence[Generated]) -> dict[str, list[Any]]:
         scores = item.scores or [0.0] * len(item.responses)
         best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
         for k, i in enumerate(best_first):
-            told = "" if item.scores is None else f"[{scores[i]:.2f}] "
-            table[f"answer {k + 1}"].append(told + item.responses[i])
+            score = "" if item.scores is None else f"[{scores[i]:.2f}] "
+            table[f"answer {k + 1}"].append(score + item.responses[i])
     return table

@@ -21,8 +21,8 @@ Metrics = Mapping[str, float]
 def decide(candidate: Metrics, champion: Metrics | None, sft: Metrics, gate: Gate) -> Decision:
     """Promote if every bound of the gate holds; a missing or non-finite number fails its bound.
 
-    The win rate and the tolerances are held against the champion, or the SFT model where there is no champion yet;
-    what shows that a policy games its reward model is always held against the SFT model.
+    The win rate and the tolerances are measured against the champion, or the SFT model where there is no champion yet;
+    what shows that a policy games its reward model is always measured against the SFT model.
     """
     rival = sft if champion is None else champion
     against = "sft" if champion is None else "champion"
@@ -105,8 +105,8 @@ def run(context: StageContext) -> dict[str, float]:
     win_rate = rate(won, resamples=candidate.settings["bootstrap"], seed=request.seed)
     decision = decide({**candidate.metrics, **win_rate}, champion.metrics if champion else None, sft.metrics, gate)
     publish(decision, context)
-    found = {f"gate/{check.metric}": check.value for check in decision.checks if check.value is not None}
-    return {**found, **win_rate, "gate/promote": float(decision.promote)}
+    measured = {f"gate/{check.metric}": check.value for check in decision.checks if check.value is not None}
+    return {**measured, **win_rate, "gate/promote": float(decision.promote)}
 
 
 def rate(won: list[float], *, resamples: int, seed: int) -> dict[str, float]:

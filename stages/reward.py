@@ -1,7 +1,7 @@
 """The reward model: Bradley-Terry scores from pairs and rankings (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
 
 Left out of the paper's method, or changed:
-1. Ties are no comparison: they are left out, as in the paper's labelling.
+1. Ties are left out, as in the paper's labelling.
 2. Scores are shifted to mean 0 on answers of the reference policy, and scaled to standard deviation 1 too.
 
 Suffixes: A answers of a batch, P comparisons of a batch.
@@ -64,7 +64,7 @@ def _answers(row: Row) -> list[str]:
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold a comparison: those with ties alone say nothing."""
+    """The rows that hold a comparison: those with ties alone are left out."""
     return [row for row in rows if row["winners"]]
 
 
@@ -137,21 +137,11 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
     """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
     kept = comparable(rows)
     if not kept:
-        raise refuse(
-            "data.preference",
-            f"{len(rows)} rows",
-            "every row is a tie.",
-            "give rows in which one answer is better than another",
-            kind="data",
-        )
+        fix = "give rows in which one answer is better than another"
+        raise refuse("data.preference", f"{len(rows)} rows", "every row is a tie.", fix, kind="data")
     if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
-        raise refuse(
-            "reward.margin",
-            True,
-            "no row has a margin.",
-            "set it to false, or name the column of the margins in data.preference.columns",
-            kind="data",
-        )
+        fix = "set it to false, or name the column of the margins in data.preference.columns"
+        raise refuse("reward.margin", True, "no row has a margin.", fix, kind="data")
     return encode(kept, _answers, codec)
 
 

@@ -74,6 +74,15 @@ def test_every_file_that_the_code_names_exists() -> None:
     assert {name for text in CODE.values() for name in path.findall(text) if not (ROOT / name).exists()} == set()
 
 
+def test_variables_of_the_environment_have_one_home_and_all_are_documented() -> None:
+    """A name that is spelled where it is read has a default and a type of its own there, and is in no table."""
+    name = re.compile(r"[\"'`](ALIGNFLOW_\w+)[\"'`]")
+    told = re.findall(r"^\| `(ALIGNFLOW_\w+)` \| \S", (ROOT / "deploy" / "README.md").read_text(), re.M)
+    home = ROOT / "schemas" / "environment.py"
+    assert len(told) > 10 and told == name.findall(CODE[home])
+    assert {file.name for file, text in CODE.items() if file != home and name.search(text)} == set()
+
+
 def test_every_python_that_is_started_leaves_the_working_directory_out() -> None:
     """With `-m` alone the working directory comes first, where a user's `random.py` or `stages/` may lie."""
     started = {file.name: re.findall(r"sys\.executable,\s*\"(-\w)\"", text) for file, text in CODE.items()}

@@ -8,7 +8,7 @@ import typer
 from flows.cli.child import run_python
 
 if TYPE_CHECKING:
-    from schemas.config import PipelineConfig
+    from flows.planning.plan import Plan
 
 Config = Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")]
 Overrides = Annotated[
@@ -86,10 +86,10 @@ def sweep(
     """
     from flows.planning import sweep as sweeping
 
-    checked = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
-    results = _run(checked, dry_run)
+    plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    results = _run(plan, dry_run)
     if results is not None:
-        print(sweeping.tokens_line(checked, results))
+        print(sweeping.tokens_line(plan.config, results))
 
 
 def stage(
@@ -113,7 +113,7 @@ def submit(
 ) -> None:
     """Start the deployed pipeline, which a worker runs, and don't wait for it.
 
-    The server is that of `alignflow up`, or PREFECT_API_URL. Files must lie below the worker's ALIGNFLOW_ROOTS; by
+    The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by
     their whole path they need not be on this machine.
 
     Examples:
@@ -124,25 +124,25 @@ def submit(
     from flows.planning import config_file
     from flows.submit import submit as start
 
-    print(start(config_file.load(config, overrides, here=False)))
+    print(start(config_file.load(config, overrides, here=False).config))
 
 
-def _run(config: "PipelineConfig", dry_run: bool) -> dict[str, Any] | None:
-    """Run a config's pipeline and return its results; or print what it would do.
+def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
+    """Run a plan and return its results; or print what it would do.
 
     It uses the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its experiment's
-    artifacts lie behind MLflow's server.
+    artifacts are behind MLflow's server.
     """
     from flows.servers import address_file
     from stages import tracking
 
-    if address_file.found() is not None and (config.pools or tracking.behind_server(config.name)):
+    if address_file.found() is not None and (plan.config.pools or tracking.behind_server(plan.config.name)):
         address_file.adopt()
     if dry_run:
         from flows.planning.dry_run import outlook
 
-        print(outlook(config))
+        print(outlook(plan))
         return None
     from flows import pipeline
 
-    return pipeline.run(config)
+    return pipeline.run(plan)

@@ -8,6 +8,7 @@ Prefect's engine alone outlives a worker that was killed, and trains on with nob
 import os
 import runpy
 
+from schemas.environment import roots
 from stages.runtime.process import die_with_parent
 
 HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is marked Crashed (deploy/automations.yaml)
@@ -18,9 +19,8 @@ RETRIES = "7"  # about four minutes in which the server may be away
 def main() -> None:
     """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
     die_with_parent()
-    roots = os.environ.get("ALIGNFLOW_ROOTS")
-    if roots:
-        os.chdir(roots.split(os.pathsep)[0])
+    if folders := roots():
+        os.chdir(folders[0])
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

@@ -40,20 +40,20 @@ def lease(name: str, log: Log | None = None) -> Iterator[None]:
     """Hold a name; waits for it, and for the server. Needs a Prefect server that the other holders share.
 
     Raises:
-        StageError: `runner.stop_all` was called while this waited (status `preempted`).
+        StageError: `process.stop_all` was called while this waited (status `preempted`).
     """
-    held = _Lease(name, log or logging.getLogger("alignflow"))
-    held.wait()
+    one = _Lease(name, log or logging.getLogger("alignflow"))
+    one.acquire()
     done = threading.Event()
     # The context carries the server's address and the flow run's log.
-    keeper = threading.Thread(target=contextvars.copy_context().run, args=(held.keep, done), daemon=True)
+    keeper = threading.Thread(target=contextvars.copy_context().run, args=(one.keep, done), daemon=True)
     keeper.start()
     try:
         yield
     finally:
         done.set()
         keeper.join()
-        held.release()
+        one.release()
 
 
 def stage_lease(key: str, log: Log | None = None) -> contextlib.AbstractContextManager[None]:
@@ -73,22 +73,22 @@ class _Lease:
         """The server's answer, None when it is away; says so once."""
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), _client() as client:
-                found = call(client)
+                answer = call(client)
         except httpx.HTTPError as error:
             if not self.away:
                 status = f" {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else ""
-                said = type(error).__name__ + status
-                self.log.warning("the Prefect server does not keep leases now (%s); waiting for it", said)
+                what = type(error).__name__ + status
+                self.log.warning("the Prefect server does not keep leases now (%s); waiting for it", what)
             self.away = True
             return None
         self.away = False
-        return found
+        return answer
 
-    def take(self) -> bool | None:
-        """Take the lease if it is free: whether it was, None when the server is away."""
-        return self.ask(self._take)
+    def try_acquire(self) -> bool | None:
+        """Acquire the lease if it is free: whether it was, None when the server is away."""
+        return self.ask(self._try_acquire)
 
-    def _take(self, client: SyncPrefectClient) -> bool:
+    def _try_acquire(self, client: SyncPrefectClient) -> bool:
         with contextlib.suppress(ObjectAlreadyExists):  # another was quicker
             client.upsert_global_concurrency_limit_by_name(self.name, 1)
         try:
@@ -100,14 +100,14 @@ class _Lease:
         self.id = ConcurrencyLimitWithLeaseResponse.model_validate(answer.json()).lease_id
         return True
 
-    def wait(self) -> None:
-        """Take the lease, however long it takes."""
-        began, said, hinted = time.monotonic(), False, False
-        while not (taken := self.take()):
-            if taken is False and not said:
+    def acquire(self) -> None:
+        """Acquire the lease, however long it takes."""
+        began, announced, hinted = time.monotonic(), False, False
+        while not (acquired := self.try_acquire()):
+            if acquired is False and not announced:
                 self.log.info("another host is running the same stage: waiting for its result")
-                said = True
-            if taken is False and not hinted and time.monotonic() - began > HINT_SECONDS:
+                announced = True
+            if acquired is False and not hinted and time.monotonic() - began > HINT_SECONDS:
                 free = f"prefect gcl update {self.name} --active-slots 0"
                 self.log.warning("still waiting; if no run anywhere makes it, free the lease with: %s", free)
                 hinted = True
@@ -116,20 +116,20 @@ class _Lease:
             time.sleep(ASK_SECONDS)
 
     def keep(self, done: threading.Event) -> None:
-        """Renew the lease until `done`. One that ran out while the server was away is taken again; where another host
-        has taken it first, the work goes on, and says so.
+        """Renew the lease until `done`. One that ran out while the server was away is acquired again; where another
+        host was first, the work continues, and says so.
         """
         while not done.wait(ASK_SECONDS if self.away else RENEW_SECONDS):
             if self.id is not None and self.ask(self._renew) is False:
                 self.id = None
-                if self.take() is False:
+                if self.try_acquire() is False:
                     self.log.warning(
                         "the lease %s ran out while the Prefect server was away, and another host has it now: "
                         "both make the same result. Nothing is lost; one of the two is not needed",
                         self.name,
                     )
             elif self.id is None:
-                self.take()
+                self.try_acquire()
 
     def _renew(self, client: SyncPrefectClient) -> bool:
         assert self.id is not None
@@ -143,9 +143,9 @@ class _Lease:
 
     def release(self) -> None:
         """Give the lease back; where the server is away, it runs out by itself."""
-        held = self.id
-        if held is not None:
-            self.ask(lambda client: client.release_concurrency_slots_with_lease(held))
+        lease_id = self.id
+        if lease_id is not None:
+            self.ask(lambda client: client.release_concurrency_slots_with_lease(lease_id))
 
 
 def _client() -> contextlib.AbstractContextManager[SyncPrefectClient]:

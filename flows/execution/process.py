@@ -7,7 +7,6 @@ that exists is taken without starting anything.
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import uuid
 from pathlib import Path
 
 from flows.execution import gpu_slots
+from schemas.environment import HOME, PARENT, launcher
 from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import Request, Result
 from stages import tracking
@@ -52,9 +52,9 @@ def run_stage(
     on this host the stage does so itself.
     """
     log = log or logging.getLogger("alignflow")
-    found = reused(request, log)
-    if found is not None:
-        return found
+    known = reused(request, log)
+    if known is not None:
+        return known
     ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
     began = time.monotonic()
@@ -67,23 +67,23 @@ def run_stage(
     except StageError as error:
         return Result(status=error.status, key=request.key(), error=error.problem)
     result = read_result(ask / "result.json", request, code)
-    log.info("%s: %s after %.0f s", tracking.label(request), result.status, time.monotonic() - began)
+    log.info("%s: %s after %.0f s", request.label, result.status, time.monotonic() - began)
     return result
 
 
 def reused(request: Request, log: Log) -> Result | None:
     """The stage's result where it already exists, noted as reused."""
-    found = tracking.find(request.key())
-    if found is not None:
-        log.info("%s: reused, from run %s", tracking.label(request), found.run_id)
-        tracking.note_reuse(found, request.pipeline_run)
-    return found
+    result = tracking.find(request.key())
+    if result is not None:
+        log.info("%s: reused, from run %s", request.label, result.run_id)
+        tracking.note_reuse(result, request.pipeline_run)
+    return result
 
 
 def run_process(request: Request, path: Path, log: Log) -> int:
     """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
     outlives this call."""
-    with gpu_slots.held(request, log, stopping) as (shown, locks):
+    with gpu_slots.hold_devices(request, log, stopping) as (shown, locks):
         process = start(request, path, shown, locks)
         return follow(process, log)
 
@@ -91,7 +91,7 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
-        [*shlex.split(os.environ.get("ALIGNFLOW_LAUNCHER", "")), *COMMAND, request.stage, str(path)],
+        [*launcher(), *COMMAND, request.stage, str(path)],
         env=environment(request) | shown,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -137,8 +137,8 @@ def environment(request: Request) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        "ALIGNFLOW_HOME": str(tracking.home()),
-        "ALIGNFLOW_PARENT": str(os.getpid()),
+        HOME: str(tracking.home()),
+        PARENT: str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if request.placement.threads is not None:
@@ -186,6 +186,3 @@ def read_result(path: Path, request: Request, code: int) -> Result:
     fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
     problem = Problem(kind="killed", message=f"the process of stage {request.stage} {how} and left no result.", fix=fix)
     return Result(status="failed", key=request.key(), error=problem)
-
-
-# --- What lies outside the request ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows.execution import job
+from schemas.environment import HOME, LAUNCHER, PARENT
 from schemas.errors import EXIT_CODES
 from stages.runtime.process import die_with_parent
 
@@ -32,8 +33,8 @@ OPTIONS = {"partition": "partition", "account": "account", "gres": "gres", "cpus
 OPTIONS |= {"time": "time"}
 RUNNING = {"CONFIGURING", "COMPLETING", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "STAGE_OUT", "SUSPENDED"}
 STOPPED = {"CANCELLED", "FORGOTTEN", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
-"""States of a job that was ended from outside, or may have been: the stage goes on when it is started again."""
-SAID = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
+"""States of a job that was ended from outside, or may have been: the stage resumes when it is started again."""
+OWN_CODES = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
 """Exit codes by which a stage says itself why it stopped."""
 
 
@@ -55,9 +56,7 @@ def asked(options: argparse.Namespace) -> dict[str, str]:
 def run_flow(options: argparse.Namespace) -> None:
     """Run the flow run here, and send its stages to Slurm."""
     own = [f"--{name}={value}" for name, value in asked(options).items()]
-    os.environ["ALIGNFLOW_LAUNCHER"] = shlex.join(
-        [sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"]
-    )
+    os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"])
     job.main()
 
 
@@ -77,7 +76,7 @@ class Job:
 
     number: str
     log: Path
-    told: bool = False
+    cancelled: bool = False
     read: int = 0
 
     def state(self) -> tuple[str, int]:
@@ -85,21 +84,21 @@ class Job:
         minutes after a job's end the controller knows nothing of it: then it is FORGOTTEN.
         """
         answer = subprocess.run(["scontrol", "show", "job", self.number, "-o"], capture_output=True, text=True)
-        found = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
-        if found is None:
+        state = re.search(r"JobState=(\w+).*? ExitCode=(\d+):(\d+)", answer.stdout)
+        if state is None:
             return ("FORGOTTEN" if "Invalid job id" in answer.stderr else "RUNNING"), 0
-        return found[1], int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
+        return state[1], int(state[2]) or (128 + int(state[3]) if int(state[3]) else 0)
 
     def end(self) -> None:
         """Let the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
         when nobody is left here.
         """
-        if not self.told:
-            self.told = True
+        if not self.cancelled:
+            self.cancelled = True
             subprocess.run(["scancel", self.number], check=False)
 
     def pass_on(self) -> None:
-        """Print what the job has said since the last call."""
+        """Print what the job has printed since the last call."""
         if not self.log.exists():
             return
         with self.log.open("rb") as file:
@@ -112,7 +111,7 @@ class Job:
 
 def submit(options: argparse.Namespace, log: Path) -> Job:
     """Hand the command to Slurm. Ends this process, with what sbatch says, when it refuses."""
-    environment = {name: value for name, value in os.environ.items() if name != "ALIGNFLOW_PARENT"}  # slurmd starts it
+    environment = {name: value for name, value in os.environ.items() if name != PARENT}  # slurmd starts it
     answer = subprocess.run(
         ["sbatch", "--parsable"], input=script(options, log), env=environment, capture_output=True, text=True
     )
@@ -142,7 +141,7 @@ def meaning(state: str, code: int, stopped: bool) -> int:
     """The stage's exit code by its job's state and code. Death by SIGTERM is a stop from outside, as is all that comes
     after one, unless the stage says otherwise.
     """
-    if state == "COMPLETED" or code in SAID:
+    if state == "COMPLETED" or code in OWN_CODES:
         return code
     if state in STOPPED or stopped or code == 128 + signal.SIGTERM:
         return EXIT_CODES["preempted"]
@@ -159,7 +158,7 @@ def run_stage(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
-    with tempfile.NamedTemporaryFile(dir=os.environ.get("ALIGNFLOW_HOME"), prefix="slurm-", suffix=".log") as log:
+    with tempfile.NamedTemporaryFile(dir=os.environ.get(HOME), prefix="slurm-", suffix=".log") as log:
         submitted = submit(options, Path(log.name))
         if stopping:
             submitted.end()

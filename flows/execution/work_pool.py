@@ -38,22 +38,21 @@ def run_placed(request: Request, pool: str, log: Log) -> Result:
     Raises:
         StageError: no deployment takes stages to this pool.
     """
-    found = process.reused(request, log)
-    if found is not None:
-        return found
+    known = process.reused(request, log)
+    if known is not None:
+        return known
     began = time.monotonic()
     with get_client(sync_client=True) as client:
-        run = submit(client, tracking.portable(request), pool)
-        label = tracking.label(request)
-        log.info("%s: on pool %s as flow run %s", label, pool, run.name)
+        run = submit(tracking.portable(request), pool)
+        log.info("%s: on pool %s as flow run %s", request.label, pool, run.name)
         state = wait(client, run, pool, log)
     result = outcome(state, request)
-    log.info("%s: %s after %.0f s", label, result.status, time.monotonic() - began)
+    log.info("%s: %s after %.0f s", request.label, result.status, time.monotonic() - began)
     return result
 
 
-def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
-    """A run of the stage on the pool: one that an earlier try of this flow run has left at work, else a new one."""
+def submit(request: Request, pool: str) -> FlowRun:
+    """A run of the stage on the pool: one that an earlier try of this flow run has left running, else a new one."""
     name = f"stage/{pool}"
     number = 0
     while True:
@@ -62,7 +61,7 @@ def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
             run = run_deployment(
                 name,
                 parameters={"request": request.model_dump(mode="json")},
-                flow_run_name=tracking.label(request),
+                flow_run_name=request.label,
                 timeout=0,
                 idempotency_key=f"{this_run.id}-{request.key()}-{number}",
             )
@@ -78,29 +77,28 @@ def submit(client: SyncPrefectClient, request: Request, pool: str) -> FlowRun:
 def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
     """The run's final state. A server that is away is waited for; a run that is stopped here is stopped there too."""
     began = time.monotonic()
-    said_away = said_late = False
+    away = late = False
     while True:
         if process.stopping():
             return stop(client, run, log)
         time.sleep(POLL_SECONDS)
         try:
             state = client.read_flow_run(run.id).state
-            said_away = False
+            away = False
         except httpx.HTTPError as error:
-            if not said_away:
+            if not away:
                 log.warning("the Prefect server does not answer (%s); waiting for it", type(error).__name__)
-            said_away = True
+            away = True
             continue
         if state is not None and state.is_final():
             return state
-        late = state is not None and state.is_scheduled() and time.monotonic() - began > WORKER_SECONDS
-        if late and not said_late:
-            said_late = True
+        if state is not None and state.is_scheduled() and not late and time.monotonic() - began > WORKER_SECONDS:
+            late = True
             log.warning("no worker of pool %s has taken it yet; start one: prefect worker start --pool %s", pool, pool)
 
 
 def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
-    """Cancel the run, unless this one will go on by itself and find it again: then leave it at work."""
+    """Cancel the run, unless this one resumes by itself and finds it again: then leave it running."""
     preempted = State(type=StateType.CRASHED, name="Crashed", message="stopped from outside")
     if deployment.id and not cancelling(client, str(this_run.id)):
         return preempted
@@ -121,9 +119,9 @@ def cancelling(client: SyncPrefectClient, flow_run_id: str) -> bool:
 def outcome(state: State, request: Request) -> Result:
     """What a final state means: the result that MLflow has, else the problem that the state tells."""
     if state.is_completed():
-        found = tracking.find(request.key())
-        if found is not None:
-            return found.model_copy(update={"reused": False})
+        result = tracking.find(request.key())
+        if result is not None:
+            return result.model_copy(update={"reused": False})
         message, fix = "the stage is done, but MLflow does not have its result.", "see that both use the same MLflow"
         problem = Problem(kind="placement", message=message, fix=fix)
         return Result(status="failed", key=request.key(), error=problem)

@@ -11,24 +11,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from flows.planning.config_file import refusal
+from schemas import environment
 from schemas.config import ModelConfig, PipelineConfig, RewardJudge
 from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.stage import Request
 
-VARIABLE = "ALIGNFLOW_ROOTS"
-KEYS = "ALIGNFLOW_API_KEYS"
-"""Names of variables, with commas between them, that a deployed config may use as an endpoint's key."""
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
 """Schemes of artifacts that lie in MLflow's stores, and on no disk of a name's choice."""
 
 Named = tuple[str, str, str | None]
 """A path that a config names: field, value, and the path itself; None for what must be pinned and is not."""
-
-
-def declared() -> list[Path]:
-    """The folders of ALIGNFLOW_ROOTS, resolved; relative ones count from the working directory."""
-    return [Path(root).expanduser().resolve() for root in os.environ.get(VARIABLE, "").split(os.pathsep) if root]
 
 
 def check_roots(config: PipelineConfig, *, deployed: bool = False) -> None:
@@ -53,7 +46,7 @@ def check_source(source: str, *, deployed: bool = False) -> None:
 
 
 def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed: bool) -> None:
-    roots = declared()
+    roots = environment.roots()
     problems = outside_roots(paths, roots) if roots or deployed else []
     if deployed:
         problems += undeclared_keys(keys)
@@ -63,19 +56,18 @@ def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed:
 
 def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
     """A problem per variable that would go to an address of the config's choice, and that nobody has declared."""
-    allowed = os.environ.get(KEYS, "").split(",")
-    fix = f"name it in {KEYS} where the worker starts"
+    fix = f"name it in {environment.API_KEYS} where the worker starts"
     return [
         problem(field, str(key), "a deployed run may send no variable that is not declared.", fix)
         for field, key in keys
-        if key is not None and key not in allowed
+        if key is not None and key not in environment.api_keys()
     ]
 
 
 def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem]:
     """A problem per path that leads out of all roots, by itself or through a link in a folder."""
-    found = (_outside(*named, [root.resolve() for root in roots]) for named in paths)
-    return [one for one in found if one is not None]
+    problems = (_outside(*named, [root.resolve() for root in roots]) for named in paths)
+    return [one for one in problems if one is not None]
 
 
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
@@ -83,8 +75,10 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
         fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
         return problem(field, value, "this is not a name that a deployed run may load.", fix)
     if not roots:
-        fix = f"set {VARIABLE} where the worker starts to the folders that runs may read"
-        return problem(field, value, f"a deployed run may read no local path: {VARIABLE} is not set there.", fix)
+        fix = f"set {environment.ROOTS} where the worker starts to the folders that runs may read"
+        return problem(
+            field, value, f"a deployed run may read no local path: {environment.ROOTS} is not set there.", fix
+        )
     try:
         stray = next((place for place in _reached(Path(path)) if not any(map(place.is_relative_to, roots))), None)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
@@ -92,7 +86,7 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
     if stray is None:
         return None
     where = os.pathsep.join(map(str, roots))
-    fix = f"put it into one of them, or add its folder to {VARIABLE} where the worker starts"
+    fix = f"put it into one of them, or add its folder to {environment.ROOTS} where the worker starts"
     return problem(field, value, f"it leads to {stray}, outside of the declared roots {where}.", fix)
 
 

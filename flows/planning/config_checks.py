@@ -55,12 +55,9 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
         case File():
             yield from _check_folder("model.path", path, scorer=False)
         case Hub() if not revision:
-            yield problem(
-                "model.path",
-                path,
-                f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision.",
-                "fix the path, or set model.revision to a commit, so that the same config means the same weights",
-            )
+            message = f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision."
+            fix = "fix the path, or set model.revision to a commit, so that the same config means the same weights"
+            yield problem("model.path", path, message, fix)
 
 
 def _check_package(path: str, package: Package) -> Iterator[Problem]:
@@ -85,8 +82,8 @@ def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
         yield problem(field, path, "no such folder.", f"give its path as seen from {Path.cwd()}")
     elif not (folder / "config.json").is_file():
         yield problem(field, path, "the folder holds no config.json.", "name the folder that save_pretrained wrote")
-    elif found := why_unusable(folder, scorer):
-        yield problem(field, path, f"{found[0]}.", found[1])
+    elif unusable := why_unusable(folder, scorer):
+        yield problem(field, path, f"{unusable[0]}.", unusable[1])
 
 
 def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:

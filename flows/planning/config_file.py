@@ -13,8 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from flows.planning.config_checks import check, check_keys
 from flows.planning.explain import validate
-from flows.planning.plan import plan
-from schemas.config import PipelineConfig
+from flows.planning.plan import Plan, plan
 from schemas.errors import Problem, StageError
 
 
@@ -39,14 +38,14 @@ def headline(file: Path) -> str:
     return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("#").strip() for line in lines))[0]
 
 
-def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> PipelineConfig:
-    """Read a preset or file, apply `a.b=value` overrides, validate, and check what can be checked cheaply.
+def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> Plan:
+    """Read a preset or file, apply `a.b=value` overrides, validate, plan, and check what can be checked cheaply.
 
     `here`: it runs on this machine. Elsewhere a whole path (`/data/pairs.jsonl`) may lead to what is there alone.
 
     Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, fix.
     """
-    return checked(raw_of(source, overrides), here)
+    return planned(raw_of(source, overrides), here)
 
 
 def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,18 +56,18 @@ def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
-def checked(raw: dict[str, Any], here: bool = True) -> PipelineConfig:
-    """The config, valid, and checked as far as that is cheap. Raises StageError as `load` does."""
+def planned(raw: dict[str, Any], here: bool = True) -> Plan:
+    """The plan of a config that is valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
     problems = [problem for problem in check(config) if here or not only_elsewhere(problem.value or "")]
     problems += check_keys(config) if here else ()
     try:
-        plan(config)
+        made = plan(config)
     except StageError as error:
-        problems.append(error.problem)
+        raise refusal([*problems, error.problem]) from None
     if problems:
         raise refusal(problems)
-    return config
+    return made
 
 
 def only_elsewhere(path: str) -> bool:
@@ -134,6 +133,3 @@ def apply(raw: dict[str, Any], override: str) -> None:
                 f"--set {override}: {here} is {place!r} and has no keys. Fix: set {here} as a whole", kind="config"
             )
     place[keys[-1]] = value
-
-
-# Checks of what the config speaks of: each costs a look at the disk at most.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from flows.planning import memory as planning_memory
-from flows.planning.plan import Node, plan
+from flows.planning.plan import Node, Plan
 from flows.planning.requests import request_for
 from flows.servers import checks
-from schemas.config import PipelineConfig, ValidateParams
+from schemas.config import DERIVES, PipelineConfig, ValidateParams
 from schemas.methods import CONFIGS, MethodConfig
 from schemas.stage import Result
 from schemas.training import Training
@@ -22,24 +22,25 @@ STATES = {"reused": "reused", "run": "run", "unknown": "run *"}
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run would do with a node. `unknown`: its inputs will be made anew, so its key is not known yet."""
+    """What a run would do with a node. `unknown`: its inputs will be rebuilt, so its key is not known yet."""
 
     node: Node
     state: Literal["reused", "run", "unknown"]
     result: Result | None = None
 
 
-def outlook(config: PipelineConfig) -> str:
-    """The outlook as text, one line per stage."""
+def outlook(plan: Plan) -> str:
+    """What a run would do as text, one line per stage."""
+    config = plan.config
     checks.check_experiment(config.name, placed=bool(config.pools))
-    outlooks = dry_run(config)
-    nodes = {one.node.name: one for one in outlooks}
+    outlooks = dry_run(plan)
     memory = planning_memory.memory(config)
     lines = [f"{'stage':20} {'would':8} {'steps':>7}  memory"]
-    lines += [line(one, config, nodes, memory or {}) for one in outlooks]
-    reused = sum(one.state == "reused" for one in outlooks)
-    lines.append(f"\n{len(outlooks)} stages: {reused} reused, {len(outlooks) - reused} to run.")
-    if any(one.state == "unknown" for one in outlooks):
+    lines += [line(one, config, outlooks, memory or {}) for one in outlooks.values()]
+    states = [one.state for one in outlooks.values()]
+    reused = states.count("reused")
+    lines.append(f"\n{len(states)} stages: {reused} reused, {len(states) - reused} to run.")
+    if "unknown" in states:
         lines.append("* reused if its inputs turn out unchanged.")
     if memory is None:
         lines.append("Memory is not known before the model is on this machine.")
@@ -48,13 +49,13 @@ def outlook(config: PipelineConfig) -> str:
     return "\n".join(lines)
 
 
-def line(one: Outlook, config: PipelineConfig, nodes: Mapping[str, Outlook], memory: Mapping[str, int]) -> str:
+def line(one: Outlook, config: PipelineConfig, outlooks: Mapping[str, Outlook], memory: Mapping[str, int]) -> str:
     """One stage: name, state, steps, memory; the last two where it trains."""
     node = one.node
     training = training_of(node, config)
     if training is None:
         return f"{node.name:20} {STATES[one.state]}"
-    steps = steps_of(node, training, nodes[node.inputs["data"][0]])
+    steps = steps_of(node, training, outlooks[node.inputs["data"][0]])
     size = planning_memory.readable(memory[node.name]) if node.name in memory else ""
     return f"{node.name:20} {STATES[one.state]:8} {steps:>7}  {size}".rstrip()
 
@@ -63,7 +64,7 @@ def training_of(node: Node, config: PipelineConfig) -> Training | None:
     """The settings of a stage that trains; None for another."""
     if node.stage == "align":
         return CONFIGS[node.params["method"]].model_validate(node.params)
-    return {"sft": config.sft, "reward": config.reward, "gold": config.gold}.get(node.name)
+    return {"sft": config.sft, "reward": config.reward, "gold": config.gold}.get(node.field)
 
 
 def steps_of(node: Node, training: Training, data: Outlook) -> str:
@@ -88,22 +89,10 @@ def steps_of(node: Node, training: Training, data: Outlook) -> str:
     return "?" if guess is None else f"~{guess}"
 
 
-# Rows of a kind that one row of the file's kind gives; rankings give a varying number of pairs.
-ROWS = {
-    ("sft", "sft"): 1,
-    ("preference", "sft"): 1,
-    ("preference", "preference"): 1,
-    ("preference", "ranking"): 1,
-    ("preference", "feedback"): 2,
-    ("ranking", "ranking"): 1,
-    ("feedback", "feedback"): 1,
-}
-
-
 def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
     """Rows of a part of a JSONL file, by its lines and the shares that are held out; None for what has no lines."""
     lines = count_lines(Path(data.path).expanduser())
-    each = ROWS.get((data.kind, kind))
+    each = DERIVES[data.kind].get(kind)
     if lines is None or each is None:
         return None
     train = 1 - data.eval_fraction
@@ -122,15 +111,14 @@ def count_lines(file: Path) -> int | None:
         return None
 
 
-def dry_run(config: PipelineConfig) -> list[Outlook]:
+def dry_run(plan: Plan) -> dict[str, Outlook]:
     """For each node in order: would it be reused, or run? Starts nothing."""
     results: dict[str, Result] = {}
-    outlooks = []
-    for node in plan(config):
-        found = tracking.find(request_for(node, config, results).key()) if node.needs <= results.keys() else None
-        if found is not None:
-            results[node.name] = found
-            outlooks.append(Outlook(node, "reused", found))
-        else:
-            outlooks.append(Outlook(node, "run" if node.needs <= results.keys() else "unknown"))
+    outlooks = {}
+    for name, node in plan.nodes.items():
+        known = node.needs <= results.keys()
+        result = tracking.find(request_for(node, plan.config, results).key()) if known else None
+        if result is not None:
+            results[name] = result
+        outlooks[name] = Outlook(node, "reused" if result else "run" if known else "unknown", result)
     return outlooks

@@ -172,8 +172,8 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
     stages |= config.align
     own = None if config.reward_model or config.reward is None else config.reward.lora
-    found = {name: training for name, training in stages.items() if training is not None}
-    return {name: training_bytes(sizes, training, reward, own) for name, training in found.items()}
+    trained = {name: training for name, training in stages.items() if training is not None}
+    return {name: training_bytes(sizes, training, reward, own) for name, training in trained.items()}
 
 
 def steps(training: Training, rows: int | None) -> int | None:

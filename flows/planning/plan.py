@@ -7,11 +7,12 @@ A node is planned when something needs it; what a method needs and nothing gives
 """
 
 import json
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from dataclasses import field as default
 from typing import Any
 
-from schemas.config import DataConfig, EndpointJudge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from flows.planning import plan_checks
+from schemas.config import DERIVES, DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
@@ -21,14 +22,6 @@ from schemas.training import Training
 Output = tuple[str, str]
 """A node's name and the name of one of its outputs."""
 
-# Kinds of rows that a source of each kind gives.
-GIVES = {
-    "preference": {"preference", "ranking", "feedback", "prompt", "sft"},
-    "ranking": {"preference", "ranking", "feedback", "prompt", "sft"},
-    "sft": {"sft", "prompt"},
-    "feedback": {"feedback", "prompt", "sft"},
-    "prompt": {"prompt"},
-}
 # For each need, the slots of `data` that are asked for it, in this order.
 SLOTS = {
     "sft": ("sft", "preference", "feedback"),
@@ -42,7 +35,6 @@ FIXES = {
     "feedback": "set data.feedback or data.preference, or generate",
     "prompt": "set data.prompt",
 }
-RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "compare", "promote", "champion"}
 # What decides how many tokens a method sees by itself, of all methods.
 EXTENT = {"method", "epochs", "max_steps", "train_tokens", "batch_size", "max_length"}
 EXTENT |= {"iterations", "rollout_size", "ppo_epochs", "max_new_tokens"}
@@ -55,14 +47,16 @@ class Node:
     name: str
     """Unique in the plan, for people: `sft`, `data preference`, `dpo`, `eval dpo`."""
     stage: str
+    field: str
+    """The part of the config that asks for it: `data.preference`, `align.dpo`."""
     params: dict[str, Any]
-    inputs: dict[str, Output] = field(default_factory=dict)
+    inputs: dict[str, Output] = default(default_factory=dict)
     seed: int = 0
-    label: str | None = None
-    """The request's name: of an evaluation, the model that is evaluated."""
+    model: str | None = None
+    """The model that it makes or evaluates, by its name in the comparison."""
     devices: int = 1
-    tags: dict[str, str] = field(default_factory=dict)
-    about: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = default(default_factory=dict)
+    about: dict[str, str] = default(default_factory=dict)
     """For an evaluation: parameters of the training behind the model."""
 
     @property
@@ -71,17 +65,29 @@ class Node:
         return {name for name, _ in self.inputs.values()}
 
 
-def plan(config: PipelineConfig) -> list[Node]:
-    """The nodes of a run, each after those that it needs.
+@dataclass(frozen=True)
+class Plan:
+    """A config and the stages that it leads to."""
+
+    config: PipelineConfig
+    nodes: dict[str, Node]
+    """By name, each after those that it needs."""
+
+
+def plan(config: PipelineConfig) -> Plan:
+    """The stages of a run.
 
     Raises:
         StageError: a method lacks the data it needs, or parts of the config exclude each other.
     """
-    return Planner(config).plan()
+    plan_checks.check(config)
+    planner = Planner(config, {})
+    planner.run()
+    return Plan(config, planner.nodes)
 
 
-def promotion(config: PipelineConfig, champion: bool) -> list[Node]:
-    """What retraining does after `plan`: evaluate the champion, when there is one, and decide on the candidate.
+def promotion(before: Plan, champion: bool) -> Plan:
+    """What retraining does after a plan: evaluate the champion, when there is one, and decide on the candidate.
 
     The champion's model is the output `model` of a node `champion` that is in no plan: whoever runs these nodes brings
     its result, as well as those of the plan.
@@ -89,22 +95,10 @@ def promotion(config: PipelineConfig, champion: bool) -> list[Node]:
     Raises:
         StageError: it is not clear who the candidate is, or the gate can never open.
     """
-    planner = Planner(config)
-    before = {node.name for node in planner.plan()}
+    plan_checks.check_gate(before.config)
+    planner = Planner(before.config, dict(before.nodes))
     planner.promote(champion)
-    return [node for node in planner.nodes.values() if node.name not in before]
-
-
-def candidate(config: PipelineConfig) -> str:
-    """The name in `align` of the model that may become champion. Raises StageError when that is not clear."""
-    named, known = (config.promote or PromoteConfig()).candidate, list(config.align)
-    if named is None and len(known) == 1:
-        return known[0]
-    if named not in known:
-        message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
-        fix = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
-        raise refuse("promote.candidate", named, message, fix)
-    return named
+    return Plan(before.config, {name: node for name, node in planner.nodes.items() if name not in before.nodes})
 
 
 def params_of(training: Training) -> dict[str, Any]:
@@ -128,138 +122,69 @@ def variants_of(config: PipelineConfig) -> dict[str, Any]:
 class Planner:
     """Adds nodes as they are asked for; every method returns the output that was asked for."""
 
-    def __init__(self, config: PipelineConfig) -> None:
-        self.config = config
-        self.nodes: dict[str, Node] = {}
+    def __init__(self, config: PipelineConfig, nodes: dict[str, Node]) -> None:
+        self.config, self.nodes = config, nodes
 
-    def plan(self) -> list[Node]:
-        """All nodes, in an order in which they can run."""
-        self.check_names()
-        self.check_judges()
-        if self.config.promote is not None:
-            self.check_gate()
+    def run(self) -> None:
+        """All nodes of a run."""
         self.base()
-        self.tuned()
+        self.sft_model()
         if self.config.generate is not None:
             self.generated()
-        if self.reward_is_there():
+        if self.has_reward():
             self.reward("reward")
         models = self.models()
         self.compare({name: self.evaluation(name, models) for name in models})
-        return list(self.nodes.values())
 
     def add(self, node: Node, output: str) -> Output:
         self.nodes[node.name] = node
         return node.name, output
 
-    # --- Checks ---
-
-    def check_names(self) -> None:
-        """Names of aligned models must not be those of other nodes."""
-        for name in self.config.align:
-            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII):
-                fix = f"letters, digits, dots, dashes and underscores, and none of {', '.join(sorted(RESERVED))}"
-                raise refuse("align", name, "this name cannot be used.", fix)
-
-    def check_judges(self) -> None:
-        """The gold judge needs rows of its own; generated preferences cannot be judged by what is trained on them."""
-        config = self.config
-        generate = config.generate
-        if generate is not None and config.data.preference is not None:
-            fix = "leave out one of them; generated answers want data.prompt or data.sft"
-            raise refuse("generate", "set", "preferences are both given and generated.", fix)
-        if generate is not None and generate.judge is None:
-            fix = "set generate.judge, or export with `alignflow generate` and give the ranked file as data.preference"
-            raise refuse("generate.judge", None, "answers that people rank end a pipeline run.", fix)
-        if generate is not None and isinstance(generate.judge, RewardJudge) and generate.judge.model == "gold":
-            fix = "set it to the folder of a reward model"
-            raise refuse("generate.judge.model", "gold", "the gold model is trained after `generate`.", fix)
-        if self.judged_by_gold():
-            self.check_gold()
-        if not config.log_text:
-            self.check_endpoints()
-
-    def check_endpoints(self) -> None:
-        """Without texts in evaluations there is nothing to compare, and what a server keeps or quotes is its own."""
-        parts = {"evaluate": self.config.evaluate, "generate": self.config.generate}
-        for name, part in parts.items():
-            if part is not None and isinstance(part.judge, EndpointJudge):
-                fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
-                message = "an endpoint is sent prompts and answers, which log_text: false forbids."
-                raise refuse(f"{name}.judge", "endpoint", message, fix)
-
-    def judged_by_gold(self) -> bool:
-        judge = self.config.evaluate.judge
-        return isinstance(judge, RewardJudge) and judge.model == "gold"
-
-    def check_gold(self) -> None:
-        preference = self.config.data.preference
-        if self.config.gold is None:
-            raise refuse("gold", None, "no gold reward model is trained.", "set gold: {}, or another evaluate.judge")
-        if preference is None:
-            fix = "set data.preference, or another evaluate.judge"
-            raise refuse("data.preference", None, "the gold reward model needs preferences.", fix)
-        if preference.gold_fraction == 0:
-            fix = "set it, for example to 0.4: the gold model learns from these rows, the policies from the others"
-            raise refuse("data.preference.gold_fraction", 0, "the gold reward model has no rows.", fix)
-
-    def check_gate(self) -> None:
-        """It is clear who the candidate is, and the gate gets as many prompts as it asks for."""
-        candidate(self.config)
-        gate, evaluate = (self.config.promote or PromoteConfig()).gate, self.config.evaluate
-        for name, value in (("limit", evaluate.limit), ("min_prompts", evaluate.min_prompts)):
-            if value is not None and value < gate.prompts_min:
-                fix = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
-                message = f"evaluate.{name} is {value}, which may be too few for the gate."
-                raise refuse("promote.gate.prompts_min", gate.prompts_min, message, fix)
-
-    def reward_is_there(self) -> bool:
+    def has_reward(self) -> bool:
         """Whether there is a reward model: a given one, or one trained on the preferences unless `reward` is null."""
         given = self.config.reward_model is not None
-        return given or (self.config.reward is not None and self.gives("preference"))
+        return given or (self.config.reward is not None and self.has_rows("preference"))
 
     # --- Models ---
 
     def models(self) -> dict[str, Output]:
         """All models that are compared, by name."""
         models = {"base": self.base()} if self.config.sft is not None else {}
-        models["sft"] = self.tuned()
+        models["sft"] = self.sft_model()
         return models | {name: self.aligned(name, method) for name, method in self.config.align.items()}
 
     def base(self) -> Output:
         seed = self.config.seed if self.config.model.scratch is not None else 0
-        return self.published("base", self.config.model, seed)
+        return self.published("base", "model", self.config.model, seed)
 
-    def published(self, name: str, model: ModelConfig, seed: int = 0) -> Output:
+    def published(self, name: str, field: str, model: ModelConfig, seed: int = 0) -> Output:
         """A model that is given, as an artifact."""
-        params = model.model_dump(mode="json")
-        return self.add(Node(name, "base", params, seed=seed, label=name), "model")
+        return self.add(Node(name, "base", field, model.model_dump(mode="json"), seed=seed, model=name), "model")
 
-    def tuned(self) -> Output:
+    def sft_model(self) -> Output:
         """The SFT model, which is the reference of all methods."""
         if self.config.sft is None:
             return self.base()
         inputs = {"model": self.base(), "data": self.data_for("sft", "sft")}
-        return self.training("sft", "sft", params_of(self.config.sft), inputs, self.config.seed)
+        return self.trained(Node("sft", "sft", "sft", params_of(self.config.sft), inputs, self.config.seed))
 
-    def training(self, name: str, stage: str, params: dict[str, Any], inputs: dict[str, Output], seed: int) -> Output:
-        node = Node(name, stage, params, inputs, seed=seed, label=name, devices=self.config.devices)
-        return self.add(node, "model")
+    def trained(self, node: Node) -> Output:
+        return self.add(replace(node, model=node.name, devices=self.config.devices), "model")
 
     def reward(self, name: str) -> Output:
         """The policies' reward model, or the gold one that judges."""
         config = self.config
         if name == "reward" and config.reward_model is not None:
-            return self.published("reward", ModelConfig(path=config.reward_model))
+            return self.published("reward", "reward_model", ModelConfig(path=config.reward_model))
         settings = (config.reward if name == "reward" else config.gold) or RewardConfig()
         params = params_of(settings) | {"rows": "train" if name == "reward" else "gold"}
-        inputs = {"model": self.tuned(), "data": self.data_for("preference", name)}
+        inputs = {"model": self.sft_model(), "data": self.data_for("preference", name)}
         # another seed, so that judge and judged do not begin with the same head
         seed = config.seed if name == "reward" else config.seed + 1
-        return self.training(name, "reward", params, inputs, seed)
+        return self.trained(Node(name, "reward", name, params, inputs, seed))
 
     def aligned(self, name: str, method: MethodConfig) -> Output:
-        inputs = {"model": self.tuned()}
+        inputs = {"model": self.sft_model()}
         kinds = [kind for kind in ("preference", "feedback", "prompt") if kind in method.needs]
         for number, kind in enumerate(kinds):
             inputs["data" if number == 0 else kind] = self.data_for(kind, f"align.{name}")
@@ -268,26 +193,26 @@ class Planner:
         if self.config.equal_tokens:
             inputs["budget"] = self.budget()
         seed = self.config.seed if method.seed is None else method.seed
-        return self.training(name, "align", params_of(method), inputs, seed)
+        return self.trained(Node(name, "align", f"align.{name}", params_of(method), inputs, seed))
 
     def budget(self) -> Output:
         """How many tokens all methods train on. What does not decide it, such as beta and seed, is left out."""
         methods = {name: method.model_dump(mode="json", include=EXTENT) for name, method in self.config.align.items()}
-        inputs = {"model": self.tuned()}
+        inputs = {"model": self.sft_model()}
         for name, method in self.config.align.items():
             inputs |= {kind: self.data_for(kind, f"align.{name}") for kind in method.needs - {"reward"}}
         if "prompt" in inputs:  # for the length of a policy's own answers
-            inputs["evaluation"] = self.evaluation("sft", {"sft": self.tuned()})
+            inputs["evaluation"] = self.evaluation("sft", {"sft": self.sft_model()})
         distinct = {json.dumps(settings, sort_keys=True): settings for settings in methods.values()}
         params = {"methods": [distinct[key] for key in sorted(distinct)]}
-        return self.add(Node("budget", "budget", params, inputs, label="budget"), "budget")
+        return self.add(Node("budget", "budget", "equal_tokens", params, inputs), "budget")
 
     def reward_for(self, name: str) -> Output:
-        if self.reward_is_there():
+        if self.has_reward():
             return self.reward("reward")
-        what = "`reward` is null" if self.config.reward is None else "there are no preferences to train one on"
+        why = "`reward` is null" if self.config.reward is None else "there are no preferences to train one on"
         fix = "set reward and give data.preference or generate, or set reward_model"
-        raise refuse(f"align.{name}", "set", f"needs a reward model, and {what}.", fix)
+        raise refuse(f"align.{name}", "set", f"needs a reward model, and {why}.", fix)
 
     # --- Data ---
 
@@ -295,11 +220,11 @@ class Planner:
         """The slot of `data` that gives rows of a kind, else None."""
         for slot in SLOTS[kind]:
             source: DataConfig | None = getattr(self.config.data, slot)
-            if source is not None and kind in GIVES[source.kind]:
+            if source is not None and kind in DERIVES[source.kind]:
                 return slot
         return None
 
-    def gives(self, kind: str) -> bool:
+    def has_rows(self, kind: str) -> bool:
         """Whether there will be training rows of a kind."""
         generated = self.config.generate is not None and kind in ("preference", "feedback")
         return generated or self.slot(kind) is not None
@@ -314,7 +239,7 @@ class Planner:
             return self.data(slot)
         if own:
             source = getattr(self.config.data, kind)
-            given = ", ".join(sorted(GIVES[source.kind]))
+            given = ", ".join(sorted(DERIVES[source.kind]))
             message = f"{who} needs rows of kind {kind}; from this kind come {given} only."
             raise refuse(f"data.{kind}.kind", source.kind, message, FIXES[kind])
         raise refuse(who, "set", f"needs {kind} data, which nothing gives.", FIXES[kind])
@@ -334,15 +259,15 @@ class Planner:
             params["eval_fraction"] = 1.0
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = self.config.evaluate.min_prompts
-        return self.validated(slot, params)
+        return self.validated(slot, f"data.{slot}", params, {})
 
-    def validated(self, slot: str, params: dict[str, Any], inputs: dict[str, Output] | None = None) -> Output:
+    def validated(self, slot: str, field: str, params: dict[str, Any], inputs: dict[str, Output]) -> Output:
         name = f"data {slot}"
         if name not in self.nodes:
-            inputs = {"model": self.base(), **(inputs or {})}
+            inputs = {"model": self.base(), **inputs}
             if slot != self.evaluation_slot():
                 inputs["evaluation"] = self.data(self.evaluation_slot())
-            self.add(Node(name, "validate", params, inputs, label=name), "data")
+            self.add(Node(name, "validate", field, params, inputs), "data")
         return name, "data"
 
     def generated(self) -> Output:
@@ -351,16 +276,16 @@ class Planner:
         assert generate is not None
         if slot is None:
             raise refuse("generate", "set", "there are no prompts to answer.", "set data.prompt or data.sft")
-        inputs = {"model": self.tuned(), "data": self.data(slot)}
+        inputs = {"model": self.sft_model(), "data": self.data(slot)}
         if isinstance(generate.judge, RewardJudge):
             name = "judge" if generate.judge == self.config.evaluate.judge else "generate judge"
-            inputs["judge"] = self.published(name, ModelConfig(path=generate.judge.model))
+            inputs["judge"] = self.published(name, "generate.judge", ModelConfig(path=generate.judge.model))
         params = generate.model_dump(mode="json")
-        rows = self.add(Node("generate", "generate", params, inputs, self.config.seed, "generate"), "rows")
+        rows = self.add(Node("generate", "generate", "generate", params, inputs, self.config.seed), "rows")
         source: DataConfig = getattr(self.config.data, slot)
         kept = source.model_dump(include={"eval_fraction", "max_bad", "max_length"})
         made = DataConfig(path=GENERATED, kind="ranking", **kept)
-        return self.validated("generated", made.model_dump(mode="json"), {"rows": rows})
+        return self.validated("generated", "generate", made.model_dump(mode="json"), {"rows": rows})
 
     # --- Evaluation ---
 
@@ -369,7 +294,9 @@ class Planner:
         judge = self.config.evaluate.judge
         if not isinstance(judge, RewardJudge):
             return None
-        return self.reward("gold") if judge.model == "gold" else self.published("judge", ModelConfig(path=judge.model))
+        if judge.model == "gold":
+            return self.reward("gold")
+        return self.published("judge", "evaluate.judge", ModelConfig(path=judge.model))
 
     def evaluation(self, name: str, models: dict[str, Output]) -> Output:
         """Stage `evaluate` of one model, beside the SFT model's."""
@@ -379,17 +306,18 @@ class Planner:
             inputs["judge"] = judge
         if "reward" in self.nodes:
             inputs["reward"] = ("reward", "model")
-        if self.gives("preference"):
+        if self.has_rows("preference"):
             inputs["pairs"] = self.data_for("preference", "evaluate")
         if name != "sft":
             inputs["baseline"] = self.evaluation("sft", models)
-        tags, about = self.behind(name)
+        about = self.training_labels(name)
+        tags = {"method": about["method"]}
         params = self.config.evaluate.model_dump(mode="json")
-        node = Node(f"eval {name}", "evaluate", params, inputs, self.config.seed, name, tags=tags, about=about)
+        node = Node(f"eval {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
         return self.add(node, "evaluation")
 
-    def behind(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Tags and parameters that show on an evaluation what the model was trained with."""
+    def training_labels(self, name: str) -> dict[str, str]:
+        """Parameters that show on an evaluation what the model was trained with."""
         method = self.config.align.get(name)
         training = method or (self.config.sft if name == "sft" else None)
         seed = method.seed if method and method.seed is not None else self.config.seed
@@ -398,21 +326,22 @@ class Planner:
             value = getattr(training, setting, None)
             if value is not None:
                 about[setting] = str(value)
-        return {"method": about["method"]}, about
+        return about
 
     def compare(self, evaluations: dict[str, Output]) -> Output:
         params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
-        return self.add(Node("compare", "compare", params, dict(evaluations), label="compare"), "comparison")
+        return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
 
     # --- Promotion ---
 
     def promote(self, champion: bool) -> Output:
         """Stage `promote` of the candidate, against the champion when there is one."""
-        self.check_gate()
         models = self.models() | ({"champion": ("champion", "model")} if champion else {})
-        seats = {"candidate": candidate(self.config), "sft": "sft"} | ({"champion": "champion"} if champion else {})
+        seats = {"candidate": plan_checks.candidate(self.config), "sft": "sft"} | (
+            {"champion": "champion"} if champion else {}
+        )
         inputs = {seat: self.evaluation(name, models) for seat, name in seats.items()}
         params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
         about = {"candidate": seats["candidate"]}
-        node = Node("promote", "promote", params, inputs, self.config.seed, "promote", about=about)
+        node = Node("promote", "promote", "promote", params, inputs, self.config.seed, about=about)
         return self.add(node, "decision")

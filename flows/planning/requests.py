@@ -21,49 +21,34 @@ def request_for(
         StageError: a file that the config names is missing.
     """
     inputs = {name: results[source].outputs[output] for name, (source, output) in node.inputs.items()}
+    tags, about = dict(node.tags), dict(node.about)
+    if "data" in inputs:
+        tags["data.version"] = inputs["data"].sha256[:16]
+    if config.sweep:
+        tags["sweep"] = config.sweep
+    if node.stage == "evaluate":
+        made = results[node.inputs["model"][0]]
+        about |= {"model.key": made.key, "train.run_id": made.run_id or ""}
     request = Request(
         stage=node.stage,
         version=STAGES[node.stage].version,
         params=node.params,
         inputs=inputs,
         seed=node.seed,
-        name=node.label,
+        name=node.model or node.name,
         pipeline_run=pipeline_run,
         experiment=config.name,
         placement=Placement(devices=node.devices, threads=threads(config)),
-        tags=node.tags | data_version(node, results) | ({"sweep": config.sweep} if config.sweep else {}),
-        about=node.about | training_behind(node, results),
+        tags=tags,
+        about=about,
         log_text=config.log_text,
     )
-    return with_sources(request, config_field(node))
+    return with_sources(request, node.field)
 
 
 def threads(config: PipelineConfig) -> int | None:
     """Threads per stage when several run side by side."""
     return max(1, (os.cpu_count() or 1) // config.parallel) if config.parallel > 1 else None
-
-
-def config_field(node: Node) -> str:
-    """Where the config names the files of a node, for messages."""
-    if node.stage == "validate":
-        return node.name.replace(" ", ".")
-    return "model" if node.name == "base" else node.name
-
-
-def data_version(node: Node, results: Mapping[str, Result]) -> dict[str, str]:
-    """The tag data.version: the digest of the data folder that a node reads."""
-    if "data" not in node.inputs:
-        return {}
-    source, output = node.inputs["data"]
-    return {"data.version": results[source].outputs[output].sha256[:16]}
-
-
-def training_behind(node: Node, results: Mapping[str, Result]) -> dict[str, str]:
-    """On an evaluation: the key and the MLflow run of the stage that made the model."""
-    if node.stage != "evaluate":
-        return {}
-    made = results[node.inputs["model"][0]]
-    return {"model.key": made.key, "train.run_id": made.run_id or ""}
 
 
 def with_sources(request: Request, field: str) -> Request:
@@ -73,15 +58,20 @@ def with_sources(request: Request, field: str) -> Request:
         StageError: a file is missing; `field` says where the config names it.
     """
     params, inputs = dict(request.params), dict(request.inputs)
-    template, path = params.get("chat_template"), params.get("path")
+    template, path, file = params.get("chat_template"), params.get("path"), None
     if request.stage == "base" and isinstance(template, str):
         template_path = template_file(template)
         if template_path is not None and template_path.is_file():
             params["chat_template"] = template_path.read_text()
-    if request.stage in ("base", "validate") and isinstance(path, str):
-        file = model_file(path) if request.stage == "base" else data_file(path)
-        if file is not None:
-            inputs["source"] = Artifact(uri=str(file), sha256=source_digest(file, f"{field}.path"))
+    if request.stage == "base" and isinstance(path, str):
+        file = model_file(path)
+    if request.stage == "validate" and isinstance(source := data_source(str(path)), File):
+        file = source.path.absolute()
+    if file is not None:
+        if not file.exists():
+            fix = f"give its path as seen from {Path.cwd()}"
+            raise refuse(f"{field}.path", str(file), "there is no such file.", fix, kind="file")
+        inputs["source"] = Artifact(uri=str(file), sha256=tracking.digest(file))
     return request.model_copy(update={"params": params, "inputs": inputs})
 
 
@@ -98,20 +88,3 @@ def model_file(path: str) -> Path | None:
             return place.absolute()
         case _:
             return None
-
-
-def data_file(path: str) -> Path | None:
-    """The file that a data set's `path` names, which may be missing; None for what is pinned or made otherwise."""
-    match data_source(path):
-        case File(place):
-            return place.absolute()
-        case _:
-            return None
-
-
-def source_digest(file: Path, field: str) -> str:
-    """The file's sha256. Raises StageError naming the config's field when it is missing."""
-    if not file.exists():
-        fix = f"give its path as seen from {Path.cwd()}"
-        raise refuse(field, str(file), "there is no such file.", fix, kind="file")
-    return tracking.digest(file)

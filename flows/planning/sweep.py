@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from flows.planning import config_file, explain
+from flows.planning.plan import Plan
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from schemas.methods import CONFIGS, PPO, MethodConfig
@@ -28,8 +29,8 @@ def load(
     seeds: str,
     tokens: int | None = None,
     name: str | None = None,
-) -> PipelineConfig:
-    """The config of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
+) -> Plan:
+    """The plan of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
 
     Raises:
         StageError: a list holds what it cannot, or the config is wrong.
@@ -42,7 +43,7 @@ def load(
     }
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
-    return config_file.checked(raw)
+    return config_file.planned(raw)
 
 
 def method_names(text: str) -> list[str]:
@@ -60,15 +61,15 @@ def method_names(text: str) -> list[str]:
 
 def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     """The list's betas. Raises StageError for one that a method cannot take."""
-    found, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
-    for beta, name in itertools.product(found, methods):
+    betas, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
+    for beta, name in itertools.product(betas, methods):
         if why := refusal(name, CONFIGS[name].strength, beta):
             raise refuse("--beta", f"{beta:g}", f"{name} takes no such beta: it {why}.", fix)
         if "+" in shown(beta):
             raise refuse("--beta", f"{beta:g}", "it must be less than 1e15.", fix)
-    if len(set(map(shown, found))) < len(found):
+    if len(set(map(shown, betas))) < len(betas):
         raise refuse("--beta", text, "two numbers differ beyond 15 digits only.", fix)
-    return found
+    return betas
 
 
 def shown(beta: float) -> str:
@@ -78,11 +79,11 @@ def shown(beta: float) -> str:
 
 def seed_values(text: str, methods: Sequence[str]) -> list[int]:
     """The list's seeds. Raises StageError for what cannot be one."""
-    found = numbers("--seeds", text, int)
-    for seed in found:
+    seeds = numbers("--seeds", text, int)
+    for seed in seeds:
         if why := refusal(methods[0], "seed", seed):
             raise refuse("--seeds", seed, f"it {why}.", "give whole numbers such as 0,1,2")
-    return found
+    return seeds
 
 
 def refusal(method: str, field: str, value: float) -> str | None:
@@ -96,24 +97,24 @@ def refusal(method: str, field: str, value: float) -> str | None:
 
 def numbers(option: str, text: str, kind: type[T]) -> list[T]:
     """Numbers of a list with commas, ascending. Raises StageError for what is none, or stands twice."""
-    found = []
+    values = []
     for word in words(option, text):
         try:
-            found.append(kind(word))
+            values.append(kind(word))
         except ValueError:
             what = "not a whole number" if kind is int else "not a number"
             raise refuse(option, word, f"this is {what}.", "give numbers with commas, such as 1,2,3") from None
-    if len(set(found)) < len(found):
+    if len(set(values)) < len(values):
         raise refuse(option, text, "a number stands twice.", "give each once")
-    return sorted(found)
+    return sorted(values)
 
 
 def words(option: str, text: str) -> list[str]:
     """The parts between commas. Raises StageError when there is none, or one stands twice."""
-    found = [word.strip() for word in text.split(",") if word.strip()]
-    if not found or len(set(found)) < len(found):
+    parts = [word.strip() for word in text.split(",") if word.strip()]
+    if not parts or len(set(parts)) < len(parts):
         raise refuse(option, text, "the list is empty or names something twice.", "give each once, with commas")
-    return found
+    return parts
 
 
 def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: int | None) -> dict[str, Any]:

@@ -1,47 +1,45 @@
-"""What a finished run says: what was reused, the table of the comparison, links into MLflow."""
+"""The summary of a finished run: what was reused, the table of the comparison, links into MLflow."""
 
 import os
 from collections.abc import Mapping
 
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.settings import PREFECT_API_URL
 
-from flows.planning.plan import Node
+from flows.planning.plan import Plan
 from flows.servers import address_file, supervisor
-from flows.servers.local_prefect import own_servers
-from schemas.config import PipelineConfig
+from flows.servers.local_prefect import has_shared_server
 from schemas.stage import Result
 from stages import tracking
 
 
-def report(nodes: list[Node], results: Mapping[str, Result], config: PipelineConfig) -> None:
+def report(plan: Plan, results: Mapping[str, Result]) -> None:
     """Log what was reused, the table of the comparison, and where MLflow shows the models side by side."""
     logger = get_run_logger()
-    reused = [node.name for node in nodes if node.name in results and results[node.name].reused]
+    reused = [name for name in plan.nodes if name in results and results[name].reused]
     if reused:
-        logger.info("reused %d of %d stages: %s", len(reused), len(nodes), ", ".join(reused))
-    skipped = [node.name for node in nodes if node.name not in results]
+        logger.info("reused %d of %d stages: %s", len(reused), len(plan.nodes), ", ".join(reused))
+    skipped = [name for name in plan.nodes if name not in results]
     if skipped:
         logger.warning("not done: %s", ", ".join(skipped))
     text = ""
-    if "compare" in results and any(node.name == "compare" for node in nodes):
+    if "compare" in results and "compare" in plan.nodes:
         table = tracking.fetch(results["compare"].outputs["comparison"]) / "table.txt"
         text = table.read_text().rstrip() if table.exists() else ""
         if results["compare"].reused and text:  # a stage that ran has said it
             logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
-    runs = [results[node.name].run_id for node in nodes if node.stage == "evaluate" and node.name in results]
-    found = [run for run in runs if run] if len(runs) > 1 else []  # one alone is beside nothing
+    evaluations = [results[name] for name, node in plan.nodes.items() if node.stage == "evaluate" and name in results]
+    runs = [one.run_id for one in evaluations if one.run_id] if len(evaluations) > 1 else []  # one is beside nothing
     server, first = mlflow_pages()
     pages = {
-        "metrics": tracking.compare_link(server, found),
-        "answers": tracking.compare_link(server, found, "ARTIFACT"),
+        "metrics": tracking.compare_link(server, runs),
+        "answers": tracking.compare_link(server, runs, "ARTIFACT"),
     }
     links = {what: link for what, link in pages.items() if link}
     for what, link in links.items():
         logger.info("%s side by side in MLflow: %s%s", what, link, first)
-    if PREFECT_API_URL.value() not in own_servers:
+    if has_shared_server():
         show_in_prefect(text, links)
 
 
@@ -54,7 +52,7 @@ def mlflow_pages() -> tuple[str, str]:
         return running.mlflow, ""
     if supervisor.port(None, supervisor.MLFLOW_PORT, "port") == supervisor.MLFLOW_PORT:
         return supervisor.address(supervisor.HOST, supervisor.MLFLOW_PORT), "  (start `alignflow ui`)"
-    return "", "  (start `alignflow ui`, and put the address that it says for MLflow before this)"
+    return "", "  (start `alignflow ui`, and prefix this with the MLflow address that it prints)"
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:

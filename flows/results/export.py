@@ -1,12 +1,16 @@
-"""`alignflow export`: a model as a folder that plain transformers loads, with a card that says how it was made."""
+"""`alignflow export`: a model as a folder that plain transformers loads, with a model card."""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
+from schemas.model_folder import is_reward_model
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,50 +40,57 @@ def export(what: str, out: Path) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise refuse("--out", out, "already exists.", "name a new folder", kind="export")
-    found = model(what)
+    chosen = model(what)
     try:
-        write(found, out)
+        write(chosen, out)
     except OSError as error:
         fix = "name a place where you may write, with room for the model"
         raise refuse("--out", out, f"cannot be written: {error}.", fix, kind="export") from error
     return out
 
 
-def write(found: Model, out: Path) -> None:
+def write(chosen: Model, out: Path) -> None:
     """Put the model's files and card into a new folder; under its name it is whole at once."""
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(found.folder, beside)
-    (beside / "README.md").write_text(card(found, out), encoding="utf-8")
+    shutil.copytree(chosen.folder, beside)
+    card(chosen, out).save(beside / "README.md")
     if out.exists():
         out.rmdir()
     beside.replace(out)
 
 
-def card(found: Model, out: Path) -> str:
+def card(chosen: Model, out: Path) -> ModelCard:
     """The model card: how to load it, what it was trained with, and how it did."""
-    parts = [
-        "---\nlibrary_name: transformers\ntags: [alignflow]\n---",
-        f"# {found.name}",
-        origin(found),
-        f"## Use\n\n```python\n{snippet(found.folder, out)}```",
-    ]
-    if found.metrics:
-        rows = {name: f"{value:.4g}" for name, value in sorted(found.metrics.items()) if name.startswith("eval/")}
+    scores = is_reward_model(json.loads((chosen.folder / "config.json").read_text()))
+    code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, end=end_of_turn(chosen.folder))
+    metrics = {name: value for name, value in sorted((chosen.metrics or {}).items()) if name.startswith("eval/")}
+    task = "text-classification" if scores else "text-generation"
+    result = partial(EvalResult, task, dataset_type="prompts", dataset_name="held-out prompts")
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["alignflow"],
+        pipeline_tag=task,
+        model_name=chosen.name if metrics else None,
+        eval_results=[result(metric_type=name, metric_value=value) for name, value in metrics.items()] or None,
+    )
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {chosen.name}", origin(chosen), f"## Use\n\n```python\n{code}```"]
+    if metrics:
+        rows = {name: f"{value:.4g}" for name, value in metrics.items()}
         parts.append("## Evaluation\n\nOn held-out prompts.\n\n" + table(rows, "metric", "value"))
-    if found.request is not None:
-        parts.append("## Training\n\n" + table(settings_of(found), "setting", "value"))
-    return "\n\n".join(parts) + "\n"
+    if chosen.request is not None:
+        parts.append("## Training\n\n" + table(settings_of(chosen), "setting", "value"))
+    return ModelCard("\n\n".join(parts) + "\n")
 
 
-def origin(found: Model) -> str:
+def origin(chosen: Model) -> str:
     """One paragraph: which stage made the model, from which data, under which run."""
-    if found.request is None or found.tags is None:
+    if chosen.request is None or chosen.tags is None:
         return "A model folder from outside alignflow's runs."
-    tags = found.tags
-    method = tags.get("method", found.request.stage)
-    lines = [f"Made by alignflow, stage `{found.request.stage}`, method `{method}`. Weights in full, adapters merged."]
+    tags = chosen.tags
+    method = tags.get("method", chosen.request.stage)
+    lines = [f"Made by alignflow, stage `{chosen.request.stage}`, method `{method}`. Weights in full, adapters merged."]
     lines += [f"- {title}: `{tags[name]}`" for title, name in ORIGIN.items() if name in tags]
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
@@ -87,10 +98,10 @@ def origin(found: Model) -> str:
 ORIGIN = {"data version": "data.version", "pipeline run": "pipeline.run", "stage key": "stage.key"}
 
 
-def settings_of(found: Model) -> dict[str, Any]:
+def settings_of(chosen: Model) -> dict[str, Any]:
     """The stage's parameters and seed, as a flat table."""
-    assert found.request is not None
-    return {**{name: json.dumps(value) for name, value in found.request.params.items()}, "seed": found.request.seed}
+    assert chosen.request is not None
+    return {**{name: json.dumps(value) for name, value in chosen.request.params.items()}, "seed": chosen.request.seed}
 
 
 def table(rows: dict[str, Any], *titles: str) -> str:
@@ -103,15 +114,6 @@ def cell(value: Any) -> str:
     """A value that breaks no table: one line, no bars, cut when very long."""
     text = " ".join(str(value).split()).replace("|", "\\|")
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def snippet(folder: Path, out: Path) -> str:
-    """Code that loads the model, by its kind."""
-    config = json.loads((folder / "config.json").read_text())
-    kinds = config.get("architectures") or [""]
-    if kinds[0].endswith("ForSequenceClassification"):
-        return REWARD_MODEL.format(folder=out.name, end=end_of_turn(folder))
-    return LANGUAGE_MODEL.format(folder=out.name)
 
 
 def end_of_turn(folder: Path) -> str:

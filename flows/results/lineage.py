@@ -71,28 +71,28 @@ class Graph:
     @cached_property
     def users(self) -> dict[str, list[tuple[str, Step]]]:
         """Digest -> the steps that took it, each with the input's name; oldest first."""
-        found: dict[str, list[tuple[str, Step]]] = {}
+        taken_by: dict[str, list[tuple[str, Step]]] = {}
         for step in reversed(self.steps):
             for name, sha256 in step.inputs.items():
-                found.setdefault(sha256, []).append((name, step))
-        return found
+                taken_by.setdefault(sha256, []).append((name, step))
+        return taken_by
 
     @cached_property
     def versions(self) -> dict[str, list[Version]]:
         """Digest -> registered versions with this content."""
-        found: dict[str, list[Version]] = {}
+        by_digest: dict[str, list[Version]] = {}
         for one in registry.versions():
-            found.setdefault(one.artifact.sha256, []).append(one)
-        return found
+            by_digest.setdefault(one.artifact.sha256, []).append(one)
+        return by_digest
 
     @cached_property
     def aliases(self) -> dict[tuple[str, str], list[str]]:
         """(registered model, version) -> aliases."""
-        found: dict[tuple[str, str], list[str]] = {}
+        names: dict[tuple[str, str], list[str]] = {}
         for model in {one.model for versions in self.versions.values() for one in versions}:
             for alias, number in sorted(registry.aliases(model).items()):
-                found.setdefault((model, number), []).append(alias)
-        return found
+                names.setdefault((model, number), []).append(alias)
+        return names
 
     def registered(self, sha256: str) -> list[dict[str, Any]]:
         """The registered versions of a content, with aliases and decision."""
@@ -147,7 +147,7 @@ def whole_digest(graph: Graph, start: str) -> str:
     known = {sha256 for sha256 in [*graph.makers, *graph.users] if sha256.startswith(start)}
     if len(known) != 1:
         message = f"{len(known) or 'no'} known digests begin so."
-        fix = "give more of it" if known else "give a data file, or a digest that stands in MLflow"
+        fix = "give more of it" if known else "give a data file, or a digest that MLflow knows"
         raise refuse("WHAT", start, message, fix, kind="lineage")
     return known.pop()
 
@@ -186,16 +186,16 @@ def backward(graph: Graph, sha256: str, what: str) -> Item:
     return Item(what, facts, [origin(graph, "model", sha256, set())])
 
 
-def origin(graph: Graph, name: str, sha256: str, said: set[str]) -> Item:
+def origin(graph: Graph, name: str, sha256: str, seen: set[str]) -> Item:
     """An input of that name: the step that made it and what that took; a file from outside where no step did."""
     step = graph.makers.get(sha256)
     if step is None:
         return Item(f"{name}: from outside", {"sha256": sha256})
-    if step.run_id in said:
+    if step.run_id in seen:
         return Item(f"{name}: {step.label} (see above)", {"sha256": sha256, "run_id": step.run_id})
-    said.add(step.run_id)
+    seen.add(step.run_id)
     below = [
-        source(step, given) if inner == "source" else origin(graph, inner, given, said)
+        source(step, given) if inner == "source" else origin(graph, inner, given, seen)
         for inner, given in sorted(step.inputs.items())
     ]
     return Item(f"{name}: {step.label}", {"sha256": sha256, **facts_of(step)}, below)
@@ -236,7 +236,7 @@ def forward(graph: Graph, sha256: str, what: str) -> Item:
     return Item(what, facts, below)
 
 
-def uses(graph: Graph, sha256: str, said: set[str]) -> list[Item]:
+def uses(graph: Graph, sha256: str, seen: set[str]) -> list[Item]:
     """What was made of a content."""
     found = []
     for name, step in graph.users.get(sha256, []):
@@ -245,11 +245,11 @@ def uses(graph: Graph, sha256: str, said: set[str]) -> list[Item]:
         registered = [one for made in step.outputs.values() for one in graph.registered(made)]
         title = f"{step.label}, by its input {name}"
         facts = {"outputs": dict(step.outputs), "registered": registered, **facts_of(step)}
-        if step.run_id in said:
+        if step.run_id in seen:
             found.append(Item(f"{title} (see above)", {"run_id": step.run_id, "registered": registered}))
             continue
-        said.add(step.run_id)
-        below = [item for made in step.outputs.values() for item in uses(graph, made, said)]
+        seen.add(step.run_id)
+        below = [item for made in step.outputs.values() for item in uses(graph, made, seen)]
         found.append(Item(title, facts, below))
     return found
 

@@ -58,12 +58,12 @@ def comparison(which: str | None = None) -> Comparison:
     Raises:
         StageError: there is none.
     """
-    found = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
-    if not found:
+    comparisons = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
+    if not comparisons:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
         raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
-    result = result_of(found[0].info.run_id)
-    ids = _run_ids(found[0])
+    result = result_of(comparisons[0].info.run_id)
+    ids = _run_ids(comparisons[0])
     return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
 
 

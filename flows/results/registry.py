@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefect.settings import PREFECT_API_URL
-
 from flows.execution.lease import lease
 from flows.results.lookup import quoted
-from flows.servers import local_prefect
+from flows.servers.local_prefect import has_shared_server
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
@@ -45,7 +43,7 @@ class Version:
 # --- Looking ----------------------------------------------------------------------------------------------------------
 
 
-def holder(model: str, alias: str) -> Version | None:
+def version_at_alias(model: str, alias: str) -> Version | None:
     """The version that an alias points to, None where there is no such model or alias."""
     number = aliases(model).get(alias)
     return None if number is None else version(model, number)
@@ -53,14 +51,14 @@ def holder(model: str, alias: str) -> Version | None:
 
 def champion(model: str) -> Version | None:
     """The version that is champion."""
-    return holder(model, CHAMPION)
+    return version_at_alias(model, CHAMPION)
 
 
 def aliases(model: str) -> dict[str, str]:
     """Alias -> version of a registered model; empty where there is no such model."""
     client = tracking.client()
-    found = client.search_registered_models(f"name = {quoted(model)}")
-    if not found:
+    models = client.search_registered_models(f"name = {quoted(model)}")
+    if not models:
         return {}
     # Read by itself: what a search finds may come without its aliases. Over a database the versions are numbers.
     whole = client.get_registered_model(model)
@@ -75,14 +73,14 @@ def version(model: str, number: str) -> Version:
 def versions(model: str | None = None) -> list[Version]:
     """All versions of a model, or of all models; newest first."""
     query = f"name = {quoted(model)}" if model is not None else None
-    client, token, found = tracking.client(), None, list[Any]()
+    client, token, listed = tracking.client(), None, list[Any]()
     while True:
         page = client.search_model_versions(query, page_token=token)
-        found += page
+        listed += page
         token = page.token
         if not token:
             break
-    return sorted(map(_version, found), key=lambda one: (one.model, -int(one.number)))
+    return sorted(map(_version, listed), key=lambda one: (one.model, -int(one.number)))
 
 
 def names() -> list[str]:
@@ -95,12 +93,10 @@ def of_digest(model: str, sha256: str) -> Version | None:
     return next((one for one in versions(model) if one.artifact.sha256 == sha256), None)
 
 
-def _version(found: Any) -> Version:
-    tags = dict(found.tags)
-    source = str(found.source)
-    return Version(
-        found.name, str(found.version), Artifact(uri=source, sha256=_digest(source, tags)), found.run_id, tags
-    )
+def _version(raw: Any) -> Version:
+    tags = dict(raw.tags)
+    source = str(raw.source)
+    return Version(raw.name, str(raw.version), Artifact(uri=source, sha256=_digest(source, tags)), raw.run_id, tags)
 
 
 def _digest(source: str, tags: Mapping[str, str]) -> str:
@@ -119,8 +115,7 @@ def held(model: str) -> Iterator[None]:
     """Keep all others from changing the model: on this host by a file's lock, elsewhere by a lease on the Prefect
     server. Where that server is this process's own, or none is set, other hosts are not kept out.
     """
-    server = PREFECT_API_URL.value()
-    shared = server is not None and server not in local_prefect.own_servers
+    shared = has_shared_server()
     if not shared and not tracking.tracking_uri().startswith("sqlite:"):
         log.warning("no shared Prefect server (PREFECT_API_URL): promotions from other hosts are not kept out")
     waiting = f"another process changes the registered model {model}: waiting for it"
@@ -129,7 +124,7 @@ def held(model: str) -> Iterator[None]:
         yield
 
 
-def settle(
+def register_and_promote(
     model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], *, promote: bool, expected: str | None
 ) -> Version:
     """Register the candidate with its tags; to promote it, make it the champion replaces version `expected`.
@@ -138,25 +133,25 @@ def settle(
 
     Raises:
         StageError: kind `conflict`: another version is champion by now; kind `rolled_back`: this content was champion
-            once and was rolled back. Nothing has moved then, and the version says so.
+            once and was rolled back. Then no alias has moved, and the version is tagged.
     """
     with held(model):
-        found = register(model, candidate, run_id, tags)
+        candidate_version = register(model, candidate, run_id, tags)
         if promote:
             try:
-                check_not_rolled_back(found)
+                check_not_rolled_back(candidate_version)
                 check_still_champion(model, expected)
             except StageError as error:
-                tag(found, {"decision": error.problem.kind, "decision.reasons": str(error)})
+                tag(candidate_version, {"decision": error.problem.kind, "decision.reasons": str(error)})
                 raise
-            move(found, expected)
-        return version(model, found.number)
+            move(candidate_version, expected)
+        return version(model, candidate_version.number)
 
 
 def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str]) -> Version:
     """The candidate's version: the one with the same content, else a new one."""
-    found = of_digest(model, candidate.sha256)
-    if found is None:
+    registered = of_digest(model, candidate.sha256)
+    if registered is None:
         client = tracking.client()
         if not client.search_registered_models(f"name = {quoted(model)}"):
             client.create_registered_model(model)
@@ -164,9 +159,9 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
         logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
         with tracking.as_default():
             made = client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
-        found = version(model, str(made.version))
-    tag(found, tags)
-    return found
+        registered = version(model, str(made.version))
+    tag(registered, tags)
+    return registered
 
 
 def tag(one: Version, tags: Mapping[str, str]) -> None:
@@ -181,26 +176,20 @@ def check_still_champion(model: str, expected: str | None) -> None:
     now = aliases(model).get(CHAMPION)
     if now != expected:
         was = "there was no champion" if expected is None else f"version {expected} was champion"
-        raise refuse(
-            "champion",
-            f"{model}@{CHAMPION}",
+        message = (
             f"{was} when the candidate was judged, now it is {'none' if now is None else f'version {now}'}; "
-            "nothing was moved.",
-            "retrain again: what is trained is reused, and the candidate is held against the new champion",
-            kind="conflict",
+            "nothing was moved."
         )
+        fix = "retrain again: what is trained is reused, and the candidate is compared with the new champion"
+        raise refuse("champion", f"{model}@{CHAMPION}", message, fix, kind="conflict")
 
 
 def check_not_rolled_back(one: Version) -> None:
     """Raises StageError of kind `rolled_back` when this content was taken back as champion."""
     if ROLLED_BACK in one.tags:
-        raise refuse(
-            "candidate",
-            one.artifact.sha256[:16],
-            f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}.",
-            f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}",
-            kind=ROLLED_BACK,
-        )
+        message = f"the candidate is {one}, which was rolled back at {one.tags[ROLLED_BACK]}."
+        fix = f"change data or config; or, if it was right after all, delete the version's tag {ROLLED_BACK}"
+        raise refuse("candidate", one.artifact.sha256[:16], message, fix, kind=ROLLED_BACK)
 
 
 def move(one: Version, former: str | None) -> None:
@@ -215,7 +204,7 @@ def move(one: Version, former: str | None) -> None:
 
 
 def point_previous(model: str, number: str | None) -> None:
-    """Let the alias `previous` point to a version, or to none."""
+    """Point the alias `previous` to a version, or remove it."""
     client = tracking.client()
     if number is not None:
         client.set_registered_model_alias(model, PREVIOUS, number)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from schemas.strict import Strict
+from schemas import Strict
 from stages import tracking
 
 
 class Addresses(Strict):
-    """What a running command says of itself. Holds no passwords."""
+    """What a running command publishes about itself. Holds no passwords."""
 
     pid: int
     mlflow: str
@@ -44,7 +44,7 @@ def found() -> Addresses | None:
 
 
 def read() -> Addresses | None:
-    """What the file says; None when it went away or is another version's."""
+    """The file's content; None when it is gone or was written by another version."""
     try:
         return Addresses.model_validate_json(file().read_text())
     except (FileNotFoundError, ValidationError):
@@ -52,7 +52,7 @@ def read() -> Addresses | None:
 
 
 def adopt() -> Addresses | None:
-    """Let this process use the running servers, as if they were exported. What the environment says goes first.
+    """Let this process use the running servers, as if they were exported. The environment takes precedence.
 
     Call it before Prefect is imported: that reads the environment once.
     """

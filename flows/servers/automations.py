@@ -17,11 +17,11 @@ def apply(path: Path | None = None) -> list[str]:
     names = []
     for raw in yaml.safe_load((path or automations_file()).read_text(encoding="utf-8"))["automations"]:
         wanted = Automation(**raw)
-        there = read(wanted.name)
-        if there is None:
+        existing = read(wanted.name)
+        if existing is None:
             wanted.create()
         else:
-            there.model_copy(
+            existing.model_copy(
                 update={field: getattr(wanted, field) for field in Automation.model_fields if field != "id"}
             ).update()
         names.append(wanted.name)

@@ -62,7 +62,7 @@ def check_prefect(url: str) -> None:
 
 
 def prefect_headers() -> dict[str, str]:
-    """How Prefect's own client says who it is."""
+    """The credentials that Prefect's own client sends."""
     password, key = PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()
     if password:
         return {"Authorization": f"Basic {base64.b64encode(secret(password).encode()).decode()}"}
@@ -109,7 +109,7 @@ def ask(url: str, field: str, value: str, fix: str, **request: Any) -> httpx.Res
         with httpx.Client(timeout=ANSWER_SECONDS, trust_env=not local) as client:
             return client.request("POST" if "json" in request else "GET", url, **request)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise unreachable(field, value, f"nobody answers there ({type(error).__name__}).", fix) from error
+        raise unreachable(field, value, f"there is no answer ({type(error).__name__}).", fix) from error
 
 
 def unreachable(field: str, value: str, message: str, fix: str) -> StageError:
@@ -121,15 +121,15 @@ def check_experiment(name: str, placed: bool) -> None:
     """Whether an experiment keeps its artifacts where the stages can reach them: `placed` ones run on other hosts.
 
     Raises:
-        StageError: they lie in a folder of this host, or behind a server that is not set.
+        StageError: they are in a folder of this host, or behind a server that is not set.
     """
     uri = tracking.tracking_uri()
     if placed and not uri.startswith(("http", "postgresql", "mysql")):
         fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
         message = "stages on work pools need an MLflow server."
         raise refuse("MLFLOW_TRACKING_URI", uri, message, fix, kind="server")
-    found = tracking.client().get_experiment_by_name(name)
-    location = "" if found is None else str(found.artifact_location)
+    experiment = tracking.client().get_experiment_by_name(name)
+    location = "" if experiment is None else str(experiment.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
         fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"
         message = f"this experiment keeps its artifacts in {location}, which workers on other hosts don't have."
@@ -159,8 +159,8 @@ def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
     try:
         pool = client.read_work_pool(name)
     except ObjectNotFound as error:
-        there = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
-        message = f"there is no such work pool; the server has {there}."
+        available = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
+        message = f"there is no such work pool; the server has {available}."
         fix = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
         raise refuse("pools", name, message, fix, kind="pool") from error
     if pool.is_paused:
@@ -213,15 +213,15 @@ def deployments(path: Path) -> list[dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise refuse("file", path, f"it cannot be read ({error}).", fix, kind="file") from error
-    found = content.get("deployments") if isinstance(content, dict) else None
-    if not found:
+    listed = content.get("deployments") if isinstance(content, dict) else None
+    if not listed:
         raise refuse("file", path, "it has no deployments.", fix, kind="file")
-    return apply_values(found, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
+    return apply_values(listed, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
 
 
-def schedules(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def schedules(deployments: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schedule of the deployments, with the name of its field."""
-    for deployment in found:
+    for deployment in deployments:
         name = deployment.get("name")
         if deployment.get("schedule"):
             yield f"deployments[{name}].schedule", deployment["schedule"]
@@ -233,16 +233,16 @@ def schedules(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, 
 
 
 def check_gpu(wanted: int = 1) -> None:
-    """Whether this machine has so many GPUs that runs here may use.
+    """Whether this machine has the given number of GPUs that runs here may use.
 
     Raises:
         StageError: it has fewer.
     """
-    there = [name for name in gpu_slots.names() if not name.startswith("slot-")]
-    if len(there) >= wanted:
+    available = [name for name in gpu_slots.names() if not name.startswith("slot-")]
+    if len(available) >= wanted:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES={visible!r} shows no more)" if visible is not None else ""
     fix = "run it on a machine with GPUs, or place the stage on the pool cpu"
-    message = f"this machine has {len(there)} that can be used{why}."
+    message = f"this machine has {len(available)} that can be used{why}."
     raise refuse("GPUs", wanted, message, fix, kind="gpu")

@@ -12,12 +12,13 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.servers import automations, checks, pools
+from schemas.environment import HOME
 from schemas.errors import refuse
 from stages import tracking
 
 
 def deploy(prefect_file: Path | None = None) -> None:
-    """Create what is missing on the Prefect server and bring the rest up to date; say what there is then.
+    """Create what is missing on the Prefect server and update the rest; print what there is then.
 
     Raises:
         StageError: no server is set or answers, a schedule is wrong, a pool is missing, or Prefect refuses something.
@@ -28,21 +29,21 @@ def deploy(prefect_file: Path | None = None) -> None:
         raise refuse("PREFECT_API_URL", "", "no Prefect server is set.", fix, kind="server")
     checks.check_servers()
     checks.check_schedules(prefect_file)
-    found = checks.deployments(prefect_file)
+    deployments = checks.deployments(prefect_file)
     with get_client(sync_client=True) as client:
-        check_pool_names(client, found)
+        check_pool_names(client, deployments)
         for pool in pools.templates():
             print(f"work pool   {pool}: {pools.apply(client, pool)}", flush=True)
     create_deployments(prefect_file)
-    say_deployments({str(one.get("name")) for one in found})
+    say_deployments({str(one.get("name")) for one in deployments})
     for name in automations.apply():
         print(f"automation  {name}")
 
 
-def check_pool_names(client: SyncPrefectClient, found: list[dict[str, Any]]) -> None:
+def check_pool_names(client: SyncPrefectClient, deployments: list[dict[str, Any]]) -> None:
     """Raise StageError for a deployment on a pool that neither is there nor has a template."""
     known = {*pools.templates(), *(pool.name for pool in client.read_work_pools())}
-    for one in found:
+    for one in deployments:
         name = (one.get("work_pool") or {}).get("name")
         if name is not None and name not in known:
             field = f"deployments[{one.get('name')}].work_pool.name"
@@ -71,14 +72,14 @@ def create_deployments(prefect_file: Path) -> None:
     root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
     environment = {
         **os.environ,
-        "ALIGNFLOW_HOME": str(tracking.home()),
+        HOME: str(tracking.home()),
         "PREFECT_API_URL": str(PREFECT_API_URL.value()),
         "NO_COLOR": "1",
     }
     answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if answer.returncode:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
-        fix = "fix what it says there, and deploy again"
+        fix = "fix what it reports, and deploy again"
         raise refuse("file", prefect_file, f"Prefect refuses it:\n{tail}\n", fix, kind="deploy")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -22,8 +23,13 @@ from stages import tracking
 RETRIES = 7
 """Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
 
-own_servers: set[str] = set()
-"""Addresses of Prefect servers that this process has started: nobody on another host shares them."""
+_own: ContextVar[str | None] = ContextVar("own", default=None)
+"""Address of the server that `local_prefect` has started, within it: not shared with other hosts."""
+
+
+def has_shared_server() -> bool:
+    """Whether the Prefect server is one that other hosts may use too."""
+    return PREFECT_API_URL.value() not in (None, _own.get())
 
 
 def quieten() -> None:
@@ -35,7 +41,7 @@ def quieten() -> None:
 
 
 def not_repeated(record: logging.LogRecord) -> bool:
-    """False where Prefect says again what the stage's own line says: that it is done, or has failed."""
+    """False where Prefect repeats the stage's own line: that it is done, or has failed."""
     return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
 
 
@@ -49,11 +55,13 @@ def refuse_no_server() -> None:
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if error is not None:
+        message = f"the Prefect server does not answer ({type(error).__name__})."
+        fix = "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own"
         raise refuse(
             "PREFECT_API_URL",
             tracking.without_passwords(str(PREFECT_API_URL.value())),
-            f"the Prefect server does not answer ({type(error).__name__}).",
-            "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own",
+            message,
+            fix,
             kind="server",
             status="failed",
         )
@@ -68,8 +76,8 @@ def local_prefect() -> Iterator[None]:
     quieten()
     if PREFECT_API_URL.value():
         refuse_no_server()
-        said = "PREFECT_CLIENT_MAX_RETRIES" in os.environ
-        patience: dict[Any, Any] = {} if said else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
+        is_set = "PREFECT_CLIENT_MAX_RETRIES" in os.environ
+        patience: dict[Any, Any] = {} if is_set else {PREFECT_CLIENT_MAX_RETRIES: RETRIES}
         with temporary_settings(patience):
             yield
         return
@@ -82,10 +90,11 @@ def local_prefect() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
             stack.enter_context(supervisor.running([server]))
-        own_servers.add(f"{server.url}/api")
         stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+        before = _own.set(f"{server.url}/api")
         try:
             yield
         finally:
+            _own.reset(before)
             for handler in logging.getLogger("prefect.flow_runs").handlers:
                 handler.flush()  # lines still on their way, before the server ends

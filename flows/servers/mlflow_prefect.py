@@ -62,7 +62,7 @@ def needs(variable: str, uri: str, scheme: str, module: str) -> None:
 
 
 def check_prefect_database() -> None:
-    """Raise StageError when Prefect's database is one that it cannot use: it would say so in 100 lines."""
+    """Raise StageError for a Prefect database that it cannot use: its own error has 100 lines."""
     for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
         uri = os.environ.get(variable, "")
         if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
@@ -114,7 +114,7 @@ def check_passwords() -> None:
 
 
 def auth_config() -> Path:
-    """MLflow's file about its users: their database lies beside that of the runs. Holds no password."""
+    """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = tracking.home() / "mlflow-auth.ini"
     lines = [
         "[mlflow]",

@@ -18,9 +18,9 @@ PROCESS_POOLS = ("cpu", "gpu")
 def templates() -> dict[str, Path]:
     """Work pool -> the file of its base job template. All are named like their file, except `LOCAL`."""
     folder = Path(str(files("deploy"))) / "pools"
-    found = {file.stem: file for file in sorted(folder.glob("*.json"))}
-    process = found.pop("process")
-    return dict.fromkeys(PROCESS_POOLS, process) | found
+    by_name = {file.stem: file for file in sorted(folder.glob("*.json"))}
+    process = by_name.pop("process")
+    return dict.fromkeys(PROCESS_POOLS, process) | by_name
 
 
 def kind(pool: str) -> str:
@@ -29,22 +29,22 @@ def kind(pool: str) -> str:
 
 
 def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated", "unchanged"]:
-    """Let the pool exist with its template. Limits and pauses that somebody has set are left alone.
+    """Create or update the pool from its template. Limits and pauses that somebody has set are kept.
 
     Raises:
         StageError: there is no template for the pool, or it exists with another type.
     """
     template = read(pool)
     try:
-        there = client.read_work_pool(pool)
+        existing = client.read_work_pool(pool)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=pool, type=kind(pool), base_job_template=template))
         return "created"
-    if there.type != kind(pool):
+    if existing.type != kind(pool):
         fix = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
-        message = f"the work pool exists with the type {there.type!r}; it should be {kind(pool)!r}."
+        message = f"the work pool exists with the type {existing.type!r}; it should be {kind(pool)!r}."
         raise refuse("pool", pool, message, fix, kind="pool")
-    if there.base_job_template == template:
+    if existing.base_job_template == template:
         return "unchanged"
     client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
     return "updated"

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime.process import die_with_parent
@@ -74,7 +76,7 @@ def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
     """The wanted port; without one the usual, or a free one when that is taken.
 
     Raises:
-        StageError: the wanted port is taken, or the host is no address of this machine.
+        StageError: the wanted port is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [wanted] if wanted is not None else [usual, 0]:
@@ -90,19 +92,10 @@ def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
     raise refuse(option, wanted, "the port is taken.", "choose another, or leave it out", kind="input")
 
 
-# --- MLflow and Prefect -----------------------------------------------------------------------------------------------
-
-
 def address(host: str, number: int) -> str:
     """Where this machine reaches a server that listens at a host."""
     reached = {"0.0.0.0": HOST, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{reached}:{number}"
-
-
-# --- Who may ask them -------------------------------------------------------------------------------------------------
-
-
-# --- Their processes --------------------------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
@@ -174,7 +167,7 @@ def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 
 def failed(server: Server) -> StageError:
-    """What a server said last."""
+    """The end of a server's log."""
     text = tracking.without_passwords(server.log.read_text(errors="replace"))
     tail = "\n".join(text.splitlines()[-15:])
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
@@ -213,37 +206,19 @@ def guard(parent: int, command: list[str]) -> int:
 
 def end_descendants(parent: int) -> None:
     """End all below this process: first politely, then not; in more of a hurry when its parent has died."""
-    signal_descendants(signal.SIGTERM)
-    began = time.monotonic()
-    while descendants(os.getpid()):
+    this, began = psutil.Process(), time.monotonic()
+    signal_all(this.children(recursive=True), signal.SIGTERM)
+    while below := this.children(recursive=True):
         if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
-            signal_descendants(signal.SIGKILL)
-        reap()
-        time.sleep(0.05)
+            signal_all(below, signal.SIGKILL)
+        psutil.wait_procs(below, timeout=0.1)  # reaps those that have become children of this process
 
 
-def signal_descendants(which: signal.Signals) -> None:
-    """Send a signal to all below this process."""
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, which)
-
-
-def reap() -> None:
-    """Take note of children that have ended."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of a process, theirs, and so on."""
-    below = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, children.read_text().split()):
-                below += [child, *descendants(child)]
-    return below
+def signal_all(processes: Sequence[psutil.Process], which: signal.Signals) -> None:
+    """Send a signal to those of the processes that still exist."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(which)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`alignflow up`: MLflow, Prefect, work pools and their workers on this machine, as long as the command runs.
 
-`alignflow ui` is the same without workers. Nothing that they start outlives them, and everything that they keep lies
-in `home()`, or where the servers' own settings say.
+`alignflow ui` is the same without workers. Nothing that they start outlives them, and everything that they keep is
+in `home()`, or where the servers' own settings put it.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ from flows.execution import gpu_slots
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
+from schemas.environment import HOME, PARENT, ROOTS
 from schemas.errors import refuse
 from stages import tracking
 
 # What only the servers need to know. Runs may be anybody's code.
 SERVERS_ONLY = frozenset(
     {
-        "ALIGNFLOW_PARENT",
+        PARENT,
         "MLFLOW_AUTH_ADMIN_PASSWORD",
         "MLFLOW_AUTH_CONFIG_PATH",
         "MLFLOW_ARTIFACTS_DESTINATION",
@@ -53,9 +54,9 @@ def up(
     mlflow_port: int | None = None,
     prefect_port: int | None = None,
 ) -> None:
-    """Start what is not running elsewhere, with a worker for each wanted pool; say where; wait for Ctrl-C.
+    """Start what is not running elsewhere, with a worker for each wanted pool; print the addresses; wait for Ctrl-C.
 
-    Where it runs already for this home, say so and return.
+    Where it already runs for this home, report that and return.
 
     Raises:
         StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
@@ -68,9 +69,9 @@ def up(
     tracking.home().mkdir(parents=True, exist_ok=True)
     with address_file.lock_file().open("a") as lock:
         while not taken(lock):
-            there = address_file.found()
-            if there is not None:  # else it has only begun, or just died
-                say_where(there, wanted)
+            running = address_file.found()
+            if running is not None:  # else it has only begun, or just died
+                say_where(running, wanted)
                 return
         address_file.file().unlink(missing_ok=True)
         with guards() as keep:
@@ -96,27 +97,27 @@ def guards() -> Iterator[list[int]]:
         yield [lock.fileno()]
 
 
-def say_where(there: Addresses, wanted: Sequence[str]) -> None:
+def say_where(running: Addresses, wanted: Sequence[str]) -> None:
     """Say where the command that runs already has its servers.
 
     Raises:
         StageError: it runs without the wanted workers.
     """
-    say(f"Runs already for {tracking.home()}, as process {there.pid}:")
-    say(f"MLflow   {there.mlflow}")
-    say(f"Prefect  {there.prefect.removesuffix('/api')}")
-    lacking = [pool for pool in wanted if pool not in there.pools]
+    say(f"Already running for {tracking.home()}, as process {running.pid}:")
+    say(f"MLflow   {running.mlflow}")
+    say(f"Prefect  {running.prefect.removesuffix('/api')}")
+    lacking = [pool for pool in wanted if pool not in running.pools]
     if lacking:
         fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
         raise refuse("--pool", ", ".join(lacking), "no worker of it serves these.", fix, kind="input")
     if wanted:
-        say(f"workers  {', '.join(there.pools)}")
+        say(f"workers  {', '.join(running.pools)}")
 
 
 def bring_up(
     wanted: Sequence[str], host: str, mlflow_port: int | None, prefect_port: int | None, keep: Sequence[int]
 ) -> None:
-    """Servers, then pools and workers. Workers end first, so that their runs can still say how they ended."""
+    """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
     elsewhere = given()
     if elsewhere:
         checks.check_servers()  # those that the environment names
@@ -130,10 +131,10 @@ def bring_up(
             make_pools(wanted)
         workers = [worker(pool, where) for pool in wanted]
         with supervisor.running(workers, keep) as more:
-            write_down(where)
+            publish_addresses(where)
             say_all(where, elsewhere)
             supervisor.wait([*ours, *workers], [*processes, *more])
-            say("Ending the servers." if not wanted else "Ending workers and servers.")
+            say("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 
 def given() -> dict[str, str]:
@@ -168,7 +169,7 @@ def as_client(prefect: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def passwords() -> dict[str, str]:
-    """What clients say to servers that ask: as the environment has it for them, else as it has it for our servers."""
+    """The passwords that clients send: those set for them, else those set for our servers."""
     ours = {
         "PREFECT_API_AUTH_STRING": os.environ.get("PREFECT_SERVER_API_AUTH_STRING"),
         "MLFLOW_TRACKING_PASSWORD": os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD"),
@@ -179,7 +180,7 @@ def passwords() -> dict[str, str]:
     return {name: value for name in ours if (value := os.environ.get(name) or ours[name])}
 
 
-def write_down(where: Addresses) -> None:
+def publish_addresses(where: Addresses) -> None:
     """Say for other commands of this home where everything is."""
     shown = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
     tracking.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
@@ -188,16 +189,16 @@ def write_down(where: Addresses) -> None:
 def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
     """Say where everything is."""
     for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
-        note = " (runs already: the environment says so)" if name in elsewhere else ""
+        note = " (already running, from the environment)" if name in elsewhere else ""
         say(f"{name:8} {tracking.without_passwords(url)}{note}")
     if where.pools:
         say(f"workers  {', '.join(where.pools)}")
         if "gpu" in where.pools and not gpu_slots.names():
-            say("No GPU here: what is placed on the pool gpu runs on the CPU.")
+            say("No GPU here: stages placed on the pool gpu run on the CPU.")
         say("In another terminal: alignflow deploy")
     elif "Prefect" not in elsewhere:
-        say(f"Runs show up by themselves. They start faster with: export PREFECT_API_URL={where.prefect}")
-    say("Ctrl-C ends this.")
+        say(f"Runs appear there. They start faster with: export PREFECT_API_URL={where.prefect}")
+    say("Press Ctrl-C to stop.")
 
 
 # --- Workers ----------------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class Worker(Server):
 
 
 def make_pools(wanted: Sequence[str]) -> None:
-    """Let the wanted pools exist, those that have a template with it; others must exist already."""
+    """Create or update the wanted pools that have a template; others must already exist."""
     with get_client(sync_client=True) as client:
         for pool in wanted:
             if pool in pools.templates():
@@ -243,8 +244,8 @@ def worker(pool: str, where: Addresses) -> Worker:
 def worker_environment(where: Addresses) -> dict[str, str]:
     """What runs need to know: the servers, this home, and below which folders a config's files may lie."""
     return passwords() | {
-        "ALIGNFLOW_HOME": str(tracking.home()),
-        "ALIGNFLOW_ROOTS": os.environ.get("ALIGNFLOW_ROOTS") or str(Path.cwd()),
+        HOME: str(tracking.home()),
+        ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),
         "MLFLOW_TRACKING_URI": where.mlflow,
         # A template says `python`, which is to be this one on every machine.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

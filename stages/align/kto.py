@@ -58,21 +58,19 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
     """
     by_prompt = sorted(range(len(prompt_ids)), key=lambda row: prompt_ids[row])
     ordered = [prompt_ids[row] for row in by_prompt]
-    found = []
+    others_of = []
     for row, prompt in enumerate(prompt_ids):
         first, end = bisect_left(ordered, prompt), bisect_right(ordered, prompt)
         others = len(ordered) - (end - first)
         if not others:
-            raise refuse(
-                "data.feedback",
-                f"{len(prompt_ids)} rows with one prompt",
-                "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer.",
-                "give rows of more prompts, or use another method",
-                kind="data",
+            message = (
+                "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer."
             )
+            fix = "give rows of more prompts, or use another method"
+            raise refuse("data.feedback", f"{len(prompt_ids)} rows with one prompt", message, fix, kind="data")
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)
-        found.append(by_prompt[drawn if drawn < first else drawn + end - first])
-    return found
+        others_of.append(by_prompt[drawn if drawn < first else drawn + end - first])
+    return others_of
 
 
 class KTO(OfflineAlignment):

@@ -6,7 +6,7 @@ et al. 2022, with the details that Huang et al. 2024 (https://arxiv.org/abs/2403
 Left out of the papers' method, or changed:
 1. Early stopping of the epochs by KL (an option in later code, not in the paper): clipping and `kl_coef` bound it.
 2. An entropy bonus (Schulman et al. eq. 9): the KL penalty holds entropy already; entropy is logged.
-3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not at hand.
+3. Ouyang's mix of pretraining gradients (PPO-ptx): it wants pretraining data, which is not available.
 4. Whitening by minibatch (Ziegler's code): advantages are whitened over the whole rollout, all ranks together, so that
    neither the batch size nor the number of devices changes an advantage, and small minibatches add no noise to it.
    Rewards are not whitened: scores come normalised, by the reward model's own scale or else by the first rollout's.
@@ -286,13 +286,9 @@ class PPO:
         kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         self.context.metrics({"data/rows": len(kept), "data/too_long": len(rows) - len(kept)})
         if not kept:
-            raise refuse(
-                "max_new_tokens",
-                config.max_new_tokens,
-                f"no prompt is left: none of {len(rows)} has at most {room} tokens",
-                "lower it, raise max_length, or give shorter prompts",
-                kind="data",
-            )
+            message = f"no prompt is left: none of {len(rows)} has at most {room} tokens"
+            fix = "lower it, raise max_length, or give shorter prompts"
+            raise refuse("max_new_tokens", config.max_new_tokens, message, fix, kind="data")
         return [rows[i] for i in kept], [prompts[i] for i in kept]
 
     def choose_layout(self) -> Layout:
@@ -326,15 +322,14 @@ class PPO:
         self.far = self.far + 1 if bound is not None and not kl <= bound else 0
         if self.far >= patience:
             self.context.metrics({"train/kl_to_reference": kl}, step=step)
-            raise refuse(
-                "max_kl",
-                bound,
-                f"train/kl_to_reference is {kl:.4g} nats at step {step}, for {self.far} iterations above the bound",
-                "lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
-                "is kept",
-                kind="diverged",
-                status="diverged",
+            message = (
+                f"train/kl_to_reference is {kl:.4g} nats at step {step}, for {self.far} iterations above the bound"
             )
+            fix = (
+                "lower the learning rate or raise kl_coef; if so far is meant, raise max_kl. The last checkpoint "
+                "is kept"
+            )
+            raise refuse("max_kl", bound, message, fix, kind="diverged", status="diverged")
 
     def prepare(self, micros: list[Micro]) -> Totals:
         """Answer tokens of the step: every mean is over them."""

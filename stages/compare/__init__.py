@@ -136,5 +136,4 @@ def write(comparison: Comparison, folder: Path) -> None:
     if points:
         (folder / "frontier.json").write_text(json.dumps(points, indent=2), encoding="utf-8")
     (folder / "reward_kl.png").write_bytes(frontier.draw(points, table) if points else draw(table))
-    page = (frontier.headline(points), frontier.render_html(points, table)) if points else ()
-    (folder / "report.html").write_text(render_html(comparison, *page), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(comparison), encoding="utf-8")

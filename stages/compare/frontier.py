@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stages.compare.page import escape, picture
 from stages.compare.plots import canvas, colours, png
 from stages.compare.table import Row, lay_out
 from stages.engine.scoring.metrics import mean_and_error
@@ -60,6 +59,11 @@ def cells(point: Row) -> list[str]:
     return [point["method"], _beta(point), str(len(point["seeds"])), *measured, "yes" if point["on_frontier"] else ""]
 
 
+def label(point: Row) -> str:
+    """A point's method and beta."""
+    return f"{point['method']} {_beta(point)}"
+
+
 def _beta(point: Row) -> str:
     return "-" if point["beta"] is None else f"{point['beta']:.15g}"
 
@@ -76,11 +80,10 @@ def headline(points: Sequence[Row]) -> str:
     """
     best = max(points, key=lambda point: point["judge_score"])
     edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["kl_to_reference"])
-    names = ", ".join(f"{point['method']} {_beta(point)}" for point in edge)
     return (
         f"The highest mean judge score is that of {best['method']} at beta {_beta(best)}: "
         f"{_measured(best, 'judge_score')}, at KL {_measured(best, 'kl_to_reference')}{_level(best, points)}. "
-        f"On the frontier, from near to far: {names}."
+        f"On the frontier, from near to far: {', '.join(map(label, edge))}."
     )
 
 
@@ -90,7 +93,7 @@ def _level(best: Row, points: Sequence[Row]) -> str:
     if best["judge_score_se"] is None:
         return ""
     level = [
-        f"{point['method']} {_beta(point)}"
+        label(point)
         for point in several
         if best["judge_score"] - point["judge_score"] <= 2 * math.hypot(best["judge_score_se"], point["judge_score_se"])
     ]
@@ -129,30 +132,3 @@ def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> byt
 def _span(counts: set[int]) -> str:
     low, high = min(counts), max(counts)
     return f"{high} seeds" if low == high else f"{low} to {high} seeds"
-
-
-def render_html(points: Sequence[Row], table: Sequence[Row]) -> str:
-    """Picture and table of a sweep, for the report."""
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in HEAD)
-    says = "; ".join(
-        f"{p['method']} {_beta(p)}: score {p['judge_score']:.2f}, KL {p['kl_to_reference']:.2f}" for p in points
-    )
-    return f"""<h2>What each method gains at what distance</h2>
-<p class="soft">A line is a method, a point one beta: the mean over its seeds, with its standard error. Higher is
-better; farther right is farther from the SFT model. A full point is on the frontier: no other point scores as high at
-so small a distance, by the means alone.</p>
-{picture(draw(points, table), draw(points, table, dark=True), f"Judge score against KL, by method and beta. {says}")}
-<div class="scroll" style="margin-top:16px"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{chr(10).join(_line(point) for point in points)}
-</tbody>
-</table></div>
-<p class="soft">{escape(BARS)}</p>"""
-
-
-def _line(point: Row) -> str:
-    colour = colours([point["method"]])[point["method"]]
-    first, *rest = cells(point)
-    name = f'<span class="swatch" style="background:{colour}"></span>{escape(first)}'
-    return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"

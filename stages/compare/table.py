@@ -3,12 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from schemas.config import EvaluateConfig
-
-if TYPE_CHECKING:
-    pass
 
 Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
@@ -153,9 +150,3 @@ def lay_out(lines: Sequence[Sequence[str]]) -> str:
         for line in lines
     ]
     return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
-
-
-# --- the picture ---
-
-
-# --- the page ---

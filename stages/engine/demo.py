@@ -100,13 +100,9 @@ WORDS = _vocabulary()
 def rows(kind: str, seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows of `demo:sft` ({prompt, response}) or `demo:prompt` ({prompt}); 1920 prompts. Seeded."""
     if kind not in ("sft", "prompt"):
-        raise refuse(
-            "path",
-            f"demo:{kind}",
-            f"the demo has no rows of kind {kind!r}",
-            "use demo:sft or demo:prompt; pairs come from stage `generate`",
-            kind="unknown_data",
-        )
+        message = f"the demo has no rows of kind {kind!r}"
+        fix = "use demo:sft or demo:prompt; pairs come from stage `generate`"
+        raise refuse("path", f"demo:{kind}", message, fix, kind="unknown_data")
     draw = random.Random(seed)
     wishes = [Wish(*parts) for parts in itertools.product(TONES, TIMES, PEOPLE, THINGS)]
     draw.shuffle(wishes)
@@ -124,11 +120,11 @@ def reward(prompt: str, answer: str) -> float:
     A wrong person, thing or time of day beside the right one halves its part. The tone's point takes two of its words,
     and each word of another tone costs half of it. A note that breaks off, rambles or repeats itself loses a point.
     """
-    asked, said = set(_words(prompt)), _words(answer)
-    names = 0.5 * _named(asked, said, PEOPLE) + 0.5 * _named(asked, said, THINGS)
-    points = names + _named(asked, said, TIMES) + _toned(asked, said)
+    asked, words = set(_words(prompt)), _words(answer)
+    names = 0.5 * _named(asked, words, PEOPLE) + 0.5 * _named(asked, words, THINGS)
+    points = names + _named(asked, words, TIMES) + _toned(asked, words)
     sentences = [s for s in re.split(r"[.!?]", answer.lower()) if s.strip()]
-    clean = bool(re.search(r"[.!?]\s*$", answer)) and len(said) <= MOST_WORDS and len(set(sentences)) == len(sentences)
+    clean = bool(re.search(r"[.!?]\s*$", answer)) and len(words) <= MOST_WORDS and len(set(sentences)) == len(sentences)
     return max(0.0, points - (not clean))
 
 
@@ -170,16 +166,16 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def _named(asked: set[str], said: list[str], names: tuple[str, ...]) -> float:
+def _named(asked: set[str], words: list[str], names: tuple[str, ...]) -> float:
     """1 when the asked-for name is said alone, half with others beside it, else 0."""
-    named = set(said) & set(names)
+    named = set(words) & set(names)
     right = named & asked
     return 0.0 if not right else 1.0 if named == right else 0.5
 
 
-def _toned(asked: set[str], said: list[str]) -> float:
+def _toned(asked: set[str], words: list[str]) -> float:
     """Half a point for each of up to two words of the tone asked for, less half for each word of another tone."""
-    found = {name: len(tone.marks & set(said)) for name, tone in TONES.items()}
-    right = sum(count for name, count in found.items() if name in asked)
-    wrong = sum(count for name, count in found.items() if name not in asked)
+    counts = {name: len(tone.marks & set(words)) for name, tone in TONES.items()}
+    right = sum(count for name, count in counts.items() if name in asked)
+    wrong = sum(count for name, count in counts.items() if name not in asked)
     return max(0.0, 0.5 * (min(right, 2) - wrong))

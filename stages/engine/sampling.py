@@ -112,7 +112,7 @@ def _check(hf: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt is needed")
     lengths = [len(p) for p in prompts]
     if min(lengths, default=1) == 0:
-        raise ValueError("an empty prompt has no last position to go on from; give it at least one token")
+        raise ValueError("an empty prompt has no last position to continue from; give it at least one token")
     limit = context_length(hf)
     if limit is not None and max(lengths, default=0) + max_new_tokens > limit:
         raise ValueError(

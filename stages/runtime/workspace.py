@@ -10,12 +10,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from schemas.environment import home, keep_work
+
 log = logging.getLogger("alignflow")
-
-
-def home() -> Path:
-    """Folder of everything that is kept here: ALIGNFLOW_HOME, else `.alignflow` in the working directory."""
-    return Path(os.environ.get("ALIGNFLOW_HOME") or ".alignflow").absolute()
 
 
 def work_folder(key: str) -> Path:
@@ -25,7 +22,7 @@ def work_folder(key: str) -> Path:
 
 def clear_work(key: str) -> None:
     """Drop the checkpoints and journals of a stage that is done. ALIGNFLOW_KEEP_WORK=1 keeps them."""
-    if os.environ.get("ALIGNFLOW_KEEP_WORK") == "1":
+    if keep_work():
         return
     for path in work_folder(key).iterdir():
         if path.is_dir() and path.name != "asks":
@@ -35,7 +32,7 @@ def clear_work(key: str) -> None:
 
 
 def place() -> dict[str, str]:
-    """Tags that say where a run is made: whose locks tell whether it lives."""
+    """Tags that name where a run is made: its locks show whether it is alive."""
     return {"host": socket.gethostname(), "home": str(home())}
 
 

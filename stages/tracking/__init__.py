@@ -22,7 +22,7 @@ from stages.tracking.mlflow_client import (
 )
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version, label
+from stages.tracking.run import StageRun, code_version
 from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "find",
     "flatten",
     "home",
-    "label",
     "locate",
     "lock",
     "note_reuse",

@@ -30,15 +30,15 @@ def journal_file(key: str, run_id: str) -> Path:
 
 def points_of(run_id: str) -> dict[tuple[str, int], bool]:
     """(name, step) of all metrics that MLflow has of a run, and whether their value is finite."""
-    found: dict[tuple[str, int], bool] = {}
+    points: dict[tuple[str, int], bool] = {}
     for name in client().get_run(run_id).data.metrics:
         for point in client().get_metric_history(run_id, name):
-            found[name, point.step] = math.isfinite(point.value)
-    return found
+            points[name, point.step] = math.isfinite(point.value)
+    return points
 
 
 class Journal:
-    """Metrics in a local file, shipped to MLflow by a side thread; nobody waits for it, and no line is lost.
+    """Metrics in a local file, shipped to MLflow by a side thread; training never waits for it, and no line is lost.
 
     Each line holds its timestamp, so that shipping a line twice (after a crash, or when an answer got lost) leaves one
     point in MLflow. A point that is already there, from before a resume, is not written again.
@@ -83,7 +83,7 @@ class Journal:
                 if step is not None and known is not None and (known or not finite):
                     continue
                 self._seen[place] = finite
-                # repr: NaN and infinity are no JSON numbers
+                # repr: JSON has no NaN and no infinity
                 self._file.write(json.dumps([point[0], repr(point[1]), *point[2:]]) + "\n")
                 self._waiting.append(point)
 
@@ -119,7 +119,7 @@ def close_left() -> list[str]:
     """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
 
     Returns their ids. A run lives as long as its stage's lock is held; those of other hosts and homes are left alone. A
-    stage that is asked for again goes on in the same run.
+    stage that is asked for again resumes in the same run.
     """
     left = runs(f"attributes.status = 'RUNNING' and tags.host = '{socket.gethostname()}'")
     mine = [run for run in left if run.data.tags.get("home") == str(home()) and "stage.key" in run.data.tags]

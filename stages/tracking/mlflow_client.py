@@ -1,4 +1,4 @@
-"""MLflow's client: found, made ready, and asked again while it is away."""
+"""MLflow's client: created, migrated, and asked again while it is away."""
 
 import contextlib
 import logging
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from schemas import environment
 from schemas.stage import Request
 from stages.runtime.workspace import home, lock
 
@@ -37,7 +38,7 @@ QUIET = {
 
 RETRY_SECONDS = 90.0
 
-# What the errors say of a locked database, and of a server that is away or busy.
+# Errors of a locked database, and of a server that is away or busy.
 TRANSIENT = (
     r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
     r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
@@ -102,7 +103,7 @@ def _client_for(uri: str) -> "MlflowClient":
 
 
 def plain_client() -> "MlflowClient":
-    """MLflow's client for `tracking_uri()`, which asks once; for who cannot wait, or has a loop of its own."""
+    """MLflow's client for `tracking_uri()`, which asks once, for callers that must not wait or retry by themselves."""
     return _client_for(tracking_uri())
 
 
@@ -158,7 +159,7 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class _Clock:
-    """Seconds that this process has waited for MLflow; those of the side thread are nobody's wait."""
+    """Seconds that this process has waited for MLflow; the side thread's do not count."""
 
     waited: float = 0.0
 
@@ -167,7 +168,7 @@ clock = _Clock()
 
 
 def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
-    """The call's answer, tried again for so many seconds while its error is a passing one."""
+    """The call's answer, tried again for `seconds` while its error is transient."""
     began = time.monotonic()
     try:
         return _retrying(call, began + seconds)
@@ -191,26 +192,26 @@ def _retrying(call: Callable[[], T], end: float) -> T:
 
 def experiment_name(request: Request) -> str:
     """The MLflow experiment of a request: its own, else ALIGNFLOW_EXPERIMENT, else `alignflow`."""
-    return request.experiment or os.environ.get("ALIGNFLOW_EXPERIMENT") or "alignflow"
+    return request.experiment or environment.experiment()
 
 
 def experiment(name: str) -> str:
     """Id of the experiment, made when it does not exist."""
-    found = client().get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    # With a server, the server says where artifacts lie; alone, they lie beside the database.
+    existing = client().get_experiment_by_name(name)
+    if existing is not None:
+        return existing.experiment_id
+    # With a server, it decides where artifacts are kept; without one, they are beside the database.
     location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
     try:
         return client().create_experiment(name, artifact_location=location)
     except Exception:
-        found = client().get_experiment_by_name(name)  # another process was quicker
-        if found is None:
+        existing = client().get_experiment_by_name(name)  # another process was quicker
+        if existing is None:
             raise
-        return found.experiment_id
+        return existing.experiment_id
 
 
 def behind_server(name: str) -> bool:
     """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
-    found = client().get_experiment_by_name(name)
-    return found is not None and str(found.artifact_location).startswith("mlflow-artifacts:")
+    existing = client().get_experiment_by_name(name)
+    return existing is not None and str(existing.artifact_location).startswith("mlflow-artifacts:")

@@ -1,4 +1,4 @@
-"""Finished runs: found by their key, taken again, compared."""
+"""Finished runs: found by their key, reused, compared."""
 
 import json
 import tempfile
@@ -46,7 +46,7 @@ def find(key: str) -> Result | None:
 
 
 def note_reuse(result: Result, pipeline_run: str | None) -> None:
-    """Say on a reused run which pipeline run took it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
+    """Record on a reused run which pipeline run reused it: find such runs by `tags.pipeline.reused_by LIKE '%ID%'`."""
     if not pipeline_run or not result.run_id:
         return
     run_id = result.run_id

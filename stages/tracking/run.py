@@ -67,13 +67,6 @@ def code_version() -> str:
     return f"{version}+{commit}" if commit else version
 
 
-def label(request: Request) -> str:
-    """Short name of a request for people: `sft`, `dpo`, `eval dpo`."""
-    if request.stage == "evaluate":
-        return f"eval {request.name}" if request.name else "eval"
-    return request.name or request.stage
-
-
 class StageRun:
     """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
 
@@ -91,11 +84,6 @@ class StageRun:
         self._fetched: dict[str, Path] = {}
         self._pace = Pace()
         self.work.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def label(self) -> str:
-        """The request's short name."""
-        return label(self.request)
 
     def __enter__(self) -> Self:
         if self.rank == 0:
@@ -118,7 +106,7 @@ class StageRun:
             return True
         name = experiment(experiment_name(self.request))
         tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
-        self.run_id = client().create_run(name, tags=tags, run_name=self.label).info.run_id
+        self.run_id = client().create_run(name, tags=tags, run_name=self.request.label).info.run_id
         return False
 
     def _describe(self) -> None:
@@ -153,7 +141,9 @@ class StageRun:
         except Exception as second:
             if error is None:
                 raise
-            log.warning("MLflow could not be told how the run ended: %s", first_line(second))  # the first error matters
+            log.warning(
+                "the end of the run could not be recorded in MLflow: %s", first_line(second)
+            )  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
@@ -166,13 +156,13 @@ class StageRun:
         return self.result
 
     def fail(self, problem: Problem, trace: str | None = None) -> None:
-        """Write down on the run why the stage stops; where even that cannot be written, say so."""
+        """Record on the run why the stage stops; log where even that fails."""
         try:
             self.tag("problem", str(problem))
             if trace:
                 self.text(without_passwords(trace), "traceback.txt")
         except Exception as error:
-            log.warning("MLflow could not be told why the stage stopped: %s", first_line(error))
+            log.warning("the reason why the stage stopped could not be recorded in MLflow: %s", first_line(error))
 
     def has(self, name: str) -> bool:
         """Whether the request brings an input of that name."""
@@ -276,13 +266,9 @@ class StageRun:
         """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
         source = self.request.inputs.get("source")
         if source is not None and digest(self.input("source")) != source.sha256:
-            raise refuse(
-                "source",
-                source.uri,
-                "it changed while it was read; nothing is published.",
-                "start the run again once nothing writes to it",
-                kind="source_changed",
-            )
+            message = "it changed while it was read; nothing is published."
+            fix = "start the run again once nothing writes to it"
+            raise refuse("source", source.uri, message, fix, kind="source_changed")
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in client().list_artifacts(self.run_id)}
@@ -297,7 +283,7 @@ class StageRun:
         run = client().get_run(self.run_id)
         model = client().create_logged_model(
             run.info.experiment_id,
-            name=re.sub(r"[^\w\- ]", "_", self.label),
+            name=re.sub(r"[^\w\- ]", "_", self.request.label),
             source_run_id=self.run_id,
             tags={"sha256": sha256, "stage": request.stage, "stage.key": self.key},
             params={k: shortened(v, PARAM_LENGTH) for k, v in flatten(request.params).items()},
@@ -314,7 +300,7 @@ class StageRun:
         return f"models:/{model.model_id}"
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Say on stderr, every few seconds and at the end, how far the stage is: `sft  120/400 steps  0:34 left`."""
+        """Print progress to stderr, every few seconds and at the end: `sft  120/400 steps  0:34 left`."""
         if self.rank > 0:
             return
         now = time.monotonic()
@@ -322,25 +308,25 @@ class StageRun:
             self._pace = Pace(began=now, first=done, total=total)
         pace = self._pace
         pace.done = done
-        if done < total and now - pace.said < PROGRESS_SECONDS:
+        if done < total and now - pace.printed < PROGRESS_SECONDS:
             return
-        pace.said = now
+        pace.printed = now
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
-        sys.stderr.write(f"{self.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.write(f"{self.request.label}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
 
 @dataclass
 class Pace:
-    """How fast a piece of work goes: when it was first heard of, how far it was then, and what was said last."""
+    """The pace of a piece of work: when it began, how far it was then, and when it was last printed."""
 
     began: float = 0.0
     first: int = 0
     total: int = -1
     done: int = -1
-    said: float = -math.inf
+    printed: float = -math.inf
 
 
 def _clock(seconds: float) -> str:

@@ -58,7 +58,7 @@ def local_path(location: str) -> Path | None:
 def _download(location: str, sha256: str) -> Path:
     """A copy of a remote artifact, kept by its digest."""
     folder = home() / "cache" / "artifacts" / sha256
-    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name says of what kind it is
+    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name shows its kind
     with lock(folder.with_suffix(".lock")):
         if target.exists() and digest(target) == sha256:
             return target
@@ -76,7 +76,7 @@ def _download(location: str, sha256: str) -> Path:
 
 
 def portable(request: Request) -> Request:
-    """The request with inputs that any host can fetch: what lies on this host's disk is stored in MLflow first.
+    """The request with inputs that any host can fetch: what is on this host's disk is stored in MLflow first.
 
     The key stays the same: it goes by digests, not by uris.
     """
@@ -110,7 +110,7 @@ def fetch(artifact: Artifact) -> Path:
     Raises:
         StageError: the artifact is gone or has been altered.
     """
-    fix = "run the pipeline again: the stage that makes it notices and makes it anew"
+    fix = "run the pipeline again: the stage that makes it notices and runs again"
     try:
         location = location_of(artifact.uri)
         folder = local_path(location) or _download(location, artifact.sha256)
@@ -124,9 +124,9 @@ def fetch(artifact: Artifact) -> Path:
         raise refuse("uri", artifact.uri, message, fix, kind="artifact") from error
     if not folder.exists():
         raise refuse("uri", artifact.uri, "the artifact is gone.", fix, kind="artifact")
-    found = digest(folder)
-    if found != artifact.sha256:
-        message = f"the artifact was altered: its sha256 is {found}, it should be {artifact.sha256}."
+    actual = digest(folder)
+    if actual != artifact.sha256:
+        message = f"the artifact was altered: its sha256 is {actual}, it should be {artifact.sha256}."
         if local_path(location) is None:
             _mark_bad(artifact, message)
         raise refuse("uri", artifact.uri, message, fix, kind="artifact")
@@ -166,14 +166,14 @@ def registered(uri: str) -> str:
     if not uri.startswith("models:/") or name.startswith("m-"):
         return uri
     if "@" in name:
-        found = client().get_model_version_by_alias(*name.rsplit("@", 1))
+        actual = client().get_model_version_by_alias(*name.rsplit("@", 1))
     else:
-        found = client().get_model_version(*name.rsplit("/", 1))
-    return str(found.source)
+        actual = client().get_model_version(*name.rsplit("/", 1))
+    return str(actual.source)
 
 
 def _model_of_run(uri: str) -> str:
-    """`runs:/ID/model` as the LoggedModel that the run has made: its files don't lie among the run's own."""
+    """`runs:/ID/model` as the LoggedModel that the run has made: its files are not among the run's own."""
     run_id, _, inner = uri.removeprefix("runs:/").partition("/")
     outputs = client().get_run(run_id).outputs if inner == "model" else None
     return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
@@ -209,7 +209,7 @@ def intact(artifact: Artifact) -> bool:
 
 
 def _entries(location: str) -> list[Any]:
-    """What lies in a folder of a remote store; nothing where there is no such folder."""
+    """The entries of a folder of a remote store; none where there is no such folder."""
     from mlflow.artifacts import list_artifacts  # late: see value_classes
 
     return list(list_artifacts(artifact_uri=location, tracking_uri=tracking_uri()))
@@ -223,14 +223,14 @@ def _is_there(location: str) -> bool:
 
 def _sizes(location: str) -> dict[str, int]:
     """The files of a remote folder: path in it -> bytes."""
-    found: dict[str, int] = {}
+    actual: dict[str, int] = {}
     for entry in _entries(location):
         name = entry.path.rpartition("/")[2]
         if entry.is_dir:
-            found |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+            actual |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
         else:
-            found[name] = entry.file_size or 0  # of an empty file, None
-    return found
+            actual[name] = entry.file_size or 0  # of an empty file, None
+    return actual
 
 
 def arrived(artifact: Artifact, folder: Path) -> bool:
@@ -243,7 +243,7 @@ def arrived(artifact: Artifact, folder: Path) -> bool:
 
 
 def _mark_bad(artifact: Artifact, message: str) -> None:
-    """Let `find` take the run that made a remote artifact no more, so that the stage makes it anew."""
+    """Keep `find` from reusing the run that made a remote artifact, so that the stage runs again."""
     if artifact.uri.startswith("models:/m-"):
         run_id = client().get_logged_model(artifact.uri.removeprefix("models:/")).source_run_id
     elif artifact.uri.startswith("runs:/"):

@@ -64,13 +64,9 @@ def other_json(params: ValidateParams, first_line: bytes, broken: int, rows: int
     if not (array or first_line == b"{") or broken < rows / 2 or broken <= params.max_bad * rows:
         return None
     what = "a JSON array" if array else "JSON with objects over several lines"
-    return refuse(
-        "path",
-        params.path,
-        f"the file looks like {what}: {broken} of {rows} lines are no JSON object",
-        "write one JSON object per line (JSONL)" + (", or name the file .json" if array else ""),
-        kind="bad_data",
-    )
+    message = f"the file looks like {what}: {broken} of {rows} lines are no JSON object"
+    fix = "write one JSON object per line (JSONL)" + (", or name the file .json" if array else "")
+    return refuse("path", params.path, message, fix, kind="bad_data")
 
 
 def wrong_columns(params: ValidateParams, columns: list[str], prompt_missing: bool) -> StageError | None:
@@ -83,10 +79,11 @@ def wrong_columns(params: ValidateParams, columns: list[str], prompt_missing: bo
     for ours, theirs in params.columns.items():
         if theirs not in columns:
             near = None if ours in _SIDES else _nearest(theirs, columns)
+            message = f"{params.path} has no column `{theirs}` to take `{ours}` from; it has {', '.join(columns)}"
             return refuse(
                 f"columns.{ours}",
                 theirs,
-                f"{params.path} has no column `{theirs}` to take `{ours}` from; it has {', '.join(columns)}",
+                message,
                 f"did you mean `{near}`? {_mapping({ours: near})}"
                 if near
                 else f"name the column that holds it: {_mapping({ours: _YOURS})}",
@@ -110,15 +107,14 @@ def _other_kind(params: ValidateParams, columns: list[str], forms: tuple[tuple[s
     fits = [kind for kind in fitting_kinds(named) if kind != params.kind]
     mapping = _mapping({name: near[name] or _YOURS for name in missing})
     lacks = " and no ".join(f"`{name}`" for name in missing)
-    return refuse(
-        "kind",
-        params.kind,
+    message = (
         f"{params.path} cannot be read as {params.kind}: it has no column {lacks}. "
-        f"It has {', '.join(columns)}. Kind {params.kind} needs {', or '.join(' + '.join(form) for form in forms)}.",
-        (f"read it as kind {' or '.join(fits)}, or " if fits else "")
-        + f"map {'the columns' if missing[1:] else 'the column'}: {mapping}",
-        kind="wrong_columns",
+        f"It has {', '.join(columns)}. Kind {params.kind} needs {', or '.join(' + '.join(form) for form in forms)}."
     )
+    fix = (
+        f"read it as kind {' or '.join(fits)}, or " if fits else ""
+    ) + f"map {'the columns' if missing[1:] else 'the column'}: {mapping}"
+    return refuse("kind", params.kind, message, fix, kind="wrong_columns")
 
 
 def _nearest(name: str, others: Iterable[str]) -> str | None:

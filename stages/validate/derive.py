@@ -1,8 +1,4 @@
-"""Splits rows by prompt, derives further kinds of data so that one data set can feed every method, and writes them.
-
-ranking -> preference, feedback, sft, prompt        preference -> ranking, feedback, sft, prompt
-feedback -> sft, prompt                             sft -> prompt
-"""
+"""Splits rows by prompt, derives further kinds so that one data set can feed every method (`DERIVES`), writes them."""
 
 from pathlib import Path
 

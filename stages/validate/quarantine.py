@@ -8,9 +8,9 @@ from types import TracebackType
 
 import polars as pl
 
+from schemas import Strict
 from schemas.config import Kind
 from schemas.errors import StageError
-from schemas.strict import Strict
 from stages.validate.context import Context, Finding
 
 LEFT_OUT = "(left out: log_text is false)"

@@ -60,13 +60,9 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Reco
         case Generated() if rows is not None:
             return _from_file(rows / "rows.jsonl")
         case _:
-            raise refuse(
-                "path",
-                params.path,
-                "the stage has no input `rows` to read",
-                "use input:rows after stage `generate` only; elsewhere name a file",
-                kind="missing_input",
-            )
+            message = "the stage has no input `rows` to read"
+            fix = "use input:rows after stage `generate` only; elsewhere name a file"
+            raise refuse("path", params.path, message, fix, kind="missing_input")
 
 
 def refuse_moving(params: ValidateParams) -> None:
@@ -74,13 +70,9 @@ def refuse_moving(params: ValidateParams) -> None:
     source = data_source(params.path)
     moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
     if moves and not is_commit(params.revision):
-        raise refuse(
-            "revision",
-            params.revision,
-            f"{params.path} changes with time: a branch or tag moves",
-            "set it to the full commit that you want, so that the same config means the same rows",
-            kind="no_revision",
-        )
+        message = f"{params.path} changes with time: a branch or tag moves"
+        fix = "set it to the full commit that you want, so that the same config means the same rows"
+        raise refuse("revision", params.revision, message, fix, kind="no_revision")
 
 
 def _from_file(file: Path) -> Iterator[Record]:
@@ -95,26 +87,18 @@ def _from_file(file: Path) -> Iterator[Record]:
         return _from_csv(file)
     if kind in (".parquet", ".pq"):
         return _from_parquet(file)
-    raise refuse(
-        "path",
-        file,
-        f"the format {kind or 'of a file without suffix'} is not known",
-        f"give a file that ends in {_FORMATS}",
-        kind="unknown_format",
-    )
+    message = f"the format {kind or 'of a file without suffix'} is not known"
+    fix = f"give a file that ends in {_FORMATS}"
+    raise refuse("path", file, message, fix, kind="unknown_format")
 
 
 def _refuse_missing(file: Path) -> None:
     if file.is_file():
         return
     if file.is_dir():
-        raise refuse(
-            "path",
-            file,
-            "this is a folder, not a file",
-            f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load",
-            kind="not_a_file",
-        )
+        message = "this is a folder, not a file"
+        fix = f"name a file in it ({_FORMATS}), or write hub:{file} for a folder that `datasets` can load"
+        raise refuse("path", file, message, fix, kind="not_a_file")
     beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
     near = difflib.get_close_matches(file.name, beside, n=1)
     raise refuse(
@@ -141,13 +125,9 @@ def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
             else:
                 yield plain
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise refuse(
-            "path",
-            file,
-            f"the gzip file is broken or cut short: {error}",
-            "fetch or pack it again; `gzip -t` tells whether it is whole",
-            kind="broken_file",
-        ) from error
+        message = f"the gzip file is broken or cut short: {error}"
+        fix = "fetch or pack it again; `gzip -t` tells whether it is whole"
+        raise refuse("path", file, message, fix, kind="broken_file") from error
     except OSError as error:
         raise refuse("path", file, f"the file cannot be read: {error}", None, kind="unreadable_file") from error
 
@@ -203,25 +183,17 @@ def _from_csv(file: Path) -> Iterator[Record]:
                 if cells:
                     yield _csv_record(header, cells, reader.line_num)
         except csv.Error as error:
-            raise refuse(
-                "path",
-                file,
-                f"the CSV is malformed at line {reader.line_num}: {error}",
-                'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""',
-                kind="broken_file",
-            ) from error
+            message = f"the CSV is malformed at line {reader.line_num}: {error}"
+            fix = 'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""'
+            raise refuse("path", file, message, fix, kind="broken_file") from error
 
 
 def _refuse_repeated(header: list[str], file: Path) -> None:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
-        raise refuse(
-            "path",
-            file,
-            f"the CSV's header names {', '.join(repeated)} more than once",
-            "give every column a name of its own",
-            kind="broken_file",
-        )
+        message = f"the CSV's header names {', '.join(repeated)} more than once"
+        fix = "give every column a name of its own"
+        raise refuse("path", file, message, fix, kind="broken_file")
 
 
 def _csv_record(header: list[str], cells: list[str], line: int) -> Record:
@@ -235,13 +207,9 @@ def _from_parquet(file: Path) -> Iterator[Record]:
     try:
         frame = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise refuse(
-            "path",
-            file,
-            f"the Parquet file cannot be read: {error}",
-            "write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable",
-            kind="broken_file",
-        ) from error
+        message = f"the Parquet file cannot be read: {error}"
+        fix = "write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable"
+        raise refuse("path", file, message, fix, kind="broken_file") from error
     yield from _from_frame(frame)
 
 
@@ -266,13 +234,9 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
             _refuse_strays(params, where, [str(file) for part in (files or {}).values() for file in part])
             table = datasets.load_dataset(name, params.subset, split=params.split, revision=params.revision)
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a script
-        raise refuse(
-            "path",
-            params.path,
-            f"the dataset cannot be loaded: {error}",
-            "check name, subset, split and revision; offline it has to be in the cache of `datasets`",
-            kind="missing_dataset",
-        ) from error
+        message = f"the dataset cannot be loaded: {error}"
+        fix = "check name, subset, split and revision; offline it has to be in the cache of `datasets`"
+        raise refuse("path", params.path, message, fix, kind="missing_dataset") from error
     _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
     for part in table.with_format("arrow").iter(_CHUNK):
         frame = pl.from_arrow(part)
@@ -287,25 +251,17 @@ def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> Non
         (file for file in files if not os.path.normpath(file).startswith(os.path.normpath(inside) + "/")), None
     )
     if stray is not None:
-        raise refuse(
-            "path",
-            params.path,
-            f"the dataset's README takes rows from {stray}, which is not part of it",
-            "put the file into the dataset's folder, and name it in its README from there",
-            kind="stray_file",
-        )
+        message = f"the dataset's README takes rows from {stray}, which is not part of it"
+        fix = "put the file into the dataset's folder, and name it in its README from there"
+        raise refuse("path", params.path, message, fix, kind="stray_file")
 
 
 def _refuse_other_commit(params: ValidateParams, parts: set[str]) -> None:
     """Offline, `datasets` takes the newest commit in its cache, whatever was asked for. Its folder bears its name."""
     if is_commit(params.revision) and params.revision not in parts:
-        raise refuse(
-            "revision",
-            params.revision,
-            "the cache of `datasets` holds the dataset at another commit only",
-            "go online to fetch this commit, or name the one that is cached",
-            kind="other_revision",
-        )
+        message = "the cache of `datasets` holds the dataset at another commit only"
+        fix = "go online to fetch this commit, or name the one that is cached"
+        raise refuse("revision", params.revision, message, fix, kind="other_revision")
 
 
 def _from_demo(kind: str, seed: int) -> Iterator[Record]:

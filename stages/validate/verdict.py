@@ -39,12 +39,11 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
     column = next(name for name in ("order", "ranks", "scores", "comparisons") if name in columns)
     how = " (numbers of the answers from 0, best first)" if column == "order" else ""
     rest = f"; the other {bad} are bad and lie in {quarantine.file}" if bad else ""
-    return StageError(
+    message = (
         f"{context.params.path}: no line has {'an order' if column == 'order' else column} yet: "
-        f"nobody has ranked the answers of {rows} of {context.read} lines{rest}.",
-        kind="not_ranked",
-        fix=f"fill in `{column}` on each line{how}",
+        f"nobody has ranked the answers of {rows} of {context.read} lines{rest}."
     )
+    return StageError(message, kind="not_ranked", fix=f"fill in `{column}` on each line{how}")
 
 
 def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
@@ -53,10 +52,6 @@ def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
     held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
     if held_out >= params.min_eval_prompts:
         return None
-    return refuse(
-        "evaluate.min_prompts",
-        params.min_eval_prompts,
-        f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on.",
-        "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts",
-        kind="few_prompts",
-    )
+    message = f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on."
+    fix = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
+    return refuse("evaluate.min_prompts", params.min_eval_prompts, message, fix, kind="few_prompts")

@@ -1,5 +1,6 @@
 """The flow: order, reuse, failures, and what Prefect and MLflow show of it. Its stages are scripted_stage.py's."""
 
+import json
 import logging
 import sys
 import time
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows import pipeline
+from flows import cli, pipeline
 from flows.execution import process
 from flows.planning import dry_run, requests
-from flows.planning.plan import Node
+from flows.planning.plan import Node, Plan
 from schemas.config import PipelineConfig
 from schemas.errors import EXIT_CODES, StageError
 from schemas.stage import STAGES, Artifact, Result, StageSpec
@@ -30,9 +31,8 @@ def config(**more: Any) -> PipelineConfig:
 
 
 def fake(name: str, *needs: str, **params: Any) -> Node:
-    return Node(
-        name, "fake", {"who": name, "steps": 2, **params}, {need: (need, "folder") for need in needs}, label=name
-    )
+    inputs = {need: (need, "folder") for need in needs}
+    return Node(name, "fake", name, {"who": name, "steps": 2, **params}, inputs)
 
 
 def a_plan(**last: Any) -> list[Node]:
@@ -46,19 +46,29 @@ def planned(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]
     nodes = a_plan()
     monkeypatch.setattr(process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", StageSpec(1))
-    for module in (pipeline, dry_run):
-        monkeypatch.setattr(module, "plan", lambda config: list(nodes))
+    monkeypatch.setattr(pipeline, "plan", lambda config: plan_of(nodes, config))
     yield nodes
+
+
+def plan_of(nodes: list[Node], config: PipelineConfig) -> Plan:
+    return Plan(config, {node.name: node for node in nodes})
+
+
+def run(nodes: list[Node], **more: Any) -> dict[str, Result]:
+    return pipeline.run(plan_of(nodes, config(**more)))
+
+
+def outlooks(nodes: list[Node]) -> dict[str, str]:
+    return {name: one.state for name, one in dry_run.dry_run(plan_of(nodes, config())).items()}
 
 
 def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    before = [outlook.state for outlook in dry_run.dry_run(config())]
-    assert before == ["run", "unknown", "unknown", "unknown"]
-    results = pipeline.run(config(parallel=2))
+    assert outlooks(planned) == {"first": "run", "left": "unknown", "right": "unknown", "both": "unknown"}
+    results = run(planned, parallel=2)
     assert next(iter(results)) == "first" and list(results)[-1] == "both"
     assert all(result.status == "done" and not result.reused for result in results.values())
-    assert [outlook.state for outlook in dry_run.dry_run(config())] == ["reused"] * 4
+    assert list(outlooks(planned).values()) == ["reused"] * 4
 
     (flow_run,) = prefect.read_flow_runs()
     assert flow_run.name == "tests" and flow_run.state is not None and flow_run.state.is_completed()
@@ -67,30 +77,30 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     assert left.data.tags["pipeline.run"] == str(flow_run.id)
 
     planned[2] = fake("right", "first", steps=3)
-    states = {outlook.node.name: outlook.state for outlook in dry_run.dry_run(config())}
-    assert states == {"first": "reused", "left": "reused", "right": "run", "both": "unknown"}
-    again = pipeline.run(config())
+    assert outlooks(planned) == {"first": "reused", "left": "reused", "right": "run", "both": "unknown"}
+    again = run(planned)
     assert {name for name, result in again.items() if result.reused} == {"first", "left"}
     assert "reused 2 of 4 stages: first, left" in caplog.text
     assert again["both"].key != results["both"].key
 
 
-def test_a_stage_that_is_killed_is_started_again_and_goes_on(
+def test_a_stage_that_is_killed_is_started_again_and_resumes(
     prefect: SyncPrefectClient, planned: list[Node], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     planned[:] = [fake("dies", steps=4, die_at=2)]
-    results = pipeline.run(config())
+    results = run(planned)
     assert results["dies"].status == "done" and results["dies"].metrics["resumed/at"] == 1.0
     assert "was killed by SIGKILL" in caplog.text and "Started again, try 2 of 3" in caplog.text
-    (run,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'dies'")
-    history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
+    assert [one.run_count for one in prefect.read_task_runs() if one.name == "dies"] == [2]
+    (kept,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'dies'")
+    history = tracking.client().get_metric_history(kept.info.run_id, "train/loss")
     assert sorted(point.step for point in history) == [0, 1, 2, 3]
 
 
 def test_log_lines_reach_prefect(prefect: SyncPrefectClient, planned: list[Node]) -> None:
     planned[:] = [fake("only")]
-    pipeline.run(config())
+    run(planned)
     end = time.monotonic() + 30
     while not any("only  2/2 steps" in line.message for line in prefect.read_logs()):  # sent from a side thread
         assert time.monotonic() < end
@@ -102,13 +112,13 @@ def test_a_failure_stops_what_needs_it_only(
 ) -> None:
     planned[:] = a_plan(end="refuse")
     with pytest.raises(StageError) as stopped:
-        pipeline.run(config())
+        run(planned)
     assert str(stopped.value) == "right: path = x.jsonl: the rows are bad. Fix: fix them"
     assert EXIT_CODES[stopped.value.status] == 65
     assert "not done: right, both" in caplog.text
     failed = [run for run in prefect.read_flow_runs() if run.state is not None and run.state.is_failed()]
     assert [run.state.message for run in failed if run.state] == [str(stopped.value)]
-    assert [outlook.state for outlook in dry_run.dry_run(config())] == ["reused", "reused", "run", "unknown"]
+    assert list(outlooks(planned).values()) == ["reused", "reused", "run", "unknown"]
 
 
 def test_two_side_by_side_and_no_more(
@@ -126,19 +136,21 @@ def test_two_side_by_side_and_no_more(
 
     original = process.run_process
     monkeypatch.setattr(process, "run_process", counted)
-    pipeline.run(config(parallel=2))
+    run(planned, parallel=2)
     assert max(accumulate(counts)) == 2 and len(counts) == 6
 
 
 def test_a_missing_file_is_named(prefect: SyncPrefectClient, planned: list[Node], tmp_path: Path) -> None:
-    planned[:] = [Node("data sft", "validate", {"path": str(tmp_path / "none.jsonl"), "kind": "sft"})]
+    planned[:] = [Node("data sft", "validate", "data.sft", {"path": str(tmp_path / "none.jsonl"), "kind": "sft"})]
     with pytest.raises(StageError, match=r"^data\.sft\.path = .*none\.jsonl: there is no such file"):
-        pipeline.run(config())
+        run(planned)
 
 
-def test_what_is_missing_is_said_before_a_server_starts(home: Path) -> None:
+def test_what_is_missing_is_said_before_a_server_starts(home: Path, tmp_path: Path) -> None:
+    raw = config(model={"scratch": {}}, align={"kto": {}}).model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(json.dumps(raw))
     with pytest.raises(StageError, match=r"align\.kto"):
-        pipeline.run(config(align={"kto": {}}))
+        cli.run.run(str(tmp_path / "config.yaml"))
     assert list(home.iterdir()) == []
 
 
@@ -150,7 +162,7 @@ def done(key: str, **outputs: str) -> Result:
 def test_a_request_carries_cause_beside_effect() -> None:
     results = {"dpo": done("k1", model="a" * 64), "data prompt": done("k2", data="b" * 64)}
     inputs = {"model": ("dpo", "model"), "data": ("data prompt", "data")}
-    node = Node("eval dpo", "evaluate", {}, inputs, 3, "dpo", tags={"method": "dpo"}, about={"beta": "0.1"})
+    node = Node("eval dpo", "evaluate", "evaluate", {}, inputs, 3, "dpo", tags={"method": "dpo"}, about={"beta": "0.1"})
     request = requests.request_for(node, config(parallel=2), results, "run 7")
     assert request.name == "dpo" and request.seed == 3 and request.pipeline_run == "run 7"
     assert request.tags == {"method": "dpo", "data.version": "b" * 16}

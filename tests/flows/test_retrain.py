@@ -10,9 +10,8 @@ from prefect.client.orchestration import SyncPrefectClient
 
 from flows import retrain
 from flows.planning import config_file as planning_config_file
-from flows.planning.plan import plan, promotion
+from flows.planning.plan import Plan, promotion
 from flows.results import lineage, registry
-from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from stages import tracking
 from tests.flows.test_cli import write_rows
@@ -47,27 +46,23 @@ def config_file(folder: Path, **more: Any) -> Path:
     return file
 
 
-def loaded(file: Path, *overrides: str) -> PipelineConfig:
+def loaded(file: Path, *overrides: str) -> Plan:
     return planning_config_file.load(str(file), overrides)
 
 
 # --- The plan ---
 
 
-def nodes(config: PipelineConfig, champion: bool) -> dict[str, Any]:
-    return {node.name: node for node in promotion(config, champion)}
-
-
 def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
     models.model_folder(tmp_path / "model")
-    config = loaded(config_file(tmp_path))
-    first = nodes(config, champion=False)
+    planned = loaded(config_file(tmp_path))
+    first = promotion(planned, champion=False).nodes
     assert list(first) == ["promote"]
     evaluations = {"candidate": ("eval dpo", "evaluation"), "sft": ("eval sft", "evaluation")}
     assert first["promote"].inputs == evaluations and first["promote"].about == {"candidate": "dpo"}
-    later = nodes(config, champion=True)
+    later = promotion(planned, champion=True).nodes
     assert list(later) == ["eval champion", "promote"]
-    champion, dpo = later["eval champion"], {node.name: node for node in plan(config)}["eval dpo"]
+    champion, dpo = later["eval champion"], planned.nodes["eval dpo"]
     assert champion.inputs == {**dpo.inputs, "model": ("champion", "model")}
     assert (champion.params, champion.seed) == (dpo.params, dpo.seed)
     assert later["promote"].inputs == {**evaluations, "champion": ("eval champion", "evaluation")}
@@ -96,10 +91,10 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, overrides: S
 
 def test_without_the_key_promote_all_defaults_hold(tmp_path: Path) -> None:
     models.model_folder(tmp_path / "model")
-    config = loaded(config_file(tmp_path, promote=None), "align.kto={}")  # a plain run promotes nothing
+    planned = loaded(config_file(tmp_path, promote=None), "align.kto={}")  # a plain run promotes nothing
     with pytest.raises(StageError, match=r"promote\.candidate = null: align has dpo, kto"):
-        promotion(config, champion=False)
-    assert retrain.model_name(config) == "trial"
+        promotion(planned, champion=False)
+    assert retrain.model_name(planned.config) == "trial"
 
 
 # --- What counts as a change ---
@@ -147,7 +142,7 @@ def test_the_life_of_a_champion(
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path))
-    # No champion yet: held against the SFT model, and promoted.
+    # No champion yet: compared with the SFT model, and promoted.
     first = retrain.run(config)
     assert first.ending == "Promoted" and first.decision is not None and first.decision.against == "sft"
     assert registry.aliases("assistant") == {"champion": "1"}
@@ -166,7 +161,7 @@ def test_the_life_of_a_champion(
     assert forced.ending == "Unchanged" and "own weights" in forced.message
     assert (runs_of("align"), runs_of("promote")) == (1, 1)
 
-    # New data, a gate that nobody passes: trained, held against the champion, registered, not promoted.
+    # New data, a gate that nobody passes: trained, compared with the champion, registered, not promoted.
     write_rows(tmp_path / "pairs.jsonl", pairs(48))
     shut = ["promote.gate.win_rate_min=0.999"]
     rejected = retrain.run(config, shut)

@@ -148,7 +148,7 @@ def test_broken_or_missing_weights_are_refused(model: Path, tmp_path: Path) -> N
 
 def test_weights_of_another_shape_are_refused(model: Path, tmp_path: Path) -> None:
     change(model / "config.json", intermediate_size=48)
-    assert "cannot be loaded" in str(refusal(tmp_path, path=str(model)))
+    assert "missing or misshapen" in str(refusal(tmp_path, path=str(model)))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(model: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from schemas import Strict
 from schemas.stage import Artifact, Request
-from schemas.strict import Strict
 from stages.tracking import digest
 
 

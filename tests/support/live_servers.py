@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from flows.servers.address_file import Addresses
-from flows.servers.supervisor import descendants
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
 START_SECONDS = 300
@@ -85,9 +86,11 @@ def left_after(pids: list[int], seconds: float) -> list[int]:
     return alive(pids)
 
 
-def below(process: subprocess.Popen[str]) -> list[int]:
-    """All processes that a command has started, directly or not."""
-    return descendants(process.pid)
+def below(process: subprocess.Popen[Any]) -> list[int]:
+    """All processes that a command has started, directly or not; none when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    return []
 
 
 def python(code: str, home: Path, **environment: str) -> Any:

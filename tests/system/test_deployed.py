@@ -28,7 +28,7 @@ from flows.stage import stage
 from schemas.config import PipelineConfig
 from schemas.stage import Request
 from stages import tracking
-from tests.support.live_servers import alive, left_after
+from tests.support.live_servers import alive, below, left_after
 
 pytestmark = pytest.mark.slow
 
@@ -69,15 +69,15 @@ class Host:
     def kill(self) -> None:
         """kill -9 of the worker; what it has started must be gone within 5 s."""
         assert self.worker is not None
-        below = supervisor.descendants(self.worker.pid)
+        started = below(self.worker)
         self.worker.kill()
         self.worker.wait()
-        assert left_after(below, 5) == []
+        assert left_after(started, 5) == []
 
     def stages(self) -> list[int]:
         """The processes of stages that run on this host."""
-        below = supervisor.descendants(self.worker.pid) if self.worker else []
-        return [pid for pid in alive(below) if b"\0stages\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        started = below(self.worker) if self.worker else []
+        return [pid for pid in alive(started) if b"\0stages\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @dataclass

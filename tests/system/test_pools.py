@@ -22,7 +22,7 @@ from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from flows.planning import config_file
-from flows.planning.plan import candidate
+from flows.planning.plan_checks import candidate
 from flows.servers import checks, deploy, mlflow_prefect, pools, supervisor
 from tests.conftest import ROOT
 from tests.system.test_deployed import wait_for
@@ -156,7 +156,7 @@ def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
     for one in declared:
         assert load_flow_from_entrypoint(one["entrypoint"]).name == one["entrypoint"].split(".")[1]
     (asked,) = (one["parameters"] for one in declared if one["name"] == "retrain")
-    assert candidate(config_file.load(asked["source"], asked["overrides"])) == "dpo"  # it runs as it is shipped
+    assert candidate(config_file.load(asked["source"], asked["overrides"]).config) == "dpo"  # it runs as it is shipped
     # As a user does it: their own file, with the schedule on.
     file = tmp_path / "prefect.yaml"
     file.write_text(PREFECT_FILE.read_text().replace("active: false", "active: true"))

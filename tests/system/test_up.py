@@ -296,7 +296,7 @@ def test_a_server_that_is_set_and_away_is_named_in_seconds(tmp_path: Path) -> No
     for variable, value in (("PREFECT_API_URL", f"{away}/api"), ("MLFLOW_TRACKING_URI", away)):
         answer = alignflow(tmp_path, "up", **{variable: value})
         assert answer.returncode == EXIT_CODES["refused"]
-        assert f"{variable} = {value}: nobody answers there" in answer.stderr and "alignflow up" in answer.stderr
+        assert f"{variable} = {value}: there is no answer" in answer.stderr and "alignflow up" in answer.stderr
     answer = alignflow(tmp_path, "deploy")
     assert answer.returncode == EXIT_CODES["refused"] and "no Prefect server is set" in answer.stderr
 
@@ -380,7 +380,7 @@ def test_a_run_names_mlflow_where_it_is_or_would_be(no_settings: None, monkeypat
         other.listen()
         monkeypatch.setattr(supervisor, "MLFLOW_PORT", other.getsockname()[1])
         server, first = announce.mlflow_pages()
-        assert server == "" and "put the address that it says for MLflow before this" in first
+        assert server == "" and "prefix this with the MLflow address that it prints" in first
         where = Addresses(pid=1, mlflow="http://127.0.0.1:5017", prefect="http://127.0.0.1:4200/api")
         address_file.file().write_text(where.model_dump_json())
         with address_file.lock_file().open("a") as lock:

@@ -99,12 +99,12 @@ class Codec:
             "local_files_only",
             "auto_map",
             "gguf_file",
-        ):  # where it came from, which is no content
+        ):  # where it came from, which is not content
             self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.save_pretrained(str(folder))
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Render and tokenize, with the special tokens that stand in contents kept apart as text."""
+        """Render and tokenize, with the special tokens that contents hold kept apart as text."""
         contents = "".join(message["content"] for message in messages)
         if not self._special.search(contents):
             return self._encode_control(self.render(messages, add_generation_prompt))
@@ -157,13 +157,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise refuse("folder", folder, "the model folder does not exist", None, kind="missing_model")
     if not (folder / "tokenizer.json").is_file():
-        raise refuse(
-            "folder",
-            folder,
-            "the folder has no tokenizer.json",
-            "pass it as `model.path`: stage `base` converts what transformers can read",
-            kind="missing_tokenizer",
-        )
+        message = "the folder has no tokenizer.json"
+        fix = "pass it as `model.path`: stage `base` converts what transformers can read"
+        raise refuse("folder", folder, message, fix, kind="missing_tokenizer")
     quiet = logging.getLogger("transformers.tokenization_utils_base")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it warns when tokenizer_config.json names another class for the same file
@@ -208,14 +204,11 @@ def _find_end(codec: Codec) -> int:
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
     _, seen, after = codec.render(chat, add_generation_prompt=False).rpartition(mark)
     ids = tokenizer.encode(after, add_special_tokens=False) if seen else []
-    found = [token for token in ids if token in special and token != tokenizer.unk_token_id]
-    end = found[0] if found else _number(tokenizer.eos_token_id)
+    ends = [token for token in ids if token in special and token != tokenizer.unk_token_id]
+    end = ends[0] if ends else _number(tokenizer.eos_token_id)
     if end is None:
-        raise StageError(
-            "the tokenizer has no token that ends an answer",
-            kind="no_end_token",
-            fix="set eos_token in tokenizer_config.json",
-        )
+        message = "the tokenizer has no token that ends an answer"
+        raise StageError(message, kind="no_end_token", fix="set eos_token in tokenizer_config.json")
     return end
 
 

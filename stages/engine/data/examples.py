@@ -26,13 +26,10 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
     """All rows of one kind. Raises StageError when the data holds none."""
     if not has(folder, part, kind):
         kinds = sorted(path.stem for path in (folder / part).glob("*.parquet"))
-        raise refuse(
-            f"data.{kind}",
-            "missing",
-            f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {', '.join(kinds) or 'nothing'}.",
-            _fix(part, kind),
-            kind="data",
+        message = (
+            f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {', '.join(kinds) or 'nothing'}."
         )
+        raise refuse(f"data.{kind}", "missing", message, _fix(part, kind), kind="data")
     return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
 
 
@@ -51,7 +48,7 @@ def _fix(part: str, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as read, and its tokens: the prompt with the answers that hang off it."""
+    """A row as read, and its tokens: the prompt with its answers."""
 
     row: Row
     tree: Tree
@@ -77,11 +74,7 @@ def fitting(examples: Sequence[Example], max_length: int) -> list[Example]:
         log.warning("%d of %d rows are longer than %d tokens: left out", left_out, len(examples), max_length)
     if not kept:
         shortest = min((longest(example.tree) for example in examples), default=0)
-        raise refuse(
-            "max_length",
-            max_length,
-            f"no row is left: all {len(examples)} are too long; the shortest has {shortest} tokens.",
-            f"set max_length to at least {shortest}, or give shorter rows",
-            kind="data",
-        )
+        message = f"no row is left: all {len(examples)} are too long; the shortest has {shortest} tokens."
+        fix = f"set max_length to at least {shortest}, or give shorter rows"
+        raise refuse("max_length", max_length, message, fix, kind="data")
     return kept

@@ -4,7 +4,7 @@ import functools
 import random
 
 
-@functools.lru_cache(maxsize=4)  # a step asks for its epoch's order anew
+@functools.lru_cache(maxsize=4)  # a step asks for its epoch's order again
 def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     """A permutation of range(n): a function of its arguments only."""
     rows = list(range(n))

@@ -1,4 +1,4 @@
-"""Batches of trees: a prompt and the answers that hang off it, in three layouts that mean the same.
+"""Batches of trees: a prompt with its answers, in three layouts that mean the same.
 
 - shared: one row; each prompt once, its answers behind it, trees end to end
 - packed: one row; each answer behind a prompt of its own, sequences end to end
@@ -22,7 +22,7 @@ Layout = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt and the answers that hang off it, as token ids. None of them may be empty."""
+    """A prompt with its answers, as token ids. None of them may be empty."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]

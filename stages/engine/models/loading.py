@@ -1,12 +1,10 @@
-"""Policies and scorers: loading, one forward over any layout, saving as plain transformers folders.
+"""Models read from their folders: whole, without pickles or code from outside, as policies and scorers."""
 
-Shapes: B rows, T tokens of a row, N answer tokens, A answers, D hidden size.
-"""
-
+import contextlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import StageError, refuse
+from schemas.model_folder import is_reward_model
 from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
-
-# --- layouts ---
-
-
-# --- loading ---
 
 
 def load_policy(
@@ -71,7 +65,7 @@ def load_scorer(
     the folder, or with `adapter` those that the folder's adapter was trained on (`lora.base_of`).
     """
     path = Path(folder)
-    fresh = not _is_scorer(path)
+    fresh = not is_reward_model(read_config(path))
     names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     changes = {"fresh": ("score.weight",), "num_labels": 1} if fresh else {}
     hf = _load(path, AutoModelForSequenceClassification, names, **changes)
@@ -93,7 +87,7 @@ def load_judge(folder: Path | str, training: Training | None = None, *, on: Poli
 
     Raises StageError for a language model: its score would be random.
     """
-    if not _is_scorer(Path(folder)):
+    if not is_reward_model(read_config(Path(folder))):
         raise _unusable(Path(folder), "it is a language model without a score", "give a reward model")
     return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None)
 
@@ -102,70 +96,86 @@ def _load(
     folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), **kwargs: Any
 ) -> PreTrainedModel:
     """The model in float32, dropouts 0, every weight from the folder except those that are to be `fresh`."""
-    config = _config(folder, names, **kwargs)
-    implementation = tree_attention.NAME if why_padded(config) is None else None
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # missing and misshapen weights are refused below
-    transformers_logging.disable_progress_bar()
-    try:
-        hf, found = auto.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            attn_implementation=implementation,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unusable(folder, str(error), "check that the folder loads in plain transformers") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    lacking = sorted({*found["missing_keys"]} - {*fresh}) + sorted(str(key) for key in found["mismatched_keys"])
-    if lacking:
-        raise _unusable(folder, f"weights are missing or misshapen: {', '.join(lacking[:3])}", "save the model again")
-    return hf
-
-
-def _config(folder: Path, names: Mapping[str, Any], **kwargs: Any) -> PretrainedConfig:
-    """The folder's config, checked before any weight is read, with all dropouts set to 0."""
-    raw = _raw_config(folder)
-    kind = raw.get("model_type")
-    if kind not in names:
-        why = "it needs code of its own, which is never run" if "auto_map" in raw else "transformers has no such model"
-        raise _unusable(folder, f"model type {kind!r}: {why}", "use a decoder-only model of transformers' own")
+    raw = check_folder(folder, names)
     if raw.get("is_encoder_decoder"):
-        raise _unusable(folder, f"model type {kind!r} is an encoder-decoder", "use a decoder-only model")
-    if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and _is_scorer(folder):
+        raise _unusable(folder, f"model type {raw['model_type']!r} is an encoder-decoder", "use a decoder-only model")
+    if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_reward_model(raw):
         raise _unusable(folder, "it is a reward model, not a language model", "give it as `reward_model`")
-    if "quantization_config" in raw:
-        raise _unusable(folder, "its weights are quantized", "pass it through stage `base`, which writes plain weights")
-    if not any(folder.glob("*.safetensors")):
-        raise _unusable(folder, "it holds no .safetensors file", "save it as safetensors; pickles are not read")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
     for name in _dropouts(config):
         setattr(config, name, 0.0)
+    implementation = tree_attention.NAME if why_padded(config) is None else None
+    options = {"config": config, "dtype": torch.float32, "attn_implementation": implementation}
+    return load_whole(auto, folder, fresh=fresh, local_files_only=True, **options)
+
+
+def check_folder(folder: Path, names: Mapping[str, Any], field: str = "model") -> dict[str, Any]:
+    """Its config.json, where the folder holds plain weights of a type among `names`.
+
+    Raises StageError for what cannot or must not be read: no config, an unknown type, quantized weights, pickles.
+    """
+    config = read_config(folder, field)
+    kind = config.get("model_type")
+    if kind not in names:
+        why = "needs code from its folder, which is never run" if "auto_map" in config else "is unknown to transformers"
+        raise _unusable(folder, f"the model type {kind!r} {why}", "give a model of a type that transformers has", field)
+    if "quantization_config" in config:
+        raise _unusable(folder, "the weights are quantized", "give the plain weights (or a GGUF file)", field)
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
+        what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
+        raise _unusable(folder, what, "save the model as safetensors: model.save_pretrained(folder) does", field)
     return config
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, field: str = "model") -> dict[str, Any]:
+    """The folder's config.json. Raises StageError when it is not there or is not JSON."""
     if not folder.is_dir():
-        raise _unusable(folder, "there is no such folder", "give the path of a model folder")
+        raise _unusable(folder, "there is no such folder", "give the path of a model folder", field)
+    if not (folder / "config.json").is_file():
+        raise _unusable(folder, "the folder has no config.json", "give what save_pretrained wrote", field)
     try:
-        return json.loads((folder / "config.json").read_text())
+        return dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
-        raise _unusable(folder, f"no config.json to read: {error}", "give what save_pretrained wrote") from error
+        raise _unusable(folder, f"config.json cannot be read: {error}", "fix the file", field) from error
 
 
-def _is_scorer(folder: Path) -> bool:
-    architectures = _raw_config(folder).get("architectures") or [""]
-    return architectures[0].endswith("ForSequenceClassification")
+def load_whole(
+    auto: Any, folder: Path, *, fresh: Sequence[str] = (), field: str = "model", **options: Any
+) -> PreTrainedModel:
+    """`auto.from_pretrained`, which must find every weight but the `fresh` ones.
+
+    No pickle is read and no code of the folder is run. Raises StageError when the model cannot be loaded whole.
+    """
+    settings = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True, **options}
+    with quiet():
+        try:
+            model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            fix = "check that it loads in plain transformers"
+            raise _unusable(folder, f"the model cannot be loaded: {error}", fix, field) from error
+    lacking = sorted({*info["missing_keys"]} - {*fresh}) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        what = f"{len(lacking)} weights are missing or misshapen: {', '.join(lacking[:3])}"
+        raise _unusable(folder, what, "give a folder whose weights are whole and fit its config.json", field)
+    return model
 
 
-def _unusable(folder: Path, message: str, fix: str) -> StageError:
-    return refuse("model", folder, f"the model cannot be used: {message}.", fix, kind="model")
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what matters in them is checked here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def _unusable(folder: Path, message: str, fix: str, field: str = "model") -> StageError:
+    return refuse(field, folder, message, fix, kind="model")
 
 
 def _dropouts(config: PretrainedConfig) -> dict[str, float]:
@@ -193,6 +203,3 @@ def checkpoint_layers(hf: PreTrainedModel) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # for 5.3
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-# --- saving ---

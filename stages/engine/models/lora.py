@@ -25,7 +25,7 @@ TRAINED = "default"
 GIVEN = "given"
 """A finished one that a model was published with."""
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-"""Where it lies in the model's folder, beside the merged weights: peft's names and format."""
+"""Where it is in the model's folder, beside the merged weights: peft's names and format."""
 BASE = "base_model_name_or_path"
 SETTINGS = ("r", "lora_alpha", "target_modules", "fan_in_fan_out")
 """All that is taken from a config on disk; peft's own reader would take any field."""
@@ -65,7 +65,7 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
 
 
 def _linear(inner: PreTrainedModel) -> Iterator[str]:
-    """Names of all linear layers but the head; what is inside an adapted layer is no layer."""
+    """Names of all linear layers but the head; what is inside an adapted layer is not one."""
     for name, module in inner.base_model.named_modules():
         inside = ".base_layer" in name or ".lora_" in name
         if isinstance(module, nn.Linear | Conv1D | LoraLayer) and not inside:
@@ -164,8 +164,8 @@ def share(hf: PreTrainedModel, base: PreTrainedModel) -> None:
 def _read(place: Path) -> dict[str, Any]:
     """The settings that `save` wrote."""
     try:
-        found = json.loads((place / CONFIG).read_text())
-        return {name: found[name] for name in (BASE, *SETTINGS)}
+        settings = json.loads((place / CONFIG).read_text())
+        return {name: settings[name] for name in (BASE, *SETTINGS)}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _unusable(place, f"{CONFIG}: {type(error).__name__}: {error}") from error
 

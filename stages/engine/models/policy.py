@@ -17,7 +17,7 @@ from stages.engine.models.tree_attention import TREE_TYPES, why_padded
 
 
 class Output(NamedTuple):
-    """What a policy says about a batch's answer tokens."""
+    """A policy's output for a batch's answer tokens."""
 
     logps_N: Tensor
     values_N: Tensor | None

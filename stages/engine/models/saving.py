@@ -58,6 +58,6 @@ def _save(model: _Trunk, codec: SavesTokenizer, folder: Path, base: str | None) 
             setattr(plain.config, name, 0.0)
     if base is not None and isinstance(model.hf, PeftModel):
         lora.save(model.hf, folder, base)
-    for file in folder.rglob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+    for file in folder.rglob("*.safetensors"):  # safetensors makes its files readable by their owner only
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
     codec.save(folder)

@@ -1,6 +1,6 @@
 """Attention over trees of sequences that lie end to end in one row, with answers that share their prompt.
 
-Everything but attention treats tokens one by one, so a batch may lie in memory as one row of T tokens. Attention is
+Everything but attention treats tokens one by one, so a batch may be laid out as one row of T tokens. Attention is
 computed for groups of sequences of like length, padded for this product alone:
 - a trunk: a prompt with its first answer, causal over itself;
 - a branch: a further answer, over its prompt and causally over itself.

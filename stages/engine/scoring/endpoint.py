@@ -194,12 +194,9 @@ def _question(model: str, prompt: Sequence[Message], a: str, b: str) -> dict[str
 def _completions_url(url: str, field: str) -> str:
     if not re.match(r"https?://[^/@\s]+(/[^@\s]*)?$", url):
         safe = re.sub(r"//[^/]*@", "//[key]@", url)
-        raise refuse(
-            f"{field}.url",
-            safe,
-            "not a plain http(s) address.",
-            "write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names",
-        )
+        message = "not a plain http(s) address."
+        fix = "write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names"
+        raise refuse(f"{field}.url", safe, message, fix)
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
@@ -209,17 +206,14 @@ def _read_key(config: EndpointConfig, field: str) -> str | None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
-        raise refuse(
-            f"{field}.api_key_env",
-            config.api_key_env,
-            "the environment variable that should hold the endpoint's key is empty or not set.",
-            f"export {config.api_key_env} where the stage runs",
-        )
+        message = "the environment variable that should hold the endpoint's key is empty or not set."
+        fix = f"export {config.api_key_env} where the stage runs"
+        raise refuse(f"{field}.api_key_env", config.api_key_env, message, fix)
     return key
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; 0 where it does not say, or says it as a date."""
+    """Seconds that the server asks to wait; 0 where it does not ask, or gives a date."""
     text = response.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 

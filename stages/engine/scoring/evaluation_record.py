@@ -11,7 +11,7 @@ from schemas.errors import refuse
 
 Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
-# Evaluations that differ in any of these say nothing about each other.
+# Evaluations that differ in any of these cannot be compared.
 CONDITIONS = ("judge", "judge_model", "temperature", "max_new_tokens", "seed")
 
 
@@ -58,7 +58,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluation":
-        """Read what `save` wrote. Raises StageError when the folder is no evaluation."""
+        """Read what `save` wrote. Raises StageError when the folder is not an evaluation."""
         try:
             # Not splitlines: an answer may hold U+2028, which ends a line there and not in a file.
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
@@ -68,13 +68,9 @@ class Evaluation:
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as error:
-            raise refuse(
-                "evaluation",
-                folder,
-                f"this is not an evaluation folder: {error}.",
-                "give the output `evaluation` of stage evaluate",
-                kind="input",
-            ) from error
+            message = f"this is not an evaluation folder: {error}."
+            fix = "give the output `evaluation` of stage evaluate"
+            raise refuse("evaluation", folder, message, fix, kind="input") from error
         return cls(metrics, samples, settings)
 
 
@@ -87,22 +83,18 @@ def digest_of(prompt: Sequence[Message]) -> str:
 
 
 def without_text(sample: Sample) -> Sample:
-    """All that a sample says in numbers, and its prompt's digest."""
+    """All numbers of a sample, and its prompt's digest."""
     digest = [{"role": "sha256", "content": digest_of(sample.prompt)}]
     return replace(sample, prompt=digest, answer=None, sft_answer=None)
 
 
 def texts(samples: Sequence[Sample], name: str) -> list[str]:
-    """The answers. Raises StageError where the evaluation was told to keep none."""
+    """The answers. Raises StageError where the evaluation keeps none."""
     answers = [sample.answer for sample in samples if sample.answer is not None]
     if len(answers) < len(samples):
-        raise refuse(
-            "evaluate.judge",
-            "endpoint",
-            f"{name}'s evaluation holds no answers, and the judge can only compare.",
-            "evaluate it with log_text: true, or use a judge that scores",
-            kind="missing_input",
-        )
+        message = f"{name}'s evaluation holds no answers, and the judge can only compare."
+        fix = "evaluate it with log_text: true, or use a judge that scores"
+        raise refuse("evaluate.judge", "endpoint", message, fix, kind="missing_input")
     return answers
 
 
@@ -124,18 +116,12 @@ def check_comparable(
     """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
     for key in CONDITIONS:
         if settings[key] != other.settings.get(key):
-            raise refuse(
-                f"evaluate.{key}",
-                settings[key],
-                f"{name} was evaluated with {key} = {settings[key]}, {other_name} with {other.settings.get(key)}.",
-                "evaluate both under the same settings",
-                kind="not_comparable",
-            )
+            message = f"{name} was evaluated with {key} = {settings[key]}, {other_name} with {other.settings.get(key)}."
+            fix = "evaluate both under the same settings"
+            raise refuse(f"evaluate.{key}", settings[key], message, fix, kind="not_comparable")
     if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
-        raise refuse(
-            "data.evaluation",
-            name,
-            f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same.",
-            "evaluate both on the same data",
-            kind="not_comparable",
+        message = (
+            f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same."
         )
+        fix = "evaluate both on the same data"
+        raise refuse("data.evaluation", name, message, fix, kind="not_comparable")

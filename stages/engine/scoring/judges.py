@@ -63,13 +63,9 @@ class SentimentJudge(Scoring):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # an extra
         except ImportError as error:
-            raise refuse(
-                field,
-                "sentiment",
-                "the sentiment judge needs the package vaderSentiment.",
-                "pip install 'alignflow[sentiment]'",
-                kind="missing_package",
-            ) from error
+            message = "the sentiment judge needs the package vaderSentiment."
+            fix = "pip install 'alignflow[sentiment]'"
+            raise refuse(field, "sentiment", message, fix, kind="missing_package") from error
         self.analyzer: Any = SentimentIntensityAnalyzer()
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
@@ -116,21 +112,14 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
         return SentimentJudge(field)
     if isinstance(config, settings.EndpointJudge):
         if not context.request.log_text:
-            raise refuse(
-                field,
-                "endpoint",
-                "an endpoint is sent prompts and answers, which log_text: false forbids.",
-                "use a judge that runs here (rule, sentiment, reward), or log_text: true",
-            )
+            message = "an endpoint is sent prompts and answers, which log_text: false forbids."
+            fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
+            raise refuse(field, "endpoint", message, fix)
         return EndpointJudge(config, field, progress)
     if not context.has("judge"):
-        raise refuse(
-            f"{field}.model",
-            config.model,
-            "the reward judge needs a reward model as the stage's input `judge`.",
-            "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder",
-            kind="missing_input",
-        )
+        message = "the reward judge needs a reward model as the stage's input `judge`."
+        fix = "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder"
+        raise refuse(f"{field}.model", config.model, message, fix, kind="missing_input")
     return RewardJudge(context.input("judge"), progress)
 
 

@@ -83,13 +83,13 @@ Missing = list[tuple[Tree, list[Key]]]
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, float]:
-    found: dict[Key, float] = {}
+    known: dict[Key, float] = {}
     unique = list(dict.fromkeys(keys))
     for start in range(0, len(unique), _LOOK_UP):
         some = unique[start : start + _LOOK_UP]
         marks = ",".join("?" * len(some))
-        found.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
-    return found
+        known.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
+    return known
 
 
 def _write(database: sqlite3.Connection, values: dict[Key, float]) -> None:

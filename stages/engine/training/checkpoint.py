@@ -29,7 +29,7 @@ KEEP = 2
 def split_state(state: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Move the tensors out of a nested state into `tensors`; the JSON that is left names them by `{"tensor": path}`."""
     if isinstance(state, Tensor):
-        # A copy always: training goes on while it is written, and safetensors refuses shared memory.
+        # A copy always: training continues while it is written, and safetensors refuses shared memory.
         tensors[path] = state.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(state, dict):
@@ -135,7 +135,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Let the work end. Raises what it has met."""
+        """Wait until the write is done. Raises its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

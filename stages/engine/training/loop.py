@@ -1,6 +1,6 @@
 """The training loop, the only one: optimizer step, clipping, logging, checkpoint, resume. It knows no method.
 
-Order and randomness are functions of (seed, step), so a run that was cut goes on as if it had not been.
+Order and randomness are functions of (seed, step), so an interrupted run resumes as if it had not been interrupted.
 """
 
 import contextlib
@@ -123,13 +123,9 @@ class Loop:
     def backward(self, micros: list[Any]) -> Metrics:
         """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
         if not micros:
-            raise refuse(
-                "batch_size",
-                self.training.batch_size,
-                "a device got no rows in this step",
-                f"set it to at least the number of devices ({self.accelerator.num_processes})",
-                kind="input",
-            )
+            message = "a device got no rows in this step"
+            fix = f"set it to at least the number of devices ({self.accelerator.num_processes})"
+            raise refuse("batch_size", self.training.batch_size, message, fix, kind="input")
         totals = self.reduce(self.method.prepare(micros))
         summed: Metrics = {}
         for i, micro in enumerate(micros):
@@ -163,19 +159,16 @@ class Loop:
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(metrics[name]):
                 self.context.metrics(metrics, step=self.step + 1)  # steps that are done are counted from 1
+                message = f"{name} is {metrics[name]} at step {self.step + 1}"
+                fix = "lower the learning rate, or look for odd rows in the data; the last checkpoint is kept"
                 raise refuse(
-                    "learning_rate",
-                    self.training.learning_rate,
-                    f"{name} is {metrics[name]} at step {self.step + 1}",
-                    "lower the learning rate, or look for odd rows in the data; the last checkpoint is kept",
-                    kind="diverged",
-                    status="diverged",
+                    "learning_rate", self.training.learning_rate, message, fix, kind="diverged", status="diverged"
                 )
 
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Copy everything that decides the future; a side thread writes it while training goes on.
+        """Copy everything that decides the future; a side thread writes it while training continues.
 
         What cannot be written whole leaves nothing, and stops training at the next step.
         """
@@ -218,21 +211,21 @@ class Loop:
             raise
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies, if there is one."""
+        """Resume from the newest checkpoint that verifies, if there is one."""
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".draft-*"):
                 shutil.rmtree(leftover)
             checkpoint.newest(self.folder, self.context.key)  # moves bad ones aside, before the other ranks look
         self.accelerator.wait_for_everyone()
-        found = checkpoint.newest(self.folder, self.context.key)
-        if found is None:
+        newest = checkpoint.newest(self.folder, self.context.key)
+        if newest is None:
             return
-        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(found, "model"))
-        own = checkpoint.read_state(found, f"rank-{self.accelerator.process_index}")
+        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(newest, "model"))
+        own = checkpoint.read_state(newest, f"rank-{self.accelerator.process_index}")
         self.method.load_state_dict(own["method"])
         checkpoint.load_rng_state(own["rng"])
-        state = checkpoint.read_state(found, "loop")
+        state = checkpoint.read_state(newest, "loop")
         self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
 
     def due(self) -> bool:
@@ -242,7 +235,7 @@ class Loop:
         return time.monotonic() - self.saved_at > 60 * self.training.checkpoint_minutes
 
     def agree(self, *flags: bool) -> list[bool]:
-        """True where any rank says so: ranks must stop and save together."""
+        """True where it is true on any rank: ranks must stop and save together."""
         if self.accelerator.num_processes == 1:
             return list(flags)
         reduced = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device))
@@ -279,7 +272,7 @@ class Loop:
                     self.writer.wait()
                     done, end, unit = self.progress
                     message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
-                    raise StageError(message, status="preempted", kind="preempted", fix="run again to go on")
+                    raise StageError(message, status="preempted", kind="preempted", fix="run it again: it resumes")
         return {**self.last, **self.compute}
 
 

@@ -67,7 +67,7 @@ def test_a_stage_runs_and_is_reused(fake: Path, caplog: pytest.LogCaptureFixture
     assert len(list((tracking.work_folder(result.key) / "asks").iterdir())) == 1  # no second process
 
 
-def test_an_altered_artifact_is_made_anew(fake: Path) -> None:
+def test_an_altered_artifact_is_rebuilt(fake: Path) -> None:
     first = execution_process.run_stage(fake_request(model=True))
     (tracking.fetch(first.outputs["folder"]) / "inner" / "text.txt").write_text("altered")
     second = execution_process.run_stage(fake_request(model=True))

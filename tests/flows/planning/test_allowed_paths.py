@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from flows.planning import allowed_paths
+from schemas import environment
 from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardJudge, ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
@@ -27,7 +28,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "secret" / "rows.jsonl").write_text("{}\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path / "secret"))
-    monkeypatch.setenv(allowed_paths.VARIABLE, str(folder))
+    monkeypatch.setenv(environment.ROOTS, str(folder))
     return folder
 
 
@@ -44,7 +45,7 @@ def of_data(path: str, **more: Any) -> PipelineConfig:
 def fields(checked: PipelineConfig) -> list[str | None]:
     return [
         one.field
-        for one in allowed_paths.outside_roots(list(allowed_paths.paths_of_config(checked)), allowed_paths.declared())
+        for one in allowed_paths.outside_roots(list(allowed_paths.paths_of_config(checked)), environment.roots())
     ]
 
 
@@ -111,14 +112,14 @@ def test_links_inside_a_named_folder(root: Path) -> None:
 
 
 def test_a_root_that_is_a_link(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(allowed_paths.VARIABLE, link(root.parent / "alias", root))
+    monkeypatch.setenv(environment.ROOTS, link(root.parent / "alias", root))
     for path in (f"{root.parent}/alias/rows.jsonl", f"{root}/rows.jsonl", "rows.jsonl"):
         allowed_paths.check_roots(of_data(path), deployed=True)
     assert fields(of_data("../secret/rows.jsonl")) == ["data.sft.path"]
 
 
 def test_several_roots(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(allowed_paths.VARIABLE, os.pathsep.join(["/nowhere", "", str(root.parent / "secret")]))
+    monkeypatch.setenv(environment.ROOTS, os.pathsep.join(["/nowhere", "", str(root.parent / "secret")]))
     allowed_paths.check_roots(of_data("~/rows.jsonl"))
     assert fields(of_data("rows.jsonl")) == ["data.sft.path"]
 
@@ -179,7 +180,7 @@ def test_no_field_is_forgotten() -> None:
 
 
 def test_without_declared_roots(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(allowed_paths.VARIABLE)
+    monkeypatch.delenv(environment.ROOTS)
     allowed_paths.check_roots(of_data("/etc/x.jsonl"))  # from the command line: whatever the user names
     with pytest.raises(StageError, match=r"data\.sft\.path = rows\.jsonl: .* Fix: set ALIGNFLOW_ROOTS"):
         allowed_paths.check_roots(of_data("rows.jsonl"), deployed=True)
@@ -251,9 +252,9 @@ def test_parameters_of_requests(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (request("evaluate", {"judge": {"judge": "endpoint", "url": "http://x", "model": "m"}}), []),
         (request("base", ModelConfig(path="model").model_dump(mode="json")), []),
     ):
-        found = allowed_paths.outside_roots(list(allowed_paths.paths_of_request(asked)), allowed_paths.declared())
+        found = allowed_paths.outside_roots(list(allowed_paths.paths_of_request(asked)), environment.roots())
         assert [one.field for one in found] == expected
-    monkeypatch.delenv(allowed_paths.VARIABLE)
+    monkeypatch.delenv(environment.ROOTS)
     allowed_paths.check_request_roots(request("validate", data, source="/etc/passwd"))
     with pytest.raises(StageError, match="ALIGNFLOW_ROOTS"):
         allowed_paths.check_request_roots(request("sft", model=str(root / "model")), deployed=True)
@@ -269,7 +270,7 @@ def test_a_deployed_config_sends_no_undeclared_variable(root: Path, monkeypatch:
     ):
         with pytest.raises(StageError, match=f"{field}.judge.api_key_env = AWS_SECRET_ACCESS_KEY"):
             check()
-    monkeypatch.setenv(allowed_paths.KEYS, "OTHER,AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv(environment.API_KEYS, "OTHER,AWS_SECRET_ACCESS_KEY")
     allowed_paths.check_roots(checked, deployed=True)
     allowed_paths.check_request_roots(asked, deployed=True)
 

@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from flows.planning import config_file
+from schemas import Strict
 from schemas.errors import StageError
 from schemas.methods import DPO, PPO
 from schemas.stage import Result
-from schemas.strict import Strict
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def load(raw: dict[str, Any], *overrides: str) -> Any:
     Path("config.yaml").write_text(yaml.safe_dump(raw))
-    return config_file.load("config.yaml", overrides)
+    return config_file.load("config.yaml", overrides).config
 
 
 def refused(raw: dict[str, Any], *overrides: str) -> str:
@@ -147,7 +147,7 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft.lora=true", "sft.lora = true: must be keys with values"),
         ("evaluate.judge=3", "evaluate.judge = 3: must be one of rule, sentiment, reward, endpoint, or keys with"),
         ("align.dpo.beta=.inf", "align.dpo.beta = inf: must be a finite number"),
-        ("sft={epochs: null}", "sft.epochs = None: training has no end. Fix: set epochs or max_steps"),
+        ("sft={epochs: null}", "sft.epochs = null: training has no end. Fix: set epochs or max_steps"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_fix(raw: dict[str, Any], override: str, message: str) -> None:
@@ -163,7 +163,7 @@ def test_what_runs_elsewhere_may_name_what_is_only_there(raw: dict[str, Any], tm
     raw["data"]["preference"]["path"] = raw["model"]["path"] = f"{tmp_path}/there"
     raw["model"]["scratch"] = None
     assert refused(raw).count("no such") == 2
-    assert config_file.load("config.yaml", here=False).model.path == f"{tmp_path}/there"
+    assert config_file.load("config.yaml", here=False).config.model.path == f"{tmp_path}/there"
     Path("there").mkdir()  # what is here is looked at
     with pytest.raises(StageError, match=r"model\.path = .*there: the folder holds no config\.json"):
         config_file.load("config.yaml", here=False)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from flows.planning import dry_run
 from flows.planning.plan import Node, plan
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
@@ -15,13 +16,12 @@ ALL = {"dpo": {}, "kto": {}, "ppo": {}}
 
 def nodes(**config: Any) -> dict[str, Node]:
     config = {"name": "test", "model": {"path": "/model"}, "align": ALL, **config}
-    planned = plan(PipelineConfig.model_validate(config))
+    planned = plan(PipelineConfig.model_validate(config)).nodes
     done: set[str] = set()
-    for node in planned:  # an order in which they can run
-        assert node.needs <= done
-        done.add(node.name)
-    assert len(done) == len(planned)
-    return {node.name: node for node in planned}
+    for name, node in planned.items():  # an order in which they can run
+        assert node.name == name and node.needs <= done
+        done.add(name)
+    return planned
 
 
 def error(**config: Any) -> str:
@@ -123,11 +123,18 @@ def test_models_of_ones_own() -> None:
     assert made["eval dpo"].inputs["judge"] == ("judge", "model")
 
 
+def test_a_dry_run_counts_no_steps_of_a_reward_model_of_ones_own() -> None:
+    raw = {"name": "test", "model": {"path": "/model"}, "align": ALL, "data": {"preference": PAIRS}}
+    planned = plan(PipelineConfig.model_validate({**raw, "reward_model": "/reward"}))
+    assert dry_run.training_of(planned.nodes["reward"], planned.config) is None
+    assert dry_run.training_of(planned.nodes["sft"], planned.config) == planned.config.sft
+
+
 def test_methods_by_other_names() -> None:
     align = {"dpo": {"beta": 0.3}, "dpo-low": {"method": "dpo", "beta": 0.01, "learning_rate": 1e-3}}
     made = nodes(data={"preference": PAIRS}, align=align)
     low = made["eval dpo-low"]
-    assert low.label == "dpo-low" and low.tags == {"method": "dpo"}
+    assert low.model == "dpo-low" and low.tags == {"method": "dpo"}
     assert low.about == {"method": "dpo", "seed": "0", "beta": "0.01", "learning_rate": "0.001"}
     assert made["eval base"].about == {"method": "base", "seed": "0"}
 

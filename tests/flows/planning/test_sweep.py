@@ -22,6 +22,8 @@ from schemas.methods import MethodConfig
 from schemas.training import Training
 from stages import align, budget, compare
 from stages.compare import frontier
+from stages.compare.page import render_html
+from stages.compare.table import Comparison
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
@@ -35,11 +37,11 @@ from tests.support.context import MemoryContext
 
 
 def swept(methods: str = "dpo,kto,ppo", beta: str = "0.1", seeds: str = "0,1", *sets: str, **more: Any) -> Any:
-    return sweep.load("demo", sets, methods, beta, seeds, **more)
+    return sweep.load("demo", sets, methods, beta, seeds, **more).config
 
 
 def nodes(config: PipelineConfig) -> dict[str, Node]:
-    return {node.name: node for node in plan(config)}
+    return plan(config).nodes
 
 
 def test_a_sweep_is_a_plain_config_with_all_variants() -> None:
@@ -125,7 +127,7 @@ def test_an_unset_limit_is_not_in_the_request() -> None:
 
 def test_all_runs_carry_the_sweeps_tag() -> None:
     config = swept("dpo", "0.1", "0")
-    assert requests.request_for(plan(config)[0], config, {}).tags["sweep"] == "demo"
+    assert requests.request_for(nodes(config)["base"], config, {}).tags["sweep"] == "demo"
 
 
 # --- equal tokens ---
@@ -257,11 +259,16 @@ def test_other_training_is_bound_by_tokens_too() -> None:
 
 def row(method: str, beta: float, seed: int, score: float, kl: float) -> dict[str, Any]:
     named = {"model": f"{method}-{beta}-s{seed}", "method": method, "beta": beta, "seed": seed}
-    return named | {"judge_score": score, "kl_to_reference": kl, "win_rate_vs_sft": score / 4}
+    return named | {
+        "judge_score": score,
+        "kl_to_reference": kl,
+        "kl_to_reference_se": 0.1,
+        "win_rate_vs_sft": score / 4,
+    }
 
 
 TABLE = [
-    {"model": "sft", "judge_score": 1.0, "kl_to_reference": 0.0, "win_rate_vs_sft": 0.5},
+    {"model": "sft", "judge_score": 1.0, "kl_to_reference": 0.0, "kl_to_reference_se": 0.0, "win_rate_vs_sft": 0.5},
     row("ppo", 0.3, 0, 2.0, 3.0),
     row("ppo", 0.3, 1, 2.4, 3.6),
     row("ppo", 0.3, 2, 2.5, 3.3),
@@ -297,8 +304,12 @@ def test_the_frontier_in_words_and_pictures() -> None:
     assert said.endswith("from near to far: ppo 0.3, ppo 0.05.")
     light, dark = frontier.draw(points, TABLE), frontier.draw(points, TABLE, dark=True)
     assert light.startswith(b"\x89PNG") and light != dark
-    page = Page(frontier.render_html(points, TABLE))
-    assert page.tags.count("tr") == 1 + 3 and page.tags.count("img") == 1 and "2.30 ± 0.15" in page.text
+    page = Page(render_html(Comparison(TABLE, prompts=[], answers={}, judge="a rule")))
+    assert (
+        page.tags.count("tr") == (1 + 3) + (1 + len(TABLE))
+        and page.tags.count("img") == 1
+        and "2.30 ± 0.15" in page.text
+    )
 
 
 def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.results import export, lookup
@@ -96,6 +97,21 @@ def test_a_reward_model_is_exported_with_code_that_scores_as_we_do(
     ids = codec.prompt([{"role": "user", "content": "Hello!"}]) + codec.answer("Hello to you.")
     assert names["tokenizer"](names["text"], add_special_tokens=False)["input_ids"] == ids
     assert "tensor" in capsys.readouterr().out
+
+
+def test_the_cards_metadata_tell_the_hub_what_it_is_and_how_it_did(aligned: Result, tmp_path: Path) -> None:
+    data = ModelCard.load(export.export("dpo", tmp_path / "exported") / "README.md").data
+    assert data.to_dict() | {"model-index": 0} == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["alignflow"],
+        "model-index": 0,
+    }
+    assert isinstance(data, ModelCardData) and data.eval_results is not None
+    (result,) = data.eval_results
+    assert (data.model_name, result.metric_type, result.metric_value) == ("dpo", "eval/win_rate_vs_sft", 0.75)
+    bare = ModelCard.load(export.export(str(tmp_path / "model"), tmp_path / "bare") / "README.md").data
+    assert bare.to_dict() == {name: value for name, value in data.to_dict().items() if name != "model-index"}
 
 
 @pytest.mark.parametrize("what", ["uri", "run", "registered", "folder"])

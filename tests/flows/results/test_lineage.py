@@ -38,7 +38,7 @@ class World:
         self.evaluation = self.run("evaluate", "dpo", evaluated, "evaluation")
         for number, (model, former) in enumerate(((self.kto, None), (self.dpo, "1")), 1):
             tags = {"decision": "promoted"}
-            settled = registry.settle("assistant", model, None, tags, promote=True, expected=former)
+            settled = registry.register_and_promote("assistant", model, None, tags, promote=True, expected=former)
             assert settled.number == str(number)
 
     def file(self, name: str) -> Artifact:

@@ -37,7 +37,7 @@ def models(ready_home: Path, tmp_path: Path) -> list[tuple[Artifact, str]]:
 
 
 def settle(made: tuple[Artifact, str], expected: str | None, promote: bool = True) -> registry.Version:
-    return registry.settle("assistant", *made, TAGS, promote=promote, expected=expected)
+    return registry.register_and_promote("assistant", *made, TAGS, promote=promote, expected=expected)
 
 
 def aliases() -> dict[str, str]:
@@ -67,7 +67,7 @@ def test_the_former_champion_is_kept(models: list[tuple[Artifact, str]]) -> None
 def test_a_rejected_candidate_stays_and_moves_nothing(models: list[tuple[Artifact, str]]) -> None:
     settle(models[0], None)
     reasons = {"decision": "rejected", "decision.reasons": "empty is 0.5"}
-    registry.settle("assistant", *models[1], reasons, promote=False, expected="1")
+    registry.register_and_promote("assistant", *models[1], reasons, promote=False, expected="1")
     assert aliases() == {"champion": "1"}
     assert registry.version("assistant", "2").tags.items() >= reasons.items()
 
@@ -77,7 +77,9 @@ def test_the_same_content_keeps_its_version(models: list[tuple[Artifact, str]], 
     settle(models[1], "1", promote=False)
     again, run_id = model_of(tmp_path / "again", "two")  # another run, the same bytes
     assert again.uri != models[1][0].uri or run_id == models[1][1]
-    settled = registry.settle("assistant", again, run_id, {"decision": "promoted"}, promote=True, expected="1")
+    settled = registry.register_and_promote(
+        "assistant", again, run_id, {"decision": "promoted"}, promote=True, expected="1"
+    )
     assert settled.number == "2" and len(registry.versions("assistant")) == 2
     assert settled.tags["decision"] == "promoted" and aliases() == {"champion": "2", "previous": "1"}
 
@@ -180,7 +182,8 @@ Path(ready).touch()
 while not Path(start).exists():
     time.sleep(0.01)
 try:
-    won = registry.settle("assistant", Artifact(uri=uri, sha256=sha256), run_id, {}, promote=True, expected="1")
+    model = Artifact(uri=uri, sha256=sha256)
+    won = registry.register_and_promote("assistant", model, run_id, {}, promote=True, expected="1")
     print("won", won.number)
 except StageError as error:
     print(error.problem.kind)

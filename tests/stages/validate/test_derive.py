@@ -5,17 +5,20 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.config import Kind
+from schemas.config import DERIVES, Kind
 from schemas.rows import problems
 from stages.validate.derive import derive
 from stages.validate.formats import parse, to_frame
 
 
 def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
-    """All kinds from raw rows; each frame is clean."""
+    """All kinds from raw rows, as `DERIVES` promises them to plans and estimates; each frame is clean."""
     kinds = derive(kind, to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows]))
+    assert set(kinds) == set(DERIVES[kind])
     for name, frame in kinds.items():
         assert problems(name, frame).height == 0
+        most = DERIVES[kind][name]
+        assert most is None or frame.height <= most * len(rows)
     return kinds
 
 

@@ -1,0 +1,68 @@
+"""The environment variables of alignflow: their names, and what each is set to now, typed and with its default."""
+
+import os
+import shlex
+import tempfile
+from pathlib import Path
+
+HOME = "ALIGNFLOW_HOME"
+ROOTS = "ALIGNFLOW_ROOTS"
+API_KEYS = "ALIGNFLOW_API_KEYS"
+GPUS = "ALIGNFLOW_GPUS"
+EXPERIMENT = "ALIGNFLOW_EXPERIMENT"
+KEEP_WORK = "ALIGNFLOW_KEEP_WORK"
+DEVICE_LOCKS = "ALIGNFLOW_DEVICE_LOCKS"
+DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
+LAUNCHER = "ALIGNFLOW_LAUNCHER"
+PARENT = "ALIGNFLOW_PARENT"
+IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
+
+
+def home() -> Path:
+    """Folder for everything that is stored; default `.alignflow` in the working directory."""
+    return Path(os.environ.get(HOME) or ".alignflow").absolute()
+
+
+def roots() -> list[Path]:
+    """Folders whose files a deployed run may read, resolved; relative ones count from the working directory."""
+    return [Path(root).expanduser().resolve() for root in os.environ.get(ROOTS, "").split(os.pathsep) if root]
+
+
+def api_keys() -> list[str]:
+    """Names of variables that a deployed run may send to an endpoint judge as its key."""
+    return os.environ.get(API_KEYS, "").split(",")
+
+
+def gpus() -> int:
+    """How many GPUs a worker's machine must have for stages that train or sample; default 0."""
+    return int(os.environ.get(GPUS) or 0)
+
+
+def experiment() -> str:
+    """MLflow experiment of a single stage whose request names none."""
+    return os.environ.get(EXPERIMENT) or "alignflow"
+
+
+def keep_work() -> bool:
+    """Whether checkpoints and journals of finished stages are kept."""
+    return os.environ.get(KEEP_WORK) == "1"
+
+
+def device_locks() -> Path:
+    """Folder of the locks by which processes of this machine share its devices: one for all homes and users."""
+    return Path(os.environ.get(DEVICE_LOCKS) or Path(tempfile.gettempdir()) / "alignflow-devices")
+
+
+def device_slots() -> int:
+    """How many stages may train or sample at once where no GPU is found; default 0, which means no limit."""
+    return int(os.environ.get(DEVICE_SLOTS) or 0)
+
+
+def launcher() -> list[str]:
+    """Command put before a stage, as the Slurm pool does; default none."""
+    return shlex.split(os.environ.get(LAUNCHER, ""))
+
+
+def parent() -> int | None:
+    """The process that a stage dies with; None where nobody waits for it."""
+    return int(os.environ.get(PARENT) or 0) or None
