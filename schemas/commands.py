@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from schemas import Strict
 from schemas.config import GenerateConfig, ValidateParams
-from schemas.strict import Strict
 
 
 class ValidateCommand(ValidateParams):
