@@ -1,10 +1,16 @@
 """A process of its own for what imports torch, which nothing here may."""
 
+import json
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def run_python(module: str, *arguments: object) -> int:
@@ -12,13 +18,28 @@ def run_python(module: str, *arguments: object) -> int:
     return subprocess.run([sys.executable, "-P", "-m", module, *map(str, arguments)]).returncode
 
 
-def forward(module: str, positional: list[str], named: dict[str, Any]) -> None:
-    """Run a module with the given options, and exit with its code."""
-    arguments = list(positional)
-    for name, value in named.items():
-        for one in value if isinstance(value, list) else [value]:
-            if one is True:
-                arguments.append(f"--{name}")
-            elif one is not None and one is not False:
-                arguments.append(f"--{name}={one}")
-    raise typer.Exit(run_python(module, *arguments))
+def start(context: typer.Context, request: type["BaseModel"], **values: Any) -> NoReturn:
+    """Run the command's module in stages/commands and exit with its code.
+
+    Its request holds the options and arguments as typer has them, but for `values`; None is what is not given.
+
+    Raises:
+        StageError: before a process starts, one line for each option whose value the request cannot have.
+    """
+    from pydantic import ValidationError
+
+    from flows.planning.explain import explain
+    from schemas.errors import StageError
+
+    given = {name: value for name, value in {**context.params, **values}.items() if value is not None}
+    try:
+        checked = request.model_validate(given)
+    except ValidationError as error:
+        typed = {p.name: p.opts[0] if p.opts[0].startswith("-") else p.opts[0].upper() for p in context.command.params}
+        lines = [explain({**details, "loc": (typed[str(details["loc"][0])],)}, {}) for details in error.errors()]
+        raise StageError("\n".join(lines), kind="config") from None
+    with TemporaryDirectory(prefix="alignflow-") as folder:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps(checked.model_dump(mode="json")))
+        code = run_python(f"stages.commands.{context.info_name}", file)
+    raise typer.Exit(code)

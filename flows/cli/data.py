@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.child import forward
+from flows.cli.child import start
 
 
 def presets(
@@ -28,6 +28,7 @@ def presets(
 
 
 def validate(
+    context: typer.Context,
     path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
     kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
     out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
@@ -42,7 +43,7 @@ def validate(
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
-    json: Annotated[
+    as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: rows, kept, quarantined, reasons.")
     ] = False,
 ) -> None:
@@ -54,17 +55,30 @@ def validate(
     - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
     - alignflow validate pairs.jsonl --kind preference --out checked --json
     """
-    from flows.cli.options import check_data
+    from schemas.commands import ValidateCommand
+    from schemas.errors import refuse
 
-    given = {"kind": kind, "max_bad": max_bad, "max_length": max_length, "eval_fraction": eval_fraction}
-    given |= {"gold_fraction": gold_fraction, "limit": limit, "revision": revision, "subset": subset, "split": split}
-    check_data(columns, model, evaluation, out, path=path, **given)
-    named = {name.replace("_", "-"): value for name, value in given.items()}
-    named |= {"out": out, "columns": columns, "model": model, "evaluation": evaluation, "json": json}
-    forward("stages.commands.validate", [path], named)
+    if model is not None and not model.is_dir():
+        raise refuse("--model", model, "there is no such folder.", f"give its path as seen from {Path.cwd()}")
+    if evaluation is not None and not (evaluation / "eval" / "prompt.parquet").is_file():
+        fix = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
+        raise refuse("--evaluation", evaluation, "there are no held-out prompts.", fix)
+    if out.exists() and not out.is_dir():
+        raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
+    theirs: dict[str, str] = {}
+    for pair in columns:
+        ours, _, name = pair.partition("=")
+        if not (ours and name):
+            fix = "write OURS=THEIRS, such as prompt=question"
+            raise refuse("--columns", pair, "this is not a pair of column names.", fix)
+        if ours in theirs:
+            raise refuse("--columns", pair, f"{ours} stands twice.", "give each of our names once")
+        theirs[ours] = name
+    start(context, ValidateCommand, columns=theirs)
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name in the last run (sft), a uri, or a model folder.")],
     prompts: Annotated[str, typer.Argument(help="File of prompts: JSONL, JSONL.gz, Parquet or CSV.")],
     out: Annotated[Path, typer.Option(help="JSONL file to write; must not exist yet.")],
@@ -88,7 +102,6 @@ def generate(
     - alignflow validate to_rank.jsonl --kind ranking --out checked
     """
     from flows.results.lookup import model as find
+    from schemas.commands import GenerateCommand
 
-    named = {"model": find(model).folder, "prompts": prompts, "out": out, "answers": answers, "judge": judge}
-    named |= {"noise": noise, "max-new-tokens": max_new_tokens, "temperature": temperature}
-    forward("stages.commands.generate", [], named | {"limit": limit, "seed": seed})
+    start(context, GenerateCommand, model=find(model).folder)

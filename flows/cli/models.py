@@ -1,11 +1,11 @@
 """Commands for the models that runs have left: compare, export, chat, trace back, roll back."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flows.cli.child import forward
+from flows.cli.child import start
 
 
 def rollback(
@@ -83,6 +83,7 @@ def export(
 
 
 def chat(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A name in the last run (dpo), a uri, or a model folder.")],
     versus: Annotated[str | None, typer.Option(help="A second model, answering beside the first.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -98,9 +99,7 @@ def chat(
     - alignflow chat dpo --versus sft
     """
     from flows.results.lookup import model as find
+    from schemas.commands import ChatCommand
 
-    named: dict[str, Any] = {"model": find(model).folder, "name": model}
-    if versus is not None:
-        named |= {"versus": find(versus).folder, "versus-name": versus}
-    named |= {"system": system, "temperature": temperature, "seed": seed, "max-new-tokens": max_new_tokens}
-    forward("stages.commands.chat", [], named)
+    other = None if versus is None else str(find(versus).folder)
+    start(context, ChatCommand, model=str(find(model).folder), name=model, versus=other, versus_name=versus)

@@ -1,1 +1,1 @@
-"""Commands for a terminal that need no MLflow, each run as `python -P -m stages.commands.NAME`."""
+"""Commands for a terminal that need no MLflow, each run as `python -P -m stages.commands.NAME request.json`."""

@@ -1,20 +1,19 @@
 """Talk to a model in the terminal, or to two side by side.
 
-    python -P -m stages.commands.chat --model MODEL [--versus MODEL]
-
-A MODEL is a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID/model`. Reads one message per line;
-/reset forgets the conversation, /quit (or the end of input) leaves. Each model keeps its own history.
+Reads one message per line; /reset forgets the conversation, /quit (or the end of input) leaves. Each model has its own
+history.
 """
 
-import argparse
-import math
+import json
 import shutil
 import sys
 import textwrap
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import TextIO
 
+from schemas.commands import ChatCommand
 from schemas.errors import EXIT_CODES, StageError
 from stages import tracking
 from stages.engine.data.codec import Codec
@@ -90,7 +89,7 @@ def load(uri: str, system: str | None, name: str | None = None) -> Talker:
     return Talker(name or uri, policy, Codec.load(folder), system)
 
 
-def converse(talkers: list[Talker], lines: TextIO, out: TextIO, options: argparse.Namespace) -> None:
+def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCommand) -> None:
     """Answer line by line until /quit or the end of input."""
     shows_prompt = lines.isatty()
     turn = 0
@@ -108,17 +107,17 @@ def converse(talkers: list[Talker], lines: TextIO, out: TextIO, options: argpars
         elif text.startswith("/"):
             print(HELP, file=out)
         elif text:
-            print(reply(talkers, text, seed_of(options.seed, turn), options), flush=True, file=out)
+            print(reply(talkers, text, seed_of(command.seed, turn), command), flush=True, file=out)
             turn += 1
 
 
-def reply(talkers: list[Talker], text: str, seed: int, options: argparse.Namespace) -> str:
+def reply(talkers: list[Talker], text: str, seed: int, command: ChatCommand) -> str:
     """What is shown for one message: an answer, or two answers in columns."""
     answers = []
     for talker in talkers:
         try:
             answers.append(
-                talker.answer(text, temperature=options.temperature, seed=seed, max_new_tokens=options.max_new_tokens)
+                talker.answer(text, temperature=command.temperature, seed=seed, max_new_tokens=command.max_new_tokens)
             )
         except StageError as error:
             answers.append(f"({error})")
@@ -141,33 +140,14 @@ def _wrapped(text: str, column: int) -> list[str]:
     return [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="alignflow chat", description="Talk to a model, or to two side by side.", epilog=HELP
-    )
-    parser.add_argument("--model", required=True, help="folder, models:/NAME@ALIAS or runs:/RUN_ID/model")
-    parser.add_argument("--versus", help="a second model, answering the same messages beside the first")
-    parser.add_argument("--name", help="what to call the first (default: as it is given)")
-    parser.add_argument("--versus-name", help="what to call the second")
-    parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest word (default 1.0)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same answers (default 0)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
-    options = parser.parse_args(argv)
-    if not 0 <= options.temperature < math.inf or options.max_new_tokens < 1:
-        parser.error("--temperature must be at least 0 and finite, and --max-new-tokens at least 1")
-    return options
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(command: ChatCommand) -> int:
     """Returns the exit code: 0, or that of a model that cannot be used."""
-    options = _options(argv)
     try:
-        wanted = [(options.model, options.name), (options.versus, options.versus_name)]
-        talkers = [load(uri, options.system, name) for uri, name in wanted if uri is not None]
+        asked = [(command.model, command.name), (command.versus, command.versus_name)]
+        talkers = [load(uri, command.system, name) for uri, name in asked if uri is not None]
         if sys.stdin.isatty():
             print(HELP)
-        converse(talkers, sys.stdin, sys.stdout, options)
+        converse(talkers, sys.stdin, sys.stdout, command)
     except StageError as error:
         print(f"alignflow chat: {error}", file=sys.stderr)
         return EXIT_CODES[error.status]
@@ -177,4 +157,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ChatCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from schemas.commands import ValidateCommand
 from tests.bench.work import WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +39,12 @@ def write_pairs(path: Path, rows: int) -> None:
 
 def measure(path: Path, rows: int, out: Path, model: Path | None) -> dict[str, float]:
     """One run of the command."""
-    command = [sys.executable, "-m", "stages.commands.validate", str(path), "--kind", "preference", "--out", str(out)]
+    request = path.with_suffix(".request.json")
+    request.write_text(ValidateCommand(path=str(path), kind="preference", out=out, model=model).model_dump_json())
+    command = [sys.executable, "-m", "stages.commands.validate", str(request)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
-    process = subprocess.Popen(
-        [*command, *([f"--model={model}"] if model else [])], env=environment, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

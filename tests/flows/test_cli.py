@@ -119,6 +119,7 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
         (["--gold-fraction", "1"], "--gold-fraction = 1.0: must be less than 1"),
         (["--limit", "0", "--max-length", "1"], "--max-length = 1: must be greater than or equal to 8"),
         (["--limit", "9" * 30], f"--limit = {'9' * 30}: must be less than 9223372036854775808"),
+        (["--kind", "prefrence"], "--kind = 'prefrence': must be 'sft', 'preference'"),
         (["--kind", "prefrence"], "Did you mean 'preference'?"),
         (["--columns", "prompt"], "--columns = prompt: this is not a pair of column names. Fix: write OURS=THEIRS"),
         (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
@@ -136,6 +137,25 @@ def test_validate_names_the_option_that_is_wrong(
     assert answer.returncode == EXIT_CODES["refused"]
     assert message in answer.stderr and answer.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "prompts.jsonl", "--out", "new", "--answers", "1"], "--answers = 1: must be greater than or"),
+        (["generate", "prompts.jsonl", "--out", "new", "--noise", "inf"], "--noise = inf: must be a finite number"),
+        (["chat", "--temperature", "-1"], "--temperature = -1.0: must be greater than or equal to 0"),
+        (["chat", "--max-new-tokens", "0"], "--max-new-tokens = 0: must be greater than or equal to 1"),
+    ],
+)
+def test_generate_and_chat_name_the_option_that_is_wrong(
+    ready_home: Path, tmp_path: Path, command: list[str], message: str
+) -> None:
+    """Before a model is loaded: the one that is named here has no weights."""
+    (tmp_path / "config.json").write_text("{}")
+    answer = alignflow(command[0], tmp_path, *command[1:])
+    assert (answer.returncode, answer.stdout) == (EXIT_CODES["refused"], "")
+    assert message in answer.stderr and "Traceback" not in answer.stderr
 
 
 def test_validate_passes_refusals_and_options_through(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from schemas.commands import ChatCommand
 from schemas.config import BaseParams
 from stages import base
 from stages.commands import chat as chat_command
 
 PROMPT = "write a polite note to the baker about the bread."
-OPTIONS = ["--max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +25,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *argv: str) -> tuple[int, str]:
+def say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, **options: Any
+) -> tuple[int, str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    code = chat_command.main([*argv, *OPTIONS])
+    code = chat_command.main(ChatCommand(max_new_tokens=8, **options))
     return code, capsys.readouterr().out
 
 
 def test_one_line_one_answer_and_the_seed_decides(monkeypatch, capsys, models) -> None:
-    code, out = say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0])
+    code, out = say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", model=models[0])
     assert code == 0
     assert len(out.splitlines()) == 2
-    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0])[1] == out
-    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", "--model", models[0], "--seed", "1")[1] != out
+    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", model=models[0])[1] == out
+    assert say(monkeypatch, capsys, f"{PROMPT}\n\n{PROMPT}\n", model=models[0], seed=1)[1] != out
 
 
 def test_quit_ends_and_reset_forgets(monkeypatch, capsys, models) -> None:
-    _, out = say(monkeypatch, capsys, f"{PROMPT}\n/quit\n{PROMPT}\n", "--model", models[0])
+    _, out = say(monkeypatch, capsys, f"{PROMPT}\n/quit\n{PROMPT}\n", model=models[0])
     assert len(out.splitlines()) == 1
     lines = f"{PROMPT}\n/reset\n{PROMPT}\n/what\n"
-    _, out = say(monkeypatch, capsys, lines, "--model", models[0], "--temperature", "0")
+    _, out = say(monkeypatch, capsys, lines, model=models[0], temperature=0)
     first, forgotten, again, help_line = out.splitlines()
     assert first == again
     assert forgotten == "(forgotten)"
@@ -61,7 +65,7 @@ def test_history_reaches_the_model_and_old_turns_make_room(models) -> None:
 
 
 def test_a_message_that_cannot_fit_is_told_and_forgotten(monkeypatch, capsys, models) -> None:
-    code, out = say(monkeypatch, capsys, f"{'bread ' * 60}\n{PROMPT}\n", "--model", models[0])
+    code, out = say(monkeypatch, capsys, f"{'bread ' * 60}\n{PROMPT}\n", model=models[0])
     assert code == 0
     assert "write a shorter message" in out
     assert len(out.splitlines()) == 2
@@ -69,7 +73,7 @@ def test_a_message_that_cannot_fit_is_told_and_forgotten(monkeypatch, capsys, mo
 
 def test_two_models_side_by_side(monkeypatch, capsys, models) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    _, out = say(monkeypatch, capsys, f"{PROMPT}\n", "--model", models[0], "--versus", models[1])
+    _, out = say(monkeypatch, capsys, f"{PROMPT}\n", model=models[0], versus=models[1])
     head = out.splitlines()[0]
     assert "one" in head.split("|")[0]
     assert "two" in head.split("|")[1]
@@ -89,14 +93,15 @@ def test_columns() -> None:
 def test_a_missing_model_is_a_clear_error(monkeypatch, capsys, home: Path) -> None:
     for uri in ("/no/such/folder", "models:/nobody@champion", "runs:/0123/model"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-        assert chat_command.main(["--model", uri]) == 65
+        assert chat_command.main(ChatCommand(model=uri)) == 65
         error = capsys.readouterr().err
         assert uri in error
         assert "Fix:" in error
 
 
-@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
-def test_settings_out_of_range_are_refused(capsys, temperature: str) -> None:
-    with pytest.raises(SystemExit):
-        chat_command.main(["--model", "x", "--temperature", temperature])
-    assert "--temperature" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", t) for t in (-1, "nan", "inf")] + [("max_new_tokens", 0)]
+)
+def test_settings_out_of_range_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=option):
+        ChatCommand.model_validate({"model": "x", option: value})

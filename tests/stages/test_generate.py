@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from schemas.commands import GenerateCommand
 from schemas.config import BaseParams, GenerateConfig, Scratch, ValidateParams
 from schemas.errors import StageError
 from stages import generate
@@ -211,8 +212,8 @@ def test_alone_writes_a_file_for_people(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "made" / "answers.jsonl"
-    base = ["--model", str(model), "--prompts", str(prompts), "--answers", "2", "--max-new-tokens", "6"]
-    assert main([*base, "--out", str(out)]) == 0
+    command = GenerateCommand(model=model, prompts=str(prompts), answers=2, max_new_tokens=6, out=out)
+    assert main(command) == 0
     rows = read(out)
     assert [row["prompt"][-1]["content"] for row in rows] == PROMPTS[:3]
     assert all(len(row["responses"]) == 2 and row["order"] == [] for row in rows)
@@ -223,31 +224,23 @@ def test_alone_writes_a_file_for_people(
 
     rows[0]["order"] = [1, 0]
     generate.write(rows, out)
-    assert main([*base, "--out", str(out)]) == 65
+    assert main(command) == 65
     assert "exists already" in capsys.readouterr().err
     assert read(out)[0]["order"] == [1, 0], "people's work is not overwritten"
 
     scored = tmp_path / "scored.jsonl"
-    assert main([*base, "--out", str(scored), "--judge", "rule", "--limit", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["generate/answers"] == 2
+    assert main(command.model_copy(update={"out": scored, "judge": "rule", "limit": 1})) == 0
+    assert capsys.readouterr().out == f"2 answers to 1 prompts in {scored}, scored by rule\n"
     assert len(read(scored)) == 1 and "scores" in read(scored)[0]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (["--answers", "1"], "--answers 1: Input should be greater than or equal to 2"),
-        (["--model", "nowhere"], "nowhere"),
-        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--judge", "nowhere"], "nowhere"),
-    ],
-)
+@pytest.mark.parametrize("change", [{"model": Path("nowhere")}, {"prompts": "nowhere.jsonl"}, {"judge": "nowhere"}])
 def test_alone_names_what_is_wrong(
-    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], said: str
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
-    base = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
-    assert main([*base, *change]) == 65
-    assert said in capsys.readouterr().err
+    command = GenerateCommand(model=model, prompts=str(prompts), out=tmp_path / "out.jsonl")
+    assert main(command.model_copy(update=change)) == 65
+    assert str(*change.values()) in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

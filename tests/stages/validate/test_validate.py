@@ -14,7 +14,9 @@ from typing import Any
 import polars as pl
 import pytest
 from jinja2 import TemplateError
+from pydantic import ValidationError
 
+from schemas.commands import ValidateCommand
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import problems, prompt_id
@@ -57,6 +59,14 @@ def refused(path: Path | str, out: Path, kind: Kind = "sft", **more: Any) -> tup
 
 def quarantine(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+
+
+def start(folder: Path, environment: dict[str, str] | None = None, **request: Any) -> subprocess.CompletedProcess[str]:
+    """The command's process, as `alignflow validate` starts it."""
+    file = folder / "request.json"
+    file.write_text(ValidateCommand(**request).model_dump_json())
+    command = [sys.executable, "-m", "stages.commands.validate", file]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def table(out: Path, part: str, kind: str) -> pl.DataFrame:
@@ -356,11 +366,11 @@ def test_notes_stand_in_one_order(tmp_path: Path) -> None:
     ranks: list[dict[str, Any]] = [{"scores": [1, 0]}, {"scores": [0, 0]}, {"scores": []}, {"comparisons": votes}]
     ranks.append({"responses": ["x", "x", "z"], "scores": [0, 0, 1]})
     rows = [{"prompt": f"p{i}", "responses": ["x", "y"], **rank} for i, rank in enumerate(ranks)]
-    command = [sys.executable, "-m", "stages.commands.validate", write(tmp_path / "a.jsonl", rows), "--kind", "ranking"]
+    file = write(tmp_path / "a.jsonl", rows)
     reports = []
     for seed in ("1", "2", "3"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([*command, "--out", tmp_path / seed], env=environment, check=True, capture_output=True)
+        start(tmp_path, environment, path=str(file), kind="ranking", out=tmp_path / seed).check_returncode()
         reports.append((tmp_path / seed / "report.json").read_text())
     assert reports == reports[:1] * 3
     assert len(json.loads(reports[0])["notes"]) == 4
@@ -596,18 +606,7 @@ def test_command(tmp_path: Path) -> None:
     """One JSON object on stdout, whatever comes; exit code 0 or 65."""
     good, bad = write(tmp_path / "a.jsonl", ROWS), tmp_path / "missing.jsonl"
     for file, code in ((good, 0), (bad, 65)):
-        command = [
-            sys.executable,
-            "-m",
-            "stages.commands.validate",
-            str(file),
-            "--kind",
-            "sft",
-            "--out",
-            str(tmp_path / "out"),
-            "--json",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = start(tmp_path, path=str(file), kind="sft", out=tmp_path / "out", as_json=True)
         assert done.returncode == code, done.stderr
         said = json.loads(done.stdout)
         assert said.keys() >= {"rows", "kept", "quarantined", "reasons", "error"}
@@ -617,18 +616,16 @@ def test_command(tmp_path: Path) -> None:
 def test_command_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options reach the check; errors in them are JSON too."""
     file = write(tmp_path / "a.jsonl", [{"q": row["prompt"], "a": row["response"]} for row in ROWS])
-    start = [str(file), "--kind", "sft", "--out", str(tmp_path / "out"), "--json"]
-    columns = ["--columns", "prompt=q", "--columns", "response=a"]
-    assert main([*start, *columns, "--limit", "5", "--eval-fraction", "1"]) == 0
+    options: dict[str, Any] = {"path": str(file), "kind": "sft", "out": tmp_path / "out", "as_json": True}
+    command = ValidateCommand(**options, columns={"prompt": "q", "response": "a"}, limit=5, eval_fraction=1)
+    assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["parts"]["eval"] == {"prompt": 5, "sft": 5}
-    for wrong in (["--columns", "prompt"], ["--max-bad", "2"], ["--model", str(tmp_path / "none")]):
-        assert main([*start, *columns, *wrong]) == 65
-        said = json.loads(capsys.readouterr().out)
-        assert said["rows"] == 0 and said["error"]
-    assert f"model = {tmp_path / 'none'}" in said["error"]
-    with pytest.raises(SystemExit) as ended:
-        main([*start, "--kind", "preferences"])
-    assert ended.value.code == 2 and "usage: alignflow validate" in capsys.readouterr().err
+    assert main(command.model_copy(update={"model": tmp_path / "none"})) == 65
+    said = json.loads(capsys.readouterr().out)
+    assert said["rows"] == 0 and f"model = {tmp_path / 'none'}" in said["error"]
+    for wrong in ({"columns": "prompt"}, {"max_bad": 2}, {"kind": "preferences"}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            ValidateCommand.model_validate(options | wrong)
 
 
 def test_start_imports_no_torch() -> None:

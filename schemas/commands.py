@@ -1,0 +1,45 @@
+"""What `alignflow validate`, `generate` and `chat` ask of their processes (stages/commands); made of their options."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from schemas import Strict
+from schemas.config import GenerateConfig, ValidateParams
+
+
+class ValidateCommand(ValidateParams):
+    """Check a data file, alone."""
+
+    out: Path
+    """Folder for Parquet, quarantine.jsonl and report.json."""
+    model: Path | None = None
+    """Model folder whose tokenizer tells what is too long."""
+    evaluation: Path | None = None
+    """Data folder whose evaluation prompts must not be trained on."""
+    as_json: bool = False
+
+
+class GenerateCommand(GenerateConfig):
+    """Answer the prompts of a file."""
+
+    model: Path
+    prompts: str
+    out: Path
+    judge: str = "none"
+    """`none` (people rank), `rule`, `sentiment`, or a reward model's folder."""
+    seed: int = 0
+
+
+class ChatCommand(Strict):
+    """Talk to a model, or to two side by side: each a folder, `models:/NAME@ALIAS` or `runs:/RUN_ID/model`."""
+
+    model: str
+    name: str | None = None
+    """What to call the first; by default as it is given."""
+    versus: str | None = None
+    versus_name: str | None = None
+    system: str | None = None
+    temperature: float = Field(default=1.0, ge=0)
+    seed: int = 0
+    max_new_tokens: int = Field(default=128, ge=1)
