@@ -1,6 +1,6 @@
 """The command line. `alignflow --help` lists the commands; each group of them has a module.
 
-Imports of Prefect, MLflow and pydantic stand inside the commands: together they take seconds, and help should not.
+Imports of Prefect, MLflow and pydantic are inside the commands: together they take seconds, and help should not.
 """
 
 import os
@@ -33,7 +33,7 @@ BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
 
 @app.callback()
 def before(context: typer.Context) -> None:
-    """Let the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
+    """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in BY_THEMSELVES:
         from flows.servers.address_file import adopt
 

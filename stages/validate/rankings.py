@@ -46,7 +46,7 @@ def ranking(row: Row) -> Parsed:
 
 
 def generated(row: Row) -> Parsed:
-    """A ranking that stage `generate` made. A model now and then says nothing, which is no reason to refuse its rows:
+    """A ranking that stage `generate` made. A model sometimes answers nothing, which does not make its rows bad:
 
     empty answers are left out with their scores and comparisons, and noted.
     """
@@ -132,7 +132,7 @@ _LEVELS: dict[str, Callable[[list[Any], Sequence[str | None]], list[float]]] = {
 
 
 def _from_levels(levels: list[float], merged: list[int]) -> tuple[list[tuple[int, int]], list[float]]:
-    """All pairs (better, worse) of a full ranking and their differences. Identical answers stand at their mean."""
+    """All pairs (better, worse) of a full ranking and their differences. Identical answers take their mean."""
     groups: list[list[float]] = [[] for _ in range(max(merged) + 1)]
     for place, level in zip(merged, levels, strict=True):
         groups[place].append(level)
@@ -171,7 +171,7 @@ def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, 
     winner = value["winner"]
     if isinstance(winner, bool):
         raise BadRow("comparisons", "winner_not_compared", value)
-    # A model may be called "b" and stand on side a: names go before sides. An index 0 goes before 0 for a tie.
+    # A model may be called "b" and be on side a: names go before sides. An index 0 goes before 0 for a tie.
     for first, second in ((value["a"], value["b"]), ("a", "b")):
         if winner is not None and winner in (first, second):
             return (a, b) if winner == first else (b, a)
