@@ -32,7 +32,7 @@ def validate(
     path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
     kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
     out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
-    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],  # noqa: B006
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
     model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer tells what is too long.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
