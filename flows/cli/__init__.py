@@ -1,6 +1,6 @@
 """The command line. `alignflow --help` lists the commands; each group of them has a module.
 
-Imports of Prefect, MLflow and pydantic stand inside the commands: together they take seconds, and help should not.
+Imports of Prefect, MLflow and pydantic are inside the commands: together they take seconds, and help should not.
 """
 
 import os

@@ -72,7 +72,7 @@ def validate(
             fix = "write OURS=THEIRS, such as prompt=question"
             raise refuse("--columns", pair, "this is not a pair of column names.", fix)
         if ours in theirs:
-            raise refuse("--columns", pair, f"{ours} stands twice.", "give each of our names once")
+            raise refuse("--columns", pair, f"{ours} is given twice.", "give each of our names once")
         theirs[ours] = name
     start(context, ValidateCommand, columns=theirs)
 

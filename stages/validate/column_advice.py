@@ -64,7 +64,7 @@ def other_json(params: ValidateParams, first_line: bytes, broken: int, rows: int
     if not (array or first_line == b"{") or broken < rows / 2 or broken <= params.max_bad * rows:
         return None
     what = "a JSON array" if array else "JSON with objects over several lines"
-    message = f"the file looks like {what}: {broken} of {rows} lines are no JSON object"
+    message = f"the file looks like {what}: {broken} of {rows} lines are not JSON objects"
     fix = "write one JSON object per line (JSONL)" + (", or name the file .json" if array else "")
     return refuse("path", params.path, message, fix, kind="bad_data")
 

@@ -31,7 +31,7 @@ def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int
         counts[name] = {kind: table.height for kind, table in tables.items()}
         for derived in list(tables):
             (out / name).mkdir(exist_ok=True)
-            # For every row group polars copies the whole chunk that it lies in: small chunks keep that linear.
+            # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
             pieces = pl.concat(tables.pop(derived).iter_slices(_CHUNK), rechunk=False)
             pieces.write_parquet(out / name / f"{derived}.parquet")
     return counts

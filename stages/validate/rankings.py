@@ -2,7 +2,7 @@
 
 prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
-or models; winner null, 0 or "tie" is a tie). Where they stand empty, nobody has ranked the answers yet: such a row is
+or models; winner null, 0 or "tie" is a tie). Where they are empty, nobody has ranked the answers yet: such a row is
 noted, and gives its prompt only.
 Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
 independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
@@ -45,9 +45,9 @@ def ranking(row: Row) -> Parsed:
 
 
 def generated(row: Row) -> Parsed:
-    """A ranking that stage `generate` made. A model now and then says nothing, which is no reason to refuse its rows:
+    """A ranking that stage `generate` made: empty answers are left out with their scores and comparisons, and noted.
 
-    empty answers are left out with their scores and comparisons, and noted.
+    A model now and then says nothing, which is not a reason to refuse its rows.
     """
     texts = row["responses"]
     used = [place for place, answer in enumerate(texts) if not _unusable(answer)]
@@ -123,11 +123,11 @@ _LEVELS = {"scores": _numbers, "order": _order, "ranks": _numbers}
 
 
 def _from_levels(levels: list[float], merged: list[int]) -> tuple[list[tuple[int, int]], list[float]]:
-    """All pairs (better, worse) of a full ranking and their differences. Identical answers stand at their mean."""
+    """All pairs (better, worse) of a full ranking and their differences. Identical answers get their mean."""
     groups: list[list[float]] = [[] for _ in range(max(merged) + 1)]
     for place, level in zip(merged, levels, strict=True):
         groups[place].append(level)
-    # Equal levels are taken as they stand: their mean may round to another number, and so make a pair of a tie.
+    # Equal levels are taken as they are: their mean may round to another number, and so make a pair of a tie.
     mean = [group[0] if len(set(group)) == 1 else fmean(group) for group in groups]
     pairs = [
         (i, j) if mean[i] > mean[j] else (j, i) for i, j in combinations(range(len(mean)), 2) if mean[i] != mean[j]
@@ -162,7 +162,7 @@ def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, 
     winner = value["winner"]
     if isinstance(winner, bool):
         raise BadRow("comparisons", "winner_not_compared", value)
-    # A model may be called "b" and stand on side a: names go before sides. An index 0 goes before 0 for a tie.
+    # A model may be called "b" and be on side a: names go before sides. An index 0 goes before 0 for a tie.
     for first, second in ((value["a"], value["b"]), ("a", "b")):
         if winner is not None and winner in (first, second):
             return (a, b) if winner == first else (b, a)

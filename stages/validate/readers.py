@@ -1,6 +1,6 @@
 """Reads rows, one after the other, from files, Hugging Face datasets, the demo, or the stage before. Judges no content.
 
-A line that is no row is handed on as broken, with its reason; a file that cannot be read at all ends the stage.
+A line that is not a row is handed on as broken, with its reason; a file that cannot be read at all ends the stage.
 """
 
 import csv
@@ -164,14 +164,14 @@ def _from_json(file: Path) -> Iterator[Record]:
     try:
         rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise refuse("path", file, f"the file is no JSON: {error}", None, kind="broken_file") from error
+        raise refuse("path", file, f"the file is not JSON: {error}", None, kind="broken_file") from error
     for row in rows:
         known = isinstance(row, dict)
         yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
 
 
 def _from_csv(file: Path) -> Iterator[Record]:
-    """Cells stay text: what they mean is told by the kind of data. Bytes that are no UTF-8 become lone surrogates."""
+    """Cells stay text: what they mean depends on the kind of data. Bytes that are not UTF-8 become lone surrogates."""
     csv.field_size_limit(sys.maxsize)
     with _bytes_of(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
