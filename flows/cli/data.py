@@ -32,7 +32,7 @@ def validate(
     path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
     kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
     out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
-    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],  # noqa: B006
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
     model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer tells what is too long.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
@@ -72,7 +72,7 @@ def validate(
             fix = "write OURS=THEIRS, such as prompt=question"
             raise refuse("--columns", pair, "this is not a pair of column names.", fix)
         if ours in theirs:
-            raise refuse("--columns", pair, f"{ours} stands twice.", "give each of our names once")
+            raise refuse("--columns", pair, f"{ours} is given twice.", "give each of our names once")
         theirs[ours] = name
     start(context, ValidateCommand, columns=theirs)
 

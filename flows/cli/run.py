@@ -18,11 +18,7 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
 
 
-def run(
-    config: Config,
-    overrides: Overrides = [],  # noqa: B006
-    dry_run: DryRun = False,
-) -> None:
+def run(config: Config, overrides: Overrides = [], dry_run: DryRun = False) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
     Results of earlier runs with the same settings and data are reused.
@@ -41,7 +37,7 @@ def run(
 
 def retrain(
     config: Config,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
 ) -> None:
     """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
@@ -72,7 +68,7 @@ def sweep(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     dry_run: DryRun = False,
 ) -> None:
     """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
@@ -107,10 +103,7 @@ def stage(
     raise typer.Exit(run_python("stages", name, request))
 
 
-def submit(
-    config: Config,
-    overrides: Overrides = [],  # noqa: B006
-) -> None:
+def submit(config: Config, overrides: Overrides = []) -> None:
     """Start the deployed pipeline, which a worker runs, and don't wait for it.
 
     The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by

@@ -23,7 +23,7 @@ def ui(mlflow_port: MlflowPort = None, prefect_port: PrefectPort = None) -> None
 
 
 def up(
-    pools: Pools = ["cpu", "gpu"],  # noqa: B006
+    pools: Pools = ["cpu", "gpu"],
     host: Annotated[
         str, typer.Option(help="Address that the servers listen on; any other than loopback needs passwords.")
     ] = "127.0.0.1",

@@ -41,11 +41,10 @@ class Talker:
         """Forget everything but the system prompt."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def answer(self, text: str, *, temperature: float, seed: int, max_new_tokens: int) -> str:
+    def answer(self, text: str, seed: int, command: ChatCommand) -> str:
         """The model's answer, which joins the history. Old turns are dropped when they no longer fit."""
         limit = context_length(self.policy.plain)
-        if limit is not None:
-            max_new_tokens = min(max_new_tokens, limit // 2)
+        max_new_tokens = command.max_new_tokens if limit is None else min(command.max_new_tokens, limit // 2)
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._fitting_prompt(None if limit is None else limit - max_new_tokens)
@@ -56,7 +55,7 @@ class Talker:
             self.policy,
             [prompt],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=command.temperature,
             seeds=[seed],
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
@@ -116,9 +115,7 @@ def reply(talkers: list[Talker], text: str, seed: int, command: ChatCommand) -> 
     answers = []
     for talker in talkers:
         try:
-            answers.append(
-                talker.answer(text, temperature=command.temperature, seed=seed, max_new_tokens=command.max_new_tokens)
-            )
+            answers.append(talker.answer(text, seed, command))
         except StageError as error:
             answers.append(f"({error})")
     if len(answers) == 1:

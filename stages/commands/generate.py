@@ -64,7 +64,7 @@ def alone(command: GenerateCommand) -> dict[str, float]:
     """Answer a file's prompts and write the rows; returns the counts. Overwrites nothing: raises StageError instead."""
     if command.out.exists():
         fix = "name another file, or move this one away: it may hold people's rankings"
-        raise refuse("--out", command.out, "the file exists already.", fix, kind="file_exists")
+        raise refuse("--out", command.out, "the file already exists.", fix, kind="file_exists")
     began = time.monotonic()
     judge = judge_named(command.judge)
     prompts = prompts_of(command.prompts, command.limit)

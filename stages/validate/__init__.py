@@ -9,6 +9,7 @@ token_checks.py), and what it finds goes to the quarantine. stages/commands/vali
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -48,7 +49,7 @@ def check(context: Context, out: Path) -> Report:
     for file in (out / side / f"{kind}.parquet" for side in PARTS for kind in get_args(Kind)):
         file.unlink(missing_ok=True)  # what an earlier check left
     parts, error = {}, None
-    with Quarantine(out / "quarantine.jsonl", context.log_text) as quarantine:
+    with closing(Quarantine(out / "quarantine.jsonl", context.log_text)) as quarantine:
         try:
             frame = read(context, quarantine)
             for find in CHECKS:

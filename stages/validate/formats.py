@@ -78,8 +78,8 @@ def _read_chunk(chunk: list[Record], context: Context, quarantine: Quarantine) -
             quarantine.add(Finding(place, bad.column, bad.reason, bad.value, record.line))
     context.read += len(chunk)
     # By name, so that equal rows make equal reports.
-    odd = sorted((name, place) for place, row in zip(numbers, rows, strict=True) for name in row.get("notes", ()))
-    for name, place in odd:
+    notes = sorted((name, place) for place, row in zip(numbers, rows, strict=True) for name in row.get("notes", ()))
+    for name, place in notes:
         quarantine.add(note(place, name))
     return to_frame(context.params.kind, numbers, rows)
 
@@ -102,8 +102,7 @@ def _form(record: Record, context: Context) -> Parsed:
 def _sft(row: Row) -> Parsed:
     if row.get("messages") is None or row.get("response") is not None:
         return {"prompt": turns(row.get("prompt"), "prompt"), "response": _answer(row.get("response"), "response")}
-    conversation = turns(_messages(row["messages"]), "messages")
-    prompt, response = _last_answer(conversation, "messages")
+    prompt, response = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
     return {"prompt": prompt, "response": response}
 
 
@@ -140,9 +139,8 @@ def _prompt(row: Row) -> Parsed:
     if row.get("messages") is None:
         raise BadRow("prompt", "missing")
     conversation = turns(_messages(row["messages"]), "messages")
-    return {
-        "prompt": conversation[:-1] if conversation[-1][0] == "assistant" and len(conversation) > 1 else conversation
-    }
+    answered = conversation[-1][0] == "assistant" and len(conversation) > 1
+    return {"prompt": conversation[:-1] if answered else conversation}
 
 
 def _feedback(row: Row) -> Parsed:

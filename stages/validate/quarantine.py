@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import polars as pl
 
@@ -59,17 +58,15 @@ class Quarantine:
 
     def __init__(self, file: Path, log_text: bool = True) -> None:
         self.file, self.log_text = file, log_text
+        self._stream = file.open("w", encoding="utf-8", errors="backslashreplace")
         self.rows: set[int] = set()
         self.checks: Counter[tuple[str, str]] = Counter()
         self.notes: Counter[str] = Counter()
         self._noted: dict[str, list[int]] = {}
         self._reasons: dict[str, set[int]] = {}
 
-    def __enter__(self) -> "Quarantine":
-        self._stream = self.file.open("w", encoding="utf-8", errors="backslashreplace")
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Nothing is added any more."""
         self._stream.close()
 
     def add(self, finding: Finding) -> None:

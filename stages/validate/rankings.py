@@ -2,14 +2,14 @@
 
 prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
-or models; winner null, 0 or "tie" is a tie). Where they stand empty, nobody has ranked the answers yet: such a row is
+or models; winner null, 0 or "tie" is a tie). Where they are empty, nobody has ranked the answers yet: such a row is
 noted, and gives its prompt only.
 Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
 independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ _TIES = (None, 0, "tie", "both", "")
 
 
 def ranking(row: Row) -> Parsed:
+    """Different answers and the pairs (better, worse) of them. Raises BadRow."""
     prompt = turns(row.get("prompt"), "prompt")
     texts, names = _responses(listed(row.get("responses"), "responses"))
     different = {answer.strip(): answer for answer in reversed(texts)}  # reversed: the first of equals stays
@@ -34,21 +35,19 @@ def ranking(row: Row) -> Parsed:
         pairs, odd = _from_comparisons(listed(row[by], by), names, merged)
         notes += odd
     elif by is not None:
-        pairs, levels = _from_levels(_LEVELS[by](listed(row[by], by), names), merged)
+        pairs, levels = _from_levels(_LEVELS[by](listed(row[by], by), names, by), merged)
         margins = levels if by == "scores" else None
     if not pairs:
         notes.append("not_ranked" if by is None else "all_tied")
-    winners, losers = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return {
-        **{"prompt": prompt, "responses": [different[answer] for answer in places]},
-        **{"winners": winners, "losers": losers, "margins": margins, "notes": notes},
-    }
+    sides = {"winners": [pair[0] for pair in pairs], "losers": [pair[1] for pair in pairs]}
+    responses = [different[answer] for answer in places]
+    return {"prompt": prompt, "responses": responses, **sides, "margins": margins, "notes": notes}
 
 
 def generated(row: Row) -> Parsed:
-    """A ranking that stage `generate` made. A model sometimes answers nothing, which does not make its rows bad:
+    """A ranking that stage `generate` made: empty answers are left out with their scores and comparisons, and noted.
 
-    empty answers are left out with their scores and comparisons, and noted.
+    A model now and then says nothing, which is not a reason to refuse its rows.
     """
     texts = row["responses"]
     used = [place for place, answer in enumerate(texts) if not _unusable(answer)]
@@ -99,44 +98,36 @@ def _place(value: object, names: Sequence[str | None], column: str) -> int:
     raise BadRow(column, "unknown_answer", value)
 
 
-def _scores(values: list[Any], names: Sequence[str | None]) -> list[float]:
+def _numbers(values: list[Any], names: Sequence[str | None], column: str) -> list[float]:
+    """The level of each answer, from scores or ranks."""
     if len(values) != len(names):
-        raise BadRow("scores", "wrong_number_of_scores", values)
-    return [number(value, "scores") for value in values]
+        raise BadRow(column, f"wrong_number_of_{column}", values)
+    return [-number(value, column) if column == "ranks" else number(value, column) for value in values]
 
 
-def _ranks(values: list[Any], names: Sequence[str | None]) -> list[float]:
-    if len(values) != len(names):
-        raise BadRow("ranks", "wrong_number_of_ranks", values)
-    return [-number(value, "ranks") for value in values]
-
-
-def _order(values: list[Any], names: Sequence[str | None]) -> list[float]:
+def _order(values: list[Any], names: Sequence[str | None], column: str) -> list[float]:
+    """The level of each answer, from the answers' numbers or models, best first."""
     level: dict[int, float] = {}
     for rank, value in enumerate(values):
         for tied in value if isinstance(value, list) else [value]:
-            place = _place(tied, names, "order")
+            place = _place(tied, names, column)
             if place in level:
-                raise BadRow("order", "not_a_permutation", values)
+                raise BadRow(column, "not_a_permutation", values)
             level[place] = -rank
     if len(level) != len(names):
-        raise BadRow("order", "not_a_permutation", values)
+        raise BadRow(column, "not_a_permutation", values)
     return [level[place] for place in range(len(names))]
 
 
-_LEVELS: dict[str, Callable[[list[Any], Sequence[str | None]], list[float]]] = {
-    "scores": _scores,
-    "order": _order,
-    "ranks": _ranks,
-}
+_LEVELS = {"scores": _numbers, "order": _order, "ranks": _numbers}
 
 
 def _from_levels(levels: list[float], merged: list[int]) -> tuple[list[tuple[int, int]], list[float]]:
-    """All pairs (better, worse) of a full ranking and their differences. Identical answers take their mean."""
+    """All pairs (better, worse) of a full ranking and their differences. Identical answers get their mean."""
     groups: list[list[float]] = [[] for _ in range(max(merged) + 1)]
     for place, level in zip(merged, levels, strict=True):
         groups[place].append(level)
-    # Equal levels are taken as they stand: their mean may round to another number, and so make a pair of a tie.
+    # Equal levels are taken as they are: their mean may round to another number, and so make a pair of a tie.
     mean = [group[0] if len(set(group)) == 1 else fmean(group) for group in groups]
     pairs = [
         (i, j) if mean[i] > mean[j] else (j, i) for i, j in combinations(range(len(mean)), 2) if mean[i] != mean[j]

@@ -171,7 +171,7 @@ def _from_json(file: Path) -> Iterator[Record]:
 
 
 def _from_csv(file: Path) -> Iterator[Record]:
-    """Cells stay text: what they mean is told by the kind of data. Bytes that are not UTF-8 become lone surrogates."""
+    """Cells stay text: what they mean depends on the kind of data. Bytes that are not UTF-8 become lone surrogates."""
     csv.field_size_limit(sys.maxsize)
     with _bytes_of(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")

@@ -123,7 +123,7 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
         (["--kind", "prefrence"], "--kind = 'prefrence': must be 'sft', 'preference'"),
         (["--kind", "prefrence"], "Did you mean 'preference'?"),
         (["--columns", "prompt"], "--columns = prompt: this is not a pair of column names. Fix: write OURS=THEIRS"),
-        (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt stands twice."),
+        (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt is given twice."),
         (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Fix: name the folder"),
         (["--model", "nowhere"], "--model = nowhere: there is no such folder. Fix: give its path as seen from"),
         (["--out", "rows.jsonl"], "--out = rows.jsonl: this is not a folder."),

@@ -56,7 +56,7 @@ def test_history_reaches_the_model_and_old_turns_make_room(models) -> None:
     talker = chat_command.load(models[0], system="be kind.")
     lengths = []
     for _ in range(6):
-        talker.answer(PROMPT, temperature=1.0, seed=0, max_new_tokens=4)
+        talker.answer(PROMPT, 0, ChatCommand(model=models[0], max_new_tokens=4))
         lengths.append(len(talker.messages))
         assert talker.messages[0]["role"] == "system"
         assert len(talker.codec.prompt(talker.messages[:-1])) <= 48 - 4

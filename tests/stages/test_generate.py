@@ -225,7 +225,7 @@ def test_alone_writes_a_file_for_people(
     rows[0]["order"] = [1, 0]
     generate.write(rows, out)
     assert main(command) == 65
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert read(out)[0]["order"] == [1, 0], "people's work is not overwritten"
 
     scored = tmp_path / "scored.jsonl"

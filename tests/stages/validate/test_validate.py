@@ -209,7 +209,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     expected = {
         **{"row.jsonl": "no such file", "nowhere/rows.jsonl": "no folder", "folder": "a folder", "rows.docx": "format"},
-        **{"cut.jsonl.gz": "broken", "not.jsonl.gz": "broken", "garbled.jsonl.gz": "broken", "half.json": "no JSON"},
+        **{"cut.jsonl.gz": "broken", "not.jsonl.gz": "broken", "garbled.jsonl.gz": "broken", "half.json": "not JSON"},
         **dict.fromkeys(("empty.jsonl", "empty.jsonl.gz", "blank.jsonl", "empty.csv", "head.csv"), "no rows"),
         **{"cut.parquet": "cannot be read", "twice.csv": "more than once", "open.csv": "malformed"},
     }
