@@ -32,10 +32,7 @@ def report(plan: Plan, results: Mapping[str, Result]) -> None:
     evaluations = [results[name] for name, node in plan.nodes.items() if node.stage == "evaluate" and name in results]
     runs = [one.run_id for one in evaluations if one.run_id] if len(evaluations) > 1 else []  # one is beside nothing
     server, first = mlflow_pages()
-    pages = {
-        "metrics": tracking.compare_link(server, runs),
-        "answers": tracking.compare_link(server, runs, "ARTIFACT"),
-    }
+    pages = {"metrics": tracking.compare_link(server, runs), "answers": tracking.compare_link(server, runs, "ARTIFACT")}
     links = {what: link for what, link in pages.items() if link}
     for what, link in links.items():
         logger.info("%s side by side in MLflow: %s%s", what, link, first)
