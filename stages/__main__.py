@@ -22,6 +22,7 @@ from schemas.environment import HOME, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
+from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
 from stages.tracking import StageRun
 
@@ -98,7 +99,7 @@ def rank_signal_file(work: Path) -> Path:
 
 def run_other_rank(request: Request) -> None:
     """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
-    verdict = rank_signal_file(tracking.work_folder(request.key()))
+    verdict = rank_signal_file(workspace.work_folder(request.key()))
     while not verdict.exists():
         time.sleep(0.05)
     if not json.loads(verdict.read_text())["reused"]:
@@ -109,20 +110,20 @@ def run_other_rank(request: Request) -> None:
 def run_rank_0(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
-    work = tracking.work_folder(key)
+    work = workspace.work_folder(key)
     verdict = rank_signal_file(work)
-    with tracking.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
+    with workspace.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
         earlier = tracking.find(key)
         if "RANK" in os.environ:
             for old in work.glob("verdict-*.json"):
                 old.unlink()  # of an earlier start; this one's stays, for a rank that comes late
-            tracking.write_whole(verdict, json.dumps({"reused": earlier is not None}))
+            workspace.write_whole(verdict, json.dumps({"reused": earlier is not None}))
         if earlier is not None:
             tracking.note_reuse(earlier, request.pipeline_run)
             return earlier
         result = execute(request)
         if result.status == "done":
-            tracking.clear_work(key)
+            workspace.clear_work(key)
         return result
 
 
@@ -161,7 +162,7 @@ def out_of_resource(error: BaseException) -> Problem | None:
         ),
     ):
         if re.search(words, text, re.IGNORECASE):
-            value = str(tracking.home()) if field == HOME else None
+            value = str(workspace.home()) if field == HOME else None
             return Problem(kind=kind, message=f"{error}.", field=field, value=value, fix=f"{fix}, {again}")
     return None
 
@@ -225,7 +226,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         result = stopped(error, key, None, log_text)
     if rank == 0:
-        tracking.write_whole(path.with_name("result.json"), result.model_dump_json(indent=2))
+        workspace.write_whole(path.with_name("result.json"), result.model_dump_json(indent=2))
     return EXIT_CODES[result.status]
 
 

@@ -51,7 +51,7 @@ def main() -> None:
         print(f"alignflow: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[error.status])
     except OSError as error:
-        from stages.tracking import home
+        from stages.runtime.workspace import home
 
         place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
         if place != home() and not (barred and place.is_relative_to(home())):

@@ -20,6 +20,7 @@ from schemas.environment import HOME, PARENT, launcher
 from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import Request, Result
 from stages import tracking
+from stages.runtime import workspace
 
 # -P: a folder `stages` in the working directory is not ours.
 COMMAND = [sys.executable, "-P", "-m", "stages"]
@@ -55,8 +56,8 @@ def run_stage(
     known = reused(request, log)
     if known is not None:
         return known
-    ask = tracking.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    tracking.write_whole(ask / "request.json", request.model_dump_json(indent=2))
+    ask = workspace.work_folder(request.key()) / "asks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    workspace.write_whole(ask / "request.json", request.model_dump_json(indent=2))
     began = time.monotonic()
     try:
         with alone or contextlib.nullcontext():
@@ -137,7 +138,7 @@ def environment(request: Request) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        HOME: str(tracking.home()),
+        HOME: str(workspace.home()),
         PARENT: str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -17,6 +17,7 @@ from flows.servers.local_prefect import has_shared_server
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
+from stages.runtime import workspace
 
 log = logging.getLogger("alignflow")
 
@@ -120,7 +121,7 @@ def held(model: str) -> Iterator[None]:
         log.warning("no shared Prefect server (PREFECT_API_URL): promotions from other hosts are not kept out")
     waiting = f"another process changes the registered model {model}: waiting for it"
     elsewhere = lease(f"alignflow-registry-{model}") if shared else contextlib.nullcontext()
-    with tracking.lock(tracking.home() / "registry" / f"{model}.lock", waiting), elsewhere:
+    with workspace.lock(workspace.home() / "registry" / f"{model}.lock", waiting), elsewhere:
         yield
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from schemas import Strict
-from stages import tracking
+from stages.runtime import workspace
 
 
 class Addresses(Strict):
@@ -23,12 +23,12 @@ class Addresses(Strict):
 
 def file() -> Path:
     """The addresses' file. It means something only while the lock beside it is held."""
-    return tracking.home() / "up.json"
+    return workspace.home() / "up.json"
 
 
 def lock_file() -> Path:
     """Locked by the command as long as it runs; the kernel frees it."""
-    return tracking.home() / "up.lock"
+    return workspace.home() / "up.lock"
 
 
 def found() -> Addresses | None:

@@ -24,6 +24,7 @@ from flows.execution import gpu_slots
 from flows.servers.mlflow_prefect import is_loopback
 from schemas.errors import StageError, refuse
 from stages import tracking
+from stages.runtime import workspace
 
 log = logging.getLogger("alignflow")
 
@@ -76,7 +77,7 @@ def secret(value: Any) -> str:
 
 def check_mlflow(url: str) -> None:
     """Whether an MLflow server answers there and lets us in."""
-    fix = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {tracking.home()}"
+    fix = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {workspace.home()}"
     shown = tracking.without_passwords(url)
     answer = ask(f"{url}/health", "MLFLOW_TRACKING_URI", shown, fix)
     if answer.status_code != 200:

@@ -14,7 +14,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.servers import automations, checks, pools
 from schemas.environment import HOME
 from schemas.errors import refuse
-from stages import tracking
+from stages.runtime import workspace
 
 
 def deploy(prefect_file: Path | None = None) -> None:
@@ -72,7 +72,7 @@ def create_deployments(prefect_file: Path) -> None:
     root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
     environment = {
         **os.environ,
-        HOME: str(tracking.home()),
+        HOME: str(workspace.home()),
         "PREFECT_API_URL": str(PREFECT_API_URL.value()),
         "NO_COLOR": "1",
     }

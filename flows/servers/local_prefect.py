@@ -19,6 +19,7 @@ from prefect.settings import (
 from flows.servers import mlflow_prefect, supervisor
 from schemas.errors import refuse
 from stages import tracking
+from stages.runtime import workspace
 
 RETRIES = 7
 """Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
@@ -84,11 +85,11 @@ def local_prefect() -> Iterator[None]:
     logging.getLogger("prefect.flow_runs").addFilter(is_no_link)
     settings: dict[Any, Any] = {PREFECT_LOGGING_LEVEL: "WARNING"}
     if "PREFECT_HOME" not in os.environ:
-        settings[PREFECT_HOME] = tracking.home() / "prefect"
+        settings[PREFECT_HOME] = workspace.home() / "prefect"
     options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
     server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options)
     with contextlib.ExitStack() as stack:
-        with tracking.lock(tracking.home() / "prefect" / "start.lock"):  # two at once would both make the database
+        with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # two at once would both make the database
             stack.enter_context(supervisor.running([server]))
         stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
         before = _own.set(f"{server.url}/api")

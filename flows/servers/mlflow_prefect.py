@@ -11,6 +11,7 @@ from pathlib import Path
 from flows.servers.supervisor import HOST, Server, address
 from schemas.errors import refuse
 from stages import tracking
+from stages.runtime import workspace
 
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
@@ -27,7 +28,7 @@ def mlflow_server(number: int, host: str = HOST) -> Server:
     """
     url = address(host, number)
     backend = os.environ.get("MLFLOW_BACKEND_STORE_URI") or tracking.tracking_uri()
-    artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or str(tracking.home() / "artifacts")
+    artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION") or str(workspace.home() / "artifacts")
     needs("MLFLOW_BACKEND_STORE_URI", backend, "postgresql", "psycopg2")
     needs("MLFLOW_ARTIFACTS_DESTINATION", artifacts, "s3", "boto3")
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(number), "--workers", "1"]
@@ -48,7 +49,7 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     url = address(host, number)
     check_prefect_database()
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
-    environment = {**KEEP_LEASES, "PREFECT_HOME": str(tracking.home() / "prefect")}
+    environment = {**KEEP_LEASES, "PREFECT_HOME": str(workspace.home() / "prefect")}
     # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
     environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
     return Server("Prefect", url, f"{url}/api/health", command, environment)
@@ -115,15 +116,15 @@ def check_passwords() -> None:
 
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
-    path = tracking.home() / "mlflow-auth.ini"
+    path = workspace.home() / "mlflow-auth.ini"
     lines = [
         "[mlflow]",
         "default_permission = READ",
-        f"database_uri = sqlite:///{tracking.home() / 'mlflow-auth.db'}",
+        f"database_uri = sqlite:///{workspace.home() / 'mlflow-auth.db'}",
         "admin_username = admin",
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
     ]
-    tracking.write_whole(path, "\n".join(lines) + "\n")
+    workspace.write_whole(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -20,6 +20,7 @@ import psutil
 
 from schemas.errors import StageError, refuse
 from stages import tracking
+from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
 
 HOST = "127.0.0.1"
@@ -57,7 +58,7 @@ class Server:
     @property
     def log(self) -> Path:
         """Where its output goes."""
-        return tracking.home() / "logs" / f"{self.name.lower().replace(' ', '-')}.log"
+        return workspace.home() / "logs" / f"{self.name.lower().replace(' ', '-')}.log"
 
     def healthy(self) -> bool:
         """Whether it does its work."""

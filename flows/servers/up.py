@@ -28,6 +28,7 @@ from flows.servers.supervisor import HOST, Server, say
 from schemas.environment import HOME, PARENT, ROOTS
 from schemas.errors import refuse
 from stages import tracking
+from stages.runtime import workspace
 
 # What only the servers need to know. Runs may be anybody's code.
 SERVERS_ONLY = frozenset(
@@ -66,7 +67,7 @@ def up(
     if not all(wanted):
         raise refuse("--pool", "", "the name is empty.", "name a work pool, such as cpu or gpu", kind="input")
     wanted = list(dict.fromkeys(wanted))
-    tracking.home().mkdir(parents=True, exist_ok=True)
+    workspace.home().mkdir(parents=True, exist_ok=True)
     with address_file.lock_file().open("a") as lock:
         while not taken(lock):
             running = address_file.found()
@@ -92,7 +93,7 @@ def taken(lock: IO[str]) -> bool:
 @contextlib.contextmanager
 def guards() -> Iterator[list[int]]:
     """A lock for the servers' guards to hold. Waits for those of a command that was killed, which end in seconds."""
-    with (tracking.home() / "up-guards.lock").open("a") as lock:
+    with (workspace.home() / "up-guards.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield [lock.fileno()]
 
@@ -103,7 +104,7 @@ def say_where(running: Addresses, wanted: Sequence[str]) -> None:
     Raises:
         StageError: it runs without the wanted workers.
     """
-    say(f"Already running for {tracking.home()}, as process {running.pid}:")
+    say(f"Already running for {workspace.home()}, as process {running.pid}:")
     say(f"MLflow   {running.mlflow}")
     say(f"Prefect  {running.prefect.removesuffix('/api')}")
     lacking = [pool for pool in wanted if pool not in running.pools]
@@ -183,7 +184,7 @@ def passwords() -> dict[str, str]:
 def publish_addresses(where: Addresses) -> None:
     """Say for other commands of this home where everything is."""
     shown = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
-    tracking.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
+    workspace.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
 
 
 def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
@@ -244,11 +245,11 @@ def worker(pool: str, where: Addresses) -> Worker:
 def worker_environment(where: Addresses) -> dict[str, str]:
     """What runs need to know: the servers, this home, and the folders that a config's files may be in."""
     return passwords() | {
-        HOME: str(tracking.home()),
+        HOME: str(workspace.home()),
         ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),
         "MLFLOW_TRACKING_URI": where.mlflow,
         # A template says `python`, which is to be this one on every machine.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PREFECT_API_URL": where.prefect,
-        "PREFECT_HOME": os.environ.get("PREFECT_HOME") or str(tracking.home() / "prefect"),
+        "PREFECT_HOME": os.environ.get("PREFECT_HOME") or str(workspace.home() / "prefect"),
     }

@@ -4,7 +4,6 @@
 them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both check its digest.
 """
 
-from stages.runtime.workspace import clear_work, home, lock, place, work_folder, write_whole
 from stages.tracking.journal import close_left
 from stages.tracking.mlflow_client import (
     as_default,
@@ -31,7 +30,6 @@ __all__ = [
     "acceptable_name",
     "as_default",
     "behind_server",
-    "clear_work",
     "client",
     "clock",
     "close_left",
@@ -43,11 +41,8 @@ __all__ = [
     "fetch",
     "find",
     "flatten",
-    "home",
     "locate",
-    "lock",
     "note_reuse",
-    "place",
     "plain_client",
     "portable",
     "registered",
@@ -57,6 +52,4 @@ __all__ = [
     "shortened",
     "tracking_uri",
     "without_passwords",
-    "work_folder",
-    "write_whole",
 ]

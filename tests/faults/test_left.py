@@ -12,6 +12,7 @@ import pytest
 from flows.execution import process as execution_process
 from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
+from stages.runtime import workspace
 from stages.tracking.reuse import runs_with
 from tests.conftest import ROOT
 
@@ -52,10 +53,10 @@ def test_runs_of_the_dead_are_closed_and_gone_on_with(fake: Path, tmp_path: Path
     process = subprocess.Popen(
         [*FAKE, "fake", str(tmp_path / "request.json")], env=execution_process.environment(alive)
     )
-    while not (tracking.work_folder(alive.key()) / "checkpoints" / "count").exists():
+    while not (workspace.work_folder(alive.key()) / "checkpoints" / "count").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    place = {"stage.key": "0" * 64, **tracking.place()}
+    place = {"stage.key": "0" * 64, **workspace.place()}
     experiment = tracking.experiment("tests")
     elsewhere = [
         tracking.client().create_run(experiment, tags=place | other).info.run_id

@@ -12,6 +12,7 @@ from flows.planning import requests
 from schemas.config import ValidateParams
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
+from stages.runtime import workspace
 
 ROWS = 20_000
 
@@ -36,7 +37,7 @@ def test_rows_are_appended_while_they_are_read(ready_home: Path, tmp_path: Path)
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(process.run_stage(first)))
     thread.start()
-    begun = tracking.work_folder(first.key()) / "data" / "quarantine.jsonl"  # made before the first row is read
+    begun = workspace.work_folder(first.key()) / "data" / "quarantine.jsonl"  # made before the first row is read
     end = time.monotonic() + 120
     while not begun.exists():
         assert time.monotonic() < end and not results

@@ -21,6 +21,7 @@ from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint, loop
+from stages.runtime import workspace
 from tests.support import models
 from tests.support.killable_training import run, whole_stage
 
@@ -165,7 +166,7 @@ def test_sigterm(
     assert stopped.status == "preempted" and not stopped.outputs
     assert tracking.client().get_run(str(stopped.run_id)).info.status == "KILLED"
     nothing_is_registered()
-    folder = tracking.work_folder(stopped.key) / "checkpoints"
+    folder = workspace.work_folder(stopped.key) / "checkpoints"
     newest = checkpoint.newest(folder, stopped.key)
     assert newest is not None
     done = checkpoint.read_state(newest, "loop")["step"]
@@ -210,7 +211,7 @@ def test_numbers_that_are_not_finite(
     # SQL has no infinity: MLflow keeps the largest number there is.
     assert math.isnan(shown[AT + 1]) if math.isnan(value) else shown[AT + 1] > 1e308
     nothing_is_registered()
-    folder = tracking.work_folder(stopped.key) / "checkpoints"
+    folder = workspace.work_folder(stopped.key) / "checkpoints"
     newest = checkpoint.newest(folder, stopped.key)
     assert newest is not None and newest.name == "step-2" and not list(folder.glob(".draft*"))
     weights = checkpoint.read_state(newest, "model")["model"]

@@ -18,7 +18,7 @@ from schemas.errors import refuse
 from stages.engine.data.trees import Batch, Layout, Tree
 from stages.engine.models.policy import Policy, sums
 from stages.engine.scoring.batched import over_trees
-from stages.tracking import home, lock
+from stages.runtime.workspace import home, lock
 
 Key = bytes
 _LOOK_UP = 500  # keys in one query

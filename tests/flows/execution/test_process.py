@@ -17,6 +17,7 @@ from schemas.errors import EXIT_CODES, StageError, Status
 from schemas.stage import STAGES, Artifact, Placement, Request, Result, StageSpec
 from stages import __main__ as entry
 from stages import tracking
+from stages.runtime import workspace
 from tests.conftest import ROOT
 
 FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
@@ -60,11 +61,11 @@ def test_a_stage_runs_and_is_reused(fake: Path, caplog: pytest.LogCaptureFixture
     assert losses(result.run_id) == [(0, 1.0), (1, 0.5), (2, 1.0 / 3.0)]
     assert (tracking.fetch(result.outputs["folder"]) / "inner" / "text.txt").read_text() == "{'steps': 3}"
     assert "count  3/3 steps" in caplog.text
-    assert not (tracking.work_folder(result.key) / "checkpoints").exists()
+    assert not (workspace.work_folder(result.key) / "checkpoints").exists()
     again = execution_process.run_stage(fake_request(steps=3))
     assert again == result.model_copy(update={"reused": True})
     assert f"count: reused, from run {result.run_id}" in caplog.text
-    assert len(list((tracking.work_folder(result.key) / "asks").iterdir())) == 1  # no second process
+    assert len(list((workspace.work_folder(result.key) / "asks").iterdir())) == 1  # no second process
 
 
 def test_an_altered_artifact_is_rebuilt(fake: Path) -> None:
@@ -145,7 +146,7 @@ def start(path: Path, asked: Request) -> "subprocess.Popen[bytes]":
 
 def test_sigterm_is_a_preemption(fake: Path, tmp_path: Path) -> None:
     asked = fake_request(steps=200, sleep=0.05)
-    count = tracking.work_folder(asked.key()) / "checkpoints" / "count"
+    count = workspace.work_folder(asked.key()) / "checkpoints" / "count"
     process = start(tmp_path / "ask", asked)
     wait_for(count.exists)
     process.send_signal(signal.SIGTERM)
@@ -157,7 +158,7 @@ def test_sigterm_is_a_preemption(fake: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_flow_leaves_nothing_running(fake: Path) -> None:
     asked = fake_request(steps=1000, sleep=0.05)
-    count = tracking.work_folder(asked.key()) / "checkpoints" / "count"
+    count = workspace.work_folder(asked.key()) / "checkpoints" / "count"
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(execution_process.run_stage(asked)))
     thread.start()
@@ -187,7 +188,7 @@ def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
     with parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        wait_for((tracking.work_folder(asked.key()) / "checkpoints" / "count").exists)
+        wait_for((workspace.work_folder(asked.key()) / "checkpoints" / "count").exists)
         parent.kill()
     wait_for(lambda: not alive(pid), seconds=5)
 
