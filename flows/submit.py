@@ -52,7 +52,7 @@ def own_pool() -> list[str]:
 
 
 def absolute(config: PipelineConfig) -> dict[str, Any]:
-    """The config as JSON; paths of what lies on this machine no longer count from where the command is called."""
+    """The config as JSON; relative paths of files on this machine become absolute."""
     values = config.model_dump(mode="json")
     for field, value, path in paths_of_config(config):
         if path is not None and value == path and Path(path).expanduser().exists():

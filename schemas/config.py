@@ -253,7 +253,7 @@ class PipelineConfig(Strict):
     """For `alignflow retrain`; a plain run promotes nothing. None: all defaults."""
     log_text: bool = True
     """False keeps prompts and answers out of logs, MLflow's tables, reports, quarantine files and error messages. They
-    then lie only in the folders that training reads: `data` and `rows`."""
+    then are only in the folders that training reads: `data` and `rows`."""
     devices: int = Field(default=1, ge=1)
     """Devices per training stage; more than one runs under torchrun."""
     parallel: int = Field(default=1, ge=1)

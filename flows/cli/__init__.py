@@ -33,7 +33,7 @@ BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
 
 @app.callback()
 def before(context: typer.Context) -> None:
-    """Let the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
+    """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in BY_THEMSELVES:
         from flows.servers.address_file import adopt
 

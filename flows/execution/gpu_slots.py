@@ -66,7 +66,7 @@ def hold_devices(
 
 
 def wait_for(devices: Sequence[str], wanted: int, log: Log, stopping: Callable[[], bool]) -> dict[str, int]:
-    """Lock so many of the devices: name -> descriptor. All or none, in turn: two that wait never block each other."""
+    """Lock `wanted` of the devices: name -> descriptor. All or none, in turn: two that wait never block each other."""
     announced = False
     turn: int | None = None
     try:

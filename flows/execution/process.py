@@ -46,7 +46,7 @@ def begin() -> None:
 def run_stage(
     request: Request, log: Log | None = None, alone: contextlib.AbstractContextManager[None] | None = None
 ) -> Result:
-    """The stage's result: one that already exists, else that of a new process. A stage that stops is no exception.
+    """The stage's result: one that already exists, else that of a new process. A stage that stops raises no exception.
 
     The process's lines go to `log` while it runs, within `alone`, which may keep out others that want the same result:
     on this host the stage does so itself.

@@ -4,7 +4,7 @@
     python -P -m flows.slurm stage --partition=gpu ... -- COMMAND
 
 which submits the command, passes its lines on, and ends with its exit code. One that is stopped, or whose parent
-dies, lets the job save and end. The home (ALIGNFLOW_HOME) must lie where both machines see it.
+dies, lets the job save and end. The home (ALIGNFLOW_HOME) must be where both machines see it.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Job:
         return state[1], int(state[2]) or (128 + int(state[3]) if int(state[3]) else 0)
 
     def end(self) -> None:
-        """Let the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
+        """Have the job save and end, once. Slurm sends SIGTERM, and SIGKILL after its KillWait (30 s by default), also
         when nobody is left here.
         """
         if not self.cancelled:

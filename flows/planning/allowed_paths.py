@@ -18,7 +18,7 @@ from schemas.source import File, Hub, Package, data_source, model_source, templa
 from schemas.stage import Request
 
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
-"""Schemes of artifacts that lie in MLflow's stores, and on no disk of a name's choice."""
+"""Schemes of artifacts in MLflow's stores, which name no path on a disk."""
 
 Named = tuple[str, str, str | None]
 """A path that a config names: field, value, and the path itself; None for what must be pinned and is not."""

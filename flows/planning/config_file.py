@@ -41,7 +41,7 @@ def headline(file: Path) -> str:
 def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> Plan:
     """Read a preset or file, apply `a.b=value` overrides, validate, plan, and check what can be checked cheaply.
 
-    `here`: it runs on this machine. Elsewhere a whole path (`/data/pairs.jsonl`) may lead to what is there alone.
+    `here`: it runs on this machine. Elsewhere a whole path (`/data/pairs.jsonl`) may lead to what exists there only.
 
     Raises StageError, kind "config", with one line per mistake: field, value, what is wrong, fix.
     """

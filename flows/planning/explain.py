@@ -63,7 +63,7 @@ def _short(value: Any) -> str:
 
 
 def known_keys(loc: tuple[str | int, ...], raw: Any) -> list[str]:
-    """The keys that may stand where the last one of `loc` stands in `raw`."""
+    """The keys that are valid in place of the last one of `loc` in `raw`."""
     return sorted({name for model in _models(loc, raw) for name in model.model_fields})
 
 

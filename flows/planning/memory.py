@@ -13,7 +13,7 @@ micro-batch, L layers, h hidden size, i intermediate size, V vocabulary, b bytes
 
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
 critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
-reference is the policy itself with its adapters off, and the critic's adapters stand on weights that are there already:
+reference is the policy itself with its adapters off, and the critic's adapters share weights that are loaded already:
 the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone.
 What Python, torch and its allocator need comes on top, about 1 GB.
 """
@@ -177,7 +177,7 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
 
 
 def steps(training: Training, rows: int | None) -> int | None:
-    """Optimizer steps over so many rows; None when that is not known yet. PPO needs no rows to know."""
+    """Optimizer steps over `rows` rows; None when that is not known yet. PPO needs no rows to know."""
     if training.train_tokens is not None:
         return None
     if isinstance(training, PPO):

@@ -27,7 +27,7 @@ def check(config: PipelineConfig) -> None:
 
 
 def _check_generate(config: PipelineConfig) -> None:
-    """Generated preferences stand beside no others, and are judged by what is there before they are made."""
+    """Generated preferences exclude given ones, and their judge must exist before them."""
     if config.generate is None:
         return
     judge = config.generate.judge

@@ -73,7 +73,7 @@ def beta_values(text: str, methods: Sequence[str]) -> list[float]:
 
 
 def shown(beta: float) -> str:
-    """A beta as it stands in a variant's name, which takes no `+`."""
+    """A beta as a variant's name has it, which takes no `+`."""
     return f"{beta:.15g}"
 
 

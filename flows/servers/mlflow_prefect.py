@@ -139,6 +139,6 @@ def allowed_hosts() -> str:
 def own_address() -> str:
     """The address by which this machine speaks to others. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # an address that is nobody's
+        probe.connect(("192.0.2.1", 9))  # an address reserved for documentation
         return probe.getsockname()[0]
     return HOST

@@ -242,7 +242,7 @@ def worker(pool: str, where: Addresses) -> Worker:
 
 
 def worker_environment(where: Addresses) -> dict[str, str]:
-    """What runs need to know: the servers, this home, and below which folders a config's files may lie."""
+    """What runs need to know: the servers, this home, and the folders that a config's files may be in."""
     return passwords() | {
         HOME: str(tracking.home()),
         ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),

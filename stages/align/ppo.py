@@ -255,7 +255,7 @@ class PPO:
         """From the reward model where it reads the same tokens, else from the policy's start, with values of 0.
 
         Under LoRA it brings no weights of its own but adapters and head. With `one_base` policy, reference, reward
-        model and critic all stand on the SFT model's.
+        model and critic all share the SFT model's.
         """
         lora = self.config.lora is not None
         if self.reward_model.same_tokens:

@@ -81,7 +81,7 @@ def _cell(column: Column, row: Row) -> dict[str, Any]:
 
 
 def verdict(row: Row) -> str:
-    """`better`, `worse` or `level`: which side of 1/2 the interval of the win rate lies on."""
+    """`better`, `worse` or `level`: which side of 1/2 the interval of the win rate is on."""
     if row["win_rate_vs_sft_low"] > 0.5:
         return "better"
     return "worse" if row["win_rate_vs_sft_high"] < 0.5 else "level"

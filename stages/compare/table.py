@@ -45,7 +45,7 @@ def bounded(row: Row) -> bool:
 
 
 def number(key: str, digits: int) -> Callable[[Row], str]:
-    """Writes row[key] with so many decimals, `-` where there is none."""
+    """Writes row[key] with `digits` decimals, `-` where there is none."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
 
 

@@ -1,4 +1,4 @@
-"""Where things lie on this disk: the home folder, a stage's work folder, locks, whole files."""
+"""Where files are kept on this disk: the home folder, a stage's work folder, locks, whole files."""
 
 import contextlib
 import fcntl

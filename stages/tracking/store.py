@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 
 def location_of(uri: str) -> str:
-    """Where the files of an artifact really lie: a path, or the address in an artifact store."""
+    """Where the files of an artifact really are: a path, or the address in an artifact store."""
     if uri.startswith("runs:/"):
         run_id, _, inner = uri.removeprefix("runs:/").partition("/")
         run = client().get_run(run_id)

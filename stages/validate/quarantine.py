@@ -37,7 +37,7 @@ class Report(Strict):
     parts: dict[str, dict[str, int]] = {}
     """Part -> kind -> rows written."""
     longest: int | None = None
-    """Tokens of the longest kept row; null when no tokenizer was at hand."""
+    """Tokens of the longest kept row; null when no tokenizer was given."""
     columns: list[str] = []
     """The file's columns."""
     sha256: str = ""

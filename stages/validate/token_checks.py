@@ -120,7 +120,7 @@ class _Tokens:
         return self._template_controls[roles]
 
     def _answer(self, prompt: int, answer: str, ids: Sequence[int] | None) -> tuple[str, str] | None:
-        """(reason, value) of what is wrong with an answer after a prompt of so many tokens."""
+        """(reason, value) of what is wrong with an answer after a prompt of that many tokens."""
         if ids is None:
             return "too_long", f"{len(answer)} characters"
         length = prompt + len(ids) + 1  # and the token that ends the answer

@@ -20,6 +20,7 @@ from flows import cli
 from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Request
 from tests.conftest import PAPERS, ROOT
+from tests.support.pictures import PICTURES
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
 
@@ -297,7 +298,14 @@ def test_every_command_in_the_readme_parses() -> None:
 def test_every_make_target_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = {word for line in shell_lines() if line.startswith("make ") for word in re.findall(r"^make (\w+)", line)}
-    assert {"demo", "test"} <= named <= targets
+    named |= set(re.findall(r"`make ([\w-]+)`", TEXT))
+    assert {"demo", "test", "pictures"} <= named <= targets
+
+
+def test_every_picture_in_the_readme_exists_is_described_and_small() -> None:
+    pictures = re.findall(r"^!\[(.*)\]\((.*)\)$", (ROOT / "README.md").read_text(), re.M)
+    assert {name for _, name in pictures} == {f"deploy/pictures/{file}" for file in os.listdir(PICTURES)}
+    assert len(pictures) == 2 and all(words and (ROOT / name).stat().st_size < 150_000 for words, name in pictures)
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

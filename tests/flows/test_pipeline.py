@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import cli, pipeline
 from flows.execution import process
 from flows.planning import dry_run, requests
 from flows.planning.plan import Node, Plan
+from flows.servers import local_prefect
 from schemas.config import PipelineConfig
 from schemas.errors import EXIT_CODES, StageError
 from schemas.stage import STAGES, Artifact, Result, StageSpec
@@ -73,6 +75,7 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     (flow_run,) = prefect.read_flow_runs()
     assert flow_run.name == "tests" and flow_run.state is not None and flow_run.state.is_completed()
     assert {run.name for run in prefect.read_task_runs()} == {"first", "left", "right", "both"}
+    assert prefect.read_global_concurrency_limits() == []  # no leases on a server that nobody shares
     (left,) = tracking.client().search_runs([tracking.experiment("tests")], "attributes.run_name = 'left'")
     assert left.data.tags["pipeline.run"] == str(flow_run.id)
 
@@ -82,6 +85,12 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     assert {name for name, result in again.items() if result.reused} == {"first", "left"}
     assert "reused 2 of 4 stages: first, left" in caplog.text
     assert again["both"].key != results["both"].key
+
+
+def test_another_server_than_our_own_is_shared(prefect: SyncPrefectClient) -> None:
+    assert not local_prefect.has_shared_server()
+    with temporary_settings({PREFECT_API_URL: "http://prefect.example/api"}):
+        assert local_prefect.has_shared_server()
 
 
 def test_a_stage_that_is_killed_is_started_again_and_resumes(

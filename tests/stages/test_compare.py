@@ -19,6 +19,7 @@ from stages.compare.plots import SPARE_COLOURS, colours, draw
 from stages.compare.table import over, render_text, shown_columns
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from tests.conftest import ROOT
+from tests.support import pictures
 from tests.support.context import MemoryContext
 
 SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
@@ -245,6 +246,16 @@ def test_the_page_stands_alone_and_shows_everything() -> None:
         "1 of 2 aligned models is clearly better",
     ):
         assert shown in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(pictures.CHROMIUM is None, reason="chromium is not on this machine")
+def test_the_readmes_pictures_are_made_from_a_report(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    compare.write(compare.compare(evaluations()), tmp_path)
+    pictures.draw(tmp_path, tmp_path / "pictures")
+    for name in ("reward_kl.png", "report.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_hostile_text_stays_text_wherever_it_stands() -> None:

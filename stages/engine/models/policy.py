@@ -49,7 +49,7 @@ class _Trunk(nn.Module):
         return out.last_hidden_state.flatten(0, 1)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What transformers' forward takes. Padding stands on the right, so default positions are right there."""
+        """What transformers' forward takes. Padding is on the right, so default positions are right there."""
         if batch.segments is None:
             return {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "use_cache": False}
         if reason := why_padded(self.plain.config):

@@ -1,4 +1,4 @@
-"""Attention over trees of sequences that lie end to end in one row, with answers that share their prompt.
+"""Attention over trees of sequences, end to end in one row, with answers that share their prompt.
 
 Everything but attention treats tokens one by one, so a batch may be laid out as one row of T tokens. Attention is
 computed for groups of sequences of like length, padded for this product alone:

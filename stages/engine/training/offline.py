@@ -81,7 +81,7 @@ class OfflineMethod(ABC):
         return collate(trees, self.layout, self.codec.pad_id).to(self.device)
 
     def batches(self, start: int) -> Iterator[list[Micro]]:
-        """This rank's micro-batches of every step from `start` on; rows of like length lie together."""
+        """This rank's micro-batches of every step from `start` on; rows of similar length are together."""
         for step in range(start, self.total_steps):
             rows = share(step_rows(len(self.trees), step, self.training.batch_size, self.seed), rank(), world())
             rows.sort(key=self.size)
