@@ -47,7 +47,7 @@ def ranking(row: Row) -> Parsed:
 def generated(row: Row) -> Parsed:
     """A ranking that stage `generate` made: empty answers are left out with their scores and comparisons, and noted.
 
-    A model now and then says nothing, which is not a reason to refuse its rows.
+    A model sometimes answers nothing, which does not make its rows bad.
     """
     texts = row["responses"]
     used = [place for place, answer in enumerate(texts) if not _unusable(answer)]
@@ -123,7 +123,7 @@ _LEVELS = {"scores": _numbers, "order": _order, "ranks": _numbers}
 
 
 def _from_levels(levels: list[float], merged: list[int]) -> tuple[list[tuple[int, int]], list[float]]:
-    """All pairs (better, worse) of a full ranking and their differences. Identical answers get their mean."""
+    """All pairs (better, worse) of a full ranking and their differences. Identical answers take their mean."""
     groups: list[list[float]] = [[] for _ in range(max(merged) + 1)]
     for place, level in zip(merged, levels, strict=True):
         groups[place].append(level)

@@ -24,7 +24,7 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     else:
         message = f"{counts}, more than max_bad = {params.max_bad:.1%}"
     most = ", ".join(f"{name} ({n})" for name, n in list(quarantine.summary().items())[:3])
-    failed = f"most frequent: {most}. They are in {quarantine.file}" if most else "no check failed"
+    failed = f"most frequent: {most}. See {quarantine.file}" if most else "no check failed"
     kind, fix = (
         ("bad_data", "fix the rows, map the right columns, or raise max_bad")
         if usable.height
@@ -38,7 +38,7 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
     columns, bad = {*context.columns, *context.params.columns}, len(quarantine.rows)
     column = next(name for name in ("order", "ranks", "scores", "comparisons") if name in columns)
     how = " (numbers of the answers from 0, best first)" if column == "order" else ""
-    rest = f"; the other {bad} are bad and are in {quarantine.file}" if bad else ""
+    rest = f"; the other {bad} are bad: see {quarantine.file}" if bad else ""
     message = (
         f"{context.params.path}: no line has {'an order' if column == 'order' else column} yet: "
         f"nobody has ranked the answers of {rows} of {context.read} lines{rest}."
