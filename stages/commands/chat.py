@@ -70,11 +70,8 @@ class Talker:
         prompt = self.codec.prompt(self.messages)
         while room is not None and len(prompt) > room:
             if len(self.messages) - first < 3:
-                raise StageError(
-                    f"the message has {len(prompt)} tokens; {room} fit",
-                    kind="too_long",
-                    fix="write a shorter message, or lower --max-new-tokens",
-                )
+                message = f"the message has {len(prompt)} tokens; {room} fit"
+                raise StageError(message, kind="too_long", fix="write a shorter message, or lower --max-new-tokens")
             del self.messages[first : first + 2]  # the oldest question and its answer
             prompt = self.codec.prompt(self.messages)
         return prompt

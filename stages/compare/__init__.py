@@ -62,13 +62,9 @@ def compare(
     the order of its variants, and of each method and beta the first seed's answers.
     """
     if not evaluations:
-        raise refuse(
-            "inputs",
-            "none",
-            "there is no evaluation to compare.",
-            "give the outputs `evaluation` of stage evaluate, by the models' names",
-            kind="missing_input",
-        )
+        message = "there is no evaluation to compare."
+        fix = "give the outputs `evaluation` of stage evaluate, by the models' names"
+        raise refuse("inputs", "none", message, fix, kind="missing_input")
     names = list(evaluations)
     first = evaluations[names[0]]
     prompts = [sample.prompt for sample in first.samples]
