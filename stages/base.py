@@ -81,9 +81,6 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
     return int(model.num_parameters())
 
 
-# --- Where the model is -----------------------------------------------------------------------------------------------
-
-
 def find(path: str, revision: str | None) -> Path:
     """The local folder or GGUF file that `model.path` means."""
     match model_source(path):
@@ -135,9 +132,6 @@ def check_fit(folder: Path) -> None:
     """Refuse a folder whose parts do not belong together, before its weights are read."""
     if problem := why_unusable(folder, scorer=is_reward_model(read_config(folder, FIELD))):
         raise _refuse(folder, problem[0], problem[1])
-
-
-# --- Reading it -------------------------------------------------------------------------------------------------------
 
 
 def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -200,9 +194,6 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# --- Reward models ----------------------------------------------------------------------------------------------------
-
-
 def copy_reward_model(source: Path, folder: Path) -> int:
     """A reward model of the user's own, checked and copied as it is: its scores belong to its own template."""
     check_folder(source, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, FIELD)
@@ -213,9 +204,6 @@ def copy_reward_model(source: Path, folder: Path) -> int:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     return int(model.num_parameters())
-
-
-# --- Template and writing ---------------------------------------------------------------------------------------------
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Codec:

@@ -149,9 +149,6 @@ def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-# --- as a stage of the pipeline ---
-
-
 def read_prompts(folder: Path, limit: int | None) -> list[Messages]:
     """The data's prompts, each once: the first `limit` to train on, and all that are held out."""
     rows = read(folder, "train", "prompt")[:limit]

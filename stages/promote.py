@@ -85,9 +85,6 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# --- The stage --------------------------------------------------------------------------------------------------------
-
-
 def run(context: StageContext) -> dict[str, float]:
     """Decide on the input `candidate` and publish `decision` (decision.json); returns the numbers behind it.
 

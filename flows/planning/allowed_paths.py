@@ -102,9 +102,6 @@ def _reached(path: Path) -> Iterator[Path]:
                 yield from _reached(link)
 
 
-# --- What names a path ------------------------------------------------------------------------------------------------
-
-
 def paths_of_config(config: PipelineConfig) -> Iterator[Named]:
     """Every path that a config names."""
     yield from _paths_of_model("model", config.model)

@@ -145,7 +145,7 @@ class Planner:
         given = self.config.reward_model is not None
         return given or (self.config.reward is not None and self.has_rows("preference"))
 
-    # --- Models ---
+    # --- models ---
 
     def models(self) -> dict[str, Output]:
         """All models that are compared, by name."""
@@ -214,7 +214,7 @@ class Planner:
         fix = "set reward and give data.preference or generate, or set reward_model"
         raise refuse(f"align.{name}", "set", f"needs a reward model, and {why}.", fix)
 
-    # --- Data ---
+    # --- data ---
 
     def slot(self, kind: str) -> str | None:
         """The slot of `data` that gives rows of a kind, else None."""
@@ -287,7 +287,7 @@ class Planner:
         made = DataConfig(path=GENERATED, kind="ranking", **kept)
         return self.validated("generated", "generate", made.model_dump(mode="json"), {"rows": rows})
 
-    # --- Evaluation ---
+    # --- evaluation ---
 
     def judge(self) -> Output | None:
         """The reward model that judges, when one does."""
@@ -332,7 +332,7 @@ class Planner:
         params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
         return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
 
-    # --- Promotion ---
+    # --- promotion ---
 
     def promote(self, champion: bool) -> Output:
         """Stage `promote` of the candidate, against the champion when there is one."""

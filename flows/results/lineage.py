@@ -177,7 +177,7 @@ def made_by(model: lookup.Model, what: str) -> str:
     return tracking.digest(model.folder)
 
 
-# --- Back to the rows -------------------------------------------------------------------------------------------------
+# --- back to the rows ---
 
 
 def backward(graph: Graph, sha256: str, what: str) -> Item:
@@ -220,7 +220,7 @@ def facts_of(step: Step) -> dict[str, Any]:
     }
 
 
-# --- Forth to the models ----------------------------------------------------------------------------------------------
+# --- forth to the models ---
 
 
 def forward(graph: Graph, sha256: str, what: str) -> Item:
@@ -254,7 +254,7 @@ def uses(graph: Graph, sha256: str, seen: set[str]) -> list[Item]:
     return found
 
 
-# --- For people and programs ------------------------------------------------------------------------------------------
+# --- for people and programs ---
 
 
 def as_json(item: Item) -> str:

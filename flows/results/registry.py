@@ -41,9 +41,6 @@ class Version:
         return f"{self.model} version {self.number}"
 
 
-# --- Looking ----------------------------------------------------------------------------------------------------------
-
-
 def version_at_alias(model: str, alias: str) -> Version | None:
     """The version that an alias points to, None where there is no such model or alias."""
     number = aliases(model).get(alias)
@@ -106,9 +103,6 @@ def _digest(source: str, tags: Mapping[str, str]) -> str:
         return tags.get("sha256", "")
     model = tracking.client().get_logged_model(source.removeprefix("models:/"))
     return model.tags.get("sha256", "")
-
-
-# --- Changing ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -32,9 +32,6 @@ ANSWER_SECONDS = 5.0
 START = "start it: alignflow up (it runs in the foreground)"
 
 
-# --- Servers ----------------------------------------------------------------------------------------------------------
-
-
 def check_servers() -> None:
     """Whether the Prefect and MLflow servers that are set answer, and let us in. What is not set is not asked.
 
@@ -141,9 +138,6 @@ def check_experiment(name: str, placed: bool) -> None:
         raise refuse("name", name, message, fix, kind="experiment")
 
 
-# --- Pools ------------------------------------------------------------------------------------------------------------
-
-
 def check_pools(names: Sequence[str], workers: bool = True) -> None:
     """Whether the Prefect server has these work pools. Warns of one that is paused or that no worker serves.
 
@@ -169,9 +163,6 @@ def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
     if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
         how = "alignflow up --pool" if pool.type == "process" else "prefect worker start --pool"
         log.warning("no worker serves work pool %s: its runs wait. Start one: %s %s", name, how, name)
-
-
-# --- Schedules --------------------------------------------------------------------------------------------------------
 
 
 def check_schedules(path: Path) -> None:
@@ -228,9 +219,6 @@ def schedules(deployments: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict
             yield f"deployments[{name}].schedule", deployment["schedule"]
         for number, schedule in enumerate(deployment.get("schedules") or []):
             yield f"deployments[{name}].schedules[{number}]", schedule
-
-
-# --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
 def check_gpu(wanted: int = 1) -> None:

@@ -46,9 +46,6 @@ SERVERS_ONLY = frozenset(
 )
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
-
-
 def up(
     wanted: Sequence[str] = pools.PROCESS_POOLS,
     host: str = HOST,
@@ -200,9 +197,6 @@ def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
     elif "Prefect" not in elsewhere:
         say(f"Runs appear there. They start faster with: export PREFECT_API_URL={where.prefect}")
     say("Press Ctrl-C to stop.")
-
-
-# --- Workers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

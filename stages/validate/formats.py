@@ -96,7 +96,7 @@ def _form(record: Record, context: Context) -> Parsed:
     return parse(params.kind, row)
 
 
-# --- sft, prompt, feedback
+# --- sft, prompt, feedback ---
 
 
 def _sft(row: Row) -> Parsed:
@@ -163,7 +163,7 @@ def _thumb(value: object) -> bool:
     raise BadRow("label", "missing" if value is None else "not_a_label", value)
 
 
-# --- preference
+# --- preference ---
 
 
 def _preference(row: Row) -> Parsed:
@@ -214,7 +214,7 @@ _PARSERS: dict[Kind, Callable[[Row], Parsed]] = {
 }
 
 
-# --- to a frame
+# --- to a frame ---
 
 _TYPES: dict[Kind, dict[str, pl.DataType | type[pl.DataType]]] = {
     "sft": {"response": pl.String},
