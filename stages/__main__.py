@@ -1,6 +1,6 @@
 """Run one stage in this process: `python -m stages NAME request.json`.
 
-Writes `result.json` beside the request and exits with the code of its status (schemas/stage.py). With more than one
+Writes `result.json` beside the request and exits with the code of its status (schemas/errors.py). With more than one
 device in the request's placement it turns itself into torchrun, which starts it again once per device.
 """
 

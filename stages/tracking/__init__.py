@@ -1,7 +1,8 @@
 """Where runs, metrics and artifacts are kept: the one place that talks to MLflow.
 
-`StageRun` is what a stage sees of it. Training never waits here: metrics go to a journal file, and a side thread ships
-them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both check its digest.
+`StageRun` is a stage's context on MLflow (`runtime/context.py`). Training never waits here: metrics go to a journal
+file, and a side thread ships them. `find` looks up a finished run by its key, `fetch` brings an artifact, and both
+check its digest.
 """
 
 from stages.tracking.journal import close_left
