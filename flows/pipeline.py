@@ -114,6 +114,7 @@ def run_nodes(
 
     `known`: results of nodes that are not to be run; they are in the answer too.
     """
+    # Not `wait_for` of Prefect's tasks: each waiting one holds a thread, and the longest chain could not go first.
     config, results = planned.config, dict(known or {})
     errors: dict[str, StageError] = {}
     waiting = longest_chain_first(list(planned.nodes.values()))

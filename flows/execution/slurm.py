@@ -5,6 +5,8 @@
 
 which submits the command, passes its lines on, and ends with its exit code. One that is stopped, or whose parent
 dies, lets the job save and end. The home (ALIGNFLOW_HOME) must be where both machines see it.
+
+Plain sbatch and squeue, not submitit: that sends pickles and needs Slurm's accounting database.
 """
 
 import argparse

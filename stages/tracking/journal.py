@@ -1,4 +1,7 @@
-"""Metrics on their way to MLflow: written to a file at once, shipped by a side thread; and what a death leaves."""
+"""Metrics on their way to MLflow: written to a file at once, shipped by a side thread; and what a death leaves.
+
+MLflow's own asynchronous logging keeps its queue in memory, so that a kill loses it.
+"""
 
 import json
 import logging

@@ -5,7 +5,7 @@ computed for groups of sequences of like length, padded for this product alone:
 - a trunk: a prompt with its first answer, causal over itself;
 - a branch: a further answer, over its prompt and causally over itself.
 Which key a query may see is decided by positions (a token's place in its own prompt + answer), so sliding windows come
-out as if each sequence stood alone.
+out as if each sequence stood alone. PyTorch's FlexAttention could express this, but is compiled for GPUs first.
 
 Shapes: T tokens of the row, S sequences of a group, Q queries and K keys of each, H heads, d size of a head.
 """

@@ -1,6 +1,7 @@
 """Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON.
 
-Training waits for the copy of its state in memory (`snapshot`); a side thread (`Writer`) does the rest.
+Training waits for the copy of its state in memory (`snapshot`); a side thread (`Writer`) does the rest. torch's
+distributed checkpoints are not used: their metadata is a pickle.
 """
 
 import errno
