@@ -88,9 +88,7 @@ def check_mlflow(url: str) -> None:
         field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
         raise refuse(field, f"{who[0]}, ***", "MLflow refuses them.", fix, kind="access")
     if allowed.status_code == 403 and "Host" in allowed.text:
-        fix = (
-            f"set MLFLOW_SERVER_ALLOWED_HOSTS of the server so that it holds {urlparse(url).netloc.rpartition('@')[2]}"
-        )
+        fix = f"make the server's MLFLOW_SERVER_ALLOWED_HOSTS hold {urlparse(url).netloc.rpartition('@')[2]}"
         raise unreachable("MLFLOW_TRACKING_URI", shown, "MLflow does not go by this name.", fix)
     if allowed.status_code == 404:
         raise unreachable("MLFLOW_TRACKING_URI", shown, "something else than MLflow is there.", fix)

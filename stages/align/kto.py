@@ -63,9 +63,7 @@ def partners(prompt_ids: Sequence[str], seed: int) -> list[int]:
         first, end = bisect_left(ordered, prompt), bisect_right(ordered, prompt)
         others = len(ordered) - (end - first)
         if not others:
-            message = (
-                "KTO needs answers to at least two different prompts: its KL estimate pairs one with another's answer."
-            )
+            message = "KTO needs answers to at least two different prompts: its KL estimate pairs one with another."
             fix = "give rows of more prompts, or use another method"
             raise refuse("data.feedback", f"{len(prompt_ids)} rows with one prompt", message, fix, kind="data")
         drawn = random.Random(f"mismatched/{seed}/{row}").randrange(others)

@@ -25,10 +25,8 @@ def has(folder: Path, part: str, kind: str) -> bool:
 def read(folder: Path, part: str, kind: str) -> list[Row]:
     """All rows of one kind. Raises StageError when the data holds none."""
     if not has(folder, part, kind):
-        kinds = sorted(path.stem for path in (folder / part).glob("*.parquet"))
-        message = (
-            f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {', '.join(kinds) or 'nothing'}."
-        )
+        kinds = ", ".join(sorted(path.stem for path in (folder / part).glob("*.parquet"))) or "nothing"
+        message = f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {kinds}."
         raise refuse(f"data.{kind}", "missing", message, _fix(part, kind), kind="data")
     return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
 

@@ -120,8 +120,6 @@ def check_comparable(
             fix = "evaluate both under the same settings"
             raise refuse(f"evaluate.{key}", settings[key], message, fix, kind="not_comparable")
     if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
-        message = (
-            f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}, and they are not the same."
-        )
+        message = f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}: they are not the same."
         fix = "evaluate both on the same data"
         raise refuse("data.evaluation", name, message, fix, kind="not_comparable")
