@@ -271,7 +271,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Codec:
         codec = Codec(tokenizer)
         codec.prompt(_GREETING)
     except (TemplateError, TypeError, ValueError) as error:
-        message = f"the chat template fails: {error}"
-        fix = "fix the template, or leave it out to use the model's own"
-        raise refuse("model.chat_template", template, message, fix, kind="chat_template") from error
+        message, value = f"the chat template fails: {error}", template or "the model's own"
+        fix = "fix the template, or leave it out to use the model's own" if template else "set a template that works"
+        raise refuse("model.chat_template", value, message, fix, kind="chat_template") from error
     return codec

@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -13,9 +12,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-def run_python(module: str, *arguments: object) -> int:
-    """Run `python -P -m module` with arguments on this terminal; returns its exit code."""
-    return subprocess.run([sys.executable, "-P", "-m", module, *map(str, arguments)]).returncode
+def run_python(module: str, *arguments: object, keep: int | None = None) -> int:
+    """Run `python -P -m module` with arguments on this terminal; returns its exit code. `keep`: a file it inherits."""
+    inherited = () if keep is None else (keep,)
+    return subprocess.run([sys.executable, "-P", "-m", module, *map(str, arguments)], pass_fds=inherited).returncode
 
 
 def start(context: typer.Context, request: type["BaseModel"], **values: Any) -> NoReturn:
@@ -36,10 +36,11 @@ def start(context: typer.Context, request: type["BaseModel"], **values: Any) -> 
         checked = request.model_validate(given)
     except ValidationError as error:
         typed = {p.name: p.opts[0] if p.opts[0].startswith("-") else p.opts[0].upper() for p in context.command.params}
-        lines = [explain({**details, "loc": (typed[str(details["loc"][0])],)}, {}) for details in error.errors()]
+        errors = ({**one, "loc": tuple(typed[str(part)] for part in one["loc"][:1])} for one in error.errors())
+        lines = [explain(one, {}) for one in errors]
         raise StageError("\n".join(lines), kind="config") from None
-    with TemporaryDirectory(prefix="alignflow-") as folder:
-        file = Path(folder) / "request.json"
-        file.write_text(json.dumps(checked.model_dump(mode="json")))
-        code = run_python(f"stages.commands.{context.info_name}", file)
+    with TemporaryFile("w+") as file:  # without a name, so that no death leaves it behind
+        file.write(json.dumps(checked.model_dump(mode="json")))
+        file.seek(0)
+        code = run_python(f"stages.commands.{context.info_name}", f"/dev/fd/{file.fileno()}", keep=file.fileno())
     raise typer.Exit(code)

@@ -61,14 +61,10 @@ def value_classes() -> Any:
 
 
 class _Retrying:
-    """MLflow's client, each of whose calls is made again while its error is transient."""
-
-    def __init__(self, plain: "MlflowClient") -> None:
-        self._plain = plain
+    """MLflow's client, each of whose calls, and its own making, is tried again while its error is transient."""
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._plain, name)
-        return lambda *given, **named: retrying(lambda: method(*given, **named))
+        return lambda *given, **named: retrying(lambda: getattr(plain_client(), name)(*given, **named))
 
 
 @cache
@@ -109,7 +105,7 @@ def plain_client() -> "MlflowClient":
 
 def client() -> "MlflowClient":
     """MLflow's client for `tracking_uri()`; what it is asked while MLflow is away is asked again."""
-    return cast("MlflowClient", _Retrying(plain_client()))
+    return cast("MlflowClient", _Retrying())
 
 
 def runs(condition: str) -> "Iterator[Run]":
@@ -125,7 +121,7 @@ def runs(condition: str) -> "Iterator[Run]":
 
 def setup() -> None:
     """Make the database, or bring it up to date."""
-    client()
+    retrying(plain_client)
 
 
 @contextlib.contextmanager

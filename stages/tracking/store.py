@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlparse
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact, Request
 from stages.runtime.workspace import home, lock
-from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, tracking_uri
+from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, retrying, tracking_uri
 from stages.tracking.names import TAG_LENGTH, shortened
 
 log = logging.getLogger("alignflow")
@@ -68,7 +68,8 @@ def _download(location: str, sha256: str) -> Path:
         beside = folder.with_suffix(".part")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        got = download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=tracking_uri())
+        uri = tracking_uri()
+        got = retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=uri))
         folder.mkdir(parents=True)
         Path(got).replace(target)
         shutil.rmtree(beside, ignore_errors=True)
@@ -185,7 +186,7 @@ def _copied(location: str) -> Path:
     from mlflow.artifacts import download_artifacts  # late: see value_classes
 
     target.mkdir(parents=True, exist_ok=True)
-    return Path(download_artifacts(artifact_uri=location, dst_path=str(target)))
+    return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(target))))
 
 
 def intact(artifact: Artifact) -> bool:
@@ -212,7 +213,7 @@ def _entries(location: str) -> list[Any]:
     """The entries of a folder of a remote store; none where there is no such folder."""
     from mlflow.artifacts import list_artifacts  # late: see value_classes
 
-    return list(list_artifacts(artifact_uri=location, tracking_uri=tracking_uri()))
+    return list(retrying(lambda: list_artifacts(artifact_uri=location, tracking_uri=tracking_uri())))
 
 
 def _is_there(location: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from schemas.errors import StageError
 from schemas.training import LoRA, Training
@@ -218,6 +219,13 @@ def test_a_score_is_the_head_at_the_last_real_token(kind: str, tmp_path: Path) -
     plain.config.pad_token_id = None  # transformers then takes the last token of a row without padding
     expected = [plain(torch.tensor([[*t.prompt, *a]])).logits.item() for t in trees for a in t.answers]
     torch.testing.assert_close(scores_A, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_saving_draws_no_progress_bar(llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its carriage returns would be lines of the run's log."""
+    transformers_logging.enable_progress_bar()
+    save_policy(load_policy(llama), NoTokenizer(), tmp_path / "saved")
+    assert "Writing" not in capfd.readouterr().err
 
 
 def test_a_saved_scorer_gives_the_same_in_plain_transformers_batched(llama: Path, tmp_path: Path) -> None:

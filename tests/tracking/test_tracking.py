@@ -6,13 +6,14 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schemas.errors import StageError
 from schemas.stage import Artifact, Request, Result
 from stages import tracking
-from stages.tracking import StageRun
+from stages.tracking import StageRun, mlflow_client, store
 from stages.tracking.journal import Journal
 from stages.tracking.names import PARAM_LENGTH
 
@@ -197,6 +198,32 @@ def test_metrics_wait_while_mlflow_is_away(home: Path, monkeypatch: pytest.Monke
                 time.sleep(0.01)
         assert client is tracking.plain_client()
     assert history(run.run_id, "train/loss") == [(step, float(step)) for step in range(50)]
+
+
+def test_a_client_that_cannot_be_made_yet_is_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database may be locked, or its server restarting, when the first call of a process comes."""
+    make, failures = mlflow_client._client_for, iter([RuntimeError("database is locked"), ConnectionError()])
+
+    def at_the_third_try(uri: str) -> Any:
+        for failure in failures:
+            raise failure
+        return make(uri)
+
+    monkeypatch.setattr(mlflow_client, "_client_for", at_the_third_try)
+    assert [e.name for e in tracking.client().search_experiments()] == ["Default"]
+
+
+def test_a_listing_of_remote_files_is_tried_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([ConnectionError("refused"), ["entry"]])
+
+    def list_artifacts(**named: Any) -> Any:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", list_artifacts)
+    assert store._entries("mlflow-artifacts:/folder") == ["entry"]
 
 
 def test_a_locked_database_is_tried_again() -> None:

@@ -164,14 +164,15 @@ def load_whole(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' warnings and progress bars: what matters in them is checked here."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _unusable(folder: Path, message: str, fix: str, field: str = "model") -> StageError:

@@ -7,6 +7,7 @@ from typing import Protocol
 from peft import PeftModel
 
 from stages.engine.models import lora
+from stages.engine.models.loading import quiet
 from stages.engine.models.policy import Policy, Scorer, _Trunk
 
 
@@ -52,7 +53,8 @@ def _save(model: _Trunk, codec: SavesTokenizer, folder: Path, base: str | None) 
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)
     try:
-        plain.save_pretrained(folder, state_dict=lora.merged(plain) if isinstance(model.hf, PeftModel) else None)
+        with quiet():
+            plain.save_pretrained(folder, state_dict=lora.merged(plain) if isinstance(model.hf, PeftModel) else None)
     finally:
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)

@@ -117,5 +117,5 @@ def _totals(policy: Policy) -> Callable[[Batch], Tensor]:
 
 def _check_finite(values: Iterable[float]) -> None:
     if not all(map(math.isfinite, values)):
-        message = "the reference model gives log-probabilities that are not finite"
-        raise refuse("model", None, message, "train it again with a lower learning rate", kind="model")
+        message = "it gives log-probabilities that are not finite"
+        raise refuse("model", "the reference", message, "train it again with a lower learning rate", kind="model")
