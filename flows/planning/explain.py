@@ -75,12 +75,12 @@ def _description(loc: tuple[str | int, ...], raw: Any) -> str:
 
 def _models(loc: tuple[str | int, ...], raw: Any) -> list[type[BaseModel]]:
     """The models that may hold the last key of `loc`: of a union, the one that `method` or `judge` names."""
-    found: list[Any] = [PipelineConfig]
+    models: list[Any] = [PipelineConfig]
     for key in loc[:-1]:
         raw = raw.get(key) if isinstance(raw, dict) else None
-        found = [inner for outer in found for inner in _inside(outer, key)]
-        found = [inner for inner in found if _named(inner, key, raw)]
-    return [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
+        models = [inner for outer in models for inner in _inside(outer, key)]
+        models = [inner for inner in models if _named(inner, key, raw)]
+    return [model for model in models if isinstance(model, type) and issubclass(model, BaseModel)]
 
 
 def _inside(outer: Any, key: str | int) -> Iterator[Any]:

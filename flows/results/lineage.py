@@ -238,7 +238,7 @@ def forward(graph: Graph, sha256: str, what: str) -> Item:
 
 def uses(graph: Graph, sha256: str, seen: set[str]) -> list[Item]:
     """What was made of a content."""
-    found = []
+    items = []
     for name, step in graph.users.get(sha256, []):
         if step.stage not in MAKERS or name in NOT_SEEN:
             continue
@@ -246,12 +246,12 @@ def uses(graph: Graph, sha256: str, seen: set[str]) -> list[Item]:
         title = f"{step.label}, by its input {name}"
         facts = {"outputs": dict(step.outputs), "registered": registered, **facts_of(step)}
         if step.run_id in seen:
-            found.append(Item(f"{title} (see above)", {"run_id": step.run_id, "registered": registered}))
+            items.append(Item(f"{title} (see above)", {"run_id": step.run_id, "registered": registered}))
             continue
         seen.add(step.run_id)
         below = [item for made in step.outputs.values() for item in uses(graph, made, seen)]
-        found.append(Item(title, facts, below))
-    return found
+        items.append(Item(title, facts, below))
+    return items
 
 
 # --- for people and programs ---

@@ -28,8 +28,8 @@ def points(table: Sequence[Row]) -> list[dict[str, Any]]:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     rows.sort(key=lambda row: (methods.index(row["method"]), row["beta"] or 0, row["seed"]))
     groups = itertools.groupby(rows, key=lambda row: (row["method"], row["beta"]))
-    found = [_point(method, beta, list(group)) for (method, beta), group in groups]
-    return [point | {"on_frontier": not any(_better(other, point) for other in found)} for point in found]
+    points = [_point(method, beta, list(group)) for (method, beta), group in groups]
+    return [point | {"on_frontier": not any(_better(other, point) for other in points)} for point in points]
 
 
 def _point(method: str, beta: float | None, rows: Sequence[Row]) -> dict[str, Any]:
