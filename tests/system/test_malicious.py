@@ -234,5 +234,5 @@ def test_mlflow_may_not_unpickle(before: str | None, ready_home: Path, monkeypat
     else:
         monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", before)
     mlflow_client._client_for.cache_clear()
-    tracking.client()
+    tracking.setup()
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
