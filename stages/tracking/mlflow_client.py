@@ -110,9 +110,16 @@ def client() -> "MlflowClient":
 
 def runs(condition: str) -> "Iterator[Run]":
     """All runs, of all experiments, that meet a condition in MLflow's query language; newest first."""
-    experiments, token = [experiment.experiment_id for experiment in client().search_experiments()], None
+    newest = ["attributes.start_time DESC"]
+    experiments = [one.experiment_id for one in pages(lambda token: client().search_experiments(page_token=token))]
+    yield from pages(lambda token: client().search_runs(experiments, condition, order_by=newest, page_token=token))
+
+
+def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a search finds: MLflow answers a thousand at a time. `search` takes the token of a page."""
+    token = None
     while True:
-        page = client().search_runs(experiments, condition, order_by=["attributes.start_time DESC"], page_token=token)
+        page = search(token)
         yield from page
         token = page.token
         if not token:
@@ -142,6 +149,15 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return re.search(TRANSIENT, str(error), re.IGNORECASE) is not None
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that there is no such run, model or artifact, or that none can have this name.
+
+    Everything else, a 404 of whatever answers in MLflow's place included, says nothing about them.
+    """
+    missing = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+    return getattr(error, "error_code", None) in missing
 
 
 def without_passwords(text: str) -> str:
