@@ -10,6 +10,7 @@ from schemas.methods import Method
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, data_source
 from schemas.stage import STAGES
+from schemas.text import short
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -142,9 +143,10 @@ def _choose_judge(value: Any) -> Any:
     if isinstance(value, str):
         value = {"judge": value}
     if isinstance(value, dict):
-        if value.get("judge") not in _JUDGES:
-            raise ValueError(f"judge {value.get('judge')!r} is not known. Fix: use one of {', '.join(_JUDGES)}")
-        return _JUDGES[value["judge"]].model_validate(value)
+        name = value.get("judge")
+        if not isinstance(name, str) or name not in _JUDGES:
+            raise ValueError(f"judge {short(name)} is not known. Fix: use one of {', '.join(_JUDGES)}")
+        return _JUDGES[name].model_validate(value)
     if not isinstance(value, tuple(_JUDGES.values())):
         names = ", ".join(_JUDGES)
         raise PydanticCustomError("no_judge", "must be one of {names}, or keys with values", {"names": names})
@@ -220,7 +222,7 @@ def _name_methods(value: Any) -> Any:
 def _known_stages(pools: dict[str, str]) -> dict[str, str]:
     for stage in pools:
         if stage not in STAGES:
-            raise ValueError(f"{stage!r} is not a stage. Fix: use {', '.join(STAGES)}")
+            raise ValueError(f"{short(stage)} is not a stage. Fix: use {', '.join(STAGES)}")
     return pools
 
 

@@ -43,12 +43,14 @@ def before(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
     from schemas.errors import EXIT_CODES, StageError
+    from schemas.text import show, show_tracebacks
 
     os.environ.setdefault("DO_NOT_TRACK", "1")  # read when Prefect is imported
+    show_tracebacks()
     try:
         app()
     except StageError as error:
-        print(f"alignflow: {error}", file=sys.stderr)
+        show(f"alignflow: {error}", sys.stderr)
         sys.exit(EXIT_CODES[error.status])
     except OSError as error:
         from stages.runtime.workspace import home
@@ -57,5 +59,5 @@ def main() -> None:
         if place != home() and not (barred and place.is_relative_to(home())):
             raise
         fix = "give a folder that you may write to, with room"
-        print(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", file=sys.stderr)
+        show(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", sys.stderr)
         sys.exit(EXIT_CODES["refused"])
