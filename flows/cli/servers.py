@@ -29,6 +29,10 @@ def up(
     ] = "127.0.0.1",
     mlflow_port: MlflowPort = None,
     prefect_port: PrefectPort = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time on each of the pools cpu and gpu. Default: by cores and memory."),
+    ] = None,
 ) -> None:
     """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
 
@@ -42,7 +46,7 @@ def up(
     """
     from flows.servers.up import up as start
 
-    start(pools, host, mlflow_port, prefect_port)
+    start(pools, host, mlflow_port, prefect_port, limit)
 
 
 def deploy(

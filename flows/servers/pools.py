@@ -1,18 +1,46 @@
 """Work pools on the Prefect server, made or brought up to date from the templates in `deploy/pools/`."""
 
+import contextlib
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from flows.execution import gpu_slots
 from schemas.errors import refuse
 
 PROCESS_POOLS = ("cpu", "gpu")
 """Pools whose runs are processes of the worker's own machine. They share a template."""
+
+STAGES_QUEUE = "stages"
+"""Work queue of placed stages. A pipeline waits for its stages, so with one limit for both neither would end."""
+
+CORES_PER_RUN = 4
+GIB_PER_RUN = 4
+"""A run of a model that fits a laptop takes 1 to 3 GiB; larger ones have a machine for themselves."""
+
+
+def runs_at_once() -> int:
+    """How many runs a worker of this machine takes up at a time, and how many stages train at a time without a GPU:
+    by cores and memory, at least one, and at least one per GPU.
+    """
+    by_room = min(len(os.sched_getaffinity(0)) // CORES_PER_RUN, int(memory_gib() // GIB_PER_RUN))
+    return max(1, by_room, len(gpu_slots.names()))
+
+
+def memory_gib() -> float:
+    """The memory that this process may use: the machine's, or what its container is given."""
+    limits = [psutil.virtual_memory().total]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(file.read_text()))
+    return min(limits) / 2**30
 
 
 def templates() -> dict[str, Path]:
@@ -39,15 +67,24 @@ def apply(client: SyncPrefectClient, pool: str) -> Literal["created", "updated",
         existing = client.read_work_pool(pool)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=pool, type=kind(pool), base_job_template=template))
+        add_queue(client, pool)
         return "created"
     if existing.type != kind(pool):
         fix = f"delete it (prefect work-pool delete {pool}), or rename one of the two"
         message = f"the work pool exists with the type {existing.type!r}; it should be {kind(pool)!r}."
         raise refuse("pool", pool, message, fix, kind="pool")
+    add_queue(client, pool)
     if existing.base_job_template == template:
         return "unchanged"
     client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
     return "updated"
+
+
+def add_queue(client: SyncPrefectClient, pool: str) -> None:
+    """Give a pool of local processes its queue of stages; idempotent."""
+    if pool in PROCESS_POOLS:
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_work_queue(STAGES_QUEUE, work_pool_name=pool)
 
 
 def read(pool: str) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import psutil
 
@@ -31,6 +32,9 @@ STOP_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
 ORPHAN_SECONDS = 3.0
 """The same when the starter has died: 5 s after that nothing is to be left."""
+RESTARTS = 5
+"""A server that stops so often within a minute is given up."""
+RESTART_WINDOW = 60.0
 PR_SET_CHILD_SUBREAPER = 36
 
 # No telemetry; no job runners of MLflow's own, which we have no use for.
@@ -66,6 +70,39 @@ class Server:
             direct().open(self.health, timeout=5).close()
             return True
         return False
+
+
+@dataclass
+class Running:
+    """A server and the process that it runs in now."""
+
+    server: Server
+    process: subprocess.Popen[bytes]
+    keep: Sequence[int] = ()
+    """Descriptors that stay open as long as it lives."""
+    stopped: list[float] = field(default_factory=list)
+    """When it stopped by itself within the last minute, seconds of the monotonic clock."""
+    restart_at: float | None = None
+
+    def look_after(self) -> None:
+        """Start it again when it has stopped: at once, then after pauses of 1, 2, 4 s, so that whatever it fails on
+        gets time to come back.
+
+        Raises:
+            StageError: it has stopped five times within a minute.
+        """
+        now = time.monotonic()
+        if self.restart_at is None and self.process.poll() is not None:
+            self.stopped = [*(before for before in self.stopped if now - before < RESTART_WINDOW), now]
+            if len(self.stopped) >= RESTARTS:
+                raise failed(self.server)
+            pause = 0 if len(self.stopped) == 1 else 2 ** (len(self.stopped) - 2)
+            end_session(self.process.pid)
+            when = f"in {pause} s" if pause else "now"
+            say(f"{self.server.name} stopped (exit code {self.process.returncode}); starting it again {when}.")
+            self.restart_at = now + pause
+        if self.restart_at is not None and now >= self.restart_at:
+            self.process, self.restart_at = start(self.server, self.keep, "ab"), None
 
 
 def direct() -> urllib.request.OpenerDirector:
@@ -105,25 +142,25 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The servers' processes, healthy; ended on the way out. `keep`: descriptors that stay open as long as they live.
+def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[list[Running]]:
+    """The servers, healthy; ended on the way out. `keep`: descriptors that stay open as long as they live.
 
     Raises:
         StageError: one does not start.
     """
     interrupt_on_sigterm()
-    processes: list[subprocess.Popen[bytes]] = []
+    started: list[Running] = []
     try:
         for server in servers:
-            processes.append(start(server, keep))
-        for server, process in zip(servers, processes, strict=True):
-            until_healthy(server, process)
-        yield processes
+            started.append(Running(server, start(server, keep), keep))
+        for one in started:
+            until_healthy(one.server, one.process)
+        yield started
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+        for one in started:
+            one.process.terminate()
+        for one in started:
+            one.process.wait()
 
 
 def interrupt_on_sigterm() -> None:
@@ -136,12 +173,12 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def start(server: Server, keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start a server under a guard (below), its output in a log file."""
+def start(server: Server, keep: Sequence[int] = (), log_mode: Literal["wb", "ab"] = "wb") -> subprocess.Popen[bytes]:
+    """Start a server under a guard (below), its output in a log file: a new one, or what follows in the old one."""
     server.log.parent.mkdir(parents=True, exist_ok=True)
     hidden = server.without | {"PREFECT_API_URL"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | QUIET | server.environment
-    with server.log.open("wb") as log:
+    with server.log.open(log_mode) as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.servers.supervisor", str(os.getpid()), *server.command],
             env=environment,
@@ -174,13 +211,16 @@ def failed(server: Server) -> StageError:
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 
 
-def wait(servers: Sequence[Server], processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Return on Ctrl-C or SIGTERM; raise StageError when a server stops by itself."""
+def watch(running: Sequence[Running]) -> None:
+    """Start again what stops by itself, until Ctrl-C or SIGTERM.
+
+    Raises:
+        StageError: one stops again and again.
+    """
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            for server, process in zip(servers, processes, strict=True):
-                if process.poll() is not None:
-                    raise failed(server)
+            for one in running:
+                one.look_after()
             time.sleep(0.5)
 
 
@@ -213,6 +253,14 @@ def end_descendants(parent: int) -> None:
         if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
             signal_all(below, signal.SIGKILL)
         psutil.wait_procs(below, timeout=0.1)  # reaps those that have become children of this process
+
+
+def end_session(leader: int) -> None:
+    """End what a guard that was killed itself has left: it led a session, and what it had started is in it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                process.kill()
 
 
 def signal_all(processes: Sequence[psutil.Process], which: signal.Signals) -> None:

@@ -25,7 +25,7 @@ from flows.execution import gpu_slots
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
-from schemas.environment import HOME, PARENT, ROOTS
+from schemas.environment import DEVICE_SLOTS, HOME, PARENT, ROOTS
 from schemas.errors import refuse
 from stages import tracking
 from stages.runtime import workspace
@@ -51,13 +51,16 @@ def up(
     host: str = HOST,
     mlflow_port: int | None = None,
     prefect_port: int | None = None,
+    limit: int | None = None,
 ) -> None:
-    """Start what is not running elsewhere, with a worker for each wanted pool; print the addresses; wait for Ctrl-C.
+    """Start what is not running elsewhere, with workers for each wanted pool, each of which takes up at most `limit`
+    runs at a time (None: as cores and memory allow); print the addresses; wait for Ctrl-C.
 
     Where it already runs for this home, report that and return.
 
     Raises:
-        StageError: a port is taken, a server would be open to everybody, or something does not start or stops.
+        StageError: a port is taken, a server would be open to everybody, something does not start, or stops again and
+            again.
     """
     if mlflow_port and mlflow_port == prefect_port:
         raise refuse("--prefect-port", prefect_port, "it is MLflow's.", "give each its own", kind="input")
@@ -73,7 +76,7 @@ def up(
                 return
         address_file.file().unlink(missing_ok=True)
         with guards() as keep:
-            bring_up(wanted, host, mlflow_port, prefect_port, keep)
+            bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep)
         address_file.file().unlink(missing_ok=True)
 
 
@@ -113,7 +116,12 @@ def say_where(running: Addresses, wanted: Sequence[str]) -> None:
 
 
 def bring_up(
-    wanted: Sequence[str], host: str, mlflow_port: int | None, prefect_port: int | None, keep: Sequence[int]
+    wanted: Sequence[str],
+    host: str,
+    mlflow_port: int | None,
+    prefect_port: int | None,
+    limit: int,
+    keep: Sequence[int],
 ) -> None:
     """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
     elsewhere = given()
@@ -124,14 +132,14 @@ def bring_up(
     if "Prefect" not in elsewhere:
         urls["Prefect"] += "/api"
     where = Addresses(pid=os.getpid(), mlflow=urls["MLflow"], prefect=urls["Prefect"], pools=list(wanted))
-    with supervisor.running(ours, keep) as processes, as_client(where.prefect):
+    with supervisor.running(ours, keep) as servers, as_client(where.prefect):
         if wanted:
             make_pools(wanted)
-        workers = [worker(pool, where) for pool in wanted]
-        with supervisor.running(workers, keep) as more:
+        workers = [one for pool in wanted for one in workers_of(pool, where, limit)]
+        with supervisor.running(workers, keep) as at_work:
             publish_addresses(where)
-            say_all(where, elsewhere)
-            supervisor.wait([*ours, *workers], [*processes, *more])
+            say_all(where, elsewhere, limit)
+            supervisor.watch([*servers, *at_work])
             say("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 
@@ -184,13 +192,13 @@ def publish_addresses(where: Addresses) -> None:
     workspace.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
 
 
-def say_all(where: Addresses, elsewhere: dict[str, str]) -> None:
+def say_all(where: Addresses, elsewhere: dict[str, str], limit: int) -> None:
     """Say where everything is."""
     for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
         note = " (already running, from the environment)" if name in elsewhere else ""
         say(f"{name:8} {tracking.without_passwords(url)}{note}")
     if where.pools:
-        say(f"workers  {', '.join(where.pools)}")
+        say(f"workers  {', '.join(where.pools)}; at most {limit} {'run' if limit == 1 else 'runs'} at a time each")
         if "gpu" in where.pools and not gpu_slots.names():
             say("No GPU here: stages placed on the pool gpu run on the CPU.")
         say("In another terminal: alignflow deploy")
@@ -227,18 +235,33 @@ def make_pools(wanted: Sequence[str]) -> None:
     checks.check_pools(wanted, workers=False)
 
 
-def worker(pool: str, where: Addresses) -> Worker:
+def workers_of(pool: str, where: Addresses, limit: int) -> list[Worker]:
+    """A pool's workers on this machine. Where runs are processes, one takes up whole runs and one placed stages, each
+    as many as the limit says; elsewhere a run waits for a job on another machine, and only one worker without limit
+    is there.
+    """
+    if pool not in pools.PROCESS_POOLS:
+        return [worker(pool, pool, [], where, limit)]
+    options = {pool: "default", f"{pool} stages": pools.STAGES_QUEUE}
+    limited = ["--limit", str(limit)]
+    return [worker(pool, name, ["--work-queue", queue, *limited], where, limit) for name, queue in options.items()]
+
+
+def worker(pool: str, name: str, options: Sequence[str], where: Addresses, limit: int) -> Worker:
     """A worker for a pool. It starts again under its name, so the server lists it once."""
-    title = f"{pool} on {socket.gethostname()}"
-    command = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", pool, "--name", title]
+    title = f"{name} on {socket.gethostname()}"
+    command = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", pool, "--name", title, *options]
     command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
-    environment = worker_environment(where)
-    return Worker(f"worker {pool}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)
+    environment = worker_environment(where, limit)
+    return Worker(f"worker {name}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)
 
 
-def worker_environment(where: Addresses) -> dict[str, str]:
-    """What runs need to know: the servers, this home, and the folders that a config's files may be in."""
+def worker_environment(where: Addresses, limit: int) -> dict[str, str]:
+    """What runs need to know: the servers, this home, the folders that a config's files may be in, and how many of
+    them may train at a time where there is no GPU.
+    """
     return passwords() | {
+        DEVICE_SLOTS: os.environ.get(DEVICE_SLOTS) or str(limit),
         HOME: str(workspace.home()),
         ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),
         "MLFLOW_TRACKING_URI": where.mlflow,

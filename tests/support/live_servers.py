@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from flows.servers.address_file import Addresses
@@ -91,6 +92,28 @@ def below(process: subprocess.Popen[Any]) -> list[int]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     return []
+
+
+def guards(up: subprocess.Popen[Any]) -> dict[int, str]:
+    """Guards that `alignflow up` has started -> what each is for: a server, or a worker's name."""
+    commands = {}
+    for child in psutil.Process(up.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = child.cmdline()
+            name = line[line.index("--name") + 1].partition(" on ")[0] if "--name" in line else ""
+            commands[child.pid] = f"worker {name}" if name else line[line.index("-m", 4) + 1]
+    return commands
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for a condition; one that cannot be asked yet does not hold. The limit is only for a hang."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, httpx.HTTPError):
+            if condition():
+                return
+        time.sleep(0.2)
+    raise TimeoutError(condition)
 
 
 def python(code: str, home: Path, **environment: str) -> Any:

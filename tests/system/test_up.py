@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -171,6 +172,24 @@ def test_a_mistyped_pool_is_named_before_anything_is_deployed(
     refused = alignflow(home, "deploy", "--file", file)
     assert refused.returncode == EXIT_CODES["refused"] and not refused.stdout
     assert "deployments[gpu].work_pool.name = gpuu" in refused.stderr and "'gpu'" in refused.stderr
+
+
+@pytest.mark.slow
+def test_what_dies_is_started_again_and_the_rest_goes_on(
+    running: tuple["subprocess.Popen[str]", Addresses],
+) -> None:
+    """A server, its guard, and a worker, each by SIGKILL: the others stay, and everything answers again."""
+    process, where = running
+    before = {name: pid for pid, name in live_servers.guards(process).items()}
+    workers = {f"worker {pool}{stages}" for pool in ("cpu", "gpu") for stages in ("", " stages")}
+    assert set(before) == {"mlflow", "prefect", *workers}
+    psutil.Process(before["mlflow"]).kill()
+    psutil.Process(before["worker cpu"]).children()[0].kill()
+    live_servers.until(lambda: not {before["mlflow"], before["worker cpu"]} & live_servers.guards(process).keys())
+    live_servers.until(lambda: set(live_servers.guards(process).values()) == set(before))
+    live_servers.until(lambda: httpx.get(f"{where.mlflow}/health", timeout=5).status_code == 200)
+    after = {name: pid for pid, name in live_servers.guards(process).items()}
+    assert {name for name in before if after[name] != before[name]} == {"mlflow", "worker cpu"}
 
 
 @pytest.mark.slow

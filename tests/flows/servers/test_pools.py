@@ -1,0 +1,53 @@
+"""How many runs a machine takes up, and in which queue what waits for what."""
+
+import os
+from importlib.resources import files
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+
+from flows.execution import gpu_slots
+from flows.servers import pools
+from flows.servers.address_file import Addresses
+from flows.servers.up import workers_of
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "gpus", "runs"),
+    [
+        (2, 24, 0, 1),
+        (16, 64, 0, 4),  # 16 cores / 4
+        (64, 32, 0, 8),  # 32 GiB / 4
+        (64, 3, 0, 1),
+        (16, 64, 8, 8),  # each GPU has a run
+    ],
+)
+def test_runs_at_once(cores: int, gib: int, gpus: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=gib * 2**30))
+    monkeypatch.setattr(gpu_slots, "names", lambda: [str(number) for number in range(gpus)])
+    assert pools.runs_at_once() == runs
+
+
+def test_a_run_that_waits_for_a_stage_does_not_take_its_worker() -> None:
+    """With a limit of one, the worker that has the pipeline takes no stage, and another one does."""
+    declared = yaml.safe_load((files("deploy") / "prefect.yaml").read_text())["deployments"]
+    queues = {
+        (one["entrypoint"], one["work_pool"]["name"]): one["work_pool"].get("work_queue_name", "default")
+        for one in declared
+        if one["work_pool"]["name"] in pools.PROCESS_POOLS
+    }
+    assert queues == {
+        ("flows.pipeline.pipeline", "cpu"): "default",
+        ("flows.retrain.retrain", "cpu"): "default",
+        ("flows.stage.stage", "cpu"): "stages",
+        ("flows.stage.stage", "gpu"): "stages",
+    }
+    where = Addresses(pid=1, mlflow="http://127.0.0.1:5000", prefect="http://127.0.0.1:4200/api")
+    commands = [worker.command for worker in workers_of("gpu", where, 3)]
+    assert [command[command.index("--work-queue") + 1] for command in commands] == ["default", "stages"]
+    assert all(command[command.index("--limit") + 1] == "3" for command in commands)
+    (slurm,) = workers_of("slurm", where, 3)
+    assert "--limit" not in slurm.command and "--work-queue" not in slurm.command
