@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import Artifact, Request, Result
+from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
 from stages.tracking.mlflow_client import (
@@ -317,7 +318,7 @@ class StageRun:
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
-        sys.stderr.write(f"{self.request.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.write(f"{one_line(self.request.label)}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
 
