@@ -60,7 +60,14 @@ class Schema:
 
 @contextlib.contextmanager
 def opened(path: Path, seconds: float = 30.0) -> Iterator[sqlite3.Connection]:
-    """A connection in autocommit. Raises StageError when the file is damaged, naming its backups."""
+    """A connection in autocommit.
+
+    Raises:
+        StageError: the file is damaged; its backups are named.
+        OSError: it is a folder, or may not be opened.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in the database's place", str(path))
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as connection:
             yield connection
