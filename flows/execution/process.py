@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 
 from flows.execution import gpu_slots
-from schemas.environment import HOME, PARENT, launcher
+from schemas.environment import HOME, PARENT, SAFE_PATH, launcher, python_path
 from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import Request, Result
 from schemas.text import visible
@@ -83,7 +83,7 @@ def reused(request: Request, log: Log) -> Result | None:
 
 
 def run_process(request: Request, path: Path, log: Log) -> int:
-    """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
+    """Start `python -P -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
     outlives this call."""
     with gpu_slots.hold_devices(request, log, stopping) as (shown, locks):
         process = start(request, path, shown, locks)
@@ -101,6 +101,7 @@ def start(request: Request, path: Path, shown: dict[str, str], locks: list[int])
         text=True,
         errors="replace",
         process_group=0,
+        umask=workspace.PRIVATE,
         pass_fds=locks,
     )
     with _guard:
@@ -135,10 +136,10 @@ def pass_on(line: str, log: Log) -> None:
 def environment(request: Request) -> dict[str, str]:
     """The process's environment: where this code lies, its parent, and how many threads it may use."""
     root = str(Path(tracking.__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     values = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        **SAFE_PATH,
+        "PYTHONPATH": python_path(root),
         "PYTHONUNBUFFERED": "1",
         HOME: str(workspace.home()),
         PARENT: str(os.getpid()),
