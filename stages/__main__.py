@@ -234,4 +234,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.umask(workspace.PRIVATE)
+    os.environ.update(SAFE_PATH)
     sys.exit(main(sys.argv[1:]))

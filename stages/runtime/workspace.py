@@ -3,19 +3,23 @@
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import socket
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from schemas.environment import home, keep_work
 
 log = logging.getLogger("alignflow")
 
 
+SAY_SECONDS = 60.0
 PRIVATE = 0o077
 """The umask of what runs for a home: prompts, models and digests of passwords are for their owner alone."""
 
@@ -57,16 +61,27 @@ def place() -> dict[str, str]:
 
 @contextlib.contextmanager
 def lock(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel frees it when the holder dies. `waiting` is logged before a wait."""
+    """Hold an exclusive lock on a file; the kernel frees it when the holder dies. `waiting` is logged meanwhile."""
     _make_folder(path.parent)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting:
-                log.info("%s", waiting)
+            said = -math.inf
+            while waiting and not _taken(file):
+                if time.monotonic() - said > SAY_SECONDS:  # again and again: who waits is not stuck
+                    said = time.monotonic()
+                    log.info("%s", waiting)
+                time.sleep(0.1)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 @contextlib.contextmanager
