@@ -11,9 +11,10 @@ import runpy
 from typing import Any
 from uuid import UUID
 
-from schemas.environment import roots
+from schemas.environment import SAFE_PATH, roots
 from schemas.errors import StageError, refuse
 from stages.runtime.process import die_with_parent
+from stages.runtime.workspace import PRIVATE
 
 FLOWS = ("flows.pipeline.pipeline", "flows.retrain.retrain", "flows.stage.stage")
 """Entrypoints that a worker runs."""
@@ -67,6 +68,8 @@ def entrypoint(flow_run_id: UUID) -> str | None:
 def main() -> None:
     """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
     die_with_parent()
+    os.umask(PRIVATE)
+    os.environ.update(SAFE_PATH)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
     named = entrypoint(UUID(os.environ["PREFECT__FLOW_RUN_ID"]))

@@ -67,7 +67,7 @@ def up(
     if not all(wanted):
         raise refuse("--pool", "", "the name is empty.", "name a work pool, such as cpu or gpu", kind="input")
     wanted = list(dict.fromkeys(wanted))
-    workspace.home().mkdir(parents=True, exist_ok=True)
+    workspace.open_home()
     with address_file.lock_file().open("a") as lock:
         while not taken(lock):
             running = address_file.found()
