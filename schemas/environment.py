@@ -15,6 +15,8 @@ DEVICE_LOCKS = "ALIGNFLOW_DEVICE_LOCKS"
 DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
 LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
+LOGIN = "ALIGNFLOW_LOGIN"
+JUDGE_HOSTS = "ALIGNFLOW_JUDGE_HOSTS"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
 
@@ -66,3 +68,8 @@ def launcher() -> list[str]:
 def parent() -> int | None:
     """The process that a stage dies with; None where nobody waits for it."""
     return int(os.environ.get(PARENT) or 0) or None
+
+
+def login() -> str:
+    """On a server that alignflow starts: user and password, `user:password`, that a login link carries; else empty."""
+    return os.environ.get(LOGIN, "")
