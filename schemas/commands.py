@@ -1,21 +1,20 @@
 """What `alignflow validate`, `generate` and `chat` ask of their processes (stages/commands); made of their options."""
 
-from pathlib import Path
-
 from pydantic import Field
 
 from schemas import Strict
 from schemas.config import GenerateConfig, ValidateParams
+from schemas.source import FilePath, PathText
 
 
 class ValidateCommand(ValidateParams):
     """Check a data file, alone."""
 
-    out: Path
+    out: FilePath
     """Folder for Parquet, quarantine.jsonl and report.json."""
-    model: Path | None = None
+    model: FilePath | None = None
     """Model folder whose tokenizer tells what is too long."""
-    evaluation: Path | None = None
+    evaluation: FilePath | None = None
     """Data folder whose evaluation prompts must not be trained on."""
     as_json: bool = False
 
@@ -23,10 +22,10 @@ class ValidateCommand(ValidateParams):
 class GenerateCommand(GenerateConfig):
     """Answer the prompts of a file."""
 
-    model: Path
-    prompts: str
-    out: Path
-    judge: str = "none"
+    model: FilePath
+    prompts: PathText
+    out: FilePath
+    judge: PathText = "none"
     """`none` (people rank), `rule`, `sentiment`, or a reward model's folder."""
     seed: int = 0
 

@@ -8,8 +8,9 @@ from pydantic_core import PydanticCustomError
 from schemas import Strict
 from schemas.methods import Method
 from schemas.promotion import PromoteConfig
-from schemas.source import Hub, data_source
+from schemas.source import Hub, PathText, could_exist, data_source, template_file
 from schemas.stage import STAGES
+from schemas.text import short
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
@@ -44,7 +45,7 @@ class Scratch(Strict):
 class ModelConfig(Strict):
     """The base model: a local folder, a Hub name, a GGUF file, or `scratch`. Stage `base` publishes it."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Local folder, Hub name, GGUF file, or `package:NAME` for the GGUF inside an installed Python package."""
     revision: str | None = None
     """Commit of the Hub model; required for a Hub name, so that the same config means the same weights."""
@@ -54,11 +55,16 @@ class ModelConfig(Strict):
     system_prompt: str | None = None
     """Put before prompts that bring no system message."""
 
+    @field_validator("chat_template")
+    @classmethod
+    def _could_be_a_file(cls, template: str | None) -> str | None:
+        return template if template is None or template_file(template) is None else could_exist(template)
+
 
 class DataConfig(Strict):
     """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
 
-    path: str
+    path: PathText
     """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset;
     `demo:sft` or `demo:prompt`."""
     kind: Kind
@@ -120,7 +126,7 @@ class RewardJudge(Strict):
     """A reward model: `gold` is trained by the pipeline on rows of its own, else a model folder."""
 
     judge: Literal["reward"] = "reward"
-    model: str = "gold"
+    model: PathText = "gold"
 
 
 class EndpointJudge(Strict):
@@ -142,9 +148,10 @@ def _choose_judge(value: Any) -> Any:
     if isinstance(value, str):
         value = {"judge": value}
     if isinstance(value, dict):
-        if value.get("judge") not in _JUDGES:
-            raise ValueError(f"judge {value.get('judge')!r} is not known. Fix: use one of {', '.join(_JUDGES)}")
-        return _JUDGES[value["judge"]].model_validate(value)
+        name = value.get("judge")
+        if not isinstance(name, str) or name not in _JUDGES:
+            raise ValueError(f"judge {short(name)} is not known. Fix: use one of {', '.join(_JUDGES)}")
+        return _JUDGES[name].model_validate(value)
     if not isinstance(value, tuple(_JUDGES.values())):
         names = ", ".join(_JUDGES)
         raise PydanticCustomError("no_judge", "must be one of {names}, or keys with values", {"names": names})
@@ -220,7 +227,7 @@ def _name_methods(value: Any) -> Any:
 def _known_stages(pools: dict[str, str]) -> dict[str, str]:
     for stage in pools:
         if stage not in STAGES:
-            raise ValueError(f"{stage!r} is not a stage. Fix: use {', '.join(STAGES)}")
+            raise ValueError(f"{short(stage)} is not a stage. Fix: use {', '.join(STAGES)}")
     return pools
 
 
@@ -237,7 +244,7 @@ class PipelineConfig(Strict):
     generate: GenerateConfig | None = None
     """When set, preference data is sampled from the SFT model."""
     reward: RewardConfig | None = RewardConfig()
-    reward_model: str | None = None
+    reward_model: PathText | None = None
     """Folder of a reward model of your own; stage `reward` is skipped."""
     gold: RewardConfig | None = None
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""

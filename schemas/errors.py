@@ -2,9 +2,12 @@
 
 from typing import Literal
 
-from schemas import Strict
+from schemas import Strict, text
 
 Status = Literal["done", "refused", "diverged", "preempted", "failed"]
+
+_LONGEST = 2000
+"""Characters of a value that are shown."""
 
 EXIT_CODES: dict[Status, int] = {"done": 0, "refused": 65, "diverged": 70, "preempted": 75, "failed": 1}
 
@@ -19,12 +22,14 @@ class Problem(Strict):
     fix: str | None = None
 
     def __str__(self) -> str:
-        where = f"{self.field} = {self.value}: " if self.field else ""
+        # Values and messages quote what comes from outside, and this is printed, logged and shown on pages.
+        where = f"{text.one_line(self.field)} = {text.one_line(self.value, _LONGEST)}: " if self.field else ""
+        message = text.message(self.message)
         if not self.fix:
-            return f"{where}{self.message}"
-        message = self.message.rstrip()
+            return f"{where}{message}"
+        message = message.rstrip()
         stop = "" if message.endswith((".", "!", "?", ":")) else "."
-        return f"{where}{message}{stop} Fix: {self.fix}"
+        return f"{where}{message}{stop} Fix: {text.message(self.fix)}"
 
 
 class StageError(Exception):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from schemas.text import short
 from schemas.training import Training
 
 
@@ -91,8 +92,8 @@ def _choose(value: Any) -> Any:
     """Pick the class by `method`, so that an error speaks of one class and not of every one in the union."""
     if isinstance(value, dict):
         name = value.get("method")
-        if name not in CONFIGS:
-            raise ValueError(f"method {name!r} is not known. Fix: use one of {', '.join(CONFIGS)}")
+        if not isinstance(name, str) or name not in CONFIGS:
+            raise ValueError(f"method {short(name)} is not known. Fix: use one of {', '.join(CONFIGS)}")
         return CONFIGS[name].model_validate(value)
     if not isinstance(value, MethodConfig):
         raise PydanticCustomError("dict_type", "must be keys with values")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from schemas import Strict, no_truth
+from schemas.text import short
 
 
 class Check(Strict):
@@ -83,7 +84,7 @@ class Gate(Strict):
     def _have_a_better_side(cls, tolerances: dict[str, float]) -> dict[str, float]:
         for name in tolerances:
             if name not in BETTER:
-                raise ValueError(f"{name!r} is not a metric with a better direction. Fix: use {', '.join(BETTER)}")
+                raise ValueError(f"{short(name)} is not a metric with a better direction. Fix: use {', '.join(BETTER)}")
         return tolerances
 
 

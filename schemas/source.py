@@ -7,10 +7,36 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _HUB_MODEL = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 _HUB_DATASET = re.compile(f"{_NAME}(/{_NAME})?", re.ASCII)
+
+
+Place = TypeVar("Place", str, Path)
+_PATH_BYTES, _NAME_BYTES = 4095, 255  # Linux refuses to look for more
+
+
+def could_exist(path: Place) -> Place:
+    """The path, or name; refused as a value where no disk could hold it: asking for it would be an error."""
+    encoded = str(path).encode(errors="surrogatepass")
+    longest = max(map(len, encoded.split(b"/")))
+    if len(encoded) > _PATH_BYTES or longest > _NAME_BYTES:
+        where = f"a path has at most {_PATH_BYTES} bytes and each part of it {_NAME_BYTES}; this has {len(encoded)}"
+        raise PydanticCustomError("path_too_long", "is too long: {where}", {"where": f"{where} and {longest}"})
+    if b"\0" in encoded:
+        raise PydanticCustomError("path_with_nul", "holds a NUL character, which no path can")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(could_exist)]
+"""A path, or a name in its place, as a config has it."""
+FilePath = Annotated[Path, AfterValidator(could_exist)]
+"""A path, as a command has it."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from schemas.environment import HOME, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
+from schemas.text import message, visible
 from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
@@ -48,12 +49,13 @@ def preempt(signum: int, frame: FrameType | None) -> None:
 
 
 class Lines(logging.Formatter):
-    """Plain lines; from warnings up each begins with its level, by which the flow's log knows it."""
+    """Plain lines; from warnings up each begins with its level, by which the flow's log knows it, and no other does."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = tracking.without_passwords(super().format(record))
         if record.levelno < logging.WARNING:
-            return text
+            return message(f"\n{text}")[1:]  # the first line may be a text from outside as well
+        text = visible(text)
         return "\n".join(f"{record.levelname.lower()}: {line}" for line in text.splitlines())
 
 

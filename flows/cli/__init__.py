@@ -3,6 +3,7 @@
 Imports of Prefect, MLflow and pydantic are inside the commands: together they take seconds, and help should not.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -50,19 +51,25 @@ def before(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
     from schemas.errors import EXIT_CODES, StageError
+    from schemas.text import one_line, show, show_tracebacks
 
     os.environ.setdefault("DO_NOT_TRACK", "1")  # read when Prefect is imported
+    show_tracebacks()
     try:
         app()
     except StageError as error:
-        print(f"alignflow: {error}", file=sys.stderr)
+        show(f"alignflow: {error}", sys.stderr)
         sys.exit(EXIT_CODES[error.status])
     except OSError as error:
         from stages.runtime.workspace import home
 
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            fix = "name a path that exists"
+            show(f"alignflow: {one_line(error.filename, 200)}: {error.strerror}. Fix: {fix}", sys.stderr)
+            sys.exit(EXIT_CODES["refused"])
         place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
         if place != home() and not (barred and place.is_relative_to(home())):
             raise
         fix = "give a folder that you may write to, with room"
-        print(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", file=sys.stderr)
+        show(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", sys.stderr)
         sys.exit(EXIT_CODES["refused"])

@@ -19,12 +19,13 @@ def presets(
     - alignflow presets demo > my.yaml
     """
     from flows.planning import config_file
+    from schemas.text import show
 
     if name is not None:
-        print(config_file.find(name).read_text(), end="")
+        show(config_file.find(name).read_text().removesuffix("\n"))
         return
     for preset, file in config_file.presets().items():
-        print(f"{preset:12} {config_file.headline(file)}")
+        show(f"{preset:12} {config_file.headline(file)}")
 
 
 def validate(

@@ -21,9 +21,10 @@ def rollback(
     - alignflow rollback my-assistant
     """
     from flows.results import registry
+    from schemas.text import show
 
     bad, restored = registry.rollback(model)
-    print(f"restored {restored} as champion; rolled back version {bad.number}")
+    show(f"restored {restored} as champion; rolled back version {bad.number}")
 
 
 def lineage(
@@ -41,9 +42,10 @@ def lineage(
     - alignflow lineage pairs.jsonl
     """
     from flows.results import lineage as trace
+    from schemas.text import show
 
     tree = trace.lineage(what)
-    print(trace.as_json(tree) if json else trace.as_text(tree))
+    show(trace.as_json(tree) if json else trace.as_text(tree))
 
 
 def compare(
@@ -59,11 +61,12 @@ def compare(
     - alignflow compare demo
     """
     from flows.results.lookup import comparison
+    from schemas.text import show
 
     last = comparison(pipeline)
-    print(f"pipeline run {last.pipeline_run}\n")
-    print((last.folder / "table.txt").read_text())
-    print(f"report: {last.folder / 'report.html'}")
+    show(f"pipeline run {last.pipeline_run}\n")
+    show((last.folder / "table.txt").read_text())
+    show(f"report: {last.folder / 'report.html'}")
 
 
 def export(
@@ -78,8 +81,9 @@ def export(
     - alignflow export models:/assistant@champion --out my-model
     """
     from flows.results.export import export as write
+    from schemas.text import show
 
-    print(f"{model} is in {write(model, out)}, with a model card in README.md")
+    show(f"{model} is in {write(model, out)}, with a model card in README.md")
 
 
 def chat(

@@ -81,11 +81,12 @@ def sweep(
     - alignflow sweep my.yaml --methods dpo --beta 0.01,0.1 --tokens 2000000 --dry-run
     """
     from flows.planning import sweep as sweeping
+    from schemas.text import show
 
     plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
     results = _run(plan, dry_run)
     if results is not None:
-        print(sweeping.tokens_line(plan.config, results))
+        show(sweeping.tokens_line(plan.config, results))
 
 
 def stage(
@@ -116,8 +117,9 @@ def submit(config: Config, overrides: Overrides = []) -> None:
     """
     from flows.planning import config_file
     from flows.submit import submit as start
+    from schemas.text import show
 
-    print(start(config_file.load(config, overrides, here=False).config))
+    show(start(config_file.load(config, overrides, here=False).config))
 
 
 def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
@@ -133,8 +135,9 @@ def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
         address_file.adopt()
     if dry_run:
         from flows.planning.dry_run import outlook
+        from schemas.text import show
 
-        print(outlook(plan))
+        show(outlook(plan))
         return None
     from flows import pipeline
 

@@ -19,6 +19,7 @@ from flows.execution import gpu_slots
 from schemas.environment import HOME, PARENT, launcher
 from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import Request, Result
+from schemas.text import visible
 from stages import tracking
 from stages.runtime import workspace
 
@@ -122,6 +123,7 @@ def follow(process: subprocess.Popen[str], log: Log) -> int:
 
 def pass_on(line: str, log: Log) -> None:
     """Log one line of a stage at the level that it begins with."""
+    line = visible(line)  # a library may print past the stage's own log
     for name, level in (("warning: ", logging.WARNING), ("error: ", logging.ERROR), ("critical: ", logging.CRITICAL)):
         if line.startswith(name):
             log.log(level, "%s", line.removeprefix(name))

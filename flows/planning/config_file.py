@@ -1,7 +1,8 @@
 """From a preset or a YAML file and `--set` to a checked config: all mistakes are found here, before anything starts."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import takewhile
@@ -9,21 +10,104 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    Event,
+    MappingStartEvent,
+    ScalarEvent,
+)
 
 from flows.planning.config_checks import check, check_keys
 from flows.planning.explain import validate
 from flows.planning.plan import Plan, plan
 from schemas.errors import Problem, StageError
+from schemas.text import one_line, short
+
+BYTES = 1 << 20
+"""Of a config file. The bounds are far above what people write, and keep a hostile file to seconds and megabytes."""
+DEPTH = 40
+NODES = 20_000
+"""Values of a config, each alias counted with all that it stands for; a long text counts once per 64 characters."""
+_HUGE = 10**100
+
+
+# --- YAML, bounded ---
 
 
 def parse(text: str) -> Any:
     """The value of a YAML 1.2 text: 1e-5 is a number and `on` is text. A key given twice is refused, and no code runs.
 
     Raises:
-        YAMLError: it is not valid YAML.
+        YAMLError: it is not valid YAML, or goes beyond the bounds above.
     """
-    return YAML(typ="safe", pure=True).load(text)
+    if len(text) > BYTES:
+        raise YAMLError(f"the text has {len(text)} characters; {BYTES} are allowed")
+    _check_size(YAML(typ="safe", pure=True).parse(text))
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    return yaml.load(text)
+
+
+def _check_size(events: Iterable[Event]) -> None:
+    """Refuse what would take too long or too much to build: told from the events, of which no value is made yet."""
+    weights: dict[str, int] = {}
+    open_: list[list[Any]] = []  # of each collection around: whether it is a mapping, nodes in it, weight, anchor
+    for event in events:
+        weight, anchor = 1, None
+        if isinstance(event, CollectionEndEvent):
+            _, _, weight, anchor = open_.pop()
+        elif isinstance(event, ScalarEvent):
+            weight, anchor = 1 + len(event.value) // 64, event.anchor
+        elif isinstance(event, AliasEvent):
+            if any(around[-1] == event.anchor for around in open_):
+                raise _marked(event, f"*{one_line(event.anchor, 60)} stands inside of what it names")
+            weight = weights.get(event.anchor, 1)
+        elif not isinstance(event, CollectionStartEvent):
+            continue
+        if open_ and not isinstance(event, CollectionEndEvent):
+            is_mapping, nodes, *_ = open_[-1]
+            if is_mapping and nodes % 2 == 0 and not isinstance(event, ScalarEvent):
+                raise _marked(event, "a key must be a text")
+            open_[-1][1] += 1
+        if isinstance(event, CollectionStartEvent):
+            if len(open_) >= DEPTH:
+                raise _marked(event, f"values are nested more than {DEPTH} deep")
+            open_.append([isinstance(event, MappingStartEvent), 0, 1, event.anchor])
+            continue
+        if anchor is not None:
+            weights[anchor] = weight
+        if open_:
+            open_[-1][2] += weight
+        if (open_[-1][2] if open_ else weight) > NODES:
+            raise _marked(event, f"this is more than {NODES} values, with all that aliases (*name) stand for")
+
+
+def _marked(event: Event, problem: str) -> YAMLError:
+    return MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+class _Constructor(SafeConstructor):
+    """ruamel's, whose errors about a value always tell its place: some of Python's own come through it."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except YAMLError:
+            raise
+        except Exception as error:  # of int, float, date, base64, a dict: each means that the text is not of its tag
+            kind = str(node.tag).rpartition(":")[2]
+            problem = f"{short(node.value)} cannot be read as {one_line(kind, 60)}: {one_line(error, 120)}"
+            raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+        if isinstance(value, int) and abs(value) >= _HUGE:
+            raise MarkedYAMLError(problem="the number has more than 100 digits", problem_mark=node.start_mark)
+        return value
+
+
+# --- from a file to a plan ---
 
 
 def presets() -> dict[str, Path]:
@@ -87,26 +171,32 @@ def find(source: str) -> Path:
     known = presets()
     if source in known:
         return known[source]
-    if Path(source).is_file():
-        return Path(source)
+    with contextlib.suppress(OSError):  # a text too long for a path is none
+        if Path(source).is_file():
+            return Path(source)
     near = get_close_matches(source, known, 1)
     hint = f"Did you mean '{near[0]}'?" if near else f"Presets: {', '.join(known)}."
-    raise StageError(f"'{source}' is neither a preset nor a file in {Path.cwd()}. {hint}", kind="config")
+    raise StageError(f"'{one_line(source, 200)}' is neither a preset nor a file in {Path.cwd()}. {hint}", kind="config")
 
 
 def read(file: Path) -> dict[str, Any]:
     """The file's YAML mapping; StageError with line and column when it is none."""
+    named = one_line(file)
     try:
-        raw = parse(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as stream:
+            raw = parse(stream.read(BYTES + 1))
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        raise StageError(f"{where}: {error.problem or error.context}", kind="config") from None
+        where = f"{named}:{mark.line + 1}:{mark.column + 1}" if mark else named
+        raise StageError(f"{where}: {one_line(error.problem or error.context, 300)}", kind="config") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise StageError(f"{file}: not valid YAML: {' '.join(str(error).split())}", kind="config") from None
+        why = one_line(" ".join(str(error).split()), 300)
+        raise StageError(f"{named}: not valid YAML: {why}", kind="config") from None
+    except OSError as error:
+        raise StageError(f"{named}: cannot be read: {error.strerror}", kind="config") from None
     if not isinstance(raw, dict):
         raise StageError(
-            f"{file}: holds {type(raw).__name__}, not keys with values. Fix: start from `alignflow presets demo`",
+            f"{named}: holds {type(raw).__name__}, not keys with values. Fix: start from `alignflow presets demo`",
             kind="config",
         )
     return raw
@@ -117,11 +207,12 @@ def apply(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise StageError(f"--set {override}: is not of the form a.b=value", kind="config")
+        raise StageError(f"--set {one_line(override, 200)}: is not of the form a.b=value", kind="config")
     try:
         value = parse(text)
     except YAMLError:
-        raise StageError(f"--set {override}: the value is not valid YAML. Fix: quote it", kind="config") from None
+        wrong = f"--set {one_line(override, 200)}: the value is not valid YAML. Fix: quote it"
+        raise StageError(wrong, kind="config") from None
     place: Any = raw
     for depth, key in enumerate(keys[:-1], 1):
         if place.get(key) is None:
@@ -129,7 +220,6 @@ def apply(raw: dict[str, Any], override: str) -> None:
         place = place[key]
         if not isinstance(place, dict):
             here = ".".join(keys[:depth])
-            raise StageError(
-                f"--set {override}: {here} is {place!r} and has no keys. Fix: set {here} as a whole", kind="config"
-            )
+            wrong = f"--set {one_line(override, 200)}: {here} is {short(place)} and has no keys"
+            raise StageError(wrong, kind="config", fix=f"set {here} as a whole")
     place[keys[-1]] = value

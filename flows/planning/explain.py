@@ -3,7 +3,7 @@
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -11,6 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
+from schemas.text import one_line, short
+
+_MOST = 50
+"""Mistakes that are listed."""
 
 
 def validate(raw: dict[str, Any]) -> PipelineConfig:
@@ -18,8 +22,13 @@ def validate(raw: dict[str, Any]) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [explain(details, raw) for details in error.errors()]
-        raise StageError("\n".join(lines), kind="config") from None
+        raise StageError("\n".join(explanations(error.errors(), raw)), kind="config") from None
+
+
+def explanations(errors: Sequence[Any], raw: dict[str, Any]) -> list[str]:
+    """One line for each of pydantic's errors; of very many the first."""
+    lines = [explain(details, raw) for details in errors[:_MOST]]
+    return [*lines, f"and {len(errors) - _MOST} more mistakes"] if len(errors) > _MOST else lines
 
 
 def wording(details: Any) -> str:
@@ -32,11 +41,13 @@ def wording(details: Any) -> str:
 def explain(details: Any, raw: dict[str, Any]) -> str:
     """One line for one of pydantic's errors: field, value, what is wrong, fix."""
     loc = details["loc"]
-    path = ".".join(str(part) for part in loc)
-    message = wording(details)
+    path = ".".join(one_line(part, 200) for part in loc)
+    message = one_line(wording(details), 2000)
     if details["type"] == "extra_forbidden":
         known = known_keys(loc, raw)
-        return f"{path}: unknown key. {closest_match(str(loc[-1]), known) or 'Known here: ' + ', '.join(known)}"
+        return (
+            f"{path}: unknown key. {closest_match(one_line(loc[-1], 200), known) or 'Known here: ' + ', '.join(known)}"
+        )
     if details["type"] == "missing":
         return f"{path}: missing. Fix: add it{_description(loc, raw)}"
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
@@ -44,11 +55,11 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
     if details["type"] == "string_pattern_mismatch":
         message = "must be up to 63 letters, digits, dots, dashes and underscores, a letter or digit first"
     if details["type"] == "literal_error":
-        hint = closest_match(str(details["input"]), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
+        hint = closest_match(short(details["input"]).strip("'\""), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
         message += f". {hint}" if hint else ""
     if details["type"] == "value_error":
         return f"{path}: {message}"
-    return f"{path} = {_short(details['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{path} = {_value(details['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def closest_match(word: str, known: Iterable[str]) -> str:
@@ -57,9 +68,8 @@ def closest_match(word: str, known: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'?" if near else ""
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _value(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else short(value)
 
 
 def known_keys(loc: tuple[str | int, ...], raw: Any) -> list[str]:

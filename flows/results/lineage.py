@@ -17,6 +17,7 @@ from flows.results import lookup, registry
 from flows.results.registry import Version
 from schemas.errors import StageError, refuse
 from schemas.stage import STAGES
+from schemas.text import one_line
 from stages import tracking
 
 log = logging.getLogger("alignflow")
@@ -287,7 +288,7 @@ def headline(item: Item) -> str:
         if facts.get(name):
             parts.append(f"{name.removesuffix('_id')} {facts[name]}")
     parts += [registration(one) for one in facts.get("registered", [])]
-    return "  ".join(parts)
+    return "  ".join(map(one_line, parts))
 
 
 def registration(one: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from schemas.commands import ChatCommand
 from schemas.errors import EXIT_CODES, StageError
+from schemas.text import one_line, show, show_tracebacks, visible
 from stages import tracking
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
@@ -99,11 +100,11 @@ def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCom
         if text == "/reset":
             for talker in talkers:
                 talker.reset()
-            print("(forgotten)", file=out)
+            show("(forgotten)", out)
         elif text.startswith("/"):
-            print(HELP, file=out)
+            show(HELP, out)
         elif text:
-            print(reply(talkers, text, seed_of(command.seed, turn), command), flush=True, file=out)
+            show(reply(talkers, text, seed_of(command.seed, turn), command), out)
             turn += 1
 
 
@@ -124,8 +125,8 @@ def side_by_side(names: list[str], texts: list[str], width: int) -> str:
     """Two texts in columns under their names."""
     column = max(20, (width - 3) // 2)
     columns = [
-        [name[-column:], "-" * min(column, len(name)), *_wrapped(text, column)]
-        for name, text in zip(names, texts, strict=True)
+        [name[-column:], "-" * min(column, len(name)), *_wrapped(visible(text), column)]
+        for name, text in zip(map(one_line, names), texts, strict=True)
     ]
     return "\n".join(f"{left:<{column}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
 
@@ -140,15 +141,16 @@ def main(command: ChatCommand) -> int:
         asked = [(command.model, command.name), (command.versus, command.versus_name)]
         talkers = [load(uri, command.system, name) for uri, name in asked if uri is not None]
         if sys.stdin.isatty():
-            print(HELP)
+            show(HELP)
         converse(talkers, sys.stdin, sys.stdout, command)
     except StageError as error:
-        print(f"alignflow chat: {error}", file=sys.stderr)
+        show(f"alignflow chat: {error}", sys.stderr)
         return EXIT_CODES[error.status]
     except KeyboardInterrupt:
-        print()
+        show()
     return 0
 
 
 if __name__ == "__main__":
+    show_tracebacks()
     sys.exit(main(ChatCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))

@@ -8,6 +8,7 @@ from pathlib import Path
 from schemas.commands import GenerateCommand
 from schemas.config import ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
+from schemas.text import show, show_tracebacks
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
 from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, SentimentJudge
@@ -82,15 +83,16 @@ def main(command: GenerateCommand) -> int:
     try:
         counts = alone(command)
     except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show(f"error: {error}", sys.stderr)
         return EXIT_CODES[error.status]
     made = f"{counts['generate/answers']:.0f} answers to {counts['generate/prompts']:.0f} prompts in {command.out}"
     if command.judge == "none":
-        print(f"{made}; fill in `order` on every line, best first")
+        show(f"{made}; fill in `order` on every line, best first")
     else:
-        print(f"{made}, {'compared' if command.noise else 'scored'} by {command.judge}")
+        show(f"{made}, {'compared' if command.noise else 'scored'} by {command.judge}")
     return 0
 
 
 if __name__ == "__main__":
+    show_tracebacks()
     sys.exit(main(GenerateCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.commands import ValidateCommand
 from schemas.errors import EXIT_CODES, StageError
+from schemas.text import one_line, show, show_tracebacks
 from stages.validate import check
 from stages.validate.context import Context
 
@@ -45,14 +46,15 @@ def _codec(folder: Path) -> "Codec":
 def _print(command: ValidateCommand, report: dict[str, Any], error: StageError | None) -> None:
     if command.as_json:
         places = {"source": command.path, "out": str(command.out), "quarantine": str(command.out / "quarantine.jsonl")}
-        print(json.dumps(report | {"error": None if error is None else str(error)} | places))
+        show(json.dumps(report | {"error": None if error is None else str(error)} | places))
         return
-    print(f"{command.path}: {report['rows']} rows, {report['kept']} kept, {report['quarantined']} quarantined")
+    show(f"{one_line(command.path)}: {report['rows']} rows, {report['kept']} kept, {report['quarantined']} quarantined")
     for name, count in [*report.get("checks", {}).items(), *report.get("notes", {}).items()]:
-        print(f"  {count:8d}  {name}")
+        show(f"  {count:8d}  {one_line(name)}")
     if error is not None:
-        print(f"refused: {error}", file=sys.stderr)
+        show(f"refused: {error}", sys.stderr)
 
 
 if __name__ == "__main__":
+    show_tracebacks()
     sys.exit(main(ValidateCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))

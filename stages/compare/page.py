@@ -11,8 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from schemas.text import visible
 from stages.compare import frontier, plots
-from stages.compare.plots import STARTING_POINTS, colours, colours_of, visible
+from stages.compare.plots import STARTING_POINTS, colours, colours_of
 from stages.compare.table import (
     Column,
     Comparison,

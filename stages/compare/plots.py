@@ -2,10 +2,10 @@
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from schemas.text import visible
 from stages.compare.table import Row, finite
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ def colours_of(table: Sequence[Row]) -> dict[str, str]:
     named = {row["model"]: row.get("method", row["model"]) for row in table}
     colour = colours(list(named.values()))
     return {model: colour[name] for model, name in named.items()}
-
-
-# Control characters, lone surrogates, and the characters that reorder text around them.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(value: object) -> str:
-    """Text with a mark in the place of every character that could hide or reorder it."""
-    return UNSEEN.sub("\ufffd", str(value))
 
 
 def canvas(dark: bool) -> "tuple[Figure, Axes, str]":

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import Artifact, Request, Result
+from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
 from stages.tracking.mlflow_client import (
@@ -31,7 +32,7 @@ from stages.tracking.mlflow_client import (
 )
 from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.reuse import runs_with
-from stages.tracking.store import arrived, digest, fetch
+from stages.tracking.store import arrived, digest, fetch, keep
 
 log = logging.getLogger("alignflow")
 
@@ -136,6 +137,8 @@ class StageRun:
         try:
             try:
                 self._journal.close()
+                if error is None:
+                    keep(f"runs:/{self.run_id}")  # before MLflow calls it finished, and before its checkpoints go
             finally:
                 client().set_terminated(self.run_id, status)
         except Exception as second:
@@ -259,6 +262,7 @@ class StageRun:
         if not arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", fix="run the stage again")
+        keep(uri)
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
 
@@ -314,7 +318,7 @@ class StageRun:
         left = ""
         if pace.first < done < total:
             left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
-        sys.stderr.write(f"{self.request.label}  {done}/{total} {what}{left}\n")
+        sys.stderr.write(f"{one_line(self.request.label)}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
+from schemas.text import listed, one_line
 
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "ranking": (
@@ -79,7 +80,9 @@ def wrong_columns(params: ValidateParams, columns: list[str], prompt_missing: bo
     for ours, theirs in params.columns.items():
         if theirs not in columns:
             near = None if ours in _SIDES else _nearest(theirs, columns)
-            message = f"{params.path} has no column `{theirs}` to take `{ours}` from; it has {', '.join(columns)}"
+            message = (
+                f"{one_line(params.path)} has no column `{theirs}` to take `{ours}` from; it has {listed(columns)}"
+            )
             return refuse(
                 f"columns.{ours}",
                 theirs,
@@ -108,8 +111,8 @@ def _other_kind(params: ValidateParams, columns: list[str], forms: tuple[tuple[s
     mapping = _mapping({name: near[name] or _YOURS for name in missing})
     lacks = " and no ".join(f"`{name}`" for name in missing)
     message = (
-        f"{params.path} cannot be read as {params.kind}: it has no column {lacks}. "
-        f"It has {', '.join(columns)}. Kind {params.kind} needs {', or '.join(' + '.join(form) for form in forms)}."
+        f"{one_line(params.path)} cannot be read as {params.kind}: it has no column {lacks}. "
+        f"It has {listed(columns)}. Kind {params.kind} needs {', or '.join(' + '.join(form) for form in forms)}."
     )
     fix = (
         f"read it as kind {' or '.join(fits)}, or " if fits else ""
@@ -119,12 +122,12 @@ def _other_kind(params: ValidateParams, columns: list[str], forms: tuple[tuple[s
 
 def _nearest(name: str, others: Iterable[str]) -> str | None:
     """The one name that differs in the closest match; None when there is none, or more than one."""
-    near = difflib.get_close_matches(name, list(others), n=2, cutoff=0.8)
+    near = difflib.get_close_matches(name, [other for other in others if len(other) < 200], n=2, cutoff=0.8)
     return near[0] if len(near) == 1 else None
 
 
 def _mapping(columns: Mapping[str, str]) -> str:
     """How a mapping is written, on the command line and in a config."""
-    options = " ".join(f"--columns {ours}={theirs}" for ours, theirs in columns.items())
-    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    options = " ".join(f"--columns {ours}={one_line(theirs)}" for ours, theirs in columns.items())
+    pairs = ", ".join(f"{ours}: {one_line(theirs)}" for ours, theirs in columns.items())
     return f"`{options}` (config: `columns: {{{pairs}}}`)"

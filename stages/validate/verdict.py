@@ -3,6 +3,7 @@
 import polars as pl
 
 from schemas.errors import StageError, refuse
+from schemas.text import one_line
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine
 
@@ -16,7 +17,7 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
         return _few_held_out(frame, context)
     if frame.height and not usable.height and "all_tied" not in quarantine.notes:
         return _unranked(frame.height, context, quarantine)
-    counts = f"{params.path}: {bad} of {context.read} rows ({share:.1%}) are bad"
+    counts = f"{one_line(params.path)}: {bad} of {context.read} rows ({share:.1%}) are bad"
     if not frame.height:
         message = f"{counts}: nothing is left"
     elif not usable.height:
@@ -40,7 +41,7 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
     how = " (numbers of the answers from 0, best first)" if column == "order" else ""
     rest = f"; the other {bad} are bad: see {quarantine.file}" if bad else ""
     message = (
-        f"{context.params.path}: no line has {'an order' if column == 'order' else column} yet: "
+        f"{one_line(context.params.path)}: no line has {'an order' if column == 'order' else column} yet: "
         f"nobody has ranked the answers of {rows} of {context.read} lines{rest}."
     )
     return StageError(message, kind="not_ranked", fix=f"fill in `{column}` on each line{how}")
@@ -52,6 +53,6 @@ def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
     held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
     if held_out >= params.min_eval_prompts:
         return None
-    message = f"{params.path}: {held_out} of {prompts} prompts are held out, too few to evaluate on."
+    message = f"{one_line(params.path)}: {held_out} of {prompts} prompts are held out, too few to evaluate on."
     fix = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
     return refuse("evaluate.min_prompts", params.min_eval_prompts, message, fix, kind="few_prompts")

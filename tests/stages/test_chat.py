@@ -105,3 +105,11 @@ def test_a_missing_model_is_a_clear_error(monkeypatch, capsys, home: Path) -> No
 def test_settings_out_of_range_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=option):
         ChatCommand.model_validate({"model": "x", option: value})
+
+
+def test_an_answer_reaches_the_terminal_as_text(monkeypatch, capsys, models) -> None:
+    """A model may write what a terminal acts on: here the clipboard, the screen, an override, and a bare return."""
+    monkeypatch.setattr(chat_command.Talker, "answer", lambda *_: "a\x1b]52;c;aGk=\x07\x1b[2J\x9b2J\u202eb\rc\nd")
+    for options in ({"model": models[0]}, {"model": models[0], "name": "\x1b[1mone", "versus": models[1]}):
+        _, out = say(monkeypatch, capsys, "hello\n", **options)
+        assert not set(out) & set("\x1b\x07\x9b\u202e\r") and "[2J" in out

@@ -53,6 +53,51 @@ def refuses(pool: str, **values: Any) -> bool:
     return False
 
 
+def violations(pod: dict[str, Any]) -> list[str]:
+    """What a namespace that enforces Kubernetes' Pod Security Standard *restricted* would refuse the pod for.
+
+    The rules are those of kubernetes.io/docs/concepts/security/pod-security-standards, baseline and restricted.
+    """
+    volume_types = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected"}
+    whole = pod.get("securityContext", {})
+    wrong = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    wrong += [
+        f"volume {one['name']}"
+        for one in pod.get("volumes", [])
+        if not set(one) - {"name"} <= {*volume_types, "secret"}
+    ]
+    wrong += ["sysctls"] if whole.get("sysctls") else []
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        own = container.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        both = {**whole, **own}
+        rules = {
+            "privileged": not own.get("privileged"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "capabilities.drop": "ALL" in capabilities.get("drop", []),
+            "capabilities.add": set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "runAsNonRoot": both.get("runAsNonRoot") is True,
+            "runAsUser": both.get("runAsUser") != 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "procMount": own.get("procMount", "Default") == "Default",
+            "windowsOptions": not both.get("windowsOptions", {}).get("hostProcess"),
+            "seLinuxOptions": not {"user", "role"} & set(both.get("seLinuxOptions", {})),
+            "appArmorProfile": both.get("appArmorProfile", {}).get("type", "RuntimeDefault") != "Unconfined",
+            "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
+        }
+        wrong += [rule for rule, kept in rules.items() if not kept]
+    return wrong
+
+
+def test_the_rules_of_the_restricted_profile_see_what_breaks_them() -> None:
+    bare = {"hostPID": True, "containers": [{"name": "x"}], "volumes": [{"name": "root", "hostPath": {"path": "/"}}]}
+    needed = ["allowPrivilegeEscalation", "capabilities.drop", "runAsNonRoot", "seccompProfile"]
+    assert violations(bare) == ["hostPID", "volume root", *needed]
+    open_again = {"privileged": True, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}
+    broken = violations({"containers": [{"securityContext": open_again, "ports": [{"hostPort": 80}]}]})
+    assert {"privileged", "runAsUser", "capabilities.add", "hostPort"} <= set(broken)
+
+
 @pytest.mark.parametrize("pool", sorted(pools.templates()))
 def test_every_variable_is_used_explained_and_has_a_valid_default(pool: str) -> None:
     template = pools.read(pool)
@@ -90,6 +135,8 @@ def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: py
     assert host["Init"] is True and host["ShmSize"] == 8 * 2**30
     (request,) = host["DeviceRequests"]
     assert request["Count"] == -1 and request["Capabilities"] == [["gpu"]]
+    assert host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["ReadonlyRootfs"] is True and host["Tmpfs"] == {"/tmp": "mode=1777,exec"} and host["PidsLimit"] > 0
     # All containers see all GPUs; the locks by which each takes its own lie where all see them too.
     assert f"alignflow-devices:{asked['environment']['ALIGNFLOW_DEVICE_LOCKS']}" in host["Binds"]
     assert refuses("docker", shm_size="much") and refuses("docker", gpus=[{"count": -2}])
@@ -119,7 +166,11 @@ def test_a_kubernetes_job_is_valid_and_has_what_training_needs(monkeypatch: pyte
     assert container["envFrom"] == [{"secretRef": {"name": "alignflow", "optional": True}}]
     told = {one["name"]: one["value"] for one in container["env"]}
     assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "NCCL_DEBUG": "INFO"}).items() <= told.items()
-    assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": 10001}
+    assert violations(pod) == []
+    assert pod["securityContext"]["fsGroup"] == 10001 and pod["automountServiceAccountToken"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    written = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert written == {"/dev/shm", "/tmp", EVERYWHERE["ALIGNFLOW_HOME"]}
     assert container["args"] == ["python", "-P", "-m", "flows.job"]
     assert manifest["spec"]["backoffLimit"] == 0  # Prefect starts it again, not Kubernetes
     assert manifest["metadata"]["namespace"] == "default"

@@ -280,3 +280,27 @@ def test_a_template_file_is_read(tmp_path: Path) -> None:
     for value in (str(path), "{{ messages }}"):
         asked = Request(stage="base", version=1, params={"scratch": {}, "chat_template": value})
         assert requests.with_sources(asked, "model").params["chat_template"] == "{{ messages }}"
+
+
+# --- Lines that hold what comes from outside --------------------------------------------------------------------------
+
+
+def test_a_text_in_a_line_is_text_and_no_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a row, a name or a model: it neither acts on a terminal nor passes for an error of the stage."""
+    caplog.set_level(logging.INFO)
+    formatter, text = entry.Lines(), "row \x1b[2J\nerror: forged\rerror: again\n  warning: third\u2028x"
+    for level in (logging.INFO, logging.ERROR):
+        for message in (text, f"error: {text}"):
+            record = logging.LogRecord("alignflow", level, "file", 1, "%s", (message,), None)
+            for line in formatter.format(record).split("\n"):
+                execution_process.pass_on(line, logging.getLogger("alignflow"))
+            assert {one.levelno for one in caplog.records} == {level}
+            assert not set(caplog.text.replace("\n", "")) & set("\x1b\r") and "[2J" in caplog.text
+            caplog.clear()
+
+
+def test_what_a_library_prints_is_text_too(caplog: pytest.LogCaptureFixture) -> None:
+    execution_process.pass_on("error: \x1b]52;c;aGk=\x07\x85", logging.getLogger("alignflow"))
+    assert [(one.levelno, one.getMessage()) for one in caplog.records] == [
+        (logging.ERROR, "\ufffd]52;c;aGk=\ufffd\ufffd")
+    ]

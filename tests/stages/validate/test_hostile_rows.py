@@ -273,3 +273,13 @@ def test_an_empty_data_set(tmp_path: Path) -> None:
     for name, content in {"one.csv": b"prompt,response\np,r\n", "one.json": b'[{"prompt": "p"}]'}.items():
         (tmp_path / name).write_bytes(content)
         assert told(tmp_path, data={"sft": {"path": str(tmp_path / name), "kind": "sft"}}) == []
+
+
+def test_names_of_columns_are_text(tmp_path: Path) -> None:
+    """What a file calls its columns is quoted in a refusal: of many the first, and no line begins with one."""
+    rows = write(tmp_path / "rows.jsonl", [{"\x1b[2J\nerror: forged": "x", **{f"c{i}": "y" for i in range(500)}}] * 3)
+    with pytest.raises(StageError) as refusal:
+        check(Context(ValidateParams(path=str(rows), kind="preference")), tmp_path / "out")
+    told = str(refusal.value)
+    assert "\x1b" not in told and "\n" not in told and "error: forged" in told
+    assert "c18 and 481 more" in told  # 501 columns, 20 of them listed
