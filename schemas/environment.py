@@ -8,6 +8,7 @@ from pathlib import Path
 HOME = "ALIGNFLOW_HOME"
 ROOTS = "ALIGNFLOW_ROOTS"
 API_KEYS = "ALIGNFLOW_API_KEYS"
+JUDGE_HOSTS = "ALIGNFLOW_JUDGE_HOSTS"
 GPUS = "ALIGNFLOW_GPUS"
 EXPERIMENT = "ALIGNFLOW_EXPERIMENT"
 KEEP_WORK = "ALIGNFLOW_KEEP_WORK"
@@ -16,7 +17,6 @@ DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
 LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
 LOGIN = "ALIGNFLOW_LOGIN"
-JUDGE_HOSTS = "ALIGNFLOW_JUDGE_HOSTS"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
 
@@ -33,6 +33,11 @@ def roots() -> list[Path]:
 def api_keys() -> list[str]:
     """Names of variables that a deployed run may send to an endpoint judge as its key."""
     return os.environ.get(API_KEYS, "").split(",")
+
+
+def judge_hosts() -> list[str]:
+    """Hosts, `host` or `host:port`, whose endpoint judges a deployed run may ask."""
+    return [host.strip().lower() for host in os.environ.get(JUDGE_HOSTS, "").split(",") if host.strip()]
 
 
 def gpus() -> int:
