@@ -24,7 +24,17 @@ app = typer.Typer(
 )
 _COMMANDS = (  # in the order of the help
     *(run.run, run.retrain, models.rollback, models.lineage, run.sweep, data.presets, data.validate, data.generate),
-    *(run.stage, models.compare, models.export, models.chat, servers.ui, servers.up, servers.deploy, run.submit),
+    *(
+        run.stage,
+        models.compare,
+        models.export,
+        models.chat,
+        servers.ui,
+        servers.up,
+        servers.deploy,
+        run.submit,
+        servers.clean,
+    ),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -76,6 +76,9 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
     module = "flows.servers.door"
     command = [sys.executable, "-P", "-m", module, "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(workspace.home() / "prefect")}
+    # Flow runs that ended 90 days ago go, as events do sooner; left to itself Prefect keeps runs for ever.
+    vacuum = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
+    environment |= {vacuum: os.environ.get(vacuum) or "events,flow_runs"}
     # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
     environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
     environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS") or allowed_hosts(host)}
