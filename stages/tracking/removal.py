@@ -25,7 +25,7 @@ def model_locations() -> dict[str, list[str]]:
 def folder_locations(run: "Run") -> list[str]:
     """Where the folders are that a run has stored among its own files."""
     root = str(run.info.artifact_uri)
-    return [f"{root}/{entry.path}" for entry in entries(root) if entry.is_dir]
+    return [f"{root}/{entry.path.rpartition('/')[2]}" for entry in entries(root) if entry.is_dir]
 
 
 def stored_size(location: str) -> int:
