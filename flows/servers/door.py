@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import hmac
 import os
+import re
 import runpy
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -77,7 +78,9 @@ class Door:
     def problem(self, headers: dict[bytes, str]) -> str | None:
         """Why nobody but a page of a stranger would ask so; None where that is not so."""
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if self.hosts and not any(fnmatch.fnmatchcase(host.lower(), name.lower()) for name in self.hosts):
+        # The form first: a pattern's `*` would match anything.
+        known = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", host) is not None
+        if self.hosts and not (known and any(fnmatch.fnmatchcase(host.lower(), name.lower()) for name in self.hosts)):
             return "This server does not go by that name. Fix: add it to MLFLOW_SERVER_ALLOWED_HOSTS."
         if origin is None or origin in self.origins or "*" in self.origins:
             return None
