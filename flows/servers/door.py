@@ -70,6 +70,9 @@ class Door:
             return await refuse(scope, send, problem)
         if scope["type"] == "http" and scope["path"] == LOGIN and self.basic:
             return await self.log_in(scope, headers, send)
+        # MLflow ends with an error of its own where it finds no user and password in what it is given.
+        if self.keep == "cookie" and not readable(headers.get(b"authorization")):
+            return await answer(send, 401, "Only user and password are taken here, as Basic.")
         cookie = headers.get(b"cookie", "")
         if self.keep == "cookie" and self.basic and b"authorization" not in headers and self.remembers(scope, cookie):
             scope = {**scope, "headers": [*scope["headers"], (b"authorization", self.basic)]}
@@ -110,6 +113,15 @@ class Door:
         """Whether the request's cookies have our token."""
         wanted = f"{cookie_name(scope)}={self.token()}"
         return any(hmac.compare_digest(one.strip().encode(), wanted.encode()) for one in cookie.split(";"))
+
+
+def readable(authorization: str | None) -> bool:
+    """Whether an Authorization header, where there is one, holds user and password."""
+    scheme, _, words = (authorization or "Basic Og==").partition(" ")
+    try:
+        return scheme.lower() == "basic" and ":" in base64.b64decode(words, validate=True).decode()
+    except ValueError:
+        return False
 
 
 def split(names: str) -> list[str]:

@@ -119,3 +119,9 @@ def test_without_a_word_there_is_no_login(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("ALIGNFLOW_LOGIN")
     assert inside(path="/alignflow/login", authorization="", **OWN)
     assert b"authorization" not in asked(cookie="alignflow-5000=", **OWN)[0]["headers"]
+
+
+@pytest.mark.parametrize("given", ["Bearer x", "Basic", "Basic !", "Basic eA==", "x", "Digest eDp5", "Basic /w=="])
+def test_what_holds_no_password_never_reaches_mlflow(given: str) -> None:
+    assert asked(authorization=given, **OWN)[0]["status"] == 401
+    assert inside(keep="storage", authorization=given, **OWN), "Prefect says so itself"
