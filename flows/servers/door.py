@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import hmac
 import os
+import re
 import runpy
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -69,6 +70,9 @@ class Door:
             return await refuse(scope, send, problem)
         if scope["type"] == "http" and scope["path"] == LOGIN and self.basic:
             return await self.log_in(scope, headers, send)
+        # MLflow ends with an error of its own where it finds no user and password in what it is given.
+        if self.keep == "cookie" and not readable(headers.get(b"authorization")):
+            return await answer(send, 401, "Only user and password are taken here, as Basic.")
         cookie = headers.get(b"cookie", "")
         if self.keep == "cookie" and self.basic and b"authorization" not in headers and self.remembers(scope, cookie):
             scope = {**scope, "headers": [*scope["headers"], (b"authorization", self.basic)]}
@@ -77,7 +81,9 @@ class Door:
     def problem(self, headers: dict[bytes, str]) -> str | None:
         """Why nobody but a page of a stranger would ask so; None where that is not so."""
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if self.hosts and not any(fnmatch.fnmatchcase(host.lower(), name.lower()) for name in self.hosts):
+        # The form first: a pattern's `*` would match anything.
+        known = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", host) is not None
+        if self.hosts and not (known and any(fnmatch.fnmatchcase(host.lower(), name.lower()) for name in self.hosts)):
             return "This server does not go by that name. Fix: add it to MLFLOW_SERVER_ALLOWED_HOSTS."
         if origin is None or origin in self.origins or "*" in self.origins:
             return None
@@ -107,6 +113,15 @@ class Door:
         """Whether the request's cookies have our token."""
         wanted = f"{cookie_name(scope)}={self.token()}"
         return any(hmac.compare_digest(one.strip().encode(), wanted.encode()) for one in cookie.split(";"))
+
+
+def readable(authorization: str | None) -> bool:
+    """Whether an Authorization header, where there is one, holds user and password."""
+    scheme, _, words = (authorization or "Basic Og==").partition(" ")
+    try:
+        return scheme.lower() == "basic" and ":" in base64.b64decode(words, validate=True).decode()
+    except ValueError:
+        return False
 
 
 def split(names: str) -> list[str]:
