@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+from flows.servers import databases
 from flows.servers.supervisor import HOST, Server, address
 from schemas.errors import refuse
 from stages import tracking
@@ -48,6 +49,7 @@ def prefect_server(number: int, *more: str, host: str = HOST) -> Server:
     """
     url = address(host, number)
     check_prefect_database()
+    databases.check_prefect()
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(workspace.home() / "prefect")}
     # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
@@ -117,6 +119,7 @@ def check_passwords() -> None:
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = workspace.home() / "mlflow-auth.ini"
+    databases.check_users(workspace.home() / "mlflow-auth.db")
     lines = [
         "[mlflow]",
         "default_permission = READ",
