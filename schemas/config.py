@@ -265,5 +265,8 @@ class PipelineConfig(Strict):
     """Devices per training stage; more than one runs under torchrun."""
     parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""
+    stage_minutes: float = Field(default=240.0, gt=0)
+    """A stage that shows no sign of progress for so long is stopped, and started again as one that was preempted: it
+    prints nothing, its work folder does not change, and it neither reads nor writes a megabyte a minute."""
     pools: Annotated[dict[str, str], AfterValidator(_known_stages)] = {}
     """Stage -> work pool whose workers run it: `{sft: gpu, align: gpu}`. What is not named runs where the flow runs."""

@@ -17,6 +17,18 @@ LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""As `-P`, for all that a process starts in turn: no file of the working directory is imported. Data may have come with
+a `random.py` of its own."""
+
+
+def python_path(*before: str) -> str:
+    """PYTHONPATH for a process that we start: some folders, then its own without those that name no fixed place.
+
+    An empty one, as `:/somewhere` has, means the working directory.
+    """
+    return os.pathsep.join([*before, *filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+
 
 def home() -> Path:
     """Folder for everything that is stored; default `.alignflow` in the working directory."""

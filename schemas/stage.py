@@ -58,6 +58,8 @@ class Placement(Strict):
 
     devices: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    """`stage_minutes` of the config; None: however long it takes."""
 
 
 class Request(Strict):

@@ -1,4 +1,4 @@
-"""Run one stage in this process: `python -m stages NAME request.json`.
+"""Run one stage in this process: `python -P -m stages NAME request.json`.
 
 Writes `result.json` beside the request and exits with the code of its status (schemas/errors.py). With more than one
 device in the request's placement it turns itself into torchrun, which starts it again once per device.
@@ -18,7 +18,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from schemas.environment import HOME, parent
+from schemas.environment import HOME, SAFE_PATH, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from schemas.text import message, visible
@@ -90,7 +90,7 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
     """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
     module = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     stage = [f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv]
-    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # torchrun starts the ranks without -P
+    safe = os.environ | SAFE_PATH  # torchrun starts the ranks without -P
     os.execve(sys.executable, [*module, *stage], safe)
 
 
@@ -233,4 +233,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.umask(workspace.PRIVATE)
+    os.environ.update(SAFE_PATH)
     sys.exit(main(sys.argv[1:]))

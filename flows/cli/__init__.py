@@ -3,6 +3,7 @@
 Imports of Prefect, MLflow and pydantic are inside the commands: together they take seconds, and help should not.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -28,6 +29,8 @@ _COMMANDS = (  # in the order of the help
 for _command in _COMMANDS:
     app.command()(_command)
 
+FOR_OTHERS = {"validate", "generate", "export", "presets"}
+"""Commands whose files a user asks for by name: they keep the user's umask. What others make is the home's."""
 BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
 """Commands that need no server, and use one only where the environment or the config's pools say so."""
 
@@ -35,14 +38,30 @@ BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
 @app.callback()
 def before(context: typer.Context) -> None:
     """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
+    if context.invoked_subcommand not in FOR_OTHERS:
+        os.umask(0o077)  # stages.runtime.workspace.PRIVATE, without its imports, for which help would wait
     if context.invoked_subcommand not in BY_THEMSELVES:
         from flows.servers.address_file import adopt
 
         adopt()
 
 
+def leave_out_working_directory() -> None:
+    """Let neither this process, from here on, nor those that it starts import a file of the working directory, where
+    data may have come with a `random.py` of its own. `python -m` puts it first, an empty entry of PYTHONPATH too.
+    """
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    named = [path for path in given if os.path.isabs(path)]
+    os.environ.update({"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(named)})
+    with contextlib.suppress(FileNotFoundError):  # the folder is gone
+        here, ours = os.getcwd(), str(Path(__file__).resolve().parents[2])
+        if here not in (ours, *named):
+            sys.path[:] = [path for path in sys.path if path not in ("", here)]
+
+
 def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
+    leave_out_working_directory()
     from schemas.errors import EXIT_CODES, StageError
     from schemas.text import one_line, show, show_tracebacks
 

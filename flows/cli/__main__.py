@@ -1,4 +1,4 @@
-"""`python -m flows.cli`: the command line where no console script is installed."""
+"""`python -P -m flows.cli`: the command line where no console script is installed."""
 
 from flows.cli import main
 

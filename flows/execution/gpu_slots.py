@@ -107,6 +107,8 @@ def try_lock(name: str) -> int | None:
     descriptor = os.open(
         folder / f"{name.replace('/', '_')}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
     )
+    with contextlib.suppress(PermissionError):  # another user's, who has done the same
+        os.fchmod(descriptor, 0o644)  # whatever the umask
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,10 +16,10 @@ import uuid
 from pathlib import Path
 
 from flows.execution import gpu_slots
-from schemas.environment import HOME, PARENT, launcher
-from schemas.errors import EXIT_CODES, Problem, StageError
+from flows.execution.output import PIECE, Log, Output, Watch
+from schemas.environment import HOME, PARENT, launcher, python_path
+from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import Request, Result
-from schemas.text import visible
 from stages import tracking
 from stages.runtime import workspace
 
@@ -28,9 +28,7 @@ COMMAND = [sys.executable, "-P", "-m", "stages"]
 GRACE_SECONDS = 4.0
 """Between SIGTERM and SIGKILL, for a stage that is stopped from outside."""
 
-Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
-
-_processes: set[subprocess.Popen[str]] = set()
+_processes: set[subprocess.Popen[bytes]] = set()
 _guard = threading.Lock()
 _stopping = threading.Event()
 
@@ -83,14 +81,25 @@ def reused(request: Request, log: Log) -> Result | None:
 
 
 def run_process(request: Request, path: Path, log: Log) -> int:
-    """Start `python -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
-    outlives this call."""
+    """Start `python -P -m stages` once its devices are free, pass its lines on, and return its exit code. Nothing of it
+    outlives this call.
+
+    Raises:
+        StageError: it was stopped because it hangs (status `preempted`).
+    """
     with gpu_slots.hold_devices(request, log, stopping) as (shown, locks):
         process = start(request, path, shown, locks)
-        return follow(process, log)
+        with Output(log, path.with_name("output.log")) as output:
+            watch = Watch(process, output, workspace.work_folder(request.key()), request.placement.minutes)
+            code = follow(process, output, watch)
+    if watch.hangs:
+        message = f"stage {request.label} has shown no progress for {watch.minutes:g} minutes and was stopped."
+        fix = "start it again: it resumes; raise stage_minutes if it was only slow"
+        raise refuse("stage_minutes", watch.minutes, message, fix, kind="no_progress", status="preempted")
+    return code
 
 
-def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[str]:
+def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[bytes]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     process = subprocess.Popen(
         [*launcher(), *COMMAND, request.stage, str(path)],
@@ -98,9 +107,8 @@ def start(request: Request, path: Path, shown: dict[str, str], locks: list[int])
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         process_group=0,
+        umask=workspace.PRIVATE,
         pass_fds=locks,
     )
     with _guard:
@@ -108,37 +116,26 @@ def start(request: Request, path: Path, shown: dict[str, str], locks: list[int])
     return process
 
 
-def follow(process: subprocess.Popen[str], log: Log) -> int:
-    """Pass a process's lines on until it ends; its exit code."""
+def follow(process: subprocess.Popen[bytes], output: Output, watch: Watch) -> int:
+    """Pass a process's lines on until it ends, or hangs and is stopped; its exit code."""
     try:
         assert process.stdout is not None
-        for line in process.stdout:
-            pass_on(line.rstrip("\n"), log)
-        return process.wait()
+        with watch.calling(end):
+            while piece := process.stdout.readline(PIECE):
+                output.add(piece)
+            return process.wait()
     finally:
         stop(process)
         with _guard:
             _processes.discard(process)
 
 
-def pass_on(line: str, log: Log) -> None:
-    """Log one line of a stage at the level that it begins with."""
-    line = visible(line)  # a library may print past the stage's own log
-    for name, level in (("warning: ", logging.WARNING), ("error: ", logging.ERROR), ("critical: ", logging.CRITICAL)):
-        if line.startswith(name):
-            log.log(level, "%s", line.removeprefix(name))
-            return
-    if line:
-        log.info("%s", line)
-
-
 def environment(request: Request) -> dict[str, str]:
     """The process's environment: where this code lies, its parent, and how many threads it may use."""
     root = str(Path(tracking.__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     values = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(root),
         "PYTHONUNBUFFERED": "1",
         HOME: str(workspace.home()),
         PARENT: str(os.getpid()),
@@ -149,7 +146,14 @@ def environment(request: Request) -> dict[str, str]:
     return values
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group, and read nothing more of it."""
+    end(process)
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
     """End a process and its group: first politely, so that a training saves, then not."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -159,8 +163,6 @@ def stop(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # what the process has left behind
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
 
 
 def stop_all() -> None:

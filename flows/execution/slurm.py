@@ -27,6 +27,7 @@ from flows.execution import job
 from schemas.environment import HOME, LAUNCHER, PARENT
 from schemas.errors import EXIT_CODES
 from stages.runtime.process import die_with_parent
+from stages.runtime.workspace import SAY_SECONDS
 
 POLL_SECONDS = 1.0
 SAVE_SECONDS = 60
@@ -34,6 +35,7 @@ SAVE_SECONDS = 60
 OPTIONS = {"partition": "partition", "account": "account", "gres": "gres", "cpus": "cpus-per-task", "memory": "mem"}
 OPTIONS |= {"time": "time"}
 RUNNING = {"CONFIGURING", "COMPLETING", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "STAGE_OUT", "SUSPENDED"}
+WAITING = RUNNING - {"COMPLETING", "RUNNING"}
 STOPPED = {"CANCELLED", "FORGOTTEN", "NODE_FAIL", "PREEMPTED", "TIMEOUT"}
 """States of a job that was ended from outside, or may have been: the stage resumes when it is started again."""
 OWN_CODES = {EXIT_CODES["refused"], EXIT_CODES["diverged"], EXIT_CODES["preempted"]}
@@ -127,9 +129,13 @@ def submit(options: argparse.Namespace, log: Path) -> Job:
 
 def follow(submitted: Job, stopping: list[int]) -> int:
     """Pass the job's lines on until it ends; the stage's exit code."""
+    said = time.monotonic()
     while True:
         state, code = submitted.state()
         submitted.pass_on()
+        if state in WAITING and time.monotonic() - said > SAY_SECONDS:  # a job in the queue is not one that hangs
+            said = time.monotonic()
+            print(f"Slurm job {submitted.number} is {state}", flush=True)
         if state not in RUNNING:
             break
         if stopping:

@@ -38,7 +38,7 @@ def request_for(
         name=node.model or node.name,
         pipeline_run=pipeline_run,
         experiment=config.name,
-        placement=Placement(devices=node.devices, threads=threads(config)),
+        placement=Placement(devices=node.devices, threads=threads(config), minutes=config.stage_minutes),
         tags=tags,
         about=about,
         log_text=config.log_text,

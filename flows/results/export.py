@@ -55,7 +55,11 @@ def write(chosen: Model, out: Path) -> None:
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(chosen.folder, beside)
+    # As new files, under the user's umask: those of the home are for nobody else.
+    for file in filter(Path.is_file, chosen.folder.rglob("*")):
+        copy = beside / file.relative_to(chosen.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     card(chosen, out).save(beside / "README.md")
     workspace.sync_all(beside)
     if out.exists():

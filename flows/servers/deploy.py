@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.servers import automations, checks, pools
-from schemas.environment import HOME
+from schemas.environment import HOME, SAFE_PATH
 from schemas.errors import refuse
 from stages.runtime import workspace
 
@@ -72,6 +72,7 @@ def create_deployments(prefect_file: Path) -> None:
     root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
     environment = {
         **os.environ,
+        **SAFE_PATH,
         HOME: str(workspace.home()),
         "PREFECT_API_URL": str(PREFECT_API_URL.value()),
         "NO_COLOR": "1",

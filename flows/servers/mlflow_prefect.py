@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import ipaddress
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def mlflow_server(number: int, host: str = HOST) -> Server:
     needs("MLFLOW_BACKEND_STORE_URI", backend, "postgresql", "psycopg2")
     needs("MLFLOW_ARTIFACTS_DESTINATION", artifacts, "s3", "boto3")
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(number), "--workers", "1"]
+    # Else uvicorn puts the working directory before all that Python imports: this folder holds no Python.
+    command += ["--uvicorn-opts", f"--app-dir {shlex.quote(str(workspace.home() / 'logs'))}"]
     # Not as options: anybody on the machine may read a command line, and these hold passwords.
     environment = {"MLFLOW_BACKEND_STORE_URI": backend, "MLFLOW_ARTIFACTS_DESTINATION": artifacts}
     if has_passwords():

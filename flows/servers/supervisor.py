@@ -19,6 +19,7 @@ from typing import Literal
 
 import psutil
 
+from schemas.environment import SAFE_PATH, python_path
 from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime import workspace
@@ -40,7 +41,7 @@ PR_SET_CHILD_SUBREAPER = 36
 # No telemetry; no job runners of MLflow's own, which we have no use for.
 QUIET = {
     "DO_NOT_TRACK": "1",
-    "PYTHONSAFEPATH": "1",  # what a server starts in its turn imports nothing from the user's working directory
+    **SAFE_PATH,
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -178,6 +179,7 @@ def start(server: Server, keep: Sequence[int] = (), log_mode: Literal["wb", "ab"
     server.log.parent.mkdir(parents=True, exist_ok=True)
     hidden = server.without | {"PREFECT_API_URL"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | QUIET | server.environment
+    environment["PYTHONPATH"] = python_path()
     with server.log.open(log_mode) as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.servers.supervisor", str(os.getpid()), *server.command],
@@ -187,6 +189,7 @@ def start(server: Server, keep: Sequence[int] = (), log_mode: Literal["wb", "ab"
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=keep,
+            umask=workspace.PRIVATE,
         )
 
 

@@ -67,7 +67,7 @@ def up(
     if not all(wanted):
         raise refuse("--pool", "", "the name is empty.", "name a work pool, such as cpu or gpu", kind="input")
     wanted = list(dict.fromkeys(wanted))
-    workspace.home().mkdir(parents=True, exist_ok=True)
+    workspace.open_home()
     with address_file.lock_file().open("a") as lock:
         while not taken(lock):
             running = address_file.found()
@@ -250,7 +250,7 @@ def workers_of(pool: str, where: Addresses, limit: int) -> list[Worker]:
 def worker(pool: str, name: str, options: Sequence[str], where: Addresses, limit: int) -> Worker:
     """A worker for a pool. It starts again under its name, so the server lists it once."""
     title = f"{name} on {socket.gethostname()}"
-    command = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", pool, "--name", title, *options]
+    command = [sys.executable, "-P", "-m", "flows.worker", "--pool", pool, "--name", title, *options]
     command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
     environment = worker_environment(where, limit)
     return Worker(f"worker {name}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)

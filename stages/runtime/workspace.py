@@ -4,16 +4,39 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import shutil
 import socket
+import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from schemas.environment import home, keep_work
 
 log = logging.getLogger("alignflow")
+
+
+SAY_SECONDS = 60.0
+PRIVATE = 0o077
+"""The umask of what runs for a home: prompts, models and digests of passwords are for their owner alone."""
+
+
+def open_home() -> Path:
+    """The home folder, made where it is missing and closed to others, as one of an older version is too."""
+    place = home()
+    place.mkdir(mode=0o777 & ~PRIVATE, parents=True, exist_ok=True)
+    for part in (place, *place.glob("mlflow-auth.*")):
+        with contextlib.suppress(OSError):
+            status = part.stat()
+            # A folder that is more than a home keeps its mode: the user's own, one above it, or one like /tmp.
+            shared = Path.home().is_relative_to(part) or status.st_mode & stat.S_ISVTX
+            if status.st_mode & PRIVATE and status.st_uid == os.geteuid() and not shared:
+                part.chmod(stat.S_IMODE(status.st_mode) & ~PRIVATE)
+    return place
 
 
 def work_folder(key: str) -> Path:
@@ -56,22 +79,33 @@ def place() -> dict[str, str]:
 
 @contextlib.contextmanager
 def lock(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel frees it when the holder dies. `waiting` is logged before a wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold an exclusive lock on a file; the kernel frees it when the holder dies. `waiting` is logged meanwhile."""
+    _make_folder(path.parent)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting:
-                log.info("%s", waiting)
+            said = -math.inf
+            while waiting and not _taken(file):
+                if time.monotonic() - said > SAY_SECONDS:  # again and again: who waits is not stuck
+                    said = time.monotonic()
+                    log.info("%s", waiting)
+                time.sleep(0.1)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 @contextlib.contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on a file unless another process does; whether it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,9 +115,15 @@ def lock_if_free(path: Path) -> Iterator[bool]:
             yield True
 
 
+def _make_folder(folder: Path) -> None:
+    if folder.is_relative_to(home()):
+        open_home()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with beside.open("w") as file:
         file.write(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.execution import output
 from flows.execution import process as execution_process
 from flows.planning import requests
 from schemas.errors import EXIT_CODES, StageError, Status
@@ -293,14 +294,27 @@ def test_a_text_in_a_line_is_text_and_no_line_of_its_own(caplog: pytest.LogCaptu
         for message in (text, f"error: {text}"):
             record = logging.LogRecord("alignflow", level, "file", 1, "%s", (message,), None)
             for line in formatter.format(record).split("\n"):
-                execution_process.pass_on(line, logging.getLogger("alignflow"))
+                output.pass_on(line, logging.getLogger("alignflow"))
             assert {one.levelno for one in caplog.records} == {level}
             assert not set(caplog.text.replace("\n", "")) & set("\x1b\r") and "[2J" in caplog.text
             caplog.clear()
 
 
 def test_what_a_library_prints_is_text_too(caplog: pytest.LogCaptureFixture) -> None:
-    execution_process.pass_on("error: \x1b]52;c;aGk=\x07\x85", logging.getLogger("alignflow"))
+    output.pass_on("error: \x1b]52;c;aGk=\x07\x85", logging.getLogger("alignflow"))
     assert [(one.levelno, one.getMessage()) for one in caplog.records] == [
         (logging.ERROR, "\ufffd]52;c;aGk=\ufffd\ufffd")
     ]
+
+
+def test_a_stage_that_hangs_is_stopped_as_preempted(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_HOLD", str(tmp_path / "never"))  # its third step waits for it
+    asked = fake_request(steps=3).model_copy(update={"placement": Placement(minutes=0.05)})
+    assert asked.key() == fake_request(steps=3).key()
+    result = execution_process.run_stage(asked)
+    assert result.status == "preempted" and result.error is not None and result.error.kind == "no_progress"
+    assert "stage_minutes = 0.05" in str(result.error) and not execution_process._processes
+    (ask,) = (workspace.work_folder(asked.key()) / "asks").iterdir()
+    assert (ask / "output.log").exists()
