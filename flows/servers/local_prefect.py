@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_HOME,
@@ -17,7 +19,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.servers import mlflow_prefect, supervisor
+from flows.servers import mlflow_prefect, passwords, supervisor
 from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime import workspace
@@ -112,12 +114,14 @@ def local_prefect() -> Iterator[None]:
     if "PREFECT_HOME" not in os.environ:
         settings[PREFECT_HOME] = workspace.home() / "prefect"
     options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
-    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options)
+    password = f"{passwords.USER}:{secrets.token_urlsafe(32)}"  # no other process is to use it
+    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options, password=password)
     with contextlib.ExitStack() as stack:
         with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # two at once would both make the database
             (running,) = stack.enter_context(supervisor.running([server]))
         stack.enter_context(looked_after(running))
-        stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+        settings |= {PREFECT_API_URL: f"{server.url}/api", PREFECT_API_AUTH_STRING: password}
+        stack.enter_context(temporary_settings(settings))
         before = _own.set(f"{server.url}/api")
         try:
             yield

@@ -296,7 +296,7 @@ def intact(artifact: Artifact) -> bool:
     return True
 
 
-def _entries(location: str) -> list[Any]:
+def entries(location: str) -> list[Any]:
     """The entries of a folder of a remote store; none where there is no such folder."""
     from mlflow.artifacts import list_artifacts  # late: see value_classes
 
@@ -306,16 +306,16 @@ def _entries(location: str) -> list[Any]:
 def _is_there(location: str) -> bool:
     """Whether a remote file or folder exists."""
     above, _, name = location.rstrip("/").rpartition("/")
-    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+    return any(entry.path.rpartition("/")[2] == name for entry in entries(above))
 
 
-def _sizes(location: str) -> dict[str, int]:
+def sizes(location: str) -> dict[str, int]:
     """The files of a remote folder: path in it -> bytes."""
     actual: dict[str, int] = {}
-    for entry in _entries(location):
+    for entry in entries(location):
         name = entry.path.rpartition("/")[2]
         if entry.is_dir:
-            actual |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+            actual |= {f"{name}/{inner}": size for inner, size in sizes(f"{location}/{name}").items()}
         else:
             actual[name] = entry.file_size or 0  # of an empty file, None
     return actual
@@ -327,7 +327,7 @@ def arrived(artifact: Artifact, folder: Path) -> bool:
     if local_path(location) is not None:
         return intact(artifact)
     sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_below(folder)}
-    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+    return digest(folder) == artifact.sha256 and sizes(location) == sent
 
 
 def _mark_bad(artifact: Artifact, message: str) -> None:

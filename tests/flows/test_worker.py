@@ -75,7 +75,7 @@ def test_a_pools_default_on_the_server_counts_where_the_schema_allows_it() -> No
 )
 def test_code_that_is_not_ours_is_refused(changed: dict[str, Any], said: str) -> None:
     deployment = OURS.model_copy(update=changed)
-    with pytest.raises(StageError, match="a worker runs|nothing is pulled") as refused:
+    with pytest.raises(StageError, match=r"a worker runs|nothing is pulled") as refused:
         job.own_flow(deployment)
     assert said in str(refused.value)
     assert prepared(ProcessJobConfiguration, "cpu", pools.read("cpu"), deployment)._refusal is not None

@@ -104,11 +104,9 @@ def test_every_variable_is_used_explained_and_has_a_valid_default(pool: str) -> 
     properties = template["variables"]["properties"]
     used = json.dumps(template["job_configuration"])
     for name, about in properties.items():
-        # Prefect adds a run's variables to those that the template fixes
-        merged = name == "env" and isinstance(template["job_configuration"]["env"], dict)
-        assert (f"{{{{ {name} }}}}" in used or merged) and about["description"] and about["title"]
+        assert f"{{{{ {name} }}}}" in used and about["description"] and about["title"]
         jsonschema.validate({name: about["default"]}, template["variables"])
-    assert used.count("{{ ") - used.count("{{ $") == sum(used.count(f"{{{{ {name} }}}}") for name in properties)
+    assert used.count("{{ ") == sum(used.count(f"{{{{ {name} }}}}") for name in properties)
 
 
 def test_a_process_runs_the_engine_that_dies_with_its_worker() -> None:
@@ -186,9 +184,12 @@ def test_a_kubernetes_job_of_defaults_is_valid_and_bad_values_are_refused() -> N
 
 
 def test_what_a_run_may_choose_is_the_same_everywhere_and_harmless() -> None:
-    allowed = [
-        pools.read(pool)["variables"]["properties"]["env"]["propertyNames"]["enum"] for pool in pools.templates()
-    ]
+    allowed = []
+    for pool in pools.templates():
+        env = pools.read(pool)["variables"]["properties"]["env"]
+        fixed = env.get("properties", {})
+        assert fixed == {name: {"const": value} for name, value in env["default"].items()}
+        allowed.append([name for name in env["propertyNames"]["enum"] if name not in fixed])
     assert all(names == allowed[0] for names in allowed)
     # Names that choose code, files, addresses or devices; a pattern, so that the next one is not forgotten.
     risky = r"^(ALIGNFLOW|PYTHON|LD_|DYLD|PREFECT|MLFLOW|HF_|GIT_|AWS_|SSL_|XDG_|CUDA_VISIBLE)|PATH|HOME|PROXY|FILE|DIR"

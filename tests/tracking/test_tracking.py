@@ -262,7 +262,7 @@ def test_a_listing_of_remote_files_is_tried_again(home: Path, monkeypatch: pytes
         return answer
 
     monkeypatch.setattr("mlflow.artifacts.list_artifacts", list_artifacts)
-    assert store._entries("mlflow-artifacts:/folder") == ["entry"]
+    assert store.entries("mlflow-artifacts:/folder") == ["entry"]
 
 
 def test_a_locked_database_is_tried_again() -> None:
