@@ -108,7 +108,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     pipeline.prepare(config)
     name = model_name(config)
     made_from = fingerprint(planned)
-    champion = registry.champion(name)
+    champion = registry.settled_champion(name)
     if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)

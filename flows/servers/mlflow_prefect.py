@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.servers import passwords
+from flows.servers import databases, passwords
 from flows.servers.passwords import Passwords
 from flows.servers.supervisor import HOST, Server, address
 from schemas.environment import LOGIN
@@ -73,6 +73,7 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
     """
     url = address(host, number)
     check_prefect_database()
+    databases.check_prefect()
     module = "flows.servers.door"
     command = [sys.executable, "-P", "-m", module, "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(workspace.home() / "prefect")}
@@ -159,6 +160,7 @@ def check_passwords(server: str) -> None:
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = workspace.home() / "mlflow-auth.ini"
+    databases.check_users(workspace.home() / "mlflow-auth.db")
     lines = [
         "[mlflow]",
         "default_permission = NO_PERMISSIONS",

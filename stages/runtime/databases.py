@@ -33,6 +33,7 @@ class Schema:
     migrations: str
     """Folder of alembic's revisions, in the package."""
     holds: tuple[str, ...]
+    """Without any, no database counts as empty."""
     table: str = "alembic_version"
 
     @property
@@ -95,7 +96,7 @@ def check(path: Path, schema: Schema) -> str | None:
         return revision
     if revision is not None and revision not in known:
         raise newer(path, schema, revision)
-    if is_empty(path, schema):
+    if schema.holds and is_empty(path, schema):
         aside = put_aside(path)
         log.warning("%s was never finished and holds nothing: moved to %s, a new one is made", path, aside.name)
         return None

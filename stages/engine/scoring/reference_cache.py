@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import re
 import sqlite3
 import struct
@@ -117,6 +118,7 @@ class ReferenceCache:
                 # Beside the numbers, not among them: an alignflow without digests goes on using their table.
                 database.execute("CREATE TABLE IF NOT EXISTS digests (key BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID")
             database.execute("PRAGMA synchronous=NORMAL")
+            os.utime(self.path)  # `alignflow clean` removes caches that were not used for long, and reading is use
             yield database
 
 
