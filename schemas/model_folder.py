@@ -1,9 +1,17 @@
 """Whether the parts of a model folder fit together, from its JSON files alone: no weight is read, nothing imported."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+MOST_PARTS = 100_000
+"""Layers times experts of a model. The largest have some ten thousand."""
+MOST_BYTES = 512 << 20
+"""Of a JSON file. Vocabularies have tens of megabytes."""
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError)
+"""What reading such a file may raise: it may be nested deeply, or hold anything anywhere."""
 
 
 def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
@@ -12,16 +20,19 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     What the files do not tell (no tokenizer.json, no `vocab_size`) is left to those who load them.
     """
     try:
-        config = _read(folder / "config.json")
-        tokens = last_token(_read(folder / "tokenizer.json"))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = read_json(folder / "config.json")
+        tokens = last_token(read_json(folder / "tokenizer.json"))
+        rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+        head = _why_head_unusable(config, scorer)
+    except UNREADABLE as error:
         return f"its JSON files cannot be read: {error}", "name the folder that save_pretrained wrote"
     if (folder / "adapter_config.json").is_file():
         return "it holds an adapter, which names its model elsewhere", "merge the adapter into its model and save that"
-    rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if problem := too_many_parts(config):
+        return problem
     if tokens is not None and isinstance(rows, int) and tokens >= rows:
         return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
-    return _why_head_unusable(config, scorer)
+    return head
 
 
 def is_reward_model(config: Mapping[str, Any]) -> bool:
@@ -42,8 +53,40 @@ def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] 
     return None
 
 
-def _read(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def too_many_parts(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What a config asks for that no model has, and its fix: each layer is built, so millions would never end."""
+    layers = experts = 1
+    for name, value in _numbers(config):
+        if re.search(r"layers?$|blocks?$|depth$", name):
+            layers = max(layers, value)
+        elif re.search(r"experts?$", name):
+            experts = max(experts, value)
+        elif re.search(r"(^|_)(labels|heads?|groups)$", name) and value > MOST_PARTS:
+            return f"config.json says {name} = {value}; {MOST_PARTS} are allowed", "give the model's own config.json"
+    if layers * experts > MOST_PARTS:
+        what = f"config.json asks for {layers} layers with {experts} experts each; {MOST_PARTS} parts are allowed"
+        return what, "give the model's own config.json"
+    return None
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, int]]:
+    """All whole numbers of a config with their names, the parts of a nested one too."""
+    rest = [config]
+    while rest:
+        for name, value in rest.pop().items():
+            if isinstance(value, dict):
+                rest.append(value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                yield str(name), value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a file, empty where there is none. Raises one of `UNREADABLE`."""
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{file.name} has more than {MOST_BYTES >> 20} MiB")
+    content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not a JSON object")
     return content

@@ -12,12 +12,15 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from schemas.errors import refuse
+
 _NAME = r"[A-Za-z0-9_][\w.-]*"
 _HUB_MODEL = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 _HUB_DATASET = re.compile(f"{_NAME}(/{_NAME})?", re.ASCII)
 
 
 Place = TypeVar("Place", str, Path)
+_TEMPLATE_CHARACTERS = 1 << 20
 _PATH_BYTES, _NAME_BYTES = 4095, 255  # Linux refuses to look for more
 
 
@@ -131,6 +134,20 @@ def is_commit(revision: str | None) -> bool:
 def template_file(template: str) -> Path | None:
     """The file that a chat template names, which may be missing; None when the text is the template itself (Jinja)."""
     return None if "{" in template or "\n" in template else _expanded(template)
+
+
+def read_template(file: Path) -> str:
+    """The chat template in a file. Raises StageError when it is not a text, or far too long for a template."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(_TEMPLATE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "name a text file that holds a Jinja template"
+        raise refuse("model.chat_template", file, f"the file cannot be read: {error}.", fix) from error
+    if len(text) > _TEMPLATE_CHARACTERS:
+        what = f"the file has more than {_TEMPLATE_CHARACTERS} characters, too many for a template."
+        raise refuse("model.chat_template", file, what, "name a file with a Jinja template")
+    return text
 
 
 def _expanded(path: str) -> Path:

@@ -28,12 +28,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from schemas.config import BaseParams, Scratch
-from schemas.errors import refuse
+from schemas.errors import StageError, refuse
 from schemas.model_folder import is_reward_model, why_unusable
-from schemas.source import File, Hub, Package, is_commit, model_source, template_file
+from schemas.source import File, Hub, Package, is_commit, model_source, read_template, template_file
+from schemas.text import one_line
 from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
-from stages.engine.models.loading import check_folder, load_whole, quiet, read_config
+from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
 from stages.runtime.context import StageContext
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
@@ -163,11 +164,22 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise _refuse(file, "reading a GGUF file needs the package gguf", "pip install gguf")
+    from gguf import GGUFReader  # an extra
+
     with quiet():
         try:
+            head = {
+                name.rpartition(".")[2]: int(field.parts[field.data[0]][0])
+                for name, field in GGUFReader(str(file)).fields.items()
+                if name.endswith((".block_count", ".expert_count"))
+            }
+            check_parts(head, file, FIELD)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise _refuse(file, f"the GGUF file cannot be read: {error}", "check that it is whole") from error
+        except (StageError, MemoryError):
+            raise
+        except Exception as error:  # a broken head: of struct, NumPy, UTF-8, and what transformers makes of it
+            why = f"the GGUF file cannot be read: {one_line(error, 300)}"
+            raise _refuse(file, why, "check that it is whole") from error
     model = load_whole(AutoModelForCausalLM, file.parent, field=FIELD, gguf_file=file.name, dtype=torch.float32)
     # What is saved is no longer quantized, and its config must not claim it.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -232,7 +244,7 @@ def template_text(given: str) -> str:
         message = "this is neither a Jinja template nor an existing file"
         fix = "give the path of a file with a Jinja template, or the template's text"
         raise refuse("model.chat_template", given, message, fix, kind="chat_template")
-    return file.read_text()
+    return read_template(file)
 
 
 def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:

@@ -17,6 +17,8 @@ from schemas.stage import Result
 from schemas.training import Training
 from stages import tracking
 
+_MOST_COUNTED = 16 << 30  # bytes, unpacked
+
 STATES = {"reused": "reused", "run": "run", "unknown": "run *"}
 
 
@@ -101,12 +103,18 @@ def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
 
 
 def count_lines(file: Path) -> int | None:
-    """Lines of a JSONL file, packed or not; None for another, or one that cannot be read: a stage will say why."""
+    """Lines of a JSONL file, packed or not; None for another, a huge one, or one that cannot be read: a
+    stage will say why."""
     if not file.is_file() or not file.name.endswith((".jsonl", ".jsonl.gz")):
         return None
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
-            return sum(1 for _ in stream)
+            lines, read, last = 0, 0, b"\n"
+            while piece := stream.read(1 << 20):  # not line by line: one may be longer than memory
+                lines, read, last = lines + piece.count(b"\n"), read + len(piece), piece[-1:]
+                if read > _MOST_COUNTED:
+                    return None
+            return lines + (last != b"\n")
     except (OSError, EOFError, zlib.error):
         return None
 

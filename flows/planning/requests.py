@@ -7,7 +7,7 @@ from pathlib import Path
 from flows.planning.plan import Node
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
-from schemas.source import File, Package, data_source, model_source, template_file
+from schemas.source import File, Package, data_source, model_source, read_template, template_file
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 
@@ -62,7 +62,7 @@ def with_sources(request: Request, field: str) -> Request:
     if request.stage == "base" and isinstance(template, str):
         template_path = template_file(template)
         if template_path is not None and template_path.is_file():
-            params["chat_template"] = template_path.read_text()
+            params["chat_template"] = read_template(template_path)
     if request.stage == "base" and isinstance(path, str):
         file = model_file(path)
     if request.stage == "validate" and isinstance(source := data_source(str(path)), File):

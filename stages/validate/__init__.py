@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, get_args
 import polars as pl
 
 from schemas.config import Kind, ValidateParams
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages.validate import table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
@@ -60,6 +60,9 @@ def check(context: Context, out: Path) -> Report:
             parts = write(context.params.kind, frame, out)
         except StageError as refused:
             error = refused
+        except MemoryError:
+            message = f"memory ran out after {context.read} rows"
+            error = refuse("path", context.params.path, message, "take fewer rows (`limit`), or a larger machine")
     report = quarantine.report(context, parts, error)
     if error:
         raise error

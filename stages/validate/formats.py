@@ -12,7 +12,7 @@ since a frame would have to guess them; what can be said about whole columns is 
 6. prompt: prompt, or the first of `turns`, or `messages` up to the last of the user's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import polars as pl
@@ -29,6 +29,10 @@ from stages.validate.rankings import generated, ranking
 from stages.validate.readers import Record, records
 
 _CHUNK = 20_000
+_CHUNK_BYTES = 32 << 20  # of short rows the first counts, of long ones this
+_HOPELESS = 200_000
+"""Rows without a usable one among them after which the rest is not read: it is another kind of file."""
+_COLUMNS = 10_000  # that the report lists
 _NO_OBJECT = ("malformed_json", "not_an_object")
 _UP = {"true", "1", "yes", "up", "thumbs_up", "good", "positive", "desirable", "like", "\U0001f44d"}
 _DOWN = {"false", "0", "no", "down", "thumbs_down", "bad", "negative", "undesirable", "dislike", "\U0001f44e"}
@@ -49,8 +53,12 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
         raise error
     source = records(params, context.rows, context.seed)
     frames = [to_frame(params.kind, [], [])]
-    while chunk := list(islice(source, _CHUNK)):
+    usable = False
+    while chunk := _next_chunk(source):
         frames.append(_read_chunk(chunk, context, quarantine))
+        usable = usable or frames[-1].height > 0
+        if not usable and context.read >= _HOPELESS:
+            break
     if not context.read:
         raise refuse("path", params.path, "the file holds no rows", None, kind="empty_file")
     broken = sum(quarantine.checks["", reason] for reason in _NO_OBJECT)
@@ -61,6 +69,17 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     return pl.concat(frames)
 
 
+def _next_chunk(source: Iterator[Record]) -> list[Record]:
+    chunk: list[Record] = []
+    size = 0
+    for record in islice(source, _CHUNK):
+        chunk.append(record)
+        size += len(record.raw)
+        if size > _CHUNK_BYTES:
+            break
+    return chunk
+
+
 def _read_chunk(chunk: list[Record], context: Context, quarantine: Quarantine) -> pl.DataFrame:
     numbers: list[int] = []
     rows: list[Parsed] = []
@@ -68,7 +87,8 @@ def _read_chunk(chunk: list[Record], context: Context, quarantine: Quarantine) -
         context.digest.update(record.raw + b"\n")
         if record.row is not None:
             names = record.row if context.log_text else shown(context.params, record.row)
-            context.columns.update(dict.fromkeys(names))
+            if len(context.columns) < _COLUMNS:
+                context.columns.update(dict.fromkeys(names))
         elif place == 0 and record.line is not None and record.reason in _NO_OBJECT:
             context.first_line = record.raw
         try:

@@ -4,7 +4,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 
 from schemas import Strict
@@ -13,6 +15,8 @@ from schemas.errors import StageError
 from stages.validate.context import Context, Finding
 
 LEFT_OUT = "(left out: log_text is false)"
+LISTED = 10_000
+"""Entries that quarantine.jsonl lists. All are counted."""
 _CUT = 200
 _NOTED = 20
 
@@ -25,7 +29,7 @@ class Report(Strict):
     """Rows read, the broken ones too."""
     kept: int = 0
     quarantined: int = 0
-    """Rows with at least one entry in quarantine.jsonl. rows = kept + quarantined."""
+    """Rows that are put aside; quarantine.jsonl lists the first entries. rows = kept + quarantined."""
     reasons: dict[str, int] = {}
     """Reason -> rows."""
     checks: dict[str, int] = {}
@@ -59,15 +63,28 @@ class Quarantine:
     def __init__(self, file: Path, log_text: bool = True) -> None:
         self.file, self.log_text = file, log_text
         self._stream = file.open("w", encoding="utf-8", errors="backslashreplace")
-        self.rows: set[int] = set()
+        self.rows = Rows()
+        self.listed = 0
+        """Entries in the file."""
         self.checks: Counter[tuple[str, str]] = Counter()
         self.notes: Counter[str] = Counter()
         self._noted: dict[str, list[int]] = {}
-        self._reasons: dict[str, set[int]] = {}
+        self._reasons: dict[str, Rows] = {}
+
+    @property
+    def left_out(self) -> int:
+        """Entries that are counted and not listed."""
+        return self.checks.total() - self.listed
 
     def close(self) -> None:
-        """Nothing is added any more."""
+        """Nothing is added any more. Where entries are left out, the last line says so."""
+        if self.left_out:
+            rest = f"{self.left_out} more entries: only the first {LISTED} are listed"
+            self._write({"row": None, "column": "", "reason": "left_out", "value": rest})
         self._stream.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def add(self, finding: Finding) -> None:
         """Put a row aside, or count what is odd about one that stays."""
@@ -77,20 +94,21 @@ class Quarantine:
             if self.notes[reason] <= _NOTED:
                 self._noted.setdefault(reason, []).append(row)
             return
-        entry = {"row": row, "column": column, "reason": reason, "value": _cut(value) if self.log_text else LEFT_OUT}
-        if line is not None:
-            entry["line"] = line
-        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self.listed < LISTED:
+            self.listed += 1
+            shown = _cut(value) if self.log_text else LEFT_OUT
+            place = {} if line is None else {"line": line}
+            self._write({"row": row, "column": column, "reason": reason, "value": shown, **place})
         self.rows.add(row)
         self.checks[column, reason] += 1
-        self._reasons.setdefault(reason, set()).add(row)
+        self._reasons.setdefault(reason, Rows()).add(row)
 
     def sift(self, frame: pl.DataFrame, findings: Iterable[Finding]) -> pl.DataFrame:
         """Add the findings; returns the frame without the rows that are bad."""
         before = len(self.rows)
         for finding in findings:
             self.add(finding)
-        return frame.filter(~pl.col("row").is_in(list(self.rows))) if len(self.rows) > before else frame
+        return frame.filter(~self.rows.of(frame["row"])) if len(self.rows) > before else frame
 
     def summary(self) -> dict[str, int]:
         """`column: reason` -> entries, the most frequent first."""
@@ -118,6 +136,41 @@ class Quarantine:
         return report
 
 
+class Rows:
+    """Numbers of rows, a byte each: a file may have a hundred million bad ones."""
+
+    def __init__(self) -> None:
+        self._flags = bytearray()
+        self._count = 0
+
+    def add(self, row: int) -> None:
+        """Add a number; again changes nothing."""
+        if row >= len(self._flags):
+            self._flags.extend(bytes(row + 1 + len(self._flags) // 8 - len(self._flags)))
+        self._count += 1 - self._flags[row]
+        self._flags[row] = 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, numbers: pl.Series) -> pl.Series:
+        """For each of the numbers whether it is among these."""
+        flags = np.frombuffer(self._flags, np.bool_)
+        wanted = numbers.to_numpy()
+        known = wanted < len(flags)
+        return pl.Series(known & flags[np.where(known, wanted, 0)]) if len(flags) else pl.Series(known)
+
+
 def _cut(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """The beginning of a value, as JSON where it is not text; no more of it is made than is shown."""
+    if isinstance(value, str):
+        return value[:_CUT]
+    text = ""
+    try:
+        for piece in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+            text += piece[:_CUT]
+            if len(text) >= _CUT:
+                break
+    except RecursionError:  # nested nearly as deep as Python goes
+        text += "..."
     return text[:_CUT]

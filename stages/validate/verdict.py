@@ -25,7 +25,8 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     else:
         message = f"{counts}, more than max_bad = {params.max_bad:.1%}"
     most = ", ".join(f"{name} ({n})" for name, n in list(quarantine.summary().items())[:3])
-    failed = f"most frequent: {most}. See {quarantine.file}" if most else "no check failed"
+    rest = f" (the first {quarantine.listed} entries)" if quarantine.left_out else ""
+    failed = f"most frequent: {most}. See {quarantine.file}{rest}" if most else "no check failed"
     kind, fix = (
         ("bad_data", "fix the rows, map the right columns, or raise max_bad")
         if usable.height

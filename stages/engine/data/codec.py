@@ -7,12 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from schemas.errors import StageError, refuse
+from schemas.text import one_line
+from stages.runtime.limits import TooMuch, limited
 
 Message = Mapping[str, str]
+
+RENDER_SECONDS = 30.0
+RENDER_BYTES = 2 << 30
+"""What a chat template may take for the conversations that it is given at once: milliseconds and kilobytes each."""
 
 # What a tokenizer without a chat template gets: the messages' text, one after the other, each on a line of its own.
 # An assistant's turn ends with the end-of-sequence token. `{BOS}` is filled in where the tokenizer starts texts so.
@@ -47,7 +53,13 @@ class Codec:
     @classmethod
     def load(cls, folder: Path | str) -> "Codec":
         """Read the tokenizer of a model folder. Raises StageError when there is none."""
-        return cls(load_tokenizer(Path(folder)), _stop_ids(Path(folder)))
+        tokenizer = load_tokenizer(Path(folder))
+        try:
+            return cls(tokenizer, _stop_ids(Path(folder)))
+        except TemplateError as error:
+            fix = "put a template that works into it, or none"
+            message = f"its chat template fails: {one_line(error, 300)}"
+            raise refuse("folder", folder, message, fix, kind="chat_template") from error
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant begins; ids of `apply_chat_template`, at most one BOS.
@@ -85,12 +97,29 @@ class Codec:
         return str(self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        """The conversation as the template writes it.
+
+        Raises:
+            TemplateError: the template refuses it, or fails.
+            StageError: it goes beyond the bounds of time and memory.
+        """
+        return str(self._apply([dict(message) for message in messages], add_generation_prompt))
+
+    def _apply(self, chats: Any, add_generation_prompt: bool) -> Any:
+        """What the template, which may come from anywhere, writes of one conversation or of several."""
+        try:
+            with limited(RENDER_SECONDS, RENDER_BYTES):
+                return self.tokenizer.apply_chat_template(
+                    chats, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except TemplateError:
+            raise
+        except TooMuch as error:
+            value = one_line(self.tokenizer.chat_template, 200)
+            fix = "set model.chat_template to one that ends"
+            raise refuse("model.chat_template", value, f"{error}.", fix, kind="chat_template") from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise TemplateRuntimeError(f"{type(error).__name__}: {one_line(error, 300)}") from error
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer and its template; plain transformers reads them."""
@@ -128,8 +157,7 @@ class Codec:
             return []
         chats = [[dict(message) for message in messages] for messages in conversations]
         try:
-            rendered = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-            return [str(text) for text in rendered]
+            return [str(text) for text in self._apply(chats, add_generation_prompt=True)]
         except TemplateError:
             return [self._render_or_refusal(messages) for messages in conversations]
 
@@ -165,6 +193,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     quiet.setLevel(logging.ERROR)  # it warns when tokenizer_config.json names another class for the same file
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers and transformers raise all sorts; each means the same to the user
+        message = f"the tokenizer cannot be read: {one_line(error, 300)}"
+        fix = "give the files that save_pretrained wrote"
+        raise refuse("folder", folder, message, fix, kind="missing_tokenizer") from error
     finally:
         quiet.setLevel(level)
 
@@ -220,8 +252,12 @@ def _number(token_id: Any) -> int | None:
 def _stop_ids(folder: Path) -> list[int]:
     """The end tokens that the folder's generation_config.json lists."""
     file = folder / "generation_config.json"
-    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    return [] if listed is None else [int(i) for i in (listed if isinstance(listed, list) else [listed])]
+    try:
+        listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        return [] if listed is None else [int(i) for i in (listed if isinstance(listed, list) else [listed])]
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        message = f"generation_config.json cannot be read: {one_line(error, 300)}"
+        raise refuse("folder", folder, message, "fix or remove it", kind="model") from error
 
 
 def _unused_characters(text: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """Models read from their folders: whole, without pickles or code from outside, as policies and scorers."""
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,7 +23,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import StageError, refuse
-from schemas.model_folder import is_reward_model
+from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts
+from schemas.text import one_line
 from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
@@ -101,7 +100,11 @@ def _load(
         raise _unusable(folder, f"model type {raw['model_type']!r} is an encoder-decoder", "use a decoder-only model")
     if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_reward_model(raw):
         raise _unusable(folder, "it is a reward model, not a language model", "give it as `reward_model`")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kwargs)
+    except Exception as error:  # each type's own class, on values of any type
+        what = f"config.json does not describe a model: {one_line(error, 500)}"
+        raise _unusable(folder, what, "give the config.json that belongs to the weights") from error
     for name in _dropouts(config):
         setattr(config, name, 0.0)
     implementation = tree_attention.NAME if why_padded(config) is None else None
@@ -135,9 +138,17 @@ def read_config(folder: Path, field: str = "model") -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise _unusable(folder, "the folder has no config.json", "give what save_pretrained wrote", field)
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        config = read_json(folder / "config.json")
+    except UNREADABLE as error:
         raise _unusable(folder, f"config.json cannot be read: {error}", "fix the file", field) from error
+    check_parts(config, folder, field)
+    return config
+
+
+def check_parts(config: Mapping[str, Any], folder: Path, field: str = "model") -> None:
+    """Raise StageError where a config asks for more layers and the like than any model has."""
+    if problem := too_many_parts(config):
+        raise _unusable(folder, problem[0], problem[1], field)
 
 
 def load_whole(
@@ -151,9 +162,11 @@ def load_whole(
     with quiet():
         try:
             model, info = auto.from_pretrained(str(folder), output_loading_info=True, **settings)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except MemoryError:  # no fault of the folder's
+            raise
+        except Exception as error:  # of a config that contradicts itself, a weight file, a GGUF head
             fix = "check that it loads in plain transformers"
-            raise _unusable(folder, f"the model cannot be loaded: {error}", fix, field) from error
+            raise _unusable(folder, f"the model cannot be loaded: {one_line(error, 500)}", fix, field) from error
     lacking = sorted({*info["missing_keys"]} - {*fresh}) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         what = f"{len(lacking)} weights are missing or misshapen: {', '.join(lacking[:3])}"

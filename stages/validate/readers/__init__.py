@@ -10,8 +10,8 @@ import io
 import itertools
 import json
 import os
-import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,9 @@ import polars as pl
 from schemas.config import ValidateParams
 from schemas.errors import refuse
 from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
+from schemas.text import listed
+from stages.validate.readers import bounds
+from stages.validate.readers.json_array import Array
 
 Row = dict[str, Any]
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
@@ -133,8 +136,8 @@ def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _from_jsonl(file: Path) -> Iterator[Record]:
-    with _bytes_of(file) as lines:
-        for number, line in enumerate(lines, 1):
+    with _bytes_of(file) as stream:
+        for number, line in enumerate(bounds.lines(stream, file, stream), 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             line = line.strip(b" \t\r\n")
@@ -157,30 +160,45 @@ def _parse_line(line: bytes, number: int) -> Record:
 def _from_json(file: Path) -> Iterator[Record]:
     """One JSON array of rows; anything else is taken as JSON lines."""
     with _bytes_of(file) as stream:
-        text = stream.read()
-    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        begins = b""
+        while not begins and (piece := stream.read(1 << 16)):
+            begins = piece.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not begins.startswith(b"["):
         yield from _from_jsonl(file)
         return
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise refuse("path", file, f"the file is not JSON: {error}", None, kind="broken_file") from error
-    for row in rows:
-        known = isinstance(row, dict)
-        yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
+    with _bytes_of(file) as stream:
+        for row in Array(file, stream).elements():
+            known = isinstance(row, dict)
+            yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
 
 
 def _from_csv(file: Path) -> Iterator[Record]:
     """Cells stay text: what they mean depends on the kind of data. Bytes that are not UTF-8 become lone surrogates."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(bounds.LINE_BYTES)
     with _bytes_of(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True)
+        of_row = 0
+
+        def counted() -> Iterator[str]:  # a cell in quotes goes on over lines, and a row over cells
+            nonlocal of_row
+            for line in bounds.lines(text, file, stream):
+                of_row += len(line)
+                if of_row > bounds.LINE_BYTES:
+                    raise bounds.refuse_long(file, f"the row that ends after line {reader.line_num}")
+                yield line
+
+        reader = csv.reader(counted(), strict=True)
         try:
-            header = next(reader, [])
-            _refuse_repeated(header, file)
-            for cells in reader:
-                if cells:
+            header: list[str] = []
+            for number, cells in enumerate(reader):
+                of_row = 0
+                if len(cells) > bounds.COLUMNS:
+                    message = f"the row at line {reader.line_num} has {len(cells)} cells; {bounds.COLUMNS} are allowed"
+                    raise refuse("path", file, message, "leave out the columns that no kind reads", kind="too_large")
+                if number == 0:
+                    header = cells
+                    _refuse_repeated(header, file)
+                elif cells:
                     yield _csv_record(header, cells, reader.line_num)
         except csv.Error as error:
             message = f"the CSV is malformed at line {reader.line_num}: {error}"
@@ -189,9 +207,9 @@ def _from_csv(file: Path) -> Iterator[Record]:
 
 
 def _refuse_repeated(header: list[str], file: Path) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = sorted(name for name, times in Counter(header).items() if times > 1)
     if repeated:
-        message = f"the CSV's header names {', '.join(repeated)} more than once"
+        message = f"the CSV's header names {listed(repeated)} more than once"
         fix = "give every column a name of its own"
         raise refuse("path", file, message, fix, kind="broken_file")
 
@@ -204,19 +222,53 @@ def _csv_record(header: list[str], cells: list[str], line: int) -> Record:
 
 
 def _from_parquet(file: Path) -> Iterator[Record]:
+    """Row group by row group. A few bytes may stand for gigabytes: in a dictionary, in runs, or packed."""
+    import pyarrow.parquet as pq  # takes a moment, and only this source needs it
+
+    begin, most, unpacked = 0, bounds.most_unpacked(file), 0
     try:
-        frame = pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        with pq.ParquetFile(file) as parquet:
+            announced = parquet.metadata
+            groups = [announced.row_group(place) for place in range(announced.num_row_groups)]
+            if announced.num_columns > bounds.COLUMNS:
+                message = f"the file has {announced.num_columns} columns; {bounds.COLUMNS} are allowed"
+                raise refuse("path", file, message, "leave out those that no kind reads", kind="too_large")
+        for place, group in enumerate(groups, 1):
+            columns = [group.column(number) for number in range(group.num_columns)]
+            announced_bytes = sum(max(column.total_uncompressed_size, 8 * column.num_values) for column in columns)
+            if unpacked + announced_bytes > most:
+                raise bounds.refuse_unpacked(file, f"what row group {place} announces")
+            frame = pl.scan_parquet(file, glob=False).slice(begin, group.num_rows).collect()
+            unpacked += frame.estimated_size()  # with what a dictionary stands for, which the file does not announce
+            if unpacked > most:
+                raise bounds.refuse_unpacked(file, f"what row group {place} holds")
+            yield from _from_frame(frame, file, begin)
+            begin += group.num_rows
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         message = f"the Parquet file cannot be read: {error}"
         fix = "write it again; a Parquet file has its table of contents at its end, so a cut copy is unreadable"
         raise refuse("path", file, message, fix, kind="broken_file") from error
-    yield from _from_frame(frame)
 
 
-def _from_frame(frame: pl.DataFrame) -> Iterator[Record]:
+def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Record]:
+    """The rows of a frame, in which the first is row `begin` of the file."""
     for part in frame.iter_slices(_CHUNK):
-        for row in part.iter_rows(named=True):
-            yield Record(row, _digestible(row))
+        for piece in _small(part):
+            if piece.height == 1 and piece.estimated_size() > bounds.LINE_BYTES:
+                raise bounds.refuse_long(Path(str(file)), f"row {begin}")
+            for row in piece.iter_rows(named=True):
+                begin += 1
+                yield Record(row, _digestible(row))
+
+
+def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """The frame in parts that take no more memory than a long row, once they are Python's."""
+    if frame.height < 2 or frame.estimated_size() <= bounds.LINE_BYTES:
+        yield frame
+    else:
+        half = frame.height // 2
+        yield from _small(frame.head(half))
+        yield from _small(frame.slice(half))
 
 
 def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
@@ -238,10 +290,10 @@ def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
         fix = "check name, subset, split and revision; offline it has to be in the cache of `datasets`"
         raise refuse("path", params.path, message, fix, kind="missing_dataset") from error
     _refuse_other_commit(params, {part for file in table.cache_files for part in Path(file["filename"]).parts})
-    for part in table.with_format("arrow").iter(_CHUNK):
+    for place, part in enumerate(table.with_format("arrow").iter(_CHUNK)):
         frame = pl.from_arrow(part)
         assert isinstance(frame, pl.DataFrame)
-        yield from _from_frame(frame)
+        yield from _from_frame(frame, params.path, place * _CHUNK)
 
 
 def _refuse_strays(params: ValidateParams, where: Path, files: list[str]) -> None:
