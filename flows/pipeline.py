@@ -1,6 +1,7 @@
 """The pipeline as a Prefect flow: a config's nodes as tasks, each in its own process, in the order of their needs."""
 
 import contextlib
+import logging
 import queue
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,11 @@ from schemas.stage import Request, Result
 from stages import tracking
 
 T = TypeVar("T")
+
+log = logging.getLogger("alignflow")
+
+_done: dict[str, dict[str, Result]] = {}
+"""Flow run -> the results of a pipeline all of whose stages are done. Prefect has them once it records the end."""
 
 TRIES = 3
 """How often a stage that is stopped from outside is started, before the run gives up."""
@@ -88,6 +94,7 @@ def pipeline(config: PipelineConfig) -> State[Any]:
     if errors:
         first = next(iter(errors.values()))
         return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
+    _done[str(flow_run.id)] = results
     reused = sum(result.reused for result in results.values())
     return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
 
@@ -118,7 +125,7 @@ def run_nodes(
     config, results = planned.config, dict(known or {})
     errors: dict[str, StageError] = {}
     waiting = longest_chain_first(list(planned.nodes.values()))
-    running: set[str] = set()
+    running: dict[str, Request] = {}
     ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     while True:
         ready = [node for node in waiting if node.needs <= results.keys()]
@@ -130,17 +137,20 @@ def run_nodes(
                 errors[node.name] = error
                 continue
             future = run_node.submit(node.name, request, config.pools.get(node.stage))
-            running.add(node.name)
+            running[node.name] = request
             future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
         if not running:
             return results, errors
         name, future = next_of(ended)
-        running.remove(name)
+        request = running.pop(name)
         outcome = future.result(raise_on_failure=False)
         if isinstance(outcome, Result):
             results[name] = outcome
         elif isinstance(outcome, StageError):
             errors[name] = outcome
+        elif (done := tracking.find(request.key())) is not None:
+            results[name] = done  # its end is recorded in MLflow, if not in Prefect
+            log.warning("%s is done; Prefect could not record it (%s).", name, type(outcome).__name__)
         else:  # an exception that no stage has made a problem of
             errors[name] = StageError(f"{name}: {outcome!r}", status="failed", kind=type(outcome).__name__)
 
@@ -164,12 +174,21 @@ def longest_chain_first(nodes: list[Node]) -> list[Node]:
 def run(planned: Plan) -> dict[str, Result]:
     """Run the pipeline from this process and wait for it: node name -> Result.
 
+    When all stages are done, a Prefect server that cannot record it is a warning.
+
     Raises:
         StageError: a stage stopped, with its problem and status; or the run was stopped by Ctrl-C or SIGTERM (status
             `preempted`).
     """
     config = planned.config
-    return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+    _done.clear()
+    try:
+        return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+    except Exception as error:
+        if isinstance(error, StageError) or not _done:
+            raise
+        log.warning("All stages are done; Prefect could not record the end of the run (%s).", type(error).__name__)
+        return next(iter(_done.values()))
 
 
 def run_locally(call: Callable[[], T]) -> T:

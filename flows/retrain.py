@@ -22,6 +22,7 @@ from flows.planning.plan import Plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
 from flows.results import announce, registry
 from flows.results.registry import Version
+from schemas import read_stored
 from schemas.config import PipelineConfig
 from schemas.errors import StageError, refuse
 from schemas.promotion import Decision, PromoteConfig
@@ -107,7 +108,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     pipeline.prepare(config)
     name = model_name(config)
     made_from = fingerprint(planned)
-    champion = registry.champion(name)
+    champion = registry.settled_champion(name)
     if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
@@ -154,7 +155,7 @@ def decide(
     results = run_all(judging, pipeline_run, known)
     name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
     decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
-    decision = Decision.model_validate_json(decided.read_text())
+    decision = read_stored(Decision, decided.read_text())
     tags = {
         **made_from.tags(),
         **verdict(decision, champion),

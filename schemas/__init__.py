@@ -1,9 +1,12 @@
 """What configs, rows, requests and results look like, and their base. Needs neither torch nor Prefect nor MLflow."""
 
-from typing import Any
+import json
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _NUMBERS = (int, float, int | None, float | None)
 
@@ -25,3 +28,26 @@ class Strict(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         return no_truth(value) if cls.model_fields[info.field_name or ""].annotation in _NUMBERS else value
+
+
+def read_stored(model: type[Model], text: str) -> Model:
+    """What alignflow itself has stored, perhaps in another version: fields that this one does not know are left out.
+
+    What users write is not read so: there an unknown field is a mistake.
+
+    Raises:
+        ValidationError: it is not JSON, or a field that this version needs is missing or has another type.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+        if not unknown:
+            raise
+    content = json.loads(text)
+    for *above, name in unknown:
+        inner = content
+        for part in above:
+            inner = inner[part]
+        del inner[name]
+    return model.model_validate_json(json.dumps(content))

@@ -158,7 +158,10 @@ def _choose_judge(value: Any) -> Any:
     return value
 
 
-Judge = Annotated[RuleJudge | SentimentJudge | RewardJudge | EndpointJudge, BeforeValidator(_choose_judge)]
+_Judge = RuleJudge | SentimentJudge | RewardJudge | EndpointJudge
+# Prefect checks a deployed run by the schema: there a name alone is a judge too, where it needs no more.
+_Form = _Judge | Literal["rule", "sentiment", "reward"]
+Judge = Annotated[_Judge, BeforeValidator(_choose_judge, json_schema_input_type=_Form)]
 
 
 class BaseParams(ModelConfig):

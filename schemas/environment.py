@@ -8,6 +8,7 @@ from pathlib import Path
 HOME = "ALIGNFLOW_HOME"
 ROOTS = "ALIGNFLOW_ROOTS"
 API_KEYS = "ALIGNFLOW_API_KEYS"
+JUDGE_HOSTS = "ALIGNFLOW_JUDGE_HOSTS"
 GPUS = "ALIGNFLOW_GPUS"
 EXPERIMENT = "ALIGNFLOW_EXPERIMENT"
 KEEP_WORK = "ALIGNFLOW_KEEP_WORK"
@@ -15,6 +16,7 @@ DEVICE_LOCKS = "ALIGNFLOW_DEVICE_LOCKS"
 DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
 LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
+LOGIN = "ALIGNFLOW_LOGIN"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
@@ -43,6 +45,11 @@ def roots() -> list[Path]:
 def api_keys() -> list[str]:
     """Names of variables that a deployed run may send to an endpoint judge as its key."""
     return os.environ.get(API_KEYS, "").split(",")
+
+
+def judge_hosts() -> list[str]:
+    """Hosts, `host` or `host:port`, whose endpoint judges a deployed run may ask."""
+    return [host.strip().lower() for host in os.environ.get(JUDGE_HOSTS, "").split(",") if host.strip()]
 
 
 def gpus() -> int:
@@ -78,3 +85,8 @@ def launcher() -> list[str]:
 def parent() -> int | None:
     """The process that a stage dies with; None where nobody waits for it."""
     return int(os.environ.get(PARENT) or 0) or None
+
+
+def login() -> str:
+    """On a server that alignflow starts: user and password, `user:password`, that a login link carries; else empty."""
+    return os.environ.get(LOGIN, "")

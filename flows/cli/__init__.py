@@ -24,7 +24,17 @@ app = typer.Typer(
 )
 _COMMANDS = (  # in the order of the help
     *(run.run, run.retrain, models.rollback, models.lineage, run.sweep, data.presets, data.validate, data.generate),
-    *(run.stage, models.compare, models.export, models.chat, servers.ui, servers.up, servers.deploy, run.submit),
+    *(
+        run.stage,
+        models.compare,
+        models.export,
+        models.chat,
+        servers.ui,
+        servers.up,
+        servers.deploy,
+        run.submit,
+        servers.clean,
+    ),
 )
 for _command in _COMMANDS:
     app.command()(_command)
@@ -40,10 +50,17 @@ def before(context: typer.Context) -> None:
     """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in FOR_OTHERS:
         os.umask(0o077)  # stages.runtime.workspace.PRIVATE, without its imports, for which help would wait
-    if context.invoked_subcommand not in BY_THEMSELVES:
-        from flows.servers.address_file import adopt
+    if (
+        context.invoked_subcommand in BY_THEMSELVES
+        and not {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"} & os.environ.keys()
+    ):
+        return
+    from flows.servers import address_file
 
-        adopt()
+    if context.invoked_subcommand in BY_THEMSELVES:
+        address_file.let_in(address_file.found())
+    else:
+        address_file.adopt()
 
 
 def leave_out_working_directory() -> None:

@@ -63,3 +63,25 @@ def deploy(
     from flows.servers.deploy import deploy as create
 
     create(file)
+
+
+def clean(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be removed, and how large it is.")
+    ] = False,
+    days: Annotated[float, typer.Option("--older-than", min=0, help="Days in which nothing has used it.")] = 30,
+) -> None:
+    """Remove what nothing needs any more: checkpoints of abandoned runs, copies, old models and data, flow runs.
+
+    Registered versions and all that they were made from stay, as do the numbers and reports of every run. What is
+    removed and asked for again is made again.
+
+    Examples:
+
+    - alignflow clean --dry-run
+    - alignflow clean --older-than 90
+    """
+    from flows.results import clean as cleaning
+    from schemas.text import show
+
+    show(cleaning.as_text(cleaning.clean(days, dry_run), dry_run))

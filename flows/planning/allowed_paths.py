@@ -6,13 +6,14 @@ root can put other files there afterwards.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from typing import Any
+from urllib.parse import unquote, urlparse, urlsplit
 
 from flows.planning.config_file import refusal
 from schemas import environment
-from schemas.config import ModelConfig, PipelineConfig, RewardJudge
+from schemas.config import EndpointJudge, ModelConfig, PipelineConfig, RewardJudge
 from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, data_source, model_source, template_file
 from schemas.stage import Request
@@ -26,18 +27,18 @@ Named = tuple[str, str, str | None]
 
 def check_roots(config: PipelineConfig, *, deployed: bool = False) -> None:
     """Raise StageError, kind "config", for paths outside the declared roots. Does nothing when none are declared,
-    unless the run is `deployed`: then no local path may be named at all, and no variable as a key for an endpoint that
-    ALIGNFLOW_API_KEYS does not name."""
+    unless the run is `deployed`: then no local path may be named at all, no variable as a key for an endpoint that
+    ALIGNFLOW_API_KEYS does not name, and no endpoint whose host ALIGNFLOW_JUDGE_HOSTS does not name."""
     judges = {f"{field}.judge": part.judge for field in ("evaluate", "generate") if (part := getattr(config, field))}
-    keys = [(f"{field}.api_key_env", getattr(judge, "api_key_env", None)) for field, judge in judges.items()]
-    _check(list(paths_of_config(config)), keys, deployed)
+    endpoints = [(field, vars(judge)) for field, judge in judges.items() if isinstance(judge, EndpointJudge)]
+    _check(list(paths_of_config(config)), endpoints, deployed)
 
 
 def check_request_roots(request: Request, *, deployed: bool = False) -> None:
     """The same for the parameters and the inputs of a single stage."""
     judge = request.params.get("judge")
-    key = judge.get("api_key_env") if isinstance(judge, dict) else None
-    _check(list(paths_of_request(request)), [("params.judge.api_key_env", key)], deployed)
+    endpoints = [("params.judge", judge)] if isinstance(judge, dict) else []
+    _check(list(paths_of_request(request)), endpoints, deployed)
 
 
 def check_source(source: str, *, deployed: bool = False) -> None:
@@ -45,23 +46,42 @@ def check_source(source: str, *, deployed: bool = False) -> None:
     _check([("source", source, source)], [], deployed)
 
 
-def _check(paths: Sequence[Named], keys: Sequence[tuple[str, object]], deployed: bool) -> None:
+def _check(paths: Sequence[Named], endpoints: Sequence[tuple[str, Mapping[str, Any]]], deployed: bool) -> None:
     roots = environment.roots()
     problems = outside_roots(paths, roots) if roots or deployed else []
     if deployed:
-        problems += undeclared_keys(keys)
+        for field, judge in endpoints:
+            problems += undeclared_key(f"{field}.api_key_env", judge.get("api_key_env"))
+            problems += undeclared_host(f"{field}.url", judge.get("url"))
     if problems:
         raise refusal(problems)
 
 
-def undeclared_keys(keys: Sequence[tuple[str, object]]) -> list[Problem]:
-    """A problem per variable that would go to an address of the config's choice, and that nobody has declared."""
+def undeclared_key(field: str, key: object) -> list[Problem]:
+    """The problem of a variable that would go to an endpoint, and that nobody has declared."""
+    if key is None or key in environment.api_keys():
+        return []
     fix = f"name it in {environment.API_KEYS} where the worker starts"
-    return [
-        problem(field, str(key), "a deployed run may send no variable that is not declared.", fix)
-        for field, key in keys
-        if key is not None and key not in environment.api_keys()
-    ]
+    return [problem(field, str(key), "a deployed run may send no variable that is not declared.", fix)]
+
+
+def undeclared_host(field: str, url: object) -> list[Problem]:
+    """The problem of an endpoint whose host nobody has declared: prompts and answers would go there, and a part of
+    what it answers would come back.
+    """
+    if url is None:
+        return []
+    parsed = urlsplit(str(url))
+    try:
+        port = parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
+    except ValueError:
+        port = None
+    host = parsed.hostname or ""
+    named = f"[{host}]" if ":" in host else host
+    if port is not None and {named, f"{named}:{port}"} & set(environment.judge_hosts()):
+        return []
+    fix = f"name its host in {environment.JUDGE_HOSTS} where the worker starts"
+    return [problem(field, str(url), "a deployed run may ask no host that is not declared.", fix)]
 
 
 def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
 from schemas.model_folder import is_reward_model
+from stages.runtime import workspace
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,9 +61,11 @@ def write(chosen: Model, out: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     card(chosen, out).save(beside / "README.md")
+    workspace.sync_all(beside)
     if out.exists():
         out.rmdir()
     beside.replace(out)
+    workspace.sync(out.parent)
 
 
 def card(chosen: Model, out: Path) -> ModelCard:

@@ -1,12 +1,24 @@
 """What past runs have left in MLflow, looked up by the names that people use. Reads only."""
 
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
+from schemas import read_stored
 from schemas.errors import StageError, refuse
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
+
+log = logging.getLogger("alignflow")
+
+T = TypeVar("T", bound=BaseModel)
+
+CLOCKS_DIFFER = 5 * 60 * 1000
+"""Milliseconds by which the clocks of two hosts may differ."""
 
 MODEL_STAGES = {name for name, spec in STAGES.items() if spec.makes == "model"}
 
@@ -36,9 +48,13 @@ def search(condition: str) -> list[Any]:
     return sorted(runs, key=_last_used, reverse=True)
 
 
-def _last_used(run: Any) -> int:
-    """Milliseconds: when a pipeline run made it, or took it again."""
-    return max(run.info.start_time, int(run.data.tags.get("pipeline.reused_at", 0)))
+def _last_used(run: Any) -> tuple[bool, int]:
+    """When a pipeline run made it, or took it again, in milliseconds. A time to come is that of a clock that was wrong:
+    a run with no other comes after those with a time that can be right.
+    """
+    times = [run.info.start_time, int(run.data.tags.get("pipeline.reused_at", 0))]
+    past = [when for when in times if 0 < when <= time.time_ns() // 1_000_000 + CLOCKS_DIFFER]
+    return bool(past), max(past or times)
 
 
 def quoted(value: str) -> str:
@@ -59,11 +75,12 @@ def comparison(which: str | None = None) -> Comparison:
         StageError: there is none.
     """
     comparisons = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
-    if not comparisons:
+    last = newest_readable(comparisons)
+    if last is None:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
         raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
-    result = result_of(comparisons[0].info.run_id)
-    ids = _run_ids(comparisons[0])
+    result = result_of(last.info.run_id)
+    ids = _run_ids(last)
     return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
 
 
@@ -78,13 +95,35 @@ def _names(run: Any) -> list[str]:
 
 
 def result_of(run_id: str) -> Result:
-    """The result that a finished run has left. Raises StageError when it has none."""
-    return Result.model_validate_json(tracking.locate(f"runs:/{run_id}/result.json").read_text())
+    """The result that a finished run has left. Raises StageError when it has none, or none that can be read."""
+    return _stored(Result, run_id, "result.json")
 
 
 def request_of(run_id: str) -> Request:
-    """The request of a run: the full config of its stage. Raises StageError when it has none."""
-    return Request.model_validate_json(tracking.locate(f"runs:/{run_id}/config.json").read_text())
+    """The request of a run: the full config of its stage. Raises StageError when it has none that can be read."""
+    return _stored(Request, run_id, "config.json")
+
+
+def _stored(kind: type[T], run_id: str, name: str) -> T:
+    """A file that a run has left, whichever version wrote it."""
+    uri = f"runs:/{run_id}/{name}"
+    try:
+        return read_stored(kind, tracking.locate(uri).read_bytes().decode())
+    except ValueError as error:
+        fix = "run the pipeline again: the stage that made it runs again"
+        raise refuse("uri", uri, f"it cannot be read ({str(error).splitlines()[0]}).", fix, kind="artifact") from error
+
+
+def newest_readable(runs: list[Any]) -> Any | None:
+    """The first run whose result can be read, None where there is none. Those before it are named."""
+    for run in runs:
+        try:
+            result_of(run.info.run_id)
+        except StageError as error:
+            log.warning("run %s is passed over: %s", run.info.run_id, error)
+        else:
+            return run
+    return None
 
 
 def model(what: str) -> Model:
@@ -96,9 +135,9 @@ def model(what: str) -> Model:
     if what.startswith(("models:/", "runs:/")):
         run_id, name = _maker(what)
         return _made(name or what.rpartition("/")[2], run_id) if run_id else Model(what, tracking.locate(what))
-    runs = trained(f"tags.model = {quoted(what)}")
-    if runs:
-        return _made(what, runs[0].info.run_id)
+    last = newest_readable(trained(f"tags.model = {quoted(what)}"))
+    if last is not None:
+        return _made(what, last.info.run_id)
     if (Path(what).expanduser() / "config.json").is_file():
         return Model(Path(what).name, tracking.locate(what))
     fix = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"

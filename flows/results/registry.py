@@ -116,7 +116,36 @@ def held(model: str) -> Iterator[None]:
     waiting = f"another process changes the registered model {model}: waiting for it"
     elsewhere = lease(f"alignflow-registry-{model}") if shared else contextlib.nullcontext()
     with workspace.lock(workspace.home() / "registry" / f"{model}.lock", waiting), elsewhere:
+        if lags(model):
+            point_previous(model, former_of(champion(model)))
         yield
+
+
+def former_of(one: Version | None) -> str | None:
+    """The version that was champion before this one; None where there was none."""
+    number = "none" if one is None else one.tags.get(FORMER, "none")
+    return None if number == "none" else number
+
+
+def lags(model: str) -> bool:
+    """Whether `previous` is not the champion's predecessor: a process died between the two moves of a promotion or a
+    rollback. Where people have moved an alias by hand, to a version that never was champion, nothing is known.
+    """
+    current, previous = champion(model), aliases(model).get(PREVIOUS)
+    if current is None or FORMER not in current.tags:
+        return False
+    former = former_of(current)
+    if former is None:
+        return previous == current.number
+    return previous != former and any(one.number == former for one in versions(model))
+
+
+def settled_champion(model: str) -> Version | None:
+    """The version that is champion, and what a promotion that died on its way has left undone is done."""
+    if lags(model):
+        with held(model):
+            log.info("the alias %s of %s was behind: moved", PREVIOUS, model)
+    return champion(model)
 
 
 def register_and_promote(
@@ -226,8 +255,8 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
         if bad is None:
             fix = f"name one of {', '.join(names()) or 'the registered models, after a retraining has promoted one'}"
             raise refuse("MODEL", model, "has no champion.", fix, kind="registry")
-        former = bad.tags.get(FORMER, "none")
-        if former == "none":
+        former = former_of(bad)
+        if former is None:
             fix = "point the alias at another version in MLflow, or take it away there"
             raise refuse("MODEL", bad, "there was no champion before it.", fix, kind="registry")
         restored = version(model, former)
@@ -237,8 +266,7 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
             raise refuse("MODEL", bad, message, fix, kind="registry")
         tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
         tracking.client().set_registered_model_alias(model, CHAMPION, former)
-        before = restored.tags.get(FORMER, "none")
-        point_previous(model, None if before == "none" else before)
+        point_previous(model, former_of(restored))
         return bad, restored
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from flows.servers import passwords
 from schemas import Strict
 from stages.runtime import workspace
 
@@ -19,6 +20,8 @@ class Addresses(Strict):
     """With /api, as PREFECT_API_URL has it."""
     pools: list[str] = []
     """Work pools that it runs a worker for."""
+    ours: list[str] = []
+    """Which of the two servers it has started, MLflow or Prefect: those that our passwords are for."""
 
 
 def file() -> Path:
@@ -52,7 +55,8 @@ def read() -> Addresses | None:
 
 
 def adopt() -> Addresses | None:
-    """Let this process use the running servers, as if they were exported. The environment takes precedence.
+    """Let this process use the running servers, as if they and their passwords were exported. The environment takes
+    precedence.
 
     Call it before Prefect is imported: that reads the environment once.
     """
@@ -60,4 +64,14 @@ def adopt() -> Addresses | None:
     if addresses is not None:
         os.environ.setdefault("PREFECT_API_URL", addresses.prefect)
         os.environ.setdefault("MLFLOW_TRACKING_URI", addresses.mlflow)
+        let_in(addresses)
     return addresses
+
+
+def let_in(addresses: Addresses | None) -> None:
+    """Give this process the passwords of the running servers that the environment names; no other server gets them."""
+    if addresses is None:
+        return
+    named = {"Prefect": ("PREFECT_API_URL", addresses.prefect), "MLflow": ("MLFLOW_TRACKING_URI", addresses.mlflow)}
+    ours = [name for name, (variable, url) in named.items() if os.environ.get(variable, "").rstrip("/") == url]
+    os.environ.update(passwords.for_clients([name for name in ours if name in addresses.ours]))

@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import os
+import secrets
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_HOME,
@@ -16,10 +19,12 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.servers import mlflow_prefect, supervisor
-from schemas.errors import refuse
+from flows.servers import mlflow_prefect, passwords, supervisor
+from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime import workspace
+
+log = logging.getLogger("alignflow")
 
 RETRIES = 7
 """Of Prefect's own requests, each pause twice as long as the one before: a server may be away for four minutes."""
@@ -69,6 +74,28 @@ def refuse_no_server() -> None:
 
 
 @contextlib.contextmanager
+def looked_after(running: supervisor.Running) -> Iterator[None]:
+    """Start a server again when it dies, as long as this holds: all that it knows is on disk, and clients ask again."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            try:
+                running.look_after()
+            except StageError as error:
+                log.warning("%s", error)
+                return
+
+    side = threading.Thread(target=look, name="prefect", daemon=True)
+    side.start()
+    try:
+        yield
+    finally:
+        over.set()
+        side.join()
+
+
+@contextlib.contextmanager
 def local_prefect() -> Iterator[None]:
     """Prefect for a run from this process. Where no server is set, one runs over `home()` for as long as this does.
 
@@ -87,11 +114,14 @@ def local_prefect() -> Iterator[None]:
     if "PREFECT_HOME" not in os.environ:
         settings[PREFECT_HOME] = workspace.home() / "prefect"
     options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
-    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options)
+    password = f"{passwords.USER}:{secrets.token_urlsafe(32)}"  # no other process is to use it
+    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options, password=password)
     with contextlib.ExitStack() as stack:
         with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # two at once would both make the database
-            stack.enter_context(supervisor.running([server]))
-        stack.enter_context(temporary_settings({**settings, PREFECT_API_URL: f"{server.url}/api"}))
+            (running,) = stack.enter_context(supervisor.running([server]))
+        stack.enter_context(looked_after(running))
+        settings |= {PREFECT_API_URL: f"{server.url}/api", PREFECT_API_AUTH_STRING: password}
+        stack.enter_context(temporary_settings(settings))
         before = _own.set(f"{server.url}/api")
         try:
             yield

@@ -14,6 +14,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.execution import gpu_slots
 from schemas.errors import refuse
+from stages.runtime import workspace
 
 PROCESS_POOLS = ("cpu", "gpu")
 """Pools whose runs are processes of the worker's own machine. They share a template."""
@@ -44,11 +45,29 @@ def memory_gib() -> float:
 
 
 def templates() -> dict[str, Path]:
-    """Work pool -> the file of its base job template. All are named like their file, except `LOCAL`."""
-    folder = Path(str(files("deploy"))) / "pools"
-    by_name = {file.stem: file for file in sorted(folder.glob("*.json"))}
+    """Work pool -> the file of its base job template. All are named like their file, except those of PROCESS_POOLS. A
+    file of the same name in `pools/` of `home()`, which the operator has put there, takes the place of ours.
+    """
+    folders = (Path(str(files("deploy"))) / "pools", workspace.home() / "pools")
+    by_name = {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
     process = by_name.pop("process")
     return dict.fromkeys(PROCESS_POOLS, process) | by_name
+
+
+def like(pool: str, of_kind: str) -> str:
+    """The pool with a template here that another pool of this kind of workers is fenced by: itself where it has one.
+
+    Raises:
+        StageError: no template here is for such workers.
+    """
+    if pool in templates():
+        return pool
+    if of_kind == "process":
+        return PROCESS_POOLS[0]
+    if of_kind not in templates():
+        fix = f"put a template for it at {workspace.home() / 'pools' / f'{pool}.json'}"
+        raise refuse("pool", pool, f"no template here is for pools of type {of_kind}.", fix, kind="pool")
+    return of_kind
 
 
 def kind(pool: str) -> str:

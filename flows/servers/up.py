@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from prefect.types import DateTime
 
 from flows.execution import gpu_slots
-from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
+from flows.servers import address_file, checks, mlflow_prefect, passwords, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
 from schemas.environment import DEVICE_SLOTS, HOME, PARENT, ROOTS
@@ -105,8 +105,8 @@ def say_where(running: Addresses, wanted: Sequence[str]) -> None:
         StageError: it runs without the wanted workers.
     """
     say(f"Already running for {workspace.home()}, as process {running.pid}:")
-    say(f"MLflow   {running.mlflow}")
-    say(f"Prefect  {running.prefect.removesuffix('/api')}")
+    for name, url in (("MLflow", running.mlflow), ("Prefect", running.prefect.removesuffix("/api"))):
+        say(f"{name:8} {shown(name, url, running)}")
     lacking = [pool for pool in wanted if pool not in running.pools]
     if lacking:
         fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
@@ -132,7 +132,8 @@ def bring_up(
     if "Prefect" not in elsewhere:
         urls["Prefect"] += "/api"
     where = Addresses(pid=os.getpid(), mlflow=urls["MLflow"], prefect=urls["Prefect"], pools=list(wanted))
-    with supervisor.running(ours, keep) as servers, as_client(where.prefect):
+    where = where.model_copy(update={"ours": [server.name for server in ours]})
+    with supervisor.running(ours, keep) as servers, as_client(where):
         if wanted:
             make_pools(wanted)
         workers = [one for pool in wanted for one in workers_of(pool, where, limit)]
@@ -154,36 +155,23 @@ def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, pref
     for name in ("MLflow", "Prefect"):
         if name not in elsewhere:
             mlflow_prefect.check_access(name, host)
-    ours = []
+    ours, made = [], None if elsewhere.keys() == {"MLflow", "Prefect"} else passwords.made()
     if "MLflow" not in elsewhere:
         number = supervisor.port(mlflow_port, supervisor.MLFLOW_PORT, "--mlflow-port", host)
-        ours.append(mlflow_prefect.mlflow_server(number, host))
+        ours.append(mlflow_prefect.mlflow_server(number, host, made))
         if not os.environ.get("MLFLOW_BACKEND_STORE_URI"):
             tracking.setup()
     if "Prefect" not in elsewhere:
         number = supervisor.port(prefect_port, 4200, "--prefect-port", host)
-        ours.append(mlflow_prefect.prefect_server(number, host=host))
+        ours.append(mlflow_prefect.prefect_server(number, host=host, password=passwords.login("Prefect")))
     return ours
 
 
-def as_client(prefect: str) -> contextlib.AbstractContextManager[Any]:
+def as_client(where: Addresses) -> contextlib.AbstractContextManager[Any]:
     """Let this process speak to a Prefect server, with its password when it has one."""
-    settings: dict[Any, Any] = {PREFECT_API_URL: prefect}
-    if passwords().get("PREFECT_API_AUTH_STRING"):
-        settings[PREFECT_API_AUTH_STRING] = passwords()["PREFECT_API_AUTH_STRING"]
-    return temporary_settings(settings)
-
-
-def passwords() -> dict[str, str]:
-    """The passwords that clients send: those set for them, else those set for our servers."""
-    ours = {
-        "PREFECT_API_AUTH_STRING": os.environ.get("PREFECT_SERVER_API_AUTH_STRING"),
-        "MLFLOW_TRACKING_PASSWORD": os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD"),
-        "MLFLOW_TRACKING_USERNAME": os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")
-        if os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD")
-        else None,
-    }
-    return {name: value for name in ours if (value := os.environ.get(name) or ours[name])}
+    settings: dict[Any, Any] = {PREFECT_API_URL: where.prefect}
+    password = passwords.for_clients(where.ours).get("PREFECT_API_AUTH_STRING")
+    return temporary_settings(settings | ({PREFECT_API_AUTH_STRING: password} if password else {}))
 
 
 def publish_addresses(where: Addresses) -> None:
@@ -192,11 +180,17 @@ def publish_addresses(where: Addresses) -> None:
     workspace.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
 
 
+def shown(name: str, url: str, where: Addresses) -> str:
+    """A server's address for a person: one that logs the browser in, where the password was made here."""
+    login = passwords.link(name, url) if name in where.ours else None
+    return tracking.without_passwords(url) + (f"   log in: {login}" if login else "")
+
+
 def say_all(where: Addresses, elsewhere: dict[str, str], limit: int) -> None:
     """Say where everything is."""
     for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
         note = " (already running, from the environment)" if name in elsewhere else ""
-        say(f"{name:8} {tracking.without_passwords(url)}{note}")
+        say(f"{name:8} {shown(name, url, where)}{note}")
     if where.pools:
         say(f"workers  {', '.join(where.pools)}; at most {limit} {'run' if limit == 1 else 'runs'} at a time each")
         if "gpu" in where.pools and not gpu_slots.names():
@@ -250,7 +244,7 @@ def workers_of(pool: str, where: Addresses, limit: int) -> list[Worker]:
 def worker(pool: str, name: str, options: Sequence[str], where: Addresses, limit: int) -> Worker:
     """A worker for a pool. It starts again under its name, so the server lists it once."""
     title = f"{name} on {socket.gethostname()}"
-    command = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", pool, "--name", title, *options]
+    command = [sys.executable, "-P", "-m", "flows.worker", "--pool", pool, "--name", title, *options]
     command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
     environment = worker_environment(where, limit)
     return Worker(f"worker {name}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)
@@ -260,7 +254,7 @@ def worker_environment(where: Addresses, limit: int) -> dict[str, str]:
     """What runs need to know: the servers, this home, the folders that a config's files may be in, and how many of
     them may train at a time where there is no GPU.
     """
-    return passwords() | {
+    return passwords.for_clients(where.ours) | {
         DEVICE_SLOTS: os.environ.get(DEVICE_SLOTS) or str(limit),
         HOME: str(workspace.home()),
         ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),

@@ -1,6 +1,7 @@
 """Where files are kept on this disk: the home folder, a stage's work folder, locks, whole files."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import math
@@ -48,10 +49,27 @@ def clear_work(key: str) -> None:
     if keep_work():
         return
     for path in work_folder(key).iterdir():
-        if path.is_dir() and path.name != "asks":
-            shutil.rmtree(path)
-        elif path.name.startswith("metrics-"):
-            path.unlink()
+        if (path.is_dir() and path.name != "asks") or path.name.startswith("metrics-"):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename what cannot be used, so that its place is free and a person can look at it; returns its new path."""
+    aside = path.with_name(f"{path.name}.bad")
+    number = 0
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.bad.{number}")
+    path.rename(aside)
+    return aside
 
 
 def place() -> dict[str, str]:
@@ -112,3 +130,48 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return once the content of a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync a folder: its names are on the server already
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(path: Path) -> None:
+    """`sync` a file, or a folder with all that is in it, and the folders above, in which its name may be new."""
+    if path.is_dir():
+        for folder, _, files in os.walk(path, topdown=False, onerror=_raise):
+            for name in files:
+                if (Path(folder) / name).is_file():
+                    sync(Path(folder) / name)
+            sync(Path(folder))
+    else:
+        sync(path)
+    for above in path.absolute().parents:
+        if not os.access(above, os.R_OK):  # another user's: this process has made no name in it
+            return
+        sync(above)
+        if os.path.ismount(above):
+            return
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its folders, sorted.
+
+    Raises:
+        OSError: a folder cannot be listed. `Path.rglob` would leave it out without a word.
+    """
+    names = (Path(inner) / name for inner, _, names in os.walk(folder, onerror=_raise) for name in names)
+    return sorted(path for path in names if path.is_file())
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -21,11 +21,13 @@ from stages.tracking.mlflow_client import (
     without_passwords,
 )
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.removal import REMOVED, folder_locations, model_locations, remove_stored, stored_size
 from stages.tracking.reuse import compare_link, find, note_reuse
 from stages.tracking.run import StageRun, code_version
 from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
+    "REMOVED",
     "TAG_LENGTH",
     "StageRun",
     "acceptable_name",
@@ -42,15 +44,19 @@ __all__ = [
     "fetch",
     "find",
     "flatten",
+    "folder_locations",
     "locate",
+    "model_locations",
     "note_reuse",
     "plain_client",
     "portable",
     "registered",
+    "remove_stored",
     "retrying",
     "runs",
     "setup",
     "shortened",
+    "stored_size",
     "tracking_uri",
     "without_passwords",
 ]

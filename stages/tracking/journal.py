@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.runtime.workspace import home, lock_if_free, work_folder, write_whole
+from stages.runtime.workspace import home, lock_if_free, move_aside, work_folder, write_whole
 from stages.tracking.mlflow_client import client, first_line, plain_client, retrying, runs, value_classes
 from stages.tracking.names import acceptable_name
 
@@ -40,6 +40,19 @@ def points_of(run_id: str) -> dict[tuple[str, int], bool]:
     return points
 
 
+def point_of(line: bytes) -> tuple[str, float, int, int] | None:
+    """A line's name, value, step and time; None where it is not what `Journal.add` writes, so that MLflow would refuse
+    it, and all after it, for ever.
+    """
+    try:
+        name, value, step, when = json.loads(line)
+        point = (str(name), float(value), int(step), int(when))
+        same = isinstance(value, str) and point[0] == name and point[2:] == (step, when)
+        return point if same and acceptable_name(name) == name and max(abs(step), abs(when)) < 2**63 else None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
+
+
 class Journal:
     """Metrics in a local file, shipped to MLflow by a side thread; training never waits for it, and no line is lost.
 
@@ -63,17 +76,25 @@ class Journal:
         self._thread.start()
 
     def _read(self, path: Path) -> None:
-        """Take up what an earlier process has left; a last line cut short by its death is dropped."""
+        """Take up what an earlier process has left. A last line cut short by its death is dropped; a journal with
+        other lines that are none of a journal's is kept aside, and goes on without them.
+        """
         if not path.exists():
             return
-        text = path.read_text()
-        if text and not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            write_whole(path, text)
-        for line in text.splitlines():
-            name, value, step, when = json.loads(line)
-            self._waiting.append((name, float(value), step, when))
-            self._seen[name, step] = math.isfinite(float(value))
+        if not path.is_file():
+            log.warning("%s is not a file: moved to %s", path, move_aside(path).name)
+            return
+        lines = path.read_bytes().split(b"\n")
+        points = [(line, point_of(line)) for line in lines[:-1]]
+        whole = [(line, point) for line, point in points if point is not None]
+        if lost := len(points) - len(whole):
+            aside = move_aside(path)
+            log.warning("%d of %d lines of %s cannot be read: all are kept in %s", lost, len(points), path, aside.name)
+        if lost or lines[-1]:
+            write_whole(path, "".join(f"{line.decode()}\n" for line, _ in whole))
+        for _, (name, value, step, when) in whole:
+            self._waiting.append((name, value, step, when))
+            self._seen[name, step] = math.isfinite(value)
 
     def add(self, values: Mapping[str, float], step: int | None) -> None:
         """Write values down; `step` None is a final value, of which the last one counts."""

@@ -4,9 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas import environment
+from schemas.errors import StageError
 from schemas.stage import Request
+from stages.runtime import databases
 from stages.runtime.workspace import home, lock
+from stages.tracking import database
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -73,28 +73,14 @@ def _client_for(uri: str) -> "MlflowClient":
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
-    from mlflow.exceptions import MlflowException  # late for the same reason as above
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # late for the same reason as above
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if not uri.startswith("sqlite:///"):
         return MlflowClient(uri)
-    database = Path(uri.removeprefix("sqlite:///"))
-    with lock(database.with_suffix(".lock")):
-        if not database.exists():
-            database.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(database)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer don't lock each other out
-        client = MlflowClient(uri)
-        try:
-            client.search_experiments(max_results=1)
-        except MlflowException as error:
-            if "out-of-date" not in str(error):
-                raise
-            log.info("migrating %s to this version of MLflow", database)
-            subprocess.run(
-                [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True
-            )
+    path = Path(uri.removeprefix("sqlite:///"))
+    with lock(path.with_suffix(".lock")):
+        database.prepare(path)
         return MlflowClient(uri)
 
 
@@ -110,9 +96,16 @@ def client() -> "MlflowClient":
 
 def runs(condition: str) -> "Iterator[Run]":
     """All runs, of all experiments, that meet a condition in MLflow's query language; newest first."""
-    experiments, token = [experiment.experiment_id for experiment in client().search_experiments()], None
+    newest = ["attributes.start_time DESC"]
+    experiments = [one.experiment_id for one in pages(lambda token: client().search_experiments(page_token=token))]
+    yield from pages(lambda token: client().search_runs(experiments, condition, order_by=newest, page_token=token))
+
+
+def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a search finds: MLflow answers a thousand at a time. `search` takes the token of a page."""
+    token = None
     while True:
-        page = client().search_runs(experiments, condition, order_by=["attributes.start_time DESC"], page_token=token)
+        page = search(token)
         yield from page
         token = page.token
         if not token:
@@ -142,6 +135,15 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return re.search(TRANSIENT, str(error), re.IGNORECASE) is not None
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that there is no such run, model or artifact, or that none can have this name.
+
+    Everything else, a 404 of whatever answers in MLflow's place included, says nothing about them.
+    """
+    missing = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+    return getattr(error, "error_code", None) in missing
 
 
 def without_passwords(text: str) -> str:
@@ -179,6 +181,9 @@ def _retrying(call: Callable[[], T], end: float) -> T:
         try:
             return call()
         except Exception as error:
+            damage = re.search(databases.DAMAGED, str(error))
+            if damage and not isinstance(error, StageError) and tracking_uri().startswith("sqlite:///"):
+                raise databases.damaged(Path(tracking_uri().removeprefix("sqlite:///")), damage[0]) from error
             if not is_transient(error) or time.monotonic() + pause > end:
                 raise
             log.warning("MLflow: %s; trying again", first_line(error))

@@ -1,19 +1,23 @@
 """Finished runs: found by their key, reused, compared."""
 
 import json
+import logging
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlencode
 
+from schemas import read_stored
 from schemas.stage import Result
-from stages.tracking.mlflow_client import client, runs
+from stages.tracking.mlflow_client import client, first_line, runs
 from stages.tracking.names import TAG_LENGTH
 from stages.tracking.store import BAD, intact, local_path, location_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+log = logging.getLogger("alignflow")
 
 
 def runs_with(key: str, condition: str) -> "list[Run]":
@@ -22,16 +26,30 @@ def runs_with(key: str, condition: str) -> "list[Run]":
 
 
 def _result_of(run_id: str) -> Result | None:
-    """The result that a finished run has left, else None."""
+    """The result that a finished run has left; None, with a warning, where it cannot be read: it was not done then."""
     location = location_of(f"runs:/{run_id}/result.json")
     path = local_path(location)
-    if path is not None:
-        return Result.model_validate_json(path.read_text()) if path.exists() else None
-    if not any(file.path == "result.json" for file in client().list_artifacts(run_id)):
+    try:
+        if path is not None:
+            return read_result(path.read_bytes())
+        if not any(file.path == "result.json" for file in client().list_artifacts(run_id)):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return read_result(Path(client().download_artifacts(run_id, "result.json", folder)).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        got = client().download_artifacts(run_id, "result.json", folder)
-        return Result.model_validate_json(Path(got).read_text())
+    except ValueError as error:
+        log.warning("the result of run %s cannot be read: its stage counts as not done (%s)", run_id, first_line(error))
+        return None
+
+
+def read_result(content: bytes) -> Result:
+    """A stage's stored result.
+
+    Raises:
+        ValueError: it is none: cut, or written by a version that is too different.
+    """
+    return read_stored(Result, content.decode())
 
 
 def find(key: str) -> Result | None:
@@ -40,7 +58,11 @@ def find(key: str) -> Result | None:
         if BAD in run.data.tags:
             continue
         result = _result_of(run.info.run_id)
-        if result is not None and all(intact(artifact) for artifact in result.outputs.values()):
+        if (
+            result is not None
+            and result.status == "done"
+            and all(intact(artifact) for artifact in result.outputs.values())
+        ):
             return result.model_copy(update={"reused": True})
     return None
 

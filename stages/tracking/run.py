@@ -32,7 +32,7 @@ from stages.tracking.mlflow_client import (
 )
 from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.reuse import runs_with
-from stages.tracking.store import arrived, digest, fetch
+from stages.tracking.store import arrived, digest, fetch, keep
 
 log = logging.getLogger("alignflow")
 
@@ -137,6 +137,8 @@ class StageRun:
         try:
             try:
                 self._journal.close()
+                if error is None:
+                    keep(f"runs:/{self.run_id}")  # before MLflow calls it finished, and before its checkpoints go
             finally:
                 client().set_terminated(self.run_id, status)
         except Exception as second:
@@ -260,6 +262,7 @@ class StageRun:
         if not arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
             raise StageError(message, status="failed", kind="artifact", fix="run the stage again")
+        keep(uri)
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
 

@@ -2,21 +2,35 @@
 
 import hashlib
 import logging
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact, Request
-from stages.runtime.workspace import home, lock
-from stages.tracking.mlflow_client import client, experiment, experiment_name, is_transient, retrying, tracking_uri
+from stages.runtime.workspace import files_below, home, lock, sync_all
+from stages.tracking.mlflow_client import (
+    client,
+    experiment,
+    experiment_name,
+    is_missing,
+    is_transient,
+    pages,
+    retrying,
+    tracking_uri,
+)
 from stages.tracking.names import TAG_LENGTH, shortened
 
 log = logging.getLogger("alignflow")
 
-# Tag of a finished run whose artifact was found to be gone or altered.
+# Tag of a finished run whose artifact was found to be altered.
 BAD = "artifact.bad"
+
+AGAIN = "run the pipeline again: the stage that makes it notices and runs again"
+MODEL_URIS = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
 
 
 def digest(path: Path) -> str:
@@ -24,6 +38,7 @@ def digest(path: Path) -> str:
 
     Raises:
         StageError: there is no such file or folder.
+        OSError: it cannot be read now.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -31,7 +46,7 @@ def digest(path: Path) -> str:
     if not path.is_dir():
         raise StageError(f"{path} does not exist.", kind="artifact", fix="give the path of a file or folder")
     total = hashlib.sha256()
-    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+    for inner in files_below(path):
         total.update(f"{inner.relative_to(path).as_posix()}\0{digest(inner)}\n".encode())
     return total.hexdigest()
 
@@ -56,24 +71,69 @@ def local_path(location: str) -> Path | None:
 
 
 def _download(location: str, sha256: str) -> Path:
-    """A copy of a remote artifact, kept by its digest."""
-    folder = home() / "cache" / "artifacts" / sha256
-    target = folder / location.rstrip("/").rpartition("/")[2]  # a file's name shows its kind
+    """A copy of a remote artifact, kept by its digest; what differs from that is not kept."""
+    folder = _cached(sha256)
+    target = folder / _name_in(location)
     with lock(folder.with_suffix(".lock")):
-        if target.exists() and digest(target) == sha256:
+        if _still(target, sha256):
+            os.utime(folder)  # when it was last of use
             return target
-        shutil.rmtree(folder, ignore_errors=True)
-        from mlflow.artifacts import download_artifacts  # late: see value_classes
+        got = _copied(location)
+        if digest(got) != sha256:  # a connection can end early without a word: only a second copy is believed
+            shutil.rmtree(got.parent)
+            got = _copied(location)
+        if digest(got) == sha256:
+            _put(got, folder)
+            return target
+        return got
 
-        beside = folder.with_suffix(".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        uri = tracking_uri()
-        got = retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(beside), tracking_uri=uri))
-        folder.mkdir(parents=True)
-        Path(got).replace(target)
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
+
+def _cached(sha256: str) -> Path:
+    """The folder of the copy that has this digest."""
+    return home() / "cache" / "artifacts" / sha256
+
+
+def _name_in(location: str) -> str:
+    """The name of an artifact at its location; that of a file shows its kind."""
+    return location.rstrip("/").rpartition("/")[2]
+
+
+def _still(copy: Path, sha256: str) -> bool:
+    """Whether a cached copy is there and whole. One that cannot be read is as good as none."""
+    try:
+        return copy.exists() and digest(copy) == sha256
+    except OSError as error:
+        log.warning("the copy %s cannot be read (%s): it is fetched again", copy, error)
+        return False
+
+
+def _copied(location: str) -> Path:
+    """A new copy of a remote file or folder, in a folder of its own.
+
+    Raises:
+        StageError: there is no such file or folder.
+    """
+    from mlflow.artifacts import download_artifacts  # late: see value_classes
+
+    above = home() / "cache" / "artifacts"
+    above.mkdir(parents=True, exist_ok=True)
+    beside, uri = tempfile.mkdtemp(prefix="part-", dir=above), tracking_uri()
+    try:
+        return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=beside, tracking_uri=uri)))
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)  # the next try needs its room
+        # Any failure may be this host's (a full disk) or the server's. What is missing, the store itself says.
+        if not isinstance(error, Exception) or is_transient(error) or _is_there(location):
+            raise
+        raise _gone(location) from error
+
+
+def _put(got: Path, folder: Path) -> None:
+    """Make a whole copy the one that is kept in a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    got.replace(folder / got.name)
+    shutil.rmtree(got.parent, ignore_errors=True)
 
 
 def portable(request: Request) -> Request:
@@ -92,7 +152,7 @@ def _stored(artifact: Artifact, request: Request) -> Artifact:
     """A local file or folder as an artifact of a run of its own, tagged `stage` = source; stored once per digest."""
     query = f"tags.stage = 'source' and tags.sha256 = '{artifact.sha256}' and attributes.status = 'FINISHED'"
     name = experiment(experiment_name(request))
-    for run in client().search_runs([name], query):
+    for run in pages(lambda token: client().search_runs([name], query, page_token=token)):
         kept = Artifact(uri=f"runs:/{run.info.run_id}/{run.data.tags['artifact']}", sha256=artifact.sha256)
         if intact(kept):
             return kept
@@ -101,37 +161,64 @@ def _stored(artifact: Artifact, request: Request) -> Artifact:
     run_id = client().create_run(name, tags=tags, run_name=f"source {path.name}").info.run_id
     store = client().log_artifacts if path.is_dir() else client().log_artifact
     store(run_id, str(path), tags["artifact"] if path.is_dir() else "source")
+    stored = Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
+    keep(stored.uri)
     client().set_terminated(run_id)
-    return Artifact(uri=f"runs:/{run_id}/{tags['artifact']}", sha256=artifact.sha256)
+    return stored
+
+
+def keep(uri: str) -> None:
+    """Return once what was stored would survive a power cut, as far as its disk is this machine's.
+
+    A server on another machine syncs its own disk, or not.
+    """
+    location = location_of(uri)
+    path = local_path(location)
+    if path is None and location.startswith("mlflow-artifacts:"):  # what `alignflow up` keeps is in the same home
+        path = home() / "artifacts" / urlparse(location).path.lstrip("/")
+    if path is not None and path.exists():
+        sync_all(path)
+    elif urlparse(tracking_uri()).hostname in ("localhost", "127.0.0.1", "::1"):
+        os.sync()  # a server here, with a folder that it alone knows
 
 
 def fetch(artifact: Artifact) -> Path:
     """Local folder of an artifact, its digest verified. The uri is `runs:/`, `models:/`, a path or a store's address.
 
+    What this host or the server lacks (room, memory, file handles, an answer) is raised as it is: it says nothing
+    about the artifact.
+
     Raises:
         StageError: the artifact is gone or has been altered.
     """
-    fix = "run the pipeline again: the stage that makes it notices and runs again"
-    try:
-        location = location_of(artifact.uri)
-        folder = local_path(location) or _download(location, artifact.sha256)
-    except StageError:
-        raise
-    except Exception as error:
-        if is_transient(error):
-            raise
-        message = f"the artifact is gone ({error})."
-        _mark_bad(artifact, message)
-        raise refuse("uri", artifact.uri, message, fix, kind="artifact") from error
+    location = _located(artifact.uri)
+    path = local_path(location)
+    folder = path or _download(location, artifact.sha256)
     if not folder.exists():
-        raise refuse("uri", artifact.uri, "the artifact is gone.", fix, kind="artifact")
+        raise _gone(artifact.uri)
     actual = digest(folder)
     if actual != artifact.sha256:
         message = f"the artifact was altered: its sha256 is {actual}, it should be {artifact.sha256}."
-        if local_path(location) is None:
+        if path is None:
+            shutil.rmtree(folder.parent, ignore_errors=True)  # the copy; the artifact itself is left as it is
             _mark_bad(artifact, message)
-        raise refuse("uri", artifact.uri, message, fix, kind="artifact")
+        raise refuse("uri", artifact.uri, message, AGAIN, kind="artifact")
     return folder
+
+
+def _located(uri: str) -> str:
+    """`location_of`; of a run or model that MLflow does not have, a StageError."""
+    try:
+        return location_of(uri)
+    except Exception as error:
+        if not is_missing(error):
+            raise
+        raise _gone(uri, f" ({error})") from error
+
+
+def _gone(uri: str, why: str = "") -> StageError:
+    """An artifact that is not there."""
+    return refuse("uri", uri, f"the artifact is gone{why}.", AGAIN, kind="artifact")
 
 
 def locate(uri: str) -> Path:
@@ -143,20 +230,30 @@ def locate(uri: str) -> Path:
     path = Path(uri).expanduser()
     if path.exists():
         return path.absolute()
-    fix = "give a model folder, runs:/RUN_ID/model, models:/NAME@ALIAS or models:/NAME/VERSION"
     try:
         location = location_of(registered(uri))
-        folder = local_path(location) or _copied(location)
-    except StageError:
-        raise
     except Exception as error:
-        if is_transient(error):
+        if not is_missing(error):
             raise
         message = f"MLflow has no such model ({error})."
-        raise refuse("uri", uri, message, fix, kind="artifact") from error
+        raise refuse("uri", uri, message, MODEL_URIS, kind="artifact") from error
+    folder = local_path(location) or _kept(location)
     if not folder.exists():
-        raise refuse("uri", uri, "there is no such model.", fix, kind="artifact")
+        raise refuse("uri", uri, "there is no such model.", MODEL_URIS, kind="artifact")
     return folder
+
+
+def _kept(location: str) -> Path:
+    """A new copy of a remote folder whose digest is not known beforehand, kept by the digest that it has."""
+    got = _copied(location)
+    folder = _cached(digest(got))
+    with lock(folder.with_suffix(".lock")):
+        if _still(folder / got.name, folder.name):
+            shutil.rmtree(got.parent, ignore_errors=True)
+        else:
+            _put(got, folder)
+        os.utime(folder)
+    return folder / got.name
 
 
 def registered(uri: str) -> str:
@@ -168,8 +265,10 @@ def registered(uri: str) -> str:
         return uri
     if "@" in name:
         actual = client().get_model_version_by_alias(*name.rsplit("@", 1))
-    else:
+    elif "/" in name:
         actual = client().get_model_version(*name.rsplit("/", 1))
+    else:
+        raise refuse("uri", uri, "it names no version.", MODEL_URIS, kind="artifact")
     return str(actual.source)
 
 
@@ -180,36 +279,24 @@ def _model_of_run(uri: str) -> str:
     return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
 
 
-def _copied(location: str) -> Path:
-    """A copy of a remote folder whose digest is not known, kept by its address."""
-    target = home() / "cache" / "located" / hashlib.sha256(location.encode()).hexdigest()
-    from mlflow.artifacts import download_artifacts  # late: see value_classes
-
-    target.mkdir(parents=True, exist_ok=True)
-    return Path(retrying(lambda: download_artifacts(artifact_uri=location, dst_path=str(target))))
-
-
 def intact(artifact: Artifact) -> bool:
     """Whether a published artifact is still what it was. Of one in a remote store only whether it is there: its digest
     is verified when it is fetched, and `find` takes no run with the tag that a wrong one leaves.
+
+    What cannot be read now is neither: that error is raised.
     """
     try:
-        location = location_of(artifact.uri)
+        location = _located(artifact.uri)
         if local_path(location) is None:
             return _is_there(location)
         fetch(artifact)
     except StageError as error:
         log.info("%s", error)
         return False
-    except Exception as error:
-        if is_transient(error):
-            raise
-        log.info("%s is gone: %s", artifact.uri, error)
-        return False
     return True
 
 
-def _entries(location: str) -> list[Any]:
+def entries(location: str) -> list[Any]:
     """The entries of a folder of a remote store; none where there is no such folder."""
     from mlflow.artifacts import list_artifacts  # late: see value_classes
 
@@ -219,16 +306,16 @@ def _entries(location: str) -> list[Any]:
 def _is_there(location: str) -> bool:
     """Whether a remote file or folder exists."""
     above, _, name = location.rstrip("/").rpartition("/")
-    return any(entry.path.rpartition("/")[2] == name for entry in _entries(above))
+    return any(entry.path.rpartition("/")[2] == name for entry in entries(above))
 
 
-def _sizes(location: str) -> dict[str, int]:
+def sizes(location: str) -> dict[str, int]:
     """The files of a remote folder: path in it -> bytes."""
     actual: dict[str, int] = {}
-    for entry in _entries(location):
+    for entry in entries(location):
         name = entry.path.rpartition("/")[2]
         if entry.is_dir:
-            actual |= {f"{name}/{inner}": size for inner, size in _sizes(f"{location}/{name}").items()}
+            actual |= {f"{name}/{inner}": size for inner, size in sizes(f"{location}/{name}").items()}
         else:
             actual[name] = entry.file_size or 0  # of an empty file, None
     return actual
@@ -239,8 +326,8 @@ def arrived(artifact: Artifact, folder: Path) -> bool:
     location = location_of(artifact.uri)
     if local_path(location) is not None:
         return intact(artifact)
-    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    return digest(folder) == artifact.sha256 and _sizes(location) == sent
+    sent = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_below(folder)}
+    return digest(folder) == artifact.sha256 and sizes(location) == sent
 
 
 def _mark_bad(artifact: Artifact, message: str) -> None:

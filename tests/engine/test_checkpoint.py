@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back bit for bit, and what was altered is never used."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,34 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_older_one_used(
     assert checkpoint.newest(tmp_path, KEY) == tmp_path / "step-1"
     assert (tmp_path / "bad" / "step-2").is_dir()
     assert "step-2 was moved" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["step-3.bak", "step-x", "step-", "step-3 (copy)", "step-3-old", "bad"])
+def test_what_has_another_name_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine") if name == "bad" else (tmp_path / name).mkdir(parents=True)
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "step-4").write_text("a file")
+    assert checkpoint.newest(tmp_path, KEY) == tmp_path / "step-2"
+    write(tmp_path, 5)
+    assert sorted(p.name for p in tmp_path.glob("step-[0-9]")) == ["step-2", "step-5"]
+    assert (tmp_path / "bad" / "step-4").is_file()
+    assert (tmp_path / ("bad.bad" if name == "bad" else name)).exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_now_is_not_condemned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    saved = write(tmp_path, 1)
+
+    def fail(*given: object) -> None:
+        raise OSError(number, "not now")
+
+    with monkeypatch.context() as away:
+        away.setattr("hashlib.file_digest", fail)
+        with pytest.raises(OSError, match="not now") as raised:
+            checkpoint.newest(tmp_path, KEY)
+        assert raised.value.filename == str(saved)
+    assert checkpoint.newest(tmp_path, KEY) == saved
 
 
 def test_a_foreign_checkpoint_is_not_used(tmp_path: Path) -> None:

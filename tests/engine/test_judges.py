@@ -364,3 +364,10 @@ def test_sentiment_and_length_against_labelled_pairs(shared: Path) -> None:
         # Neither knows what the prompt asks for, and in most of LLMBar's pairs the longer answer is the wrong one.
         assert all(0.2 < value < 0.7 for value in found.values())
         assert judges.accuracy(judge, pairs) + judges.accuracy(judge, flipped) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("end", ["/v1?x=", "/v1#x", "?x=/v1", "#", "/v1 ", "\\\\evil.example/v1", "/v1\n"])
+def test_nothing_of_an_address_swallows_its_end(end: str) -> None:
+    """`/chat/completions` is put behind it: an address that hides that asks whatever it likes."""
+    with pytest.raises(StageError, match="not a plain http"):
+        EndpointJudge(settings.EndpointJudge(url=f"http://127.0.0.1:1{end}", model="m"), "evaluate.judge")

@@ -1,3 +1,5 @@
+import contextlib
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,6 +99,55 @@ def test_training_mode_is_given_back(policy: Policy, tmp_path: Path) -> None:
     policy.train()
     ReferenceCache("w", "fp32", tmp_path / "c").logps(policy, TREES[:1], "shared", 64, PAD)
     assert policy.training
+
+
+def test_an_altered_number_is_computed_again(policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counting, path = Counting(policy.hf), tmp_path / "cache.sqlite"
+    first = ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD)
+    before = counting.computed
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        one, other, third = (key for (key,) in database.execute("SELECT key FROM logps LIMIT 3"))
+        database.execute("UPDATE logps SET value = value * (1 + 1e-15) WHERE key = ?", (one,))  # the last bits
+        database.execute("UPDATE logps SET value = 'text' WHERE key = ?", (other,))
+        database.execute("DELETE FROM digests WHERE key = ?", (third,))  # of a version that wrote none
+    again = ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD)
+    assert counting.computed == before + 3 and "2 cached log-probabilities" in caplog.text
+    assert [value for row in again for value in row] == pytest.approx([value for row in first for value in row])
+    ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD)
+    assert counting.computed == before + 3
+
+
+def harm(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    match how:
+        case "garbage":
+            path.write_bytes(b"no database" * 1000)
+        case "cut":
+            path.write_bytes(content[: len(content) // 2])
+        case "pages":  # the schema is whole, the rows are not
+            path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+        case "tables":
+            path.unlink()
+            with contextlib.closing(sqlite3.connect(path)) as database, database:
+                database.execute("CREATE TABLE logps (other TEXT)")
+        case "folder":
+            path.unlink()
+            path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["garbage", "cut", "pages", "tables", "folder"])
+def test_a_broken_cache_is_moved_aside(
+    policy: Policy, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    counting, path = Counting(policy.hf), tmp_path / "cache.sqlite"
+    first = ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD)
+    before = counting.computed
+    harm(path, how)
+    assert ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD) == first
+    assert counting.computed == 2 * before
+    assert (tmp_path / "cache.sqlite.bad").exists() and "moved to cache.sqlite.bad" in caplog.text
+    ReferenceCache("w", "fp32", path).logps(counting, TREES, "shared", 64, PAD)
+    assert counting.computed == 2 * before
 
 
 def test_writers_at_once_wait_for_each_other(tmp_path: Path) -> None:

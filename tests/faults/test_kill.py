@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -162,7 +163,7 @@ def test_killed_at_every_moment_of_a_write(tmp_path: Path) -> None:
         state = checkpoint.read_state(found, "model")
         assert len(state) == 12 and all((part == step).all() for part in state.values())
         for leftover in (*folder.glob(".draft-*"), *folder.glob("step-2"), *folder.glob("bad")):
-            checkpoint.shutil.rmtree(leftover)
+            shutil.rmtree(leftover)
     assert finished < 30, "no write was cut short"
 
 
@@ -206,7 +207,7 @@ def test_a_damaged_checkpoint_is_never_trained_on(
 ) -> None:
     case, before = stopped
     work = tmp_path / "work"
-    checkpoint.shutil.copytree(before, work)
+    shutil.copytree(before, work)
     (work / "end.json").unlink()
     newest = max((work / "checkpoints").glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
     content = (newest / file).read_bytes()

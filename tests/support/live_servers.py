@@ -1,5 +1,6 @@
 """`alignflow up` as tests use it: started, asked, ended; and small things to run on it."""
 
+import base64
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
+from flows.servers import passwords
 from flows.servers.address_file import Addresses
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
@@ -54,6 +56,21 @@ def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subproce
         patience.cancel()
         process.terminate()
         process.communicate(timeout=60)
+
+
+def keys(home: Path) -> dict[str, str]:
+    """The variables that let in clients which know nothing of the home whose `alignflow up` runs."""
+    made = passwords.Passwords.model_validate_json((home / "passwords.json").read_text())
+    user = {"MLFLOW_TRACKING_USERNAME": passwords.USER, "MLFLOW_TRACKING_PASSWORD": made.mlflow}
+    return {"PREFECT_API_AUTH_STRING": made.prefect, **user}
+
+
+def ask(home: Path, method: str, url: str, **request: Any) -> httpx.Response:
+    """The answer of one of the servers of a home, with its password."""
+    made = passwords.Passwords.model_validate_json((home / "passwords.json").read_text())
+    word = f"{passwords.USER}:{made.mlflow}" if "/mlflow" in url else made.prefect
+    headers = {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}", **request.pop("headers", {})}
+    return httpx.request(method, url, headers=headers, timeout=30, **request)
 
 
 @contextlib.contextmanager

@@ -117,20 +117,27 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         assert answer.returncode == 0, answer.stderr
         ended = live_servers.run_stage(home)
         assert ended["state"] == "Completed", ended
-        before = live_servers.fetch(ended["key"], elsewhere, MLFLOW_TRACKING_URI=where.mlflow)
+        before = live_servers.fetch(
+            ended["key"], elsewhere, MLFLOW_TRACKING_URI=where.mlflow, **live_servers.keys(home)
+        )
         assert before["location"].startswith("mlflow-artifacts:")
         stored = [one["Key"] for one in bucket.list_objects_v2(Bucket="alignflow")["Contents"]]
         assert {Path(key).name for key in stored} >= set(before["files"])
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in live_servers.below(process)]
         assert lines and not any(PASSWORD.encode() in line for line in lines)
         workers = [
-            pid for pid in live_servers.below(process) if b"worker\0start" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            pid for pid in live_servers.below(process) if b"flows.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         assert len(workers) == 2  # a guard, and what it guards
         assert not any(PASSWORD.encode() in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
     with live_servers.up(home, "--pool", "cpu", **settings) as (_, there):
         third = tmp_path / "third"
-        assert live_servers.fetch(ended["key"], third, MLFLOW_TRACKING_URI=there.mlflow)["sha256"] == before["sha256"]
+        assert (
+            live_servers.fetch(ended["key"], third, MLFLOW_TRACKING_URI=there.mlflow, **live_servers.keys(home))[
+                "sha256"
+            ]
+            == before["sha256"]
+        )
         again = live_servers.run_stage(home)  # the deployment is still there, and the result is taken again
         assert again["state"] == "Completed" and "reused" in again["message"]
     assert not (home / "mlflow.db").exists() and not (home / "artifacts").exists()

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 FILE = ROOT / "deploy" / "compose.yaml"
 SERVERS = {"postgres", "store", "prefect", "mlflow"}
 ONCE = {"bucket", "deploy"}
+MEMORY = {"SERVER", "WORKER", "POSTGRES", "STORE"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,19 @@ def test_it_holds_no_secret_and_asks_for_all_of_them(compose: dict[str, Any]) ->
     text = FILE.read_text()
     told = set(re.findall(r"[A-Z0-9_]+", re.search(r"for name in ([A-Z0-9_ ]+);", text)[1]))  # type: ignore[index]
     assert set(re.findall(r"\$\{(\w+):\?", text)) == told
-    assert set(re.findall(r"\$\{(\w+)", text)) == told | {"ALIGNFLOW_IMAGE"}
+    others = {"ALIGNFLOW_IMAGE", "POSTGRES_IMAGE", "STORE_IMAGE"} | {f"{one}_MEMORY" for one in MEMORY}
+    assert set(re.findall(r"\$\{(\w+)", text)) == told | others
+
+
+def test_no_service_gains_rights_or_writes_beside_its_volumes_or_takes_all_memory(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert service["cap_drop"] == ["ALL"] and "cap_add" not in service and not service.get("privileged"), name
+        assert service["security_opt"] == ["no-new-privileges:true"] and service["read_only"] is True, name
+        assert any(folder.startswith("/tmp:") for folder in service["tmpfs"]), name
+        assert re.fullmatch(r"\$\{\w+_MEMORY:-\d+g\}", service["mem_limit"]) and service["pids_limit"] > 0, name
+        written = [volume.split(":")[1] for volume in service.get("volumes", []) if not volume.endswith(":ro")]
+        home = service.get("environment", {}).get("ALIGNFLOW_HOME", "/tmp")
+        assert home.startswith("/tmp") or home in written, name
 
 
 def test_what_it_names_is_there_and_servers_say_how_they_are(compose: dict[str, Any]) -> None:

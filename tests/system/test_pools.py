@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ EVERYWHERE = {"ALIGNFLOW_HOME": "/var/lib/alignflow", "ALIGNFLOW_ROOTS": "/input
 
 def rendered(kind: Any, pool: str, **values: Any) -> Any:
     """A job as the pool's worker would start it."""
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9"}):  # nothing is asked; without it a server starts
+    with temporary_settings(
+        {PREFECT_API_URL: "http://10.0.0.5:4200/api"}
+    ):  # nothing is asked; without it a server starts
         configuration = asyncio.run(kind.from_template_and_values(pools.read(pool), values))
-    configuration.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="sft"))
+        configuration.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="sft"))
     return configuration
 
 
@@ -48,6 +51,51 @@ def refuses(pool: str, **values: Any) -> bool:
     except jsonschema.ValidationError:
         return True
     return False
+
+
+def violations(pod: dict[str, Any]) -> list[str]:
+    """What a namespace that enforces Kubernetes' Pod Security Standard *restricted* would refuse the pod for.
+
+    The rules are those of kubernetes.io/docs/concepts/security/pod-security-standards, baseline and restricted.
+    """
+    volume_types = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected"}
+    whole = pod.get("securityContext", {})
+    wrong = [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    wrong += [
+        f"volume {one['name']}"
+        for one in pod.get("volumes", [])
+        if not set(one) - {"name"} <= {*volume_types, "secret"}
+    ]
+    wrong += ["sysctls"] if whole.get("sysctls") else []
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        own = container.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        both = {**whole, **own}
+        rules = {
+            "privileged": not own.get("privileged"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "capabilities.drop": "ALL" in capabilities.get("drop", []),
+            "capabilities.add": set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "runAsNonRoot": both.get("runAsNonRoot") is True,
+            "runAsUser": both.get("runAsUser") != 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "procMount": own.get("procMount", "Default") == "Default",
+            "windowsOptions": not both.get("windowsOptions", {}).get("hostProcess"),
+            "seLinuxOptions": not {"user", "role"} & set(both.get("seLinuxOptions", {})),
+            "appArmorProfile": both.get("appArmorProfile", {}).get("type", "RuntimeDefault") != "Unconfined",
+            "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
+        }
+        wrong += [rule for rule, kept in rules.items() if not kept]
+    return wrong
+
+
+def test_the_rules_of_the_restricted_profile_see_what_breaks_them() -> None:
+    bare = {"hostPID": True, "containers": [{"name": "x"}], "volumes": [{"name": "root", "hostPath": {"path": "/"}}]}
+    needed = ["allowPrivilegeEscalation", "capabilities.drop", "runAsNonRoot", "seccompProfile"]
+    assert violations(bare) == ["hostPID", "volume root", *needed]
+    open_again = {"privileged": True, "runAsUser": 0, "capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}
+    broken = violations({"containers": [{"securityContext": open_again, "ports": [{"hostPort": 80}]}]})
+    assert {"privileged", "runAsUser", "capabilities.add", "hostPort"} <= set(broken)
 
 
 @pytest.mark.parametrize("pool", sorted(pools.templates()))
@@ -75,18 +123,20 @@ def test_a_container_gets_gpus_shared_memory_and_its_environment(monkeypatch: py
     job = rendered(
         DockerWorkerJobConfiguration,
         "docker",
-        image="alignflow:1",
-        env={"PREFECT_API_URL": "http://10.0.0.5:4200/api"},
+        env={"OMP_NUM_THREADS": "4"},
     )
     with contextlib.closing(docker.DockerClient(base_url="tcp://127.0.0.1:9", version="1.45")) as client:
         settings = DockerWorker(work_pool_name="docker")._build_container_settings(client, job)
     asked = _create_container_args({**settings, "version": "1.45"})  # what the worker's library sends to the engine
-    assert asked["command"] == "python -P -m flows.job" and asked["image"] == "alignflow:1"
-    assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://10.0.0.5:5000"}).items() <= asked["environment"].items()
+    assert asked["command"] == "python -P -m flows.job" and asked["image"] == "alignflow:latest"
+    told = {"MLFLOW_TRACKING_URI": "http://10.0.0.5:5000", "OMP_NUM_THREADS": "4"}
+    assert (EVERYWHERE | told).items() <= asked["environment"].items()
     host = asked["host_config"]
     assert host["Init"] is True and host["ShmSize"] == 8 * 2**30
     (request,) = host["DeviceRequests"]
     assert request["Count"] == -1 and request["Capabilities"] == [["gpu"]]
+    assert host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["ReadonlyRootfs"] is True and host["Tmpfs"] == {"/tmp": "mode=1777,exec"} and host["PidsLimit"] > 0
     # All containers see all GPUs; the locks by which each takes its own lie where all see them too.
     assert f"alignflow-devices:{asked['environment']['ALIGNFLOW_DEVICE_LOCKS']}" in host["Binds"]
     assert refuses("docker", shm_size="much") and refuses("docker", gpus=[{"count": -2}])
@@ -99,13 +149,10 @@ def test_a_kubernetes_job_is_valid_and_has_what_training_needs(monkeypatch: pyte
     job = rendered(
         KubernetesWorkerJobConfiguration,
         "kubernetes",
-        image="registry.example/alignflow:1",
-        namespace="training",
         gpus=4,
         node_selector={"gpu": "a100"},
         tolerations=[toleration],
-        env={"PREFECT_API_URL": "http://prefect:4200/api"},
-        env_from=[{"secretRef": {"name": "alignflow"}}],
+        env={"NCCL_DEBUG": "INFO"},
     )
     manifest = job.job_manifest
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
@@ -116,22 +163,84 @@ def test_a_kubernetes_job_is_valid_and_has_what_training_needs(monkeypatch: pyte
     (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
     assert shm["emptyDir"]["medium"] == "Memory"
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
-    assert container["envFrom"] == [{"secretRef": {"name": "alignflow"}}]
+    assert container["envFrom"] == [{"secretRef": {"name": "alignflow", "optional": True}}]
     told = {one["name"]: one["value"] for one in container["env"]}
-    addresses = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "PREFECT_API_URL": "http://prefect:4200/api"}
-    assert (EVERYWHERE | addresses).items() <= told.items()
-    assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": 10001}
+    assert (EVERYWHERE | {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "NCCL_DEBUG": "INFO"}).items() <= told.items()
+    assert violations(pod) == []
+    assert pod["securityContext"]["fsGroup"] == 10001 and pod["automountServiceAccountToken"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    written = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert written == {"/dev/shm", "/tmp", EVERYWHERE["ALIGNFLOW_HOME"]}
     assert container["args"] == ["python", "-P", "-m", "flows.job"]
     assert manifest["spec"]["backoffLimit"] == 0  # Prefect starts it again, not Kubernetes
-    assert manifest["metadata"]["namespace"] == "training"
+    assert manifest["metadata"]["namespace"] == "default"
 
 
 def test_a_kubernetes_job_of_defaults_is_valid_and_bad_values_are_refused() -> None:
     job = rendered(KubernetesWorkerJobConfiguration, "kubernetes")
     kubernetes_validate.validate(job.job_manifest, KUBERNETES, strict=True)
     assert refuses("kubernetes", gpus=-1) and refuses("kubernetes", gpus="two")
-    assert refuses("kubernetes", image_pull_policy="Sometimes")
     assert refuses("kubernetes", gpu=2)  # mistyped: it would have got the default without a word
+
+
+def test_what_a_run_may_choose_is_the_same_everywhere_and_harmless() -> None:
+    allowed = []
+    for pool in pools.templates():
+        env = pools.read(pool)["variables"]["properties"]["env"]
+        fixed = env.get("properties", {})
+        assert fixed == {name: {"const": value} for name, value in env["default"].items()}
+        allowed.append([name for name in env["propertyNames"]["enum"] if name not in fixed])
+    assert all(names == allowed[0] for names in allowed)
+    # Names that choose code, files, addresses or devices; a pattern, so that the next one is not forgotten.
+    risky = r"^(ALIGNFLOW|PYTHON|LD_|DYLD|PREFECT|MLFLOW|HF_|GIT_|AWS_|SSL_|XDG_|CUDA_VISIBLE)|PATH|HOME|PROXY|FILE|DIR"
+    assert not [name for name in allowed[0] if re.search(risky, name)]
+
+
+FORBIDDEN: dict[str, list[dict[str, Any]]] = {
+    "every": [
+        {"env": {"ALIGNFLOW_ROOTS": "/"}},
+        {"env": {"PYTHONPATH": "x"}},
+        {"env": {"PATH": "x"}},
+        {"env": {"LD_PRELOAD": "x"}},
+        {"env": {"HOME": "x"}},
+        {"env": {"BASH_ENV": "x"}},
+        {"env": {"GIT_SSH_COMMAND": "x"}},
+        {"env": {"HF_ENDPOINT": "x"}},
+        {"env": {"MLFLOW_TRACKING_URI": "x"}},
+        {"env": {"https_proxy": "x"}},
+        {"env": {"PREFECT__FLOW_ENTRYPOINT": "x"}},
+        {"env": {"CUDA_VISIBLE_DEVICES": "0"}},
+        {"env": {"OMP_NUM_THREADS": "{{ $MLFLOW_TRACKING_PASSWORD }}"}},  # libgomp prints what it cannot read
+        {"env.ALIGNFLOW_ROOTS": "/"},
+        {"command": "touch PWNED"},
+        {"working_dir": "/"},
+    ],
+    "docker": [
+        {"image": "x"},
+        {"image_pull_policy": "Always"},
+        {"volumes": ["/:/host"]},
+        {"networks": ["host"]},
+        {"network_mode": "host"},
+        {"privileged": True},
+        {"labels": {"traefik.enable": "true"}},
+    ],
+    "kubernetes": [
+        {"image": "x"},
+        {"volumes": []},
+        {"service_account_name": "admin"},
+        {"namespace": "kube-system"},
+        {"env_from": []},
+        {"job_manifest": {}},
+        {"labels": {"app": "mlflow"}},
+    ],
+    "slurm": [{"partition": "a --uid=0"}, {"account": "$(id)"}],
+}
+
+
+@pytest.mark.parametrize("pool", sorted(pools.templates()))
+def test_what_a_run_may_not_choose_is_refused(pool: str) -> None:
+    assert [values for values in [*FORBIDDEN["every"], *FORBIDDEN.get(pool, [])] if not refuses(pool, **values)] == []
+    assert not refuses(pool, env={"OMP_NUM_THREADS": "4", "NCCL_DEBUG": None}, labels={"alignflow.team": "a"})
 
 
 # --- On a server ------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows.results import announce
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
@@ -49,11 +50,17 @@ def running(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Addresses]]:
         yield started
 
 
-def deployed(where: Addresses) -> dict[str, str]:
+def deployed(home: Path, where: Addresses) -> dict[str, str]:
     """Kind and name -> id of the pools, deployments and automations on the server."""
     kinds = ("work_pools", "deployments", "automations")
-    answers = {kind: httpx.post(f"{where.prefect}/{kind}/filter", json={}, timeout=30) for kind in kinds}
+    answers = {kind: live_servers.ask(home, "POST", f"{where.prefect}/{kind}/filter", json={}) for kind in kinds}
     return {f"{kind} {one['name']}": one["id"] for kind in kinds for one in answers[kind].raise_for_status().json()}
+
+
+def let_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process's MLflow client in."""
+    for name, value in live_servers.keys(home).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.slow
@@ -80,15 +87,17 @@ def test_deploying_twice_is_idempotent_and_a_worker_takes_a_run_up(
     first = alignflow(home, "deploy")
     assert first.returncode == 0, first.stderr
     assert "stage/cpu on cpu" in first.stdout
-    before = deployed(where)
+    before = deployed(home, where)
     second = alignflow(home, "deploy")
     assert second.returncode == 0, second.stderr
-    assert deployed(where) == before and set(before) >= {"deployments pipeline", "automations alignflow zombies"}
+    assert deployed(home, where) == before and set(before) >= {"deployments pipeline", "automations alignflow zombies"}
     assert "created" not in second.stdout and "updated" not in second.stdout
     # through the worker, and from a host that shares nothing but the address
     ended = live_servers.run_stage(home)
     assert ended["state"] == "Completed", ended
-    got = live_servers.fetch(ended["key"], tmp_path / "elsewhere", MLFLOW_TRACKING_URI=where.mlflow)
+    got = live_servers.fetch(
+        ended["key"], tmp_path / "elsewhere", MLFLOW_TRACKING_URI=where.mlflow, **live_servers.keys(home)
+    )
     assert got["location"].startswith("mlflow-artifacts:") and got["files"]
     assert got["folder"].startswith(str(tmp_path / "elsewhere"))
 
@@ -102,17 +111,21 @@ def test_checks_name_pool_worker_and_experiment(
 ) -> None:
     _, where = running
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
-    with temporary_settings({PREFECT_API_URL: where.prefect}):
+    let_in(home, monkeypatch)
+    known: dict[Any, Any] = {PREFECT_API_AUTH_STRING: live_servers.keys(home)["PREFECT_API_AUTH_STRING"]}
+    with temporary_settings({**known, PREFECT_API_URL: where.prefect}):
         checks.check_servers()
         checks.check_pools(["cpu", "gpu"])
         assert not caplog.records
         with pytest.raises(StageError, match=r"pools = tpu: there is no such work pool; the server has cpu, .*gpu"):
             checks.check_pools(["cpu", "tpu"])
-        spare = httpx.post(f"{where.prefect}/work_pools/", json={"name": "spare", "type": "process"}, timeout=30)
+        spare = live_servers.ask(
+            home, "POST", f"{where.prefect}/work_pools/", json={"name": "spare", "type": "process"}
+        )
         spare.raise_for_status()
         checks.check_pools(["spare"])
         assert "no worker serves work pool spare" in caplog.text
-        httpx.delete(f"{where.prefect}/work_pools/spare", timeout=30).raise_for_status()
+        live_servers.ask(home, "DELETE", f"{where.prefect}/work_pools/spare").raise_for_status()
     from stages import tracking
 
     tracking.client().create_experiment("on this disk", artifact_location=str(home / "artifacts"))
@@ -136,19 +149,20 @@ def test_what_is_submitted_is_checked_as_a_run_from_here_is(
     _, where = running
     assert alignflow(home, "deploy").returncode == 0
     own = f"{where.prefect}/work_pools/cpu"
-    httpx.patch(own, json={"is_paused": True}, timeout=30).raise_for_status()
+    live_servers.ask(home, "PATCH", own, json={"is_paused": True}).raise_for_status()
     refused = alignflow(home, "submit", "demo", "--set", "pools.sft=tpu")
-    httpx.patch(own, json={"is_paused": False}, timeout=30).raise_for_status()
+    live_servers.ask(home, "PATCH", own, json={"is_paused": False}).raise_for_status()
     assert refused.returncode == EXIT_CODES["refused"] and "pools = tpu: there is no such work pool" in refused.stderr
     assert "work pool cpu is paused: its runs wait" in refused.stderr, "the pool of the pipeline itself"
     from stages import tracking
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
+    let_in(home, monkeypatch)
     tracking.client().create_experiment("kept-here", artifact_location=str(tmp_path))
     refused = alignflow(home, "submit", "demo", "--set", "name=kept-here", "--set", "pools.sft=gpu")
     assert refused.returncode == EXIT_CODES["refused"]
     assert "name = kept-here: this experiment keeps its artifacts in" in refused.stderr
-    found = httpx.post(f"{where.prefect}/flow_runs/filter", json={}, timeout=30).raise_for_status().json()
+    found = live_servers.ask(home, "POST", f"{where.prefect}/flow_runs/filter", json={}).raise_for_status().json()
     assert not {"demo", "kept-here"} & {run["name"] for run in found}, "nothing was started"
 
 
@@ -157,7 +171,9 @@ def test_a_run_finds_the_server_that_keeps_its_experiment(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, where = running
-    answer = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "found-again"}, timeout=30)
+    answer = live_servers.ask(
+        home, "POST", f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "found-again"}
+    )
     answer.raise_for_status()
     looked = alignflow(home, "run", "demo", "--set", "name=found-again", "--dry-run")
     assert looked.returncode == 0 and "15 stages" in looked.stdout, looked.stderr
@@ -197,9 +213,9 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses]
 ) -> None:
     process, where = running
-    kept = deployed(where)
+    kept = deployed(home, where)
     assert {"work_pools cpu", "work_pools gpu"} <= set(kept)
-    made = httpx.post(f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=30)
+    made = live_servers.ask(home, "POST", f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"})
     made.raise_for_status()
     started = live_servers.below(process)
     assert len(started) >= 8  # a guard and a process for each of MLflow, Prefect and two workers
@@ -208,8 +224,10 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     assert (home / "up.json").exists()
     with live_servers.up(home) as (again, there):
         assert there.pid == again.pid
-        assert deployed(there) == kept
-        answer = httpx.post(f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}, timeout=30)
+        assert deployed(home, there) == kept
+        answer = live_servers.ask(
+            home, "POST", f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}
+        )
         assert '"kept"' in answer.text
     assert not (home / "up.json").exists()
 
@@ -239,14 +257,13 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
         check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
         let_in = {"PREFECT_API_AUTH_STRING": secrets["PREFECT_SERVER_API_AUTH_STRING"]}
         assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, tmp_path)
+        assert live_servers.python(check, tmp_path, **let_in) == "", "MLflow has a user of ours beside the admin"
+        let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-desk"}
         assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, tmp_path, **let_in)
-        let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-stable"}
-        assert live_servers.python(check, tmp_path, **let_in) == ""
+        secrets |= live_servers.keys(tmp_path)
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in live_servers.below(process)]
         assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
-    written = [
-        file.read_bytes() for file in [*tmp_path.glob("logs/*"), *tmp_path.glob("*.json"), *tmp_path.glob("*.ini")]
-    ]
+    written = [file.read_bytes() for file in [*tmp_path.glob("logs/*"), tmp_path / "up.json", *tmp_path.glob("*.ini")]]
     assert written and not any(secret.encode() in text for secret in secrets.values() for text in written)
 
 
@@ -258,7 +275,11 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
     [
         ({}, "MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY"),
         ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple"}, "MLFLOW_FLASK_SERVER_SECRET_KEY"),
-        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "PREFECT_SERVER_API_AUTH"),
+        (
+            {"MLFLOW_AUTH_ADMIN_PASSWORD": "staple of stable", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"},
+            "PREFECT_SERVER_API_AUTH",
+        ),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple-stab", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "PASSWORD.*too short"),
         ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "choose another"),
     ],
 )

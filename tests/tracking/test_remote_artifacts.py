@@ -1,16 +1,23 @@
 """Artifacts behind an MLflow server, as workers on other hosts see them: fetched, verified, missed, made anew."""
 
+import errno
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlflow.artifacts
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
 
 from flows.servers import mlflow_prefect, supervisor
 from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages import tracking
-from stages.tracking import StageRun
+from stages.tracking import StageRun, mlflow_client
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +100,142 @@ def test_a_local_input_travels(name: str, artifacts: Path, tmp_path: Path, monke
     monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / "another"))
     fetched = tracking.fetch(sent.inputs["source"])
     assert fetched.name == name and tracking.digest(fetched) == local.sha256
+
+
+# --- what is this host's trouble, or the server's, says nothing about an artifact ---
+
+
+def lacking(error: BaseException) -> Callable[..., None]:
+    """Something that fails so."""
+
+    def fail(*given: object, **named: object) -> None:
+        raise error
+
+    return fail
+
+
+TROUBLES = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    MemoryError("no memory"),
+    MlflowException("The following failures occurred: [Errno 28] No space left on device"),
+    MlflowException("API request to endpoint failed with error code 500 != 200. Response body: ''"),
+    MlflowException("404, says a proxy", error_code=ENDPOINT_NOT_FOUND),
+    MlflowException("The destination path does not exist", error_code=RESOURCE_DOES_NOT_EXIST),  # this host's
+]
+
+
+@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: str(error)[:20])
+def test_a_reader_in_trouble_condemns_nothing(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    request, artifact = published(tmp_path, f"trouble {error}")
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / "another"))
+    with monkeypatch.context() as away:
+        away.setattr("mlflow.artifacts.download_artifacts", lacking(error))
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            tracking.fetch(artifact)
+    assert not list((tmp_path / "another" / "cache" / "artifacts").glob("part-*"))
+    assert tracking.find(request.key()) is not None
+    assert tracking.digest(tracking.fetch(artifact)) == artifact.sha256
+
+
+@pytest.mark.parametrize("what", ["read", "list", "ask"])
+def test_a_server_in_trouble_condemns_nothing(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    request, artifact = published(tmp_path, f"server {what}")
+    error = MlflowException("INTERNAL_ERROR: the disk of the server", error_code=INTERNAL_ERROR)
+    with monkeypatch.context() as away:
+        if what == "ask":
+            away.setattr(mlflow_client.plain_client(), "get_run", lacking(error))
+        else:
+            away.setattr("mlflow.artifacts.list_artifacts", lacking(error))
+            away.setattr("mlflow.artifacts.download_artifacts", lacking(error))
+        with pytest.raises(MlflowException):
+            tracking.find(request.key()) if what == "list" else tracking.fetch(artifact)
+    assert tracking.find(request.key()) is not None
+
+
+def test_a_folder_that_cannot_be_read_is_not_altered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").write_text("text")
+    artifact = Artifact(uri=str(folder), sha256=tracking.digest(folder))
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("inner"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as away:
+        away.setattr("os.scandir", scandir)
+        with pytest.raises(PermissionError):
+            tracking.fetch(artifact)
+    assert tracking.fetch(artifact) == folder
+
+
+def test_a_short_answer_is_asked_for_again(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, artifact = published(tmp_path, "short")
+    real, asked = mlflow.artifacts.download_artifacts, list[str]()
+
+    def download(**named: str) -> str:
+        got = real(**named)
+        if not asked:
+            (Path(got) / "inner" / "text.txt").write_text("sho")
+        asked.append(got)
+        return got
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    assert (tracking.fetch(artifact) / "inner" / "text.txt").read_text() == "short" and len(asked) == 2
+    assert tracking.find(request.key()) is not None
+
+
+@pytest.mark.parametrize("how", ["altered", "a folder"])
+def test_a_broken_copy_is_fetched_again(artifacts: Path, tmp_path: Path, how: str) -> None:
+    _, artifact = published(tmp_path, f"broken {how}")
+    file = tracking.fetch(artifact) / "inner" / "text.txt"
+    file.unlink()
+    file.write_text("Broken") if how == "altered" else file.mkdir()
+    assert (tracking.fetch(artifact) / "inner" / "text.txt").read_text() == f"broken {how}"
+
+
+def test_what_a_person_names_is_kept_by_its_digest(artifacts: Path, tmp_path: Path) -> None:
+    _, artifact = published(tmp_path, "named")
+    uri = artifact.uri
+    folder = tracking.locate(uri)
+    assert folder.parent.name == artifact.sha256 and tracking.locate(uri) == folder
+    (folder / "left over").write_text("of another time")
+    assert tracking.digest(tracking.locate(uri)) == artifact.sha256
+    with pytest.raises(StageError, match="gone"):
+        tracking.locate(f"{uri}-nothing")
+
+
+@pytest.mark.slow
+def test_a_full_disk_condemns_nothing(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    request = Request(stage="sft", version=1, params={"who": "large"}, name="sft", experiment="remote")
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "weights").write_bytes(os.urandom(3 * 2**20))
+    with StageRun(request) as run:
+        artifact = run.publish("folder", tmp_path / "large")
+        run.finish({})
+    small = tmp_path / "another"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        monkeypatch.setenv("ALIGNFLOW_HOME", str(small))
+        with pytest.raises(Exception, match="No space left"):
+            tracking.fetch(artifact)
+        assert tracking.find(request.key()) is not None
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / "third"))
+    assert tracking.digest(tracking.fetch(artifact)) == artifact.sha256

@@ -184,6 +184,45 @@ def test_a_journal_that_death_cut_short(home: Path, tmp_path: Path) -> None:
     assert [points[0][1], points[2][1]] == [1.0, 0.25] and math.isnan(points[1][1])
 
 
+BROKEN_LINES = [
+    b"\0" * 40,
+    b'["train/loss", "0.5", 1, 6',
+    b'["train/loss", "\xff", 1, 6]',
+    b'["train/loss", "half", 1, 6]',
+    b'["train/loss", 0.5, 1.5, 6]',
+    b'{"train/loss": 0.5}',
+    b'["train/loss", "0.5"]',
+    b'["train/loss", "0.5", 99999999999999999999, 6]',
+    b'["train,loss", "0.5", 1, 6]',
+    b"[" * 100_000,
+    b"",
+]
+
+
+def test_lines_that_are_none_of_a_journal_are_kept_aside(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
+    path = tmp_path / "journal.jsonl"
+    good = [b'["train/loss", "1.0", 0, 5]', b'["train/loss", "0.25", 2, 7]']
+    content = b"\n".join([good[0], *BROKEN_LINES, good[1]]) + b"\n"
+    path.write_bytes(content)
+    Journal(path, run_id).close()
+    assert history(run_id, "train/loss") == [(0, 1.0), (2, 0.25)]
+    assert (tmp_path / "journal.jsonl.bad").read_bytes() == content
+    assert f"{len(BROKEN_LINES)} of {len(BROKEN_LINES) + 2} lines" in caplog.text
+    assert path.read_bytes() == b"\n".join(good) + b"\n"
+
+
+def test_a_folder_in_a_journals_place_is_moved(home: Path, tmp_path: Path) -> None:
+    run_id = tracking.client().create_run(tracking.experiment("tests")).info.run_id
+    (tmp_path / "journal.jsonl").mkdir()
+    journal = Journal(tmp_path / "journal.jsonl", run_id)
+    journal.add({"train/loss": 0.25}, 2)
+    journal.close()
+    assert history(run_id, "train/loss") == [(2, 0.25)] and (tmp_path / "journal.jsonl.bad").is_dir()
+
+
 def test_metrics_wait_while_mlflow_is_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.tracking.journal.SHIP_SECONDS", 0.02)
     with StageRun(request(a=1)) as run:
@@ -223,7 +262,7 @@ def test_a_listing_of_remote_files_is_tried_again(home: Path, monkeypatch: pytes
         return answer
 
     monkeypatch.setattr("mlflow.artifacts.list_artifacts", list_artifacts)
-    assert store._entries("mlflow-artifacts:/folder") == ["entry"]
+    assert store.entries("mlflow-artifacts:/folder") == ["entry"]
 
 
 def test_a_locked_database_is_tried_again() -> None:

@@ -192,7 +192,7 @@ def _question(model: str, prompt: Sequence[Message], a: str, b: str) -> dict[str
 
 
 def _completions_url(url: str, field: str) -> str:
-    if not re.match(r"https?://[^/@\s]+(/[^@\s]*)?$", url):
+    if not re.match(r"https?://[^/@?#\\\s]+(/[^@?#\\\s]*)?\Z", url):  # what follows ? or # would swallow our end of it
         safe = re.sub(r"//[^/]*@", "//[key]@", url)
         message = "not a plain http(s) address."
         fix = "write http://HOST:PORT/v1, and keep keys in the environment variable that api_key_env names"

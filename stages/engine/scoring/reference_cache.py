@@ -2,25 +2,39 @@
 
 The key is what decides the number: the reference's weights, the precision, and the token ids. So methods, epochs and
 sweeps over a method's settings share the numbers. Batches differ between runs, and with them the last bits.
+
+Each number carries a digest, so that a flipped bit trains no other model: what does not fit is computed again. A file
+that SQLite cannot read is moved aside, and a new one begun.
 """
 
 import contextlib
 import hashlib
+import logging
 import math
+import os
+import re
 import sqlite3
+import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
-from schemas.errors import refuse
+from schemas.errors import StageError, refuse
 from stages.engine.data.trees import Batch, Layout, Tree
 from stages.engine.models.policy import Policy, sums
 from stages.engine.scoring.batched import over_trees
+from stages.runtime import databases
 from stages.runtime.workspace import home, lock
 
+log = logging.getLogger("alignflow")
+
 Key = bytes
+T = TypeVar("T")
+HOST_LACKS = r"locked|busy|full|I/O|readonly|memory"
+"""What SQLite says where the machine is at fault; all else that it says of our statements is the file's fault."""
 _LOOK_UP = 500  # keys in one query
 
 
@@ -47,19 +61,46 @@ class ReferenceCache:
         tokens, and kept batch by batch. progress: called with (sequences computed, sequences to compute).
         """
         keys = [[self._key(tree.prompt, answer) for answer in tree.answers] for tree in trees]
-        with self._open() as database:
-            known = _read(database, [key for row in keys for key in row])
-            missing = _missing(trees, keys, known)
-            total, before = sum(len(wanted) for _, wanted in missing), len(known)
-            batches = over_trees(policy, _totals(policy), [tree for tree, _ in missing], layout, budget, pad_id)
-            for batch in batches:
-                fresh = {key: value for i in batch for key, value in zip(missing[i][1], batch[i], strict=True)}
-                _check_finite(fresh.values())
-                _write(database, fresh)
-                known |= fresh
-                if progress is not None:
-                    progress(len(known) - before, total)
+        known = self._known([key for row in keys for key in row])
+        missing = _missing(trees, keys, known)
+        total, before = sum(len(wanted) for _, wanted in missing), len(known)
+        batches = over_trees(policy, _totals(policy), [tree for tree, _ in missing], layout, budget, pad_id)
+        for batch in batches:
+            fresh = {key: value for i in batch for key, value in zip(missing[i][1], batch[i], strict=True)}
+            _check_finite(fresh.values())
+            self._whole(lambda database, fresh=fresh: _write(database, fresh))
+            known |= fresh
+            if progress is not None:
+                progress(len(known) - before, total)
         return [[known[key] for key in row] for row in keys]
+
+    def _known(self, keys: Sequence[Key]) -> dict[Key, float]:
+        """The numbers that are kept and fit their digests."""
+        return self._whole(lambda database: _read(database, keys))
+
+    def _whole(self, call: Callable[[sqlite3.Connection], T]) -> T:
+        """What a call on the cache returns; on a new cache, where this one is damaged or is something else."""
+        try:
+            with self._open() as database:
+                return call(database)
+        except (StageError, sqlite3.OperationalError, IsADirectoryError) as error:
+            if isinstance(error, sqlite3.OperationalError) and re.search(HOST_LACKS, str(error)):
+                raise
+            with lock(self.path.with_suffix(".lock")):
+                if self.path.exists() and not self._usable():  # else another process was quicker
+                    aside = databases.put_aside(self.path)
+                    log.warning("%s: moved to %s, its numbers are computed again", error, aside.name)
+        with self._open() as database:
+            return call(database)
+
+    def _usable(self) -> bool:
+        """Whether the file is whole, with our tables."""
+        try:
+            with databases.opened(self.path) as database:
+                database.execute("SELECT key, value, digest FROM logps JOIN digests USING (key) LIMIT 1")
+                return database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        except (StageError, sqlite3.OperationalError, IsADirectoryError):
+            return False
 
     def _key(self, prompt: Sequence[int], answer: Sequence[int]) -> Key:
         digest = self.prefix.copy()
@@ -68,13 +109,16 @@ class ReferenceCache:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection in autocommit; other processes' writes are waited for."""
+        """A connection in autocommit; other processes' writes are waited for. Raises StageError on a damaged file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(self.path, timeout=120, isolation_level=None)) as database:
+        with databases.opened(self.path, seconds=120) as database:
             with lock(self.path.with_suffix(".lock")):  # two at once that turn on WAL don't wait for each other
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
+                # Beside the numbers, not among them: an alignflow without digests goes on using their table.
+                database.execute("CREATE TABLE IF NOT EXISTS digests (key BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID")
             database.execute("PRAGMA synchronous=NORMAL")
+            os.utime(self.path)  # `alignflow clean` removes caches that were not used for long, and reading is use
             yield database
 
 
@@ -83,19 +127,37 @@ Missing = list[tuple[Tree, list[Key]]]
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, float]:
+    """The numbers of these keys that are there and whole."""
     known: dict[Key, float] = {}
+    altered = 0
     unique = list(dict.fromkeys(keys))
     for start in range(0, len(unique), _LOOK_UP):
         some = unique[start : start + _LOOK_UP]
         marks = ",".join("?" * len(some))
-        known.update(database.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", some))
+        rows = database.execute(
+            f"SELECT key, value, digest FROM logps JOIN digests USING (key) WHERE key IN ({marks})", some
+        )
+        for key, value, digest in rows:
+            if isinstance(value, float) and digest == _digest(key, value):
+                known[key] = value
+            else:
+                altered += 1
+    if altered:
+        log.warning("%d cached log-probabilities of the reference were altered: they are computed again", altered)
     return known
 
 
 def _write(database: sqlite3.Connection, values: dict[Key, float]) -> None:
     database.execute("BEGIN IMMEDIATE")
     database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", values.items())
+    digests = ((key, _digest(key, value)) for key, value in values.items())
+    database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?)", digests)
     database.execute("COMMIT")
+
+
+def _digest(key: Key, value: float) -> bytes:
+    """128 bits over a row."""
+    return hashlib.sha256(key + struct.pack("<d", value)).digest()[:16]
 
 
 def _missing(trees: Sequence[Tree], keys: Sequence[Sequence[Key]], known: dict[Key, float]) -> Missing:

@@ -8,9 +8,8 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import random
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from stages.runtime.workspace import move_aside, remove, sync
 
 log = logging.getLogger("alignflow")
 
@@ -82,14 +83,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
     """Turn a folder of written files into a checkpoint: manifest, fsync, rename. Once it verifies, prune older ones.
 
@@ -99,17 +92,16 @@ def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
     files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps({"key": key, "step": step, "files": files}, indent=1))
     for path in draft.iterdir():
-        _sync(path)
-    _sync(draft)
-    if target.exists():  # the same step, saved twice
-        shutil.rmtree(target)
+        sync(path)
+    sync(draft)
+    remove(target)  # the same step, saved twice
     draft.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     reason = fault(target, key)
     if reason is not None:
         raise OSError(errno.EIO, f"the checkpoint does not read back as it was written: {reason}", str(target))
     for old in list(_newest_first(target.parent))[KEEP:]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 class Writer:
@@ -153,11 +145,21 @@ class Writer:
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    """The checkpoints of a folder. What bears another name (`step-3.bak`, `step-3 (copy)`) is not ours: it stays."""
+    steps = {path: re.fullmatch(r"step-([0-9]+)", path.name) for path in folder.iterdir()}
+    yield from sorted((path for path, step in steps.items() if step), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def fault(checkpoint: Path, key: str) -> str | None:
-    """What is wrong with a checkpoint, or None: a missing, cut or altered file, or another run's key."""
+    """What is wrong with a checkpoint, or None: a missing, cut or altered file, or another run's key.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing about it: no file handles, a network disk that is away.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["key"] != key:
@@ -172,7 +174,11 @@ def fault(checkpoint: Path, key: str) -> str | None:
         present = {p.name for p in checkpoint.iterdir()}
         extra = present - set(manifest["files"]) - {MANIFEST}
         return f"{', '.join(sorted(extra))} is not in the manifest" if extra else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return f"its manifest cannot be read ({error})"
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(checkpoint)) from error  # a failed read names no file
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
 
 
@@ -183,6 +189,8 @@ def newest(folder: Path, key: str) -> Path | None:
         if reason is None:
             return checkpoint
         bad = folder / "bad"
+        if bad.exists() and not bad.is_dir():
+            move_aside(bad)
         bad.mkdir(exist_ok=True)
         attempt = sum(1 for p in bad.glob(f"{checkpoint.name}*"))
         checkpoint.rename(bad / (checkpoint.name if not attempt else f"{checkpoint.name}.{attempt}"))

@@ -25,6 +25,7 @@ from stages.engine.distributed import processes, rank
 from stages.engine.training import checkpoint
 from stages.engine.training.method import Method, Metrics, PublishedMethod
 from stages.runtime.context import StageContext
+from stages.runtime.workspace import remove
 
 
 def learning_rate(training: Training, at: int, end: int) -> float:
@@ -215,7 +216,7 @@ class Loop:
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".draft-*"):
-                shutil.rmtree(leftover)
+                remove(leftover)
             checkpoint.newest(self.folder, self.context.key)  # moves bad ones aside, before the other ranks look
         self.accelerator.wait_for_everyone()
         newest = checkpoint.newest(self.folder, self.context.key)

@@ -1,5 +1,6 @@
 """Paths of deployed runs stay inside the declared roots; every form of a path that could lead out is tried."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -271,8 +272,41 @@ def test_a_deployed_config_sends_no_undeclared_variable(root: Path, monkeypatch:
         with pytest.raises(StageError, match=f"{field}.judge.api_key_env = AWS_SECRET_ACCESS_KEY"):
             check()
     monkeypatch.setenv(environment.API_KEYS, "OTHER,AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv(environment.JUDGE_HOSTS, "example.org")
     allowed_paths.check_roots(checked, deployed=True)
     allowed_paths.check_request_roots(asked, deployed=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "declared", "allowed"),
+    [
+        ("http://example.org/v1", "", False),
+        ("http://example.org/v1", "example.org", True),
+        ("http://EXAMPLE.org/v1", " other.org, Example.org", True),
+        ("http://example.org:8000/v1", "example.org:8000", True),
+        ("http://example.org/v1", "example.org:80", True),
+        ("https://example.org/v1", "example.org:80", False),
+        ("http://example.org:8001/v1", "example.org:8000", False),
+        ("http://169.254.169.254/latest", "example.org", False),
+        ("http://example.org.evil.example/v1", "example.org", False),
+        ("http://example.org@evil.example/v1", "example.org", False),
+        ("http://[::1]:8000/v1", "[::1]:8000", True),
+        ("http://example.org:x/v1", "example.org", False),
+    ],
+)
+def test_a_deployed_run_asks_declared_hosts_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, url: str, declared: str, allowed: bool
+) -> None:
+    monkeypatch.setenv(environment.JUDGE_HOSTS, declared)
+    judge = {"judge": "endpoint", "url": url, "model": "m"}
+    checked, asked = config(evaluate={"judge": judge}), request("evaluate", {"judge": judge})
+    allowed_paths.check_roots(checked)  # from the command line it is the user's own
+    for check, field in (
+        (lambda: allowed_paths.check_roots(checked, deployed=True), "evaluate"),
+        (lambda: allowed_paths.check_request_roots(asked, deployed=True), "params"),
+    ):
+        with contextlib.nullcontext() if allowed else pytest.raises(StageError, match=f"{field}.judge.url"):
+            check()
 
 
 def test_a_deployed_run_reads_no_config_from_elsewhere(root: Path) -> None:

@@ -288,3 +288,24 @@ def test_a_result_with_nan_and_infinity_reads_back() -> None:
     result = Result(status="done", key="k", metrics={"eval/nan": math.nan, "eval/infinite": math.inf})
     again = Result.model_validate_json(result.model_dump_json())
     assert math.isnan(again.metrics["eval/nan"]) and again.metrics["eval/infinite"] == math.inf
+
+
+@pytest.mark.parametrize("judge", ["rule", "sentiment", "reward", {"judge": "rule"}])
+def test_what_a_deployed_run_is_checked_by_takes_a_judge_as_a_config_does(judge: Any) -> None:
+    """Prefect's server checks parameters by the flow's schema, before any of our code sees them."""
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.schema_tools import validate
+
+    from flows.pipeline import pipeline
+
+    schema: Any = parameter_schema(pipeline.fn).model_dump_for_openapi()
+    config = {
+        "name": "t",
+        "model": {"scratch": {}},
+        "data": {"sft": {"path": "demo:sft", "kind": "sft"}},
+        "sft": {"learning_rate": 1e-3},
+        "align": {},
+        "evaluate": {"judge": judge},
+    }
+    assert validate({"config": config}, schema) == []
+    assert validate({"config": {**config, "evaluate": {"judge": "nobody"}}}, schema) != []

@@ -1,6 +1,7 @@
 """What runs leave in MLflow is found by the names people use, and an exported model loads in plain transformers."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,47 @@ def test_the_last_used_model_of_a_name_counts(aligned: Result, tmp_path: Path) -
     other = finish({"model": tmp_path / "other"}, stage="align", name="dpo", params={"method": "dpo", "beta": 0.5})
     assert tracking.digest(lookup.model("dpo").folder) == other.outputs["model"].sha256
     tracking.note_reuse(aligned, "run-3")
+    assert tracking.digest(lookup.model("dpo").folder) == aligned.outputs["model"].sha256
+
+
+def test_a_run_from_a_time_to_come_is_not_the_last(
+    aligned: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host's clock was a day ahead."""
+    model_folder(tmp_path / "other", seed=1)
+    with monkeypatch.context() as ahead:
+        now = time.time
+        ahead.setattr("time.time", lambda: now() + 86_400)
+        other = finish({"model": tmp_path / "other"}, stage="align", name="dpo", params={"method": "dpo", "beta": 0.5})
+    assert tracking.digest(lookup.model("dpo").folder) == aligned.outputs["model"].sha256
+    tracking.note_reuse(other, "run-3")  # by a clock that is right
+    assert tracking.digest(lookup.model("dpo").folder) == other.outputs["model"].sha256
+
+
+def test_a_model_whose_result_cannot_be_read_is_passed_over(
+    aligned: Result, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model_folder(tmp_path / "other", seed=1)
+    other = finish({"model": tmp_path / "other"}, stage="align", name="dpo", params={"method": "dpo", "beta": 0.5})
+    file = tracking.locate(f"runs:/{other.run_id}/result.json")
+    whole = file.read_text()
+    file.write_text("")
+    assert tracking.digest(lookup.model("dpo").folder) == aligned.outputs["model"].sha256
+    assert f"run {other.run_id} is passed over" in caplog.text
+    file.write_text(whole.replace('"status"', '"of_another_version": 1, "status"', 1))
+    config = tracking.locate(f"runs:/{other.run_id}/config.json")
+    config.write_text(config.read_text().replace('"stage"', '"of_another_version": 1, "stage"', 1))
+    assert tracking.digest(lookup.model("dpo").folder) == other.outputs["model"].sha256
+
+
+def test_runs_of_all_experiments_are_looked_through(aligned: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow answers a thousand experiments at a time, and a thousand runs: here one."""
+    for name in ("one", "two", "three"):
+        tracking.experiment(name)
+    client = tracking.plain_client()
+    for what in ("search_experiments", "search_runs"):
+        real = getattr(client, what)
+        monkeypatch.setattr(client, what, lambda *given, real=real, **named: real(*given, **named, max_results=1))
     assert tracking.digest(lookup.model("dpo").folder) == aligned.outputs["model"].sha256
 
 

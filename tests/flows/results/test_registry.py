@@ -64,6 +64,42 @@ def test_the_former_champion_is_kept(models: list[tuple[Artifact, str]]) -> None
     assert "champion.until" in registry.version("assistant", "1").tags
 
 
+class Killed(BaseException):
+    """The process dies here."""
+
+
+def dies(*given: object) -> None:
+    raise Killed
+
+
+def test_a_promotion_that_dies_between_its_moves_is_finished(
+    models: list[tuple[Artifact, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(models[0], None)
+    settle(models[1], "1")
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(registry, "point_previous", dies)
+        settle(models[2], "2")
+    assert aliases() == {"champion": "3", "previous": "1"}
+    champion = registry.settled_champion("assistant")  # as a retraining begins
+    assert champion is not None and champion.number == "3" and aliases() == {"champion": "3", "previous": "2"}
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(registry, "point_previous", dies)
+        registry.rollback()
+    assert aliases() == {"champion": "2", "previous": "2"}
+    with registry.held("assistant"):  # as a promotion or a rollback begins
+        assert aliases() == {"champion": "2", "previous": "1"}
+
+
+def test_aliases_that_people_have_moved_stay(models: list[tuple[Artifact, str]]) -> None:
+    settle(models[0], None)
+    settle(models[1], "1", promote=False)
+    tracking.client().set_registered_model_alias("assistant", "champion", "2")
+    tracking.client().set_registered_model_alias("assistant", "previous", "2")
+    assert registry.settled_champion("assistant") is not None
+    assert aliases() == {"champion": "2", "previous": "2"}
+
+
 def test_a_rejected_candidate_stays_and_moves_nothing(models: list[tuple[Artifact, str]]) -> None:
     settle(models[0], None)
     reasons = {"decision": "rejected", "decision.reasons": "empty is 0.5"}

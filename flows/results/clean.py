@@ -1,0 +1,238 @@
+"""`alignflow clean`: what nothing needs any more, found, measured, and removed.
+
+Kept whatever its age: what a registered version was made from (champion and predecessor among them), back to the data;
+what a run of the last days used, and what that was made from; numbers, requests, results and reports of every run.
+"""
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+
+from flows.results import registry
+from flows.results.lineage import Graph, step_of
+from flows.servers import local_prefect
+from schemas.stage import STAGES
+from schemas.text import one_line
+from stages import tracking
+from stages.runtime import workspace
+
+log = logging.getLogger("alignflow")
+
+DAY = 24 * 3600
+PAGE = 200
+HEAVY = {name for name, spec in STAGES.items() if spec.makes in ("model", "data")} | {"source"}
+"""Stages whose outputs take room. Those of the others are the record of what came out."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to remove: what it is, where, its size in bytes, and how."""
+
+    kind: str
+    where: str
+    size: int
+    remove: Callable[[], None]
+
+
+def clean(days: float, dry_run: bool) -> list[Item]:
+    """What nothing has used for so many days, removed unless it is a dry run; the largest first."""
+    before = time.time() - days * DAY
+    items = [*unfinished_work(before), *caches(before), *moved_aside(before), *artifacts(before)]
+    if not dry_run:
+        for item in items:
+            item.remove()
+    return sorted([*items, *flow_runs(before, dry_run)], key=lambda item: -item.size)
+
+
+def as_text(items: Sequence[Item], dry_run: bool) -> str:
+    """The items, their sizes and the sum; only sums per kind when they are many."""
+    lines = [f"{human(item.size):>10}  {item.kind}: {one_line(item.where)}" for item in items[:20]]
+    if len(items) > 20:
+        rest = items[20:]
+        lines.append(f"{human(sum(item.size for item in rest)):>10}  {len(rest)} smaller ones")
+    total = human(sum(item.size for item in items))
+    verb = "would be removed" if dry_run else "removed"
+    return "\n".join([*lines, f"{total:>10}  {verb} in all" if items else f"Nothing {verb}."])
+
+
+def human(size: float) -> str:
+    """Bytes as people read them: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+# --- On this disk -----------------------------------------------------------------------------------------------------
+
+
+def unfinished_work(before: float) -> Iterator[Item]:
+    """Checkpoints, journals and logs of stages that nobody works on now or has since a time."""
+    for folder in _entries(workspace.home() / "work"):
+        if folder.is_dir() and used_at(folder) < before:
+            with workspace.lock_if_free(folder / "lock") as free:
+                inside = [path for path in folder.iterdir() if path.name != "lock"]
+            size = sum(map(size_of, inside))
+            if free and size:
+                yield Item("checkpoints and logs of a stage", str(folder), size, lambda folder=folder: _clear(folder))
+
+
+def _clear(folder: Path) -> None:
+    """Empty a stage's work folder, unless a process has come meanwhile. The lock stays: others may wait at it."""
+    with workspace.lock_if_free(folder / "lock") as free:
+        for path in folder.iterdir() if free else ():
+            if path.name != "lock":
+                workspace.remove(path)
+
+
+def caches(before: float) -> Iterator[Item]:
+    """Copies of artifacts that a server has, and cached reference log-probs, unused since a time."""
+    for path in [*_entries(workspace.home() / "cache" / "artifacts"), workspace.home() / "cache" / "reference.sqlite"]:
+        if path.suffix == ".lock" or not path.exists() or used_at(path) >= before:
+            continue
+        yield Item("cached copy", str(path), size_of(path), lambda path=path: _drop_copy(path))
+
+
+def _drop_copy(path: Path) -> None:
+    """Remove a cached copy, unless it is in use."""
+    with workspace.lock_if_free(path.with_suffix(".lock")) as free:
+        if free:
+            workspace.remove(path)
+
+
+def moved_aside(before: float) -> Iterator[Item]:
+    """What could not be used and was moved aside for a person to look at, a time ago."""
+    for path in workspace.home().rglob("*.bad*"):
+        if path.is_relative_to(workspace.home() / "artifacts") or path.is_relative_to(workspace.home() / "work"):
+            continue
+        if used_at(path) < before:
+            yield Item("moved aside, unusable", str(path), size_of(path), lambda path=path: workspace.remove(path))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """The entries of a folder; none where there is no such folder."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def used_at(path: Path) -> float:
+    """When a file, or the last one in a folder, was changed; seconds since 1970. What vanishes meanwhile is new."""
+    try:
+        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files in a folder."""
+    sizes = 0
+    for one in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            sizes += one.lstat().st_size if not one.is_dir() else 0
+    return sizes
+
+
+# --- In MLflow --------------------------------------------------------------------------------------------------------
+
+
+def artifacts(before: float) -> Iterator[Item]:
+    """Models and data of runs that were not used since a time, and that nothing kept was made from."""
+    needed, models = needed_digests(before), tracking.model_locations()
+    registered = {version.run_id for version in registry.versions()}
+    for run in tracking.runs("tags.stage != ''"):
+        tags = run.data.tags
+        if tags["stage"] not in HEAVY or tracking.REMOVED in tags or last_used(run) >= before:
+            continue
+        outputs = {tags["sha256"]} if tags["stage"] == "source" else set(step_of(run).outputs.values())
+        if outputs & needed or run.info.run_id in registered or not is_ended(run):
+            continue
+        for location in [*models.get(run.info.run_id, []), *tracking.folder_locations(run)]:
+            size = tracking.stored_size(location)
+            if size:
+                where = f"{run.info.run_name} ({run.info.status.lower()}, run {run.info.run_id})"
+                yield Item("model or data", where, size, lambda run=run, at=location: tracking.remove_stored(run, at))
+
+
+def needed_digests(before: float) -> set[str]:
+    """Digests of all that registered versions and the runs since a time were made from, themselves included."""
+    graph = Graph()
+    recent = [step_of(run) for run in tracking.runs("tags.`stage.key` != ''") if last_used(run) >= before]
+    waiting = [*graph.versions]
+    waiting += [sha256 for step in recent for sha256 in (*step.inputs.values(), *step.outputs.values())]
+    needed: set[str] = set()
+    while waiting:
+        sha256 = waiting.pop()
+        if sha256 not in needed:
+            needed.add(sha256)
+            waiting += [one for step in graph.steps if sha256 in step.outputs.values() for one in step.inputs.values()]
+    return needed
+
+
+def last_used(run: Any) -> float:
+    """When a run was begun, ended, or taken again; seconds since 1970."""
+    times = (run.info.start_time or 0, run.info.end_time or 0, int(run.data.tags.get("pipeline.reused_at", 0)))
+    return max(times) / 1000
+
+
+def is_ended(run: Any) -> bool:
+    """Whether nobody works on a run. One of this home that MLflow takes for running is dead if its lock is free; of one
+    of another home nobody here knows.
+    """
+    if run.info.status != "RUNNING":
+        return True
+    tags = run.data.tags
+    if any(tags.get(name) != value for name, value in workspace.place().items()) or "stage.key" not in tags:
+        return False
+    with workspace.lock_if_free(workspace.work_folder(tags["stage.key"]) / "lock") as free:
+        return free
+
+
+# --- In Prefect -------------------------------------------------------------------------------------------------------
+
+
+def flow_runs(before: float, dry_run: bool) -> list[Item]:
+    """Flow runs that ended before a time, with their logs; removed unless it is a dry run."""
+    database = workspace.home() / "prefect" / "prefect.db"
+    if not PREFECT_API_URL.value() and not database.exists():
+        return []
+    size_before, ours = size_of(database) if database.exists() else 0, not PREFECT_API_URL.value()
+    with local_prefect.local_prefect(), get_client(sync_client=True) as client:
+        ids = old_flow_runs(client, before)
+        if not dry_run:
+            for flow_run_id in ids:
+                with contextlib.suppress(ObjectNotFound):  # a subflow's run goes with its parent's
+                    client.delete_flow_run(flow_run_id)
+    if not ids:
+        return []
+    freed = 0
+    if ours and not dry_run:  # the server that had it open has ended
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("VACUUM")
+        freed = max(0, size_before - size_of(database))
+    return [Item("flow runs", f"{len(ids)} that ended before", freed, lambda: None)]
+
+
+def old_flow_runs(client: Any, before: float) -> list[Any]:
+    """Ids of the flow runs that ended before a time, all pages."""
+    when = datetime.fromtimestamp(before, UTC)
+    ended = FlowRunFilter.model_validate(
+        {
+            "end_time": {"before_": when.isoformat()},
+            "state": {"type": {"any_": ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]}},
+        }
+    )
+    ids: list[Any] = []
+    while page := client.read_flow_runs(flow_run_filter=ended, limit=PAGE, offset=len(ids)):
+        ids += [run.id for run in page]
+    return ids

@@ -1,0 +1,96 @@
+"""What `alignflow clean` removes and what it never does, over runs whose lineage is known."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.states import Completed, Running
+
+from flows.results import clean, lineage
+from schemas.errors import StageError
+from stages import tracking
+from stages.runtime import workspace
+from tests.support.lineage_world import World
+
+
+@pytest.fixture
+def world(ready_home: Path) -> World:
+    return World(ready_home)
+
+
+def removed(days: float, dry_run: bool = False) -> set[tuple[str, str]]:
+    """Kind and the first words of what is removed."""
+    items = clean.clean(days, dry_run)
+    assert all(item.size > 0 for item in items)
+    return {(item.kind, item.where.partition(" (")[0].removeprefix(f"{workspace.home()}/")) for item in items}
+
+
+def test_what_a_registered_version_was_made_from_stays_and_the_rest_goes(world: World) -> None:
+    """dpo is champion, kto its predecessor; lone and its data are neither's, and too young to be removed at 1 day."""
+    assert removed(1) == set()
+    gone = {("model or data", "lone"), ("model or data", "data other")}
+    assert removed(0, dry_run=True) == gone
+    tracking.fetch(world.lone)
+    assert removed(0) == gone
+    assert removed(0) == set()
+    with pytest.raises(StageError, match="gone"):
+        tracking.fetch(world.lone)
+    for kept in (world.dpo, world.kto, world.sft, world.data, world.questions, world.evaluation):
+        assert tracking.fetch(kept).exists()
+    assert "pairs.jsonl" in lineage.as_text(lineage.lineage("models:/assistant@champion"))
+    (run,) = [one for one in tracking.runs("tags.model = 'lone'")]
+    assert tracking.find(run.data.tags["stage.key"]) is None  # asked for again, it is made again
+    assert run.info.status == "FINISHED"  # its numbers stay
+
+
+def test_what_runs_of_the_last_days_were_made_from_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything looks 40 days old, but lone, which a pipeline has just taken again."""
+    now = time.time()
+    monkeypatch.setattr(clean.time, "time", lambda: now + 40 * clean.DAY)
+    (run,) = [one for one in tracking.runs("tags.model = 'lone'")]
+    tracking.client().set_tag(run.info.run_id, "pipeline.reused_at", str(int((now + 39 * clean.DAY) * 1000)))
+    assert removed(30) == set()
+    tracking.client().set_tag(run.info.run_id, "pipeline.reused_at", str(int(now * 1000)))
+    assert removed(30) == {("model or data", "lone"), ("model or data", "data other")}
+
+
+def test_files_of_this_disk(ready_home: Path) -> None:
+    """Removed: an abandoned checkpoint, a copy, what was moved aside. Kept: what a process holds, and what is new."""
+    for name in ("abandoned", "busy", "new"):
+        (ready_home / "work" / name / "checkpoint").mkdir(parents=True)
+        (ready_home / "work" / name / "checkpoint" / "weights").write_bytes(b"x" * 1000)
+    copy = ready_home / "cache" / "artifacts" / ("0" * 64)
+    copy.mkdir(parents=True)
+    (copy / "weights").write_bytes(b"x" * 500)
+    (ready_home / "cache" / "reference.sqlite.bad").write_bytes(b"x" * 100)
+    long_ago = time.time() - 31 * clean.DAY
+    for path in [*ready_home.rglob("*")]:
+        if "new" not in path.parts:
+            os.utime(path, (long_ago, long_ago))
+    with workspace.lock(ready_home / "work" / "busy" / "lock"):
+        os.utime(ready_home / "work" / "busy", (long_ago, long_ago))
+        os.utime(ready_home / "work" / "busy" / "lock", (long_ago, long_ago))
+        items = clean.clean(30, dry_run=False)
+    assert [(item.size, item.where) for item in items] == [
+        (1000, str(ready_home / "work" / "abandoned")),
+        (500, str(copy)),
+        (100, str(ready_home / "cache" / "reference.sqlite.bad")),
+    ]
+    assert not copy.exists() and not (ready_home / "work" / "abandoned" / "checkpoint").exists()
+    assert (ready_home / "work" / "busy" / "checkpoint" / "weights").exists()
+    assert (ready_home / "work" / "new" / "checkpoint" / "weights").exists()
+    text = clean.as_text(items, dry_run=True).splitlines()
+    assert text[0].startswith("    1.0 kB  checkpoints") and text[-1] == "    1.6 kB  would be removed in all"
+
+
+def test_flow_runs_that_ended_are_old_some_day_and_those_that_run_never(prefect: SyncPrefectClient) -> None:
+    @flow
+    def nothing() -> None: ...
+
+    ended, at_work = (prefect.create_flow_run(nothing, state=state()) for state in (Completed, Running))
+    assert ended.id in clean.old_flow_runs(prefect, time.time() + 60)
+    assert at_work.id not in clean.old_flow_runs(prefect, time.time() + 60)
+    assert ended.id not in clean.old_flow_runs(prefect, time.time() - 60)

@@ -1,0 +1,96 @@
+"""The Prefect server that a run brings: when it dies, it is started again, and what was done counts."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows import pipeline
+from flows.planning.plan import Plan
+from flows.servers import local_prefect, supervisor
+from schemas.config import PipelineConfig
+from schemas.errors import StageError
+from schemas.stage import Result
+
+
+def guards() -> list[psutil.Process]:
+    """The guards of servers that this process has started."""
+    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in alive if "flows.servers.supervisor" in " ".join(one.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["guard", "server"])
+def test_it_is_started_again_and_knows_what_it_knew(home: object, who: str) -> None:
+    with local_prefect.local_prefect(), get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name("known", 3)
+        (guard,) = guards()
+        victim = guard if who == "guard" else guard.children()[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        while guards() == [guard]:
+            time.sleep(0.05)
+        assert client.read_global_concurrency_limit_by_name("known").limit == 3  # asks again until it is back
+        assert guards() != [guard]
+    assert guards() == []
+
+
+def a_plan() -> Plan:
+    data = {"sft": {"path": "demo:sft", "kind": "sft"}}
+    return Plan(
+        PipelineConfig.model_validate({"name": "tests", "model": {"path": "/m"}, "data": data, "align": {}}), {}
+    )
+
+
+def locally(results: dict[str, Result] | None, error: Exception) -> Callable[..., object]:
+    """A run in which the stages end so, and then the flow."""
+
+    def run(call: object) -> object:
+        if results is not None:
+            pipeline._done["flow run"] = results
+        raise error
+
+    return run
+
+
+def test_a_run_whose_stages_are_done_is_done(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    results = {"sft": Result(status="done", key="k")}
+    monkeypatch.setattr(pipeline, "run_locally", locally(results, httpx.ConnectError("gone")))
+    assert pipeline.run(a_plan()) == results
+    assert "All stages are done; Prefect could not record the end of the run (ConnectError)." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("results", "error"), [(None, httpx.ConnectError("gone")), ({}, StageError("stopped", status="preempted"))]
+)
+def test_a_run_that_is_not_done_is_not(
+    monkeypatch: pytest.MonkeyPatch, results: dict[str, Result] | None, error: Exception
+) -> None:
+    pipeline._done["of an earlier run"] = {}
+    monkeypatch.setattr(pipeline, "run_locally", locally(results, error))
+    with pytest.raises(type(error)):
+        pipeline.run(a_plan())
+
+
+def test_one_that_does_not_stay_up_is_given_up_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dying(supervisor.Running):
+        looked = 0
+
+        def __init__(self) -> None:
+            pass
+
+        def look_after(self) -> None:
+            self.looked += 1
+            raise StageError("Prefect does not run.", status="failed", kind="server")
+
+    dying = Dying()
+    with caplog.at_level(logging.WARNING), local_prefect.looked_after(dying):
+        time.sleep(1.5)
+    assert dying.looked == 1 and "Prefect does not run." in caplog.text
