@@ -1,4 +1,4 @@
-"""Model folders and templates that would run for ever, take all memory, or break what reads them: refused with a fix."""
+"""Model folders and templates without end, too large for memory, or broken: each is refused, with a fix."""
 
 import json
 import struct
