@@ -92,6 +92,5 @@ def say_deployments(names: set[str]) -> None:
         for one in client.read_deployments():
             if one.name in names:
                 times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
-                show(
-                    f"deployment  {one_line(flows[one.flow_id])}/{one_line(one.name)} on {one.work_pool_name} {times}".rstrip()
-                )
+                name = one_line(f"{flows[one.flow_id]}/{one.name}")
+                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())
