@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +20,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from flows.results import registry
-from flows.results.lineage import Graph, step_of
-from flows.servers import local_prefect
+from flows.results.lineage import Graph, Step, step_of
+from flows.servers import address_file, local_prefect
 from schemas.stage import STAGES
 from schemas.text import one_line
 from stages import tracking
-from stages.runtime import workspace
+from stages.runtime import databases, workspace
 
 log = logging.getLogger("alignflow")
 
@@ -33,6 +33,10 @@ DAY = 24 * 3600
 PAGE = 200
 HEAVY = {name for name, spec in STAGES.items() if spec.makes in ("model", "data")} | {"source"}
 """Stages whose outputs take room. Those of the others are the record of what came out."""
+DEPLOYED = "alignflow"
+"""Tag of our deployments (deploy/prefect.yaml), and so of their runs."""
+ASIDE = ("mlflow*.db*.bad*", "cache/reference.sqlite*.bad*", "prefect/prefect.db*.bad*")
+"""Where databases are moved aside. Named, and not looked for: a home may hold files of its owner's too."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,15 @@ def caches(before: float) -> Iterator[Item]:
 def _drop_copy(path: Path) -> None:
     """Remove a cached copy, unless it is in use."""
     with workspace.lock_if_free(path.with_suffix(".lock")) as free:
-        if free:
+        if free and path.is_file():
+            databases.discard(path)
+        elif free:
             workspace.remove(path)
 
 
 def moved_aside(before: float) -> Iterator[Item]:
     """What could not be used and was moved aside for a person to look at, a time ago."""
-    for path in workspace.home().rglob("*.bad*"):
-        if path.is_relative_to(workspace.home() / "artifacts") or path.is_relative_to(workspace.home() / "work"):
-            continue
+    for path in (path for pattern in ASIDE for path in sorted(workspace.home().glob(pattern))):
         if used_at(path) < before:
             yield Item("moved aside, unusable", str(path), size_of(path), lambda path=path: workspace.remove(path))
 
@@ -149,12 +153,14 @@ def size_of(path: Path) -> int:
 def artifacts(before: float) -> Iterator[Item]:
     """Models and data of runs that were not used since a time, and that nothing kept was made from."""
     needed, models = needed_digests(before), tracking.model_locations()
-    registered = {version.run_id for version in registry.versions()}
+    registered = _registered_runs()
     for run in tracking.runs("tags.stage != ''"):
         tags = run.data.tags
-        if tags["stage"] not in HEAVY or tracking.REMOVED in tags or last_used(run) >= before:
+        if not is_ours(tags) or tracking.REMOVED in tags or last_used(run) >= before:
             continue
         outputs = {tags["sha256"]} if tags["stage"] == "source" else set(step_of(run).outputs.values())
+        if not outputs and run.info.status == "FINISHED":  # what it made cannot be told, and so not who needs it
+            continue
         if outputs & needed or run.info.run_id in registered or not is_ended(run):
             continue
         for location in [*models.get(run.info.run_id, []), *tracking.folder_locations(run)]:
@@ -164,19 +170,43 @@ def artifacts(before: float) -> Iterator[Item]:
                 yield Item("model or data", where, size, lambda run=run, at=location: tracking.remove_stored(run, at))
 
 
+def is_ours(tags: Mapping[str, str]) -> bool:
+    """Whether a run is one of a heavy stage. On a server that others use too, theirs may have a tag `stage` as well."""
+    made_here = {"sha256", "artifact"} if tags.get("stage") == "source" else {"stage.key"}
+    return tags.get("stage") in HEAVY and made_here <= tags.keys()
+
+
 def needed_digests(before: float) -> set[str]:
-    """Digests of all that registered versions and the runs since a time were made from, themselves included."""
-    graph = Graph()
-    recent = [step_of(run) for run in tracking.runs("tags.`stage.key` != ''") if last_used(run) >= before]
+    """Digests of all that registered versions, the runs since a time and those of pipelines at work were made from,
+    themselves included.
+    """
+    graph, runs, registered = Graph(), list(tracking.runs("tags.`stage.key` != ''")), _registered_runs()
+    # A pipeline's finished stages are inputs of those to come, however long the one at work takes.
+    at_work = {run.data.tags.get("pipeline.run") for run in runs if not is_ended(run)} - {None}
     waiting = [*graph.versions]
-    waiting += [sha256 for step in recent for sha256 in (*step.inputs.values(), *step.outputs.values())]
+    for run in runs:
+        tags = run.data.tags
+        pipelines = {tags.get("pipeline.run"), *tags.get("pipeline.reused_by", "").split()}
+        kept = last_used(run) >= before or run.info.run_id in registered or pipelines & at_work
+        if kept or not is_ended(run):
+            step = step_of(run)
+            waiting += [*step.inputs.values(), *step.outputs.values()]
+    makers: dict[str, list[Step]] = {}
+    for step in graph.steps:
+        for sha256 in step.outputs.values():
+            makers.setdefault(sha256, []).append(step)
     needed: set[str] = set()
     while waiting:
         sha256 = waiting.pop()
         if sha256 not in needed:
             needed.add(sha256)
-            waiting += [one for step in graph.steps if sha256 in step.outputs.values() for one in step.inputs.values()]
+            waiting += [one for step in makers.get(sha256, []) for one in step.inputs.values()]
     return needed
+
+
+def _registered_runs() -> set[str | None]:
+    """Runs that registered versions name: one that a person has registered may have no digest of ours."""
+    return {version.run_id for version in registry.versions()}
 
 
 def last_used(run: Any) -> float:
@@ -202,13 +232,17 @@ def is_ended(run: Any) -> bool:
 
 
 def flow_runs(before: float, dry_run: bool) -> list[Item]:
-    """Flow runs that ended before a time, with their logs; removed unless it is a dry run."""
-    database = workspace.home() / "prefect" / "prefect.db"
-    if not PREFECT_API_URL.value() and not database.exists():
+    """Flow runs that ended before a time, with their logs; removed unless it is a dry run. On a server that is not of
+    this home only those of our deployments: the others may be anybody's.
+    """
+    database, url = workspace.home() / "prefect" / "prefect.db", PREFECT_API_URL.value()
+    if not url and not database.exists():
         return []
-    size_before, ours = size_of(database) if database.exists() else 0, not PREFECT_API_URL.value()
+    running = address_file.found()
+    of_this_home = not url or (running is not None and "Prefect" in running.ours and running.prefect == url.rstrip("/"))
+    size_before = size_of(database) if database.exists() else 0
     with local_prefect.local_prefect(), get_client(sync_client=True) as client:
-        ids = old_flow_runs(client, before)
+        ids = old_flow_runs(client, before, None if of_this_home else DEPLOYED)
         if not dry_run:
             for flow_run_id in ids:
                 with contextlib.suppress(ObjectNotFound):  # a subflow's run goes with its parent's
@@ -216,23 +250,23 @@ def flow_runs(before: float, dry_run: bool) -> list[Item]:
     if not ids:
         return []
     freed = 0
-    if ours and not dry_run:  # the server that had it open has ended
-        with contextlib.closing(sqlite3.connect(database)) as connection:
+    if not url and not dry_run:  # the server that had it open has ended
+        # Another run's server may have it open: then its room is used again, and is given back another time.
+        with contextlib.closing(sqlite3.connect(database)) as connection, contextlib.suppress(sqlite3.OperationalError):
             connection.execute("VACUUM")
         freed = max(0, size_before - size_of(database))
     return [Item("flow runs", f"{len(ids)} that ended before", freed, lambda: None)]
 
 
-def old_flow_runs(client: Any, before: float) -> list[Any]:
-    """Ids of the flow runs that ended before a time, all pages."""
+def old_flow_runs(client: Any, before: float, tag: str | None = None) -> list[Any]:
+    """Ids of the flow runs that ended before a time, all pages; with a tag only those that have it."""
     when = datetime.fromtimestamp(before, UTC)
-    ended = FlowRunFilter.model_validate(
-        {
-            "end_time": {"before_": when.isoformat()},
-            "state": {"type": {"any_": ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]}},
-        }
-    )
+    ended: dict[str, Any] = {
+        "end_time": {"before_": when.isoformat()},
+        "state": {"type": {"any_": ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]}},
+    }
+    chosen = FlowRunFilter.model_validate(ended | ({"tags": {"all_": [tag]}} if tag is not None else {}))
     ids: list[Any] = []
-    while page := client.read_flow_runs(flow_run_filter=ended, limit=PAGE, offset=len(ids)):
+    while page := client.read_flow_runs(flow_run_filter=chosen, limit=PAGE, offset=len(ids)):
         ids += [run.id for run in page]
     return ids

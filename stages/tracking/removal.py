@@ -39,10 +39,10 @@ def remove_stored(run: "Run", location: str) -> None:
 
     note = "removed to make room: nothing had used it for long"
     client().set_tag(run.info.run_id, BAD, note)  # first: were this killed, a run without files must not be reused
-    client().set_tag(run.info.run_id, REMOVED, note)
     path = local_path(location)
     if path is None:
         above, _, name = location.rpartition("/")
         get_artifact_repository(above, tracking_uri=tracking_uri()).delete_artifacts(name)
     else:
         shutil.rmtree(path)
+    client().set_tag(run.info.run_id, REMOVED, note)  # last: what is half removed is looked at again

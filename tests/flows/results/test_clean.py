@@ -57,6 +57,39 @@ def test_what_runs_of_the_last_days_were_made_from_stays(world: World, monkeypat
     assert removed(30) == {("model or data", "lone"), ("model or data", "data other")}
 
 
+def test_what_others_have_on_a_server_stays(world: World) -> None:
+    """Runs with a tag `stage` that no stage of ours has made, and a finished one whose output nobody can tell."""
+    client, number = tracking.client(), tracking.experiment("others")
+    ours_but_unreadable = {"stage": "sft", "stage.key": "f" * 64}
+    every = [
+        {"stage": "validate"},
+        {"stage": "source"},
+        {"stage": "sft", "code.version": "theirs"},
+        ours_but_unreadable,
+    ]
+    for tags in every:
+        run = client.create_run(number, tags=tags)
+        client.log_text(run.info.run_id, "theirs", "data/rows.txt")
+        client.set_terminated(run.info.run_id)
+    assert removed(0) == {("model or data", "lone"), ("model or data", "data other")}
+
+
+def test_a_version_that_a_person_has_registered_keeps_what_it_was_made_from(world: World) -> None:
+    (run,) = [one for one in tracking.runs("tags.model = 'lone'")]
+    tracking.client().create_registered_model("by-hand")
+    tracking.client().create_model_version("by-hand", str(tracking.locate(world.lone.uri)), run.info.run_id)
+    assert removed(0) == set()
+
+
+def test_finished_stages_of_a_pipeline_at_work_stay(world: World) -> None:
+    """However long its last stage takes; one that nobody works on any more holds nothing back."""
+    tags = {"stage": "align", "stage.key": "e" * 64, "pipeline.run": "p1", **workspace.place()}
+    tracking.client().create_run(tracking.experiment("tests"), tags=tags)
+    with workspace.lock(workspace.work_folder("e" * 64) / "lock"):
+        assert removed(0) == set()
+    assert removed(0) == {("model or data", "lone"), ("model or data", "data other")}
+
+
 def test_files_of_this_disk(ready_home: Path) -> None:
     """Removed: an abandoned checkpoint, a copy, what was moved aside. Kept: what a process holds, and what is new."""
     for name in ("abandoned", "busy", "new"):
@@ -66,6 +99,7 @@ def test_files_of_this_disk(ready_home: Path) -> None:
     copy.mkdir(parents=True)
     (copy / "weights").write_bytes(b"x" * 500)
     (ready_home / "cache" / "reference.sqlite.bad").write_bytes(b"x" * 100)
+    (ready_home / "notes.bad.txt").write_text("of its owner, whose home may hold more")
     long_ago = time.time() - 31 * clean.DAY
     for path in [*ready_home.rglob("*")]:
         if "new" not in path.parts:
@@ -84,6 +118,16 @@ def test_files_of_this_disk(ready_home: Path) -> None:
     assert (ready_home / "work" / "new" / "checkpoint" / "weights").exists()
     text = clean.as_text(items, dry_run=True).splitlines()
     assert text[0].startswith("    1.0 kB  checkpoints") and text[-1] == "    1.6 kB  would be removed in all"
+
+
+def test_of_a_server_that_others_use_too_only_runs_of_our_deployments_go(prefect: SyncPrefectClient) -> None:
+    @flow
+    def anything() -> None: ...
+
+    theirs, ours = (prefect.create_flow_run(anything, state=Completed(), tags=tags) for tags in ([], ["alignflow"]))
+    clean.flow_runs(time.time() + 60, dry_run=False)
+    left = {run.id for run in prefect.read_flow_runs()}
+    assert theirs.id in left and ours.id not in left
 
 
 def test_flow_runs_that_ended_are_old_some_day_and_those_that_run_never(prefect: SyncPrefectClient) -> None:
