@@ -71,7 +71,8 @@ class Door:
         if scope["type"] == "http" and scope["path"] == LOGIN and self.basic:
             return await self.log_in(scope, headers, send)
         # MLflow ends with an error of its own where it finds no user and password in what it is given.
-        if self.keep == "cookie" and not readable(headers.get(b"authorization")):
+        # With users of the operator's own (no login of ours), how they show who they are is the operator's matter.
+        if self.keep == "cookie" and self.basic and not readable(headers.get(b"authorization")):
             return await answer(send, 401, "Only user and password are taken here, as Basic.")
         cookie = headers.get(b"cookie", "")
         if self.keep == "cookie" and self.basic and b"authorization" not in headers and self.remembers(scope, cookie):

@@ -42,7 +42,7 @@ def mlflow_server(number: int, host: str = HOST, made: Passwords | None = None) 
     needs("MLFLOW_ARTIFACTS_DESTINATION", artifacts, "s3", "boto3")
     # Not as options: anybody on the machine may read a command line, and these hold passwords.
     environment = {"MLFLOW_BACKEND_STORE_URI": backend, "MLFLOW_ARTIFACTS_DESTINATION": artifacts}
-    environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS") or allowed_hosts(host)}
+    environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": allowed_hosts(host)}
     # Without --app-dir uvicorn puts the working directory before all that Python imports; this folder holds no Python.
     door = f"--http flows.servers.door:Mlflow --app-dir {shlex.quote(str(workspace.home() / 'logs'))}"
     module, options = "mlflow", ["--uvicorn-opts", door]
@@ -82,7 +82,7 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
     environment |= {vacuum: os.environ.get(vacuum) or "events,flow_runs"}
     # Else its pages would ask 0.0.0.0, or port 4200 whatever the server's own is.
     environment |= {"PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or "/api"}
-    environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS") or allowed_hosts(host)}
+    environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": allowed_hosts(host)}
     origins = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
     environment |= {origins: os.environ.get(origins) or url}  # by default every page in the world
     if password is not None:
@@ -174,9 +174,11 @@ def auth_config() -> Path:
 
 
 def allowed_hosts(host: str) -> str:
-    """Names under which the servers may be asked (others are refused, against DNS rebinding): those of loopback, and
-    of a server that others reach this machine's own names and addresses too.
+    """Names under which the servers may be asked (others are refused, against DNS rebinding): those of loopback, of a
+    server that others reach this machine's own names and addresses too, and those that the environment adds. Without
+    the first our own workers and checks would be turned away.
     """
+    more = os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS")
     own = {"localhost", "127.0.0.1", "[::1]"}
     if not is_loopback(host):
         own |= {socket.gethostname(), socket.getfqdn(), "host.docker.internal"}
@@ -187,4 +189,4 @@ def allowed_hosts(host: str) -> str:
         own.add(f"[{host}]" if ":" in host else host)  # another address of loopback
     # MLflow reads patterns, in which brackets have a meaning of their own.
     names = [name.replace("[", "[[]") for name in sorted(own)]
-    return ",".join([*names, *(f"{name}:*" for name in names)])
+    return ",".join([*names, *(f"{name}:*" for name in names), *([more] if more else [])])

@@ -19,15 +19,19 @@ KINDS = ("experiment", "registered_model", "prompt")
 
 
 def provide_users() -> None:
-    """Give MLflow's admin the password of the environment, and let our own user in, who is no admin."""
+    """Give MLflow's admin the password of the environment, and let our own user in, who is no admin. Without either,
+    the users are the operator's (a configuration of their own), and are left to MLflow.
+    """
+    name, _, password = environment.login().partition(":")
+    if not name and not os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD"):
+        return
     from mlflow.server.auth import auth_config  # late: it takes seconds, and reads the environment
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore()
     store.init_db(auth_config.database_uri)
-    if auth_config.admin_username and auth_config.admin_password:
+    if os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD") and auth_config.admin_username and auth_config.admin_password:
         provide(store, auth_config.admin_username, auth_config.admin_password, is_admin=True)
-    name, _, password = environment.login().partition(":")
     if name:
         provide(store, name, password, is_admin=False)
         grant(store, name)

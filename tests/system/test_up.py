@@ -317,7 +317,8 @@ def test_servers_for_others_know_their_names(no_settings: None, monkeypatch: pyt
     assert {socket.gethostname(), f"{socket.gethostname()}:*", "127.0.0.1:*"} <= set(hosts)
     assert mlflow.url == "http://127.0.0.1:5000"
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mlflow.example")
-    assert mlflow_prefect.mlflow_server(5000, "0.0.0.0").environment["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mlflow.example"
+    for server in (mlflow_prefect.mlflow_server(5000), mlflow_prefect.prefect_server(4200)):  # and still by our workers
+        assert {"mlflow.example", "127.0.0.1:*"} <= set(server.environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
     for host in ("0.0.0.0", "127.0.0.1"):  # its pages ask the server they come from
         assert mlflow_prefect.prefect_server(4200, host=host).environment["PREFECT_UI_API_URL"] == "/api"
 

@@ -47,6 +47,14 @@ def test_a_changed_password_takes_effect_and_an_unchanged_one_changes_nothing() 
     assert store.users == {"admin": ("the second one", False)}
 
 
+def test_users_of_the_operators_own_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a login of ours nor an admin's password: MLflow's store, which may be of another kind, is not opened."""
+    for name in ("ALIGNFLOW_LOGIN", "MLFLOW_AUTH_ADMIN_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "mlflow.server.auth", None)  # importing it is an error
+    mlflow_server.provide_users()
+
+
 ASK = """
 import json
 from stages.tracking import mlflow_server
