@@ -54,7 +54,7 @@ def check_prefect(url: str) -> None:
         raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
     allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1})
     if allowed.status_code in (401, 403):
-        fix = "set it to the server's PREFECT_SERVER_API_AUTH_STRING, user:password"
+        fix = "set it to that of the server, user:password (PREFECT_SERVER_API_AUTH_STRING, or in its passwords.json)"
         message = "the Prefect server refuses the password."
         raise refuse("PREFECT_API_AUTH_STRING", "***", message, fix, kind="access")
 
@@ -84,7 +84,7 @@ def check_mlflow(url: str) -> None:
     search = f"{url}/api/2.0/mlflow/experiments/search"
     allowed = ask(search, "MLFLOW_TRACKING_URI", shown, fix, json={"max_results": 1}, auth=password)
     if allowed.status_code == 401:
-        fix = "set both to those of a user of that server"
+        fix = "set both to those of a user of that server (of `alignflow`: in passwords.json of its home)"
         field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
         raise refuse(field, f"{who[0]}, ***", "MLflow refuses them.", fix, kind="access")
     if allowed.status_code == 403 and "Host" in allowed.text:

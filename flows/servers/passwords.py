@@ -16,6 +16,8 @@ from stages.runtime import workspace
 
 USER = "alignflow"
 """Our commands and workers in MLflow: a user who may do all to runs and models, and nothing to other users."""
+MLFLOW_CONFIG = "MLFLOW_AUTH_CONFIG_PATH"
+"""An operator's own configuration of MLflow's users, which may be of any kind."""
 LOGIN = "/alignflow/login"
 """The page of both servers (door.py) that a login link leads to."""
 
@@ -74,18 +76,16 @@ def made() -> Passwords:
 
 def explicit(server: str) -> bool:
     """Whether the environment sets who may use a server of ours, so that nothing made is to be shown."""
-    names = {"Prefect": ("PREFECT_SERVER_API_AUTH_STRING",)}
-    return any(
-        os.environ.get(name) for name in names.get(server, ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_AUTH_CONFIG_PATH"))
-    )
+    own = ("PREFECT_SERVER_API_AUTH_STRING",) if server == "Prefect" else ("MLFLOW_AUTH_ADMIN_PASSWORD", MLFLOW_CONFIG)
+    return any(os.environ.get(name) for name in own)
 
 
 def login(server: str) -> str | None:
     """User and password of a server of ours, `user:password`, for people's browsers and our commands; None where the
-    environment says who may use it, or nothing was made.
+    environment says who may use it, or nothing was made. Beside an admin of MLflow whom it names there is our user.
     """
     known = kept()
-    if known is None or (server == "Prefect" and explicit(server)) or os.environ.get("MLFLOW_AUTH_CONFIG_PATH"):
+    if known is None or (explicit(server) if server == "Prefect" else os.environ.get(MLFLOW_CONFIG)):
         return None
     return known.prefect if server == "Prefect" else f"{USER}:{known.mlflow}"
 

@@ -117,8 +117,11 @@ def guards(up: subprocess.Popen[Any]) -> dict[int, str]:
     for child in psutil.Process(up.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
             line = child.cmdline()
+            if "flows.servers.supervisor" not in line:  # one that has not begun yet looks as its parent does
+                continue
             name = line[line.index("--name") + 1].partition(" on ")[0] if "--name" in line else ""
-            commands[child.pid] = f"worker {name}" if name else line[line.index("-m", 4) + 1]
+            servers = {"stages.tracking.mlflow_server": "mlflow", "flows.servers.door": "prefect"}
+            commands[child.pid] = f"worker {name}" if name else servers[line[line.index("-m", 4) + 1]]
     return commands
 
 

@@ -55,7 +55,7 @@ class Host:
         own = {"HOME": "user", "ALIGNFLOW_HOME": "alignflow", "PREFECT_HOME": "prefect"}
         environment = os.environ | self.environment | {name: str(self.folder / at) for name, at in own.items()}
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", self.pool, "--name", self.folder.name]
+        command = [sys.executable, "-m", "flows.worker", "--pool", self.pool, "--name", self.folder.name]
         with (self.folder / "log").open("ab") as log:
             self.worker = subprocess.Popen(
                 [*command, "--install-policy", "never"],

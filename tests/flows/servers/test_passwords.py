@@ -110,3 +110,14 @@ def test_names_of_loopback_are_its_own_and_others_are_real_addresses() -> None:
     assert not any(
         name.startswith(("10.*", "192.168.*", "*")) for name in mlflow_prefect.allowed_hosts("0.0.0.0").split(",")
     )
+
+
+def test_an_operators_own_users_of_mlflow_leave_prefects_password_in_place(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = passwords.made()
+    monkeypatch.setenv("MLFLOW_AUTH_CONFIG_PATH", str(bare / "own.ini"))
+    assert passwords.login("MLflow") is None and passwords.login("Prefect") == made.prefect
+    server = mlflow_prefect.mlflow_server(5000, made=made)
+    assert server.environment["MLFLOW_AUTH_CONFIG_PATH"] == str(bare / "own.ini")
+    assert "ALIGNFLOW_LOGIN" not in server.environment and "basic-auth" in server.command
