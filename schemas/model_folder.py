@@ -37,7 +37,8 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
 
 def is_reward_model(config: Mapping[str, Any]) -> bool:
     """Whether a model's config.json is that of a sequence classifier; a language model's else."""
-    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+    names = config.get("architectures")
+    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 
 def _why_head_unusable(config: dict[str, Any], scorer: bool) -> tuple[str, str] | None:

@@ -36,9 +36,13 @@ from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
 from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
 from stages.runtime.context import StageContext
+from stages.runtime.limits import limited
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+GGUF_SECONDS = 120.0
+GGUF_BYTES = 8 << 30
+"""What reading a GGUF file's head may take, beside the file itself. A large vocabulary takes seconds."""
 _GREETING = [{"role": "user", "content": "hello"}]
 
 
@@ -168,11 +172,11 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     with quiet():
         try:
-            head = {
-                name.rpartition(".")[2]: int(field.parts[field.data[0]][0])
-                for name, field in GGUFReader(str(file)).fields.items()
-                if name.endswith((".block_count", ".expert_count"))
-            }
+            # An array that the head announces and the file does not hold is read for ever.
+            with limited(GGUF_SECONDS, GGUF_BYTES + file.stat().st_size):
+                fields = GGUFReader(str(file)).fields
+            wanted = (field for name, field in fields.items() if name.endswith((".block_count", ".expert_count")))
+            head = {field.name.rpartition(".")[2]: int(field.parts[field.data[0]][0]) for field in wanted}
             check_parts(head, file, FIELD)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
         except (StageError, MemoryError):

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from schemas.environment import SAFE_PATH, roots
 from schemas.errors import StageError, refuse
+from schemas.text import show
 from stages.runtime.process import die_with_parent
 from stages.runtime.workspace import PRIVATE
 
@@ -56,7 +57,7 @@ def entrypoint(flow_run_id: UUID) -> str | None:
         try:
             found = own_flow(client.read_deployment(run.deployment_id) if run.deployment_id else None)
         except StageError as error:
-            print(f"error: {error}", flush=True)
+            show(f"error: {error}")
             client.set_flow_run_state(flow_run_id, Failed(message=str(error)), force=True)
             return None
         # Kept for as long as the run lasts: a deployment that is deleted meanwhile would make it one that a person has

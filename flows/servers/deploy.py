@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.servers import automations, checks, pools
 from schemas.environment import HOME, SAFE_PATH
 from schemas.errors import refuse
+from schemas.text import one_line, show
 from stages.runtime import workspace
 
 
@@ -33,11 +34,11 @@ def deploy(prefect_file: Path | None = None) -> None:
     with get_client(sync_client=True) as client:
         check_pool_names(client, deployments)
         for pool in pools.templates():
-            print(f"work pool   {pool}: {pools.apply(client, pool)}", flush=True)
+            show(f"work pool   {pool}: {pools.apply(client, pool)}")
     create_deployments(prefect_file)
     say_deployments({str(one.get("name")) for one in deployments})
     for name in automations.apply():
-        print(f"automation  {name}")
+        show(f"automation  {name}")
 
 
 def check_pool_names(client: SyncPrefectClient, deployments: list[dict[str, Any]]) -> None:
@@ -91,4 +92,5 @@ def say_deployments(names: set[str]) -> None:
         for one in client.read_deployments():
             if one.name in names:
                 times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
-                print(f"deployment  {flows[one.flow_id]}/{one.name} on {one.work_pool_name} {times}".rstrip())
+                name = one_line(f"{flows[one.flow_id]}/{one.name}")
+                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())

@@ -21,6 +21,7 @@ import psutil
 
 from schemas.environment import SAFE_PATH, python_path
 from schemas.errors import StageError, refuse
+from schemas.text import show
 from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
@@ -139,7 +140,7 @@ def address(host: str, number: int) -> str:
 
 def say(line: str) -> None:
     """Print at once, also into a pipe."""
-    print(line, flush=True)
+    show(line)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Bounds on what foreign code or data may take of this process: seconds, and memory beyond what is in use."""
 
 import contextlib
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from types import FrameType
 
 
@@ -20,16 +21,16 @@ def limited(seconds: float, size: int) -> Iterator[None]:
     Raises:
         TooMuch: it takes more.
     """
-    statm = Path("/proc/self/statm")
-    if threading.current_thread() is not threading.main_thread() or not statm.exists():
+    # Called for every row: no more than a few system calls.
+    taken = _memory() if threading.current_thread() is threading.main_thread() else None
+    if taken is None:
         yield
         return
+    _listen()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = int(statm.read_text().split()[0]) * resource.getpagesize() + size
-    allowed = [bound, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    before = signal.signal(signal.SIGALRM, _stop)
+    bound = taken + size
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (min(allowed), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (min(bound, soft) if soft != resource.RLIM_INFINITY else bound, hard))
         signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     except _Late:
@@ -38,8 +39,25 @@ def limited(seconds: float, size: int) -> Iterator[None]:
         raise TooMuch(f"it takes more than {size >> 20} MiB of memory") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory() -> int | None:
+    """Bytes of this process's address space; None where the system does not tell."""
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return int(os.read(descriptor, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def _listen() -> None:
+    """Let SIGALRM, which nothing else here uses, end a block; once, since that takes longer than the rest."""
+    signal.signal(signal.SIGALRM, _stop)
 
 
 class _Late(BaseException):

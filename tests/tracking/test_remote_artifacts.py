@@ -215,6 +215,26 @@ def test_what_a_person_names_is_kept_by_its_digest(artifacts: Path, tmp_path: Pa
         tracking.locate(f"{uri}-nothing")
 
 
+@pytest.mark.parametrize("whose", ["of this home", "of another home", "of another machine"])
+def test_what_a_server_of_this_machine_stores_is_synced(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    synced = list[Path]()
+    monkeypatch.setattr("stages.tracking.store.sync_all", synced.append)
+    monkeypatch.setattr("os.sync", lambda: synced.append(Path("/")))
+    if whose == "of this home":
+        monkeypatch.setenv("ALIGNFLOW_HOME", str(artifacts.parent))
+    if whose == "of another machine":
+        monkeypatch.setattr("stages.tracking.store.tracking_uri", lambda: "http://10.0.0.5:5000")
+        monkeypatch.setattr("stages.tracking.run.arrived", lambda artifact, folder: True)
+    _, artifact = published(tmp_path, f"synced {whose}")
+    run = artifact.uri.removeprefix("runs:/").partition("/")[0]
+    if whose == "of this home":
+        assert {path.name for path in synced} == {"folder", "artifacts"} and all(run in str(path) for path in synced)
+    else:
+        assert set(synced) == ({Path("/")} if whose == "of another home" else set())
+
+
 @pytest.mark.slow
 def test_a_full_disk_condemns_nothing(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path

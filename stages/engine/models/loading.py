@@ -119,7 +119,7 @@ def check_folder(folder: Path, names: Mapping[str, Any], field: str = "model") -
     """
     config = read_config(folder, field)
     kind = config.get("model_type")
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         why = "needs code from its folder, which is never run" if "auto_map" in config else "is unknown to transformers"
         raise _unusable(folder, f"the model type {kind!r} {why}", "give a model of a type that transformers has", field)
     if "quantization_config" in config:

@@ -1,0 +1,41 @@
+"""What foreign code may take: seconds and memory, in the main thread; nothing stays bounded afterwards."""
+
+import resource
+import signal
+import threading
+
+import pytest
+
+from stages.runtime.limits import TooMuch, limited
+
+
+def test_both_bounds_and_what_is_left_of_them() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(TooMuch, match=r"more than 0\.2 seconds"), limited(0.2, 1 << 30):
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:  # what runs inside cannot catch it
+                continue
+    with pytest.raises(TooMuch, match="more than 64 MiB"), limited(60, 64 << 20):
+        bytearray(128 << 20)
+    with limited(60, 256 << 20):
+        assert len(bytearray(128 << 20)) == 128 << 20
+    with pytest.raises(KeyError), limited(60, 1 << 30):
+        raise KeyError
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_another_thread_is_not_bounded() -> None:
+    """A bound is the process's: the main thread alone may set it, and take it away again."""
+    seen: list[tuple[int, int]] = []
+
+    def run() -> None:
+        with limited(0.01, 1):
+            seen.append(resource.getrlimit(resource.RLIMIT_AS))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [resource.getrlimit(resource.RLIMIT_AS)]
