@@ -75,7 +75,7 @@ def read_request(name: str, path: Path) -> Request:
     """
     try:
         request = Request.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise refuse("request", path, f"the request cannot be read: {error}", None, kind="request") from error
     if name not in MODULES or request.stage != name:
         known = ", ".join(MODULES)

@@ -76,7 +76,6 @@ OUTSIDE: dict[str, Callable[[Path], str]] = {
     "a loop of links": lambda root: link(root / "l", root / "l"),
     "home": lambda root: "~/rows.jsonl",
     "an unknown user's home": lambda root: "~nobody-of-that-name/rows.jsonl",
-    "NUL": lambda root: "rows\0.jsonl",
     "a scheme that is none": lambda root: "input:/../../secret/rows.jsonl",
     "a folder as hub:": lambda root: f"hub:{root.parent}/secret",
     "upwards as hub:": lambda root: "hub:../secret",

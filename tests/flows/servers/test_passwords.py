@@ -27,8 +27,8 @@ def bare(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_they_are_made_once_for_their_owner_alone(bare: Path) -> None:
     assert passwords.kept() is None
     made = passwords.made()
+    assert stat.S_IMODE(passwords.file().stat().st_mode) == 0o600  # before anything looks at it again
     assert made == passwords.made() == passwords.kept()
-    assert stat.S_IMODE(passwords.file().stat().st_mode) == 0o600
     words = {made.prefect.partition(":")[2], made.mlflow, made.mlflow_admin, made.mlflow_cookies}
     assert len(words) == 4 and min(map(len, words)) >= 32
     assert [file.name for file in bare.iterdir()] == ["passwords.json"]
@@ -57,7 +57,9 @@ def test_no_other_server_is_sent_them(bare: Path, monkeypatch: pytest.MonkeyPatc
     address_file.let_in(WHERE)
     assert given["PREFECT_API_AUTH_STRING"] == made.prefect
     assert given["MLFLOW_TRACKING_USERNAME"] == "ada" and "MLFLOW_TRACKING_PASSWORD" not in given
+    del given["PREFECT_API_AUTH_STRING"]
     address_file.let_in(WHERE.model_copy(update={"ours": []}))  # somebody else has started them
+    assert "PREFECT_API_AUTH_STRING" not in given
 
 
 def test_a_link_carries_a_made_password_in_its_fragment_and_never_one_of_the_environment(
