@@ -50,13 +50,25 @@ def check_prefect(url: str) -> None:
     if not urlparse(url).path.strip("/"):
         raise unreachable("PREFECT_API_URL", url, "the address lacks its end.", f"write {url.rstrip('/')}/api")
     answer = ask(f"{url}/health", "PREFECT_API_URL", url, fix)
+    check_name(answer, "PREFECT_API_URL", url, url)
     if answer.status_code != 200:
         raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
     allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1})
     if allowed.status_code in (401, 403):
-        fix = "set it to that of the server, user:password (PREFECT_SERVER_API_AUTH_STRING, or in its passwords.json)"
-        message = "the Prefect server refuses the password."
-        raise refuse("PREFECT_API_AUTH_STRING", "***", message, fix, kind="access")
+        raise not_let_in()
+
+
+def not_let_in() -> StageError:
+    """The problem of a Prefect server that refuses our password, or asks for one where we have none."""
+    fix = "set it to that of the server, user:password (PREFECT_SERVER_API_AUTH_STRING, or in its passwords.json)"
+    return refuse("PREFECT_API_AUTH_STRING", "***", "the Prefect server refuses the password.", fix, kind="access")
+
+
+def check_name(answer: httpx.Response, field: str, value: str, url: str) -> None:
+    """Raise StageError where a server (door.py, or MLflow by itself) turns away the name that it was asked by."""
+    if answer.status_code == 403 and ("Host" in answer.text or "ALLOWED_HOSTS" in answer.text):
+        fix = f"make the server's MLFLOW_SERVER_ALLOWED_HOSTS hold {urlparse(url).netloc.rpartition('@')[2]}"
+        raise unreachable(field, value, "the server does not go by this name.", fix)
 
 
 def prefect_headers() -> dict[str, str]:
@@ -77,6 +89,7 @@ def check_mlflow(url: str) -> None:
     fix = f"{START}; or correct MLFLOW_TRACKING_URI; or unset it, then runs are kept in {workspace.home()}"
     shown = tracking.without_passwords(url)
     answer = ask(f"{url}/health", "MLFLOW_TRACKING_URI", shown, fix)
+    check_name(answer, "MLFLOW_TRACKING_URI", shown, url)
     if answer.status_code != 200:
         raise unreachable("MLFLOW_TRACKING_URI", shown, f"no MLflow server is there ({answer.status_code}).", fix)
     who = (os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
@@ -84,12 +97,8 @@ def check_mlflow(url: str) -> None:
     search = f"{url}/api/2.0/mlflow/experiments/search"
     allowed = ask(search, "MLFLOW_TRACKING_URI", shown, fix, json={"max_results": 1}, auth=password)
     if allowed.status_code == 401:
-        fix = "set both to those of a user of that server (of `alignflow`: in passwords.json of its home)"
-        field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
-        raise refuse(field, f"{who[0]}, ***", "MLflow refuses them.", fix, kind="access")
-    if allowed.status_code == 403 and "Host" in allowed.text:
-        fix = f"make the server's MLFLOW_SERVER_ALLOWED_HOSTS hold {urlparse(url).netloc.rpartition('@')[2]}"
-        raise unreachable("MLFLOW_TRACKING_URI", shown, "MLflow does not go by this name.", fix)
+        raise tracking.not_let_in()
+    check_name(allowed, "MLFLOW_TRACKING_URI", shown, url)
     if allowed.status_code == 404:
         raise unreachable("MLFLOW_TRACKING_URI", shown, "something else than MLflow is there.", fix)
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -19,7 +20,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.servers import mlflow_prefect, passwords, supervisor
+from flows.servers import checks, mlflow_prefect, passwords, supervisor
 from schemas.errors import StageError, refuse
 from stages import tracking
 from stages.runtime import workspace
@@ -57,9 +58,16 @@ def is_no_link(record: logging.LogRecord) -> bool:
 
 
 def refuse_no_server() -> None:
-    """Raise StageError when the Prefect server that the environment names does not answer."""
+    """Raise StageError when the Prefect server that the environment names does not answer, or does not let us in."""
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
+        try:
+            if error is None:
+                client.read_work_pools(limit=1)
+        except PrefectHTTPStatusError as refused:
+            if refused.response.status_code not in (401, 403):
+                raise
+            raise checks.not_let_in() from refused
     if error is not None:
         message = f"the Prefect server does not answer ({type(error).__name__})."
         fix = "start it (`alignflow ui`), or unset the variable: a run then brings a server of its own"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas import environment
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Request
 from stages.runtime import databases
 from stages.runtime.workspace import home, lock
@@ -146,6 +146,14 @@ def is_missing(error: Exception) -> bool:
     return getattr(error, "error_code", None) in missing
 
 
+def not_let_in() -> StageError:
+    """The problem of a server that refuses our user and password, or asks for some where we have none."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    fix = "set both to those of a user of that server (of `alignflow`: in passwords.json of its home)"
+    field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+    return refuse(field, f"{user}, ***", "MLflow refuses them.", fix, kind="access")
+
+
 def without_passwords(text: str) -> str:
     """The text with its addresses as they may be shown: credentials before `@` are stripped."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
@@ -184,6 +192,8 @@ def _retrying(call: Callable[[], T], end: float) -> T:
             damage = re.search(databases.DAMAGED, str(error))
             if damage and not isinstance(error, StageError) and tracking_uri().startswith("sqlite:///"):
                 raise databases.damaged(Path(tracking_uri().removeprefix("sqlite:///")), damage[0]) from error
+            if getattr(error, "error_code", None) == "UNAUTHENTICATED":
+                raise not_let_in() from error
             if not is_transient(error) or time.monotonic() + pause > end:
                 raise
             log.warning("MLflow: %s; trying again", first_line(error))

@@ -291,6 +291,8 @@ def intact(artifact: Artifact) -> bool:
             return _is_there(location)
         fetch(artifact)
     except StageError as error:
+        if error.problem.kind != "artifact":  # of MLflow itself: a wrong password, a damaged database
+            raise
         log.info("%s", error)
         return False
     return True

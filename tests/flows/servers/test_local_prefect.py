@@ -9,7 +9,8 @@ from collections.abc import Callable
 import httpx
 import psutil
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
 from flows import pipeline
 from flows.planning.plan import Plan
@@ -38,6 +39,18 @@ def test_it_is_started_again_and_knows_what_it_knew(home: object, who: str) -> N
         assert client.read_global_concurrency_limit_by_name("known").limit == 3  # asks again until it is back
         assert guards() != [guard]
     assert guards() == []
+
+
+@pytest.mark.parametrize("password", [None, "ada:not the password"])
+def test_a_server_that_does_not_let_us_in_is_named(prefect: SyncPrefectClient, password: str | None) -> None:
+    """Before anything starts, and not by a traceback: every server of `alignflow up` and `ui` asks for a password."""
+    with (
+        temporary_settings({PREFECT_API_AUTH_STRING: password}),
+        pytest.raises(StageError, match="PREFECT_API_AUTH_STRING") as refused,
+        local_prefect.local_prefect(),
+    ):
+        pass
+    assert "refuses the password" in str(refused.value) and "not the password" not in str(refused.value)
 
 
 def a_plan() -> Plan:
