@@ -74,8 +74,8 @@ class Door:
         # With users of the operator's own (no login of ours), how they show who they are is the operator's matter.
         if self.keep == "cookie" and self.basic and not readable(headers.get(b"authorization")):
             return await answer(send, 401, "Only user and password are taken here, as Basic.")
-        cookie = headers.get(b"cookie", "")
-        if self.keep == "cookie" and self.basic and b"authorization" not in headers and self.remembers(scope, cookie):
+        wanted = self.keep == "cookie" and self.basic and b"authorization" not in headers and by_own_page(headers)
+        if wanted and self.remembers(scope, headers.get(b"cookie", "")):
             scope = {**scope, "headers": [*scope["headers"], (b"authorization", self.basic)]}
         await self.app(scope, receive, send)
 
@@ -114,6 +114,15 @@ class Door:
         """Whether the request's cookies have our token."""
         wanted = f"{cookie_name(scope)}={self.token()}"
         return any(hmac.compare_digest(one.strip().encode(), wanted.encode()) for one in cookie.split(";"))
+
+
+def by_own_page(headers: dict[bytes, str]) -> bool:
+    """Whether a page of this server asks, or a person who typed an address or followed a link. A page of another port
+    of this machine is of the same site: what it embeds (scripts, pictures) is asked for with our cookie, and without an
+    origin.
+    """
+    site = headers.get(b"sec-fetch-site", "none")  # of no browser, or an old one: as before
+    return site in ("none", "same-origin") or b"origin" in headers or headers.get(b"sec-fetch-dest") == "document"
 
 
 def readable(authorization: str | None) -> bool:

@@ -110,6 +110,25 @@ def test_the_login_page_gives_a_cookie_that_stands_for_the_password() -> None:
     assert own[0]["headers"][b"authorization"] == b"Basic eDp5", "who says who they are is taken at their word"
 
 
+@pytest.mark.parametrize(
+    ("site", "dest", "logged_in"),
+    [
+        ("same-origin", "empty", True),
+        ("none", "document", True),  # an address that was typed
+        ("same-site", "document", True),  # a link of Prefect's pages, on another port
+        ("same-site", "script", False),
+        ("same-site", "image", False),
+        ("same-site", "iframe", False),
+        ("cross-site", "script", False),
+    ],
+)
+def test_what_a_page_of_another_port_embeds_is_not_logged_in(site: str, dest: str, logged_in: bool) -> None:
+    right = asked(path="/alignflow/login", authorization=BASIC, **OWN)
+    cookie = dict(right[0]["headers"])[b"set-cookie"].decode().partition(";")[0]
+    reached = asked(method="GET", cookie=cookie, sec_fetch_site=site, sec_fetch_dest=dest, **OWN)
+    assert (b"authorization" in reached[0]["headers"]) is logged_in
+
+
 def test_prefects_pages_keep_the_password_themselves() -> None:
     right = asked("storage", path="/alignflow/login", authorization=BASIC, **OWN)
     assert dict(right[0]["headers"])[b"x-keep"] == b"storage" and b"set-cookie" not in dict(right[0]["headers"])
