@@ -56,6 +56,13 @@ def test_locks_hold_the_pins_of_all_that_is_installed_each_with_a_digest() -> No
         assert len(entries) == text.count("==")
 
 
+def test_what_pyproject_requires_by_now_is_locked() -> None:
+    """Not what it required when this environment was made."""
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    assert {Requirement(line).name for line in lines} - {"alignflow"} <= lock.contents()["check"]
+    assert "cyclonedx-bom" in lock.contents()["check"], "of which `make sbom` is"
+
+
 def test_what_a_marker_or_an_extra_brings_is_locked_too() -> None:
     run, check, smollm2 = (lock.contents()[name] for name in ("run", "check", "smollm2"))
     assert {"prefect", "psycopg2-binary", "vadersentiment", "greenlet"} <= run  # greenlet: by sqlalchemy[asyncio] alone

@@ -8,6 +8,7 @@ out: which of its builds is right depends on the machine, and `make` installs it
 
 import contextlib
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -59,7 +60,14 @@ def needed(root: Requirement) -> set[str]:
 
 
 def required(name: str, extra: str) -> Iterator[Requirement]:
-    """What an installed package requires on this platform, with one of its extras or (empty) without any."""
+    """What a package requires on this platform, with one of its extras or (empty) without any: an installed one as it
+    says itself, our own as pyproject.toml says now.
+    """
+    if name == "alignflow":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+        yield from map(Requirement, lines)
+        return
     for line in metadata.requires(name) or []:
         requirement = Requirement(line)
         marker = requirement.marker
