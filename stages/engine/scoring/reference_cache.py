@@ -118,7 +118,10 @@ class ReferenceCache:
                 # Beside the numbers, not among them: an alignflow without digests goes on using their table.
                 database.execute("CREATE TABLE IF NOT EXISTS digests (key BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID")
             database.execute("PRAGMA synchronous=NORMAL")
-            os.utime(self.path)  # `alignflow clean` removes caches that were not used for long, and reading is use
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # removed at this moment: what is open goes on, and is not kept
+                os.utime(self.path)  # `alignflow clean` removes caches that were not used for long, and reading is use
             yield database
 
 
