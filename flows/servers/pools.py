@@ -107,8 +107,17 @@ def add_queue(client: SyncPrefectClient, pool: str) -> None:
 
 
 def read(pool: str) -> dict[str, Any]:
-    """A pool's base job template. Raises StageError when there is none."""
+    """A pool's base job template. What the operator adds to the default of `env` stands there for all runs: they may
+    neither leave it out nor change it. Raises StageError when there is no template.
+    """
     if pool not in templates():
         fix = f"use {', '.join(templates())}, or add deploy/pools/{pool}.json"
         raise refuse("pool", pool, "no template has this name.", fix, kind="pool")
-    return json.loads(templates()[pool].read_text())
+    template = json.loads(templates()[pool].read_text())
+    env = template["variables"].get("properties", {}).get("env", {})
+    names: list[str] = env.get("propertyNames", {}).get("enum", [])
+    for name, value in (env.get("default") or {}).items() if names else ():
+        if name not in names or name in env.get("properties", {}):
+            env.setdefault("properties", {})[name] = {"const": value}
+            names += {name} - {*names}
+    return template

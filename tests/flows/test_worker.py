@@ -87,12 +87,21 @@ def test_a_run_without_a_deployment_is_refused() -> None:
     assert job.own_flow(OURS) == "flows.stage.stage"
 
 
-def test_the_operators_template_takes_the_place_of_ours(home: Path) -> None:
+def test_the_operators_template_takes_the_place_of_ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = pools.read("docker")
     own["job_configuration"]["image"] = "registry.example/alignflow:1"
     (home / "pools").mkdir()
     (home / "pools" / "docker.json").write_text(json.dumps(own))
     assert prepared(DockerWorkerJobConfiguration, "docker", {}).image == "registry.example/alignflow:1"
+    env = own["variables"]["properties"]["env"]["default"]
+    env |= {"ALIGNFLOW_ROOTS": "/data", "MLFLOW_TRACKING_PASSWORD": "{{ $MLFLOW_TRACKING_PASSWORD }}"}
+    (home / "pools" / "docker.json").write_text(json.dumps(own))
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of the worker")
+    made = prepared(DockerWorkerJobConfiguration, "docker", pools.read("docker"), env={"NCCL_DEBUG": "INFO"})
+    assert made._refusal is None and made.env["MLFLOW_TRACKING_PASSWORD"] == "of the worker"
+    assert (made.env["ALIGNFLOW_ROOTS"], made.env["NCCL_DEBUG"]) == ("/data", "INFO")
+    for changed in ({"ALIGNFLOW_ROOTS": "/inputs"}, {"MLFLOW_TRACKING_PASSWORD": "x"}):
+        assert prepared(DockerWorkerJobConfiguration, "docker", {}, env=changed)._refusal is not None
     assert pools.like("mine", "process") == "cpu" and pools.like("mine", "docker") == "docker"
     with pytest.raises(StageError, match="of type ecs"):
         pools.like("mine", "ecs")
