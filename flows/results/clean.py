@@ -153,7 +153,7 @@ def size_of(path: Path) -> int:
 def artifacts(before: float) -> Iterator[Item]:
     """Models and data of runs that were not used since a time, and that nothing kept was made from."""
     needed, models = needed_digests(before), tracking.model_locations()
-    registered = _registered_runs()
+    registered, unreached = _registered_runs(), 0
     for run in tracking.runs("tags.stage != ''"):
         tags = run.data.tags
         if not is_ours(tags) or tracking.REMOVED in tags or last_used(run) >= before:
@@ -163,11 +163,17 @@ def artifacts(before: float) -> Iterator[Item]:
             continue
         if outputs & needed or run.info.run_id in registered or not is_ended(run):
             continue
+        if tracking.needs_server(run):
+            unreached += 1
+            continue
         for location in [*models.get(run.info.run_id, []), *tracking.folder_locations(run)]:
             size = tracking.stored_size(location)
             if size:
                 where = f"{run.info.run_name} ({run.info.status.lower()}, run {run.info.run_id})"
                 yield Item("model or data", where, size, lambda run=run, at=location: tracking.remove_stored(run, at))
+    if unreached:
+        what = f"{unreached} {'run' if unreached == 1 else 'runs'}"
+        log.warning("MLflow's server keeps the files of %s: left. Fix: call this while `alignflow up` runs", what)
 
 
 def is_ours(tags: Mapping[str, str]) -> bool:

@@ -22,7 +22,14 @@ from stages.tracking.mlflow_client import (
     without_passwords,
 )
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
-from stages.tracking.removal import REMOVED, folder_locations, model_locations, remove_stored, stored_size
+from stages.tracking.removal import (
+    REMOVED,
+    folder_locations,
+    model_locations,
+    needs_server,
+    remove_stored,
+    stored_size,
+)
 from stages.tracking.reuse import compare_link, find, note_reuse
 from stages.tracking.run import StageRun, code_version
 from stages.tracking.store import digest, fetch, locate, portable, registered
@@ -48,6 +55,7 @@ __all__ = [
     "folder_locations",
     "locate",
     "model_locations",
+    "needs_server",
     "not_let_in",
     "note_reuse",
     "plain_client",

@@ -13,6 +13,11 @@ REMOVED = "artifact.removed"
 """Tag of a run whose models and folders were removed to make room."""
 
 
+def needs_server(run: "Run") -> bool:
+    """Whether the files of a run are reached through an MLflow server alone, and none is set."""
+    return str(run.info.artifact_uri).startswith("mlflow-artifacts:") and not tracking_uri().startswith("http")
+
+
 def model_locations() -> dict[str, list[str]]:
     """Run -> where the files of its models are, whole or not."""
     experiments = [experiment.experiment_id for experiment in client().search_experiments()]

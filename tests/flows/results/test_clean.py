@@ -90,6 +90,16 @@ def test_finished_stages_of_a_pipeline_at_work_stay(world: World) -> None:
     assert removed(0) == {("model or data", "lone"), ("model or data", "data other")}
 
 
+def test_what_only_a_server_can_remove_waits_for_one(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """`alignflow up` kept it, and does not run now."""
+    number = tracking.client().create_experiment("kept by a server", artifact_location="mlflow-artifacts:/9")
+    tracking.client().create_run(number, tags={"stage": "sft", "stage.key": "d" * 64, "code.version": "1"})
+    run = tracking.client().create_run(number, tags={"stage": "source", "sha256": "0" * 64, "artifact": "source/x"})
+    tracking.client().set_terminated(run.info.run_id)
+    assert removed(0) == {("model or data", "lone"), ("model or data", "data other")}
+    assert "1 run" in caplog.text and "alignflow up" in caplog.text
+
+
 def test_files_of_this_disk(ready_home: Path) -> None:
     """Removed: an abandoned checkpoint, a copy, what was moved aside. Kept: what a process holds, and what is new."""
     for name in ("abandoned", "busy", "new"):
