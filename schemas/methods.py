@@ -1,8 +1,8 @@
 """The configs of the alignment methods and their union. A new method adds its class here and to `AnyMethod`."""
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas.text import short
@@ -21,6 +21,10 @@ class MethodConfig(Training):
     """Seed of this method's training alone: data, SFT and reward model keep the run's. Default: the run's."""
 
 
+SMOOTHED = ("sigmoid", "robust")
+"""Losses of DPO that `label_smoothing` is part of."""
+
+
 class DPO(MethodConfig):
     """Direct preference optimisation (Rafailov et al. 2023) and its variants, on pairs."""
 
@@ -31,6 +35,16 @@ class DPO(MethodConfig):
     loss: Literal["sigmoid", "ipo_sum", "ipo_mean", "hinge", "robust"] = "sigmoid"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of labels taken to be flipped: cDPO with `sigmoid`, the unbiased estimate with `robust`."""
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> Self:
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise PydanticCustomError(
+                "not_used",
+                "label_smoothing = {value} changes nothing with loss {loss}. Fix: leave it out, or take {smoothed}",
+                {"value": self.label_smoothing, "loss": self.loss, "smoothed": " or ".join(SMOOTHED)},
+            )
+        return self
 
 
 class KTO(MethodConfig):
@@ -65,7 +79,7 @@ class PPO(MethodConfig):
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per answer. When set, the coefficient adapts to reach it (Ziegler et al. 2019)."""
     kl_horizon: int = Field(default=10_000, ge=1)
-    """Answers over which the adaptive coefficient reacts."""
+    """Answers over which the adaptive coefficient reacts; more than a fifth of `rollout_size`."""
     max_kl: float | None = Field(default=100.0, gt=0)
     """Nats per answer from the reference. Farther away in `max_kl_iterations` iterations in a row, training stops as
     diverged, and nothing is published."""
@@ -82,6 +96,18 @@ class PPO(MethodConfig):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(default=0.0, ge=0, lt=1)
     adam_eps: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _the_penalty_keeps_its_sign(self) -> Self:
+        """One rollout may take at most 0.2 rollout_size / kl_horizon off the coefficient: less than all of it."""
+        if self.kl_target is not None and 5 * self.kl_horizon <= self.rollout_size:
+            raise PydanticCustomError(
+                "kl_horizon",
+                "kl_horizon = {value} would turn the sign of the KL penalty within one rollout of {size} answers. "
+                "Fix: raise it above {least}",
+                {"value": self.kl_horizon, "size": self.rollout_size, "least": self.rollout_size // 5},
+            )
+        return self
 
 
 AnyMethod = DPO | KTO | PPO

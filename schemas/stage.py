@@ -32,7 +32,7 @@ STAGES = {
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
     "reward": StageSpec(1, makes="model", needs_device=True),
     "budget": StageSpec(1),
-    "align": StageSpec(1, makes="model", needs_device=True),
+    "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(1, makes="evaluation", needs_device=True, shows_text=True),
     "compare": StageSpec(2, shows_text=True),
     "promote": StageSpec(1),

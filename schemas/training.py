@@ -17,6 +17,7 @@ class LoRA(Strict):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """PPO trains without, whatever this says: its ratios compare two readings of the same tokens."""
     target: str = "all-linear"
     """Modules that get an adapter: peft's word `all-linear`, or a regular expression."""
 
@@ -33,7 +34,7 @@ class LoRA(Strict):
 
 
 class Training(Strict):
-    """One optimizer step sees `batch_size` rows; how they are cut into micro-batches changes no result."""
+    """One optimizer step sees `batch_size` rows, however they are cut into micro-batches."""
 
     epochs: float | None = Field(default=1.0, gt=0, le=1_000_000)
     """Passes over the data. PPO counts iterations instead."""
@@ -48,7 +49,8 @@ class Training(Strict):
     batch_size: int = Field(default=32, ge=1)
     """Rows (pairs, prompts with their answers) per optimizer step, over all devices."""
     tokens_per_micro_batch: int = Field(default=4096, ge=16)
-    """Tokens of one forward pass: a bound on memory that changes no result."""
+    """Tokens of one forward pass: a bound on memory. It changes results by rounding alone, which PPO's sampling may
+    amplify: one token that falls the other way begins another answer."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together; longer rows are quarantined or left out, and counted."""
     learning_rate: float = Field(default=2e-5, gt=0)

@@ -7,10 +7,6 @@ Left out of the paper's method, or changed:
 Suffixes: P pairs, 2 the chosen and the rejected answer.
 """
 
-import logging
-from pathlib import Path
-from statistics import fmean
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,13 +15,6 @@ from stages.engine.data.examples import Row
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
 from stages.runtime.context import StageContext
-
-log = logging.getLogger("alignflow")
-
-HELD_OUT = 256  # pairs on which the fall of the chosen log-prob is measured
-LARGE_FALL = (
-    1.0  # nats per token: beyond it, chosen tokens have become e times less likely on average, which is unusual
-)
 
 
 def dpo_loss(h: Tensor, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
@@ -58,8 +47,6 @@ class DPO(OfflineAlignment):
     def __init__(self, config: methods.DPO, context: StageContext) -> None:
         super().__init__(config, context)
         self.config = config
-        self.test = self.held_out()[:HELD_OUT]
-        self.test_reference = self.reference_logps(self.test)
 
     @staticmethod
     def answers(row: Row) -> list[str]:
@@ -81,22 +68,3 @@ class DPO(OfflineAlignment):
         }
         metrics = {name: value.sum() / totals["rows"] for name, value in summands.items()}
         return losses.sum() / totals["rows"], {**metrics, "compute/train_tokens": self.scalar(micro.batch.tokens)}
-
-    def finish(self, folder: Path) -> dict[str, float]:
-        """Adds how much likelier the held-out chosen answers are now, in nats: DPO often makes them less likely."""
-        saved = super().finish(folder)
-        if not self.test:
-            return saved
-        after = self.per_answer(self.logps, self.test)
-        change = fmean(a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True))
-        if change < 0:
-            per_token = -change / fmean(len(tree.answers[0]) for tree in self.test)
-            log.log(
-                logging.WARNING if per_token > LARGE_FALL else logging.INFO,
-                "the log-prob of held-out chosen answers fell by %.2f nats on average (%.2f per token), as it often "
-                "does with DPO, where both answers lose and the rejected more: watch eval/reference_nll and the "
-                "answers, and if they degrade raise beta or lower the learning rate",
-                -change,
-                per_token,
-            )
-        return saved | {"eval/chosen_logp_change": change}

@@ -6,9 +6,12 @@ Left out of the paper's method, or changed:
 2. z0 is taken over the whole optimizer step and all ranks, not over a micro-batch, so that neither changes the result.
 """
 
+import logging
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +20,16 @@ from schemas import methods
 from schemas.errors import refuse
 from stages.engine.data.examples import Row
 from stages.engine.data.trees import Tree, tree_tokens
+from stages.engine.scoring.batched import undisturbed
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
 from stages.runtime.context import StageContext
+
+log = logging.getLogger("alignflow")
+
+
+MOSTLY = 0.9
+"""Share of steps with a clamped z0 from which on a person is told."""
 
 
 def kto_loss(log_ratio: Tensor, desirable: Tensor, z0: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
@@ -84,12 +94,18 @@ class KTO(OfflineAlignment):
         given = (config.desirable_weight, config.undesirable_weight)
         self.weights = class_weights(ups, len(self.up) - ups, *given)
         context.metrics(dict(zip(("data/desirable_weight", "data/undesirable_weight"), self.weights, strict=True)))
+        self.steps = self.clamped = 0
+        """Optimizer steps so far, and those in which the KL estimate was below 0."""
         self.mismatched = self.mismatch(self.seed)
         self.mismatched_reference = self.reference_logps(self.mismatched)
 
     @staticmethod
     def answers(row: Row) -> list[str]:
         return [row["completion"]]
+
+    @staticmethod
+    def is_liked(row: Row) -> bool:
+        return bool(row["label"])
 
     def mismatch(self, seed: int) -> list[Tree]:
         """Each row's prompt with the answer of another prompt, cut where it would be too long."""
@@ -109,7 +125,8 @@ class KTO(OfflineAlignment):
         rows = [row for micro in micros for row in micro.rows]
         ups, kl = sum(self.up[row] for row in rows), self.scalar(0)
         for micro in micros:
-            logps = self.logps(self.collate([self.mismatched[row] for row in micro.rows]))
+            with undisturbed(self.model):
+                logps = self.logps(self.collate([self.mismatched[row] for row in micro.rows]))
             kl += (logps - logps.new_tensor([self.mismatched_reference[row][0] for row in micro.rows])).sum()
         counts = {"rows": len(rows), "up": ups, "down": len(rows) - ups}
         return {"kl": kl, **{name: self.scalar(count) for name, count in counts.items()}}
@@ -118,10 +135,13 @@ class KTO(OfflineAlignment):
         logps = self.logps(micro.batch)
         ratio = logps - logps.new_tensor([self.reference[row][0] for row in micro.rows])
         up = torch.tensor([self.up[row] for row in micro.rows], device=self.device)
-        z0 = reference_point(totals["kl"], totals["rows"])
+        z0, raw = reference_point(totals["kl"], totals["rows"]), totals["kl"] / totals["rows"]
+        weight = len(micro.rows) / totals["rows"]
         reward, ups, downs = self.config.beta * ratio.detach(), totals["up"].clamp(min=1), totals["down"].clamp(min=1)
         metrics = {
-            "train/z0": z0 * len(micro.rows) / totals["rows"],
+            "train/z0": z0 * weight,
+            "train/z0_raw": raw * weight,
+            "train/z0_clamped": (raw < 0) * weight,
             "train/reward_desirable": reward[up].sum() / ups,
             "train/reward_undesirable": reward[~up].sum() / downs,
             "train/margin": reward[up].sum() / ups - reward[~up].sum() / downs,
@@ -129,3 +149,25 @@ class KTO(OfflineAlignment):
         }
         losses = kto_loss(ratio, up, z0, self.config.beta, self.weights)
         return losses.sum() / totals["rows"], metrics
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.steps, self.clamped = self.steps + 1, self.clamped + round(metrics["train/z0_clamped"])
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "clamped": self.clamped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.clamped = state["steps"], state["clamped"]
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Says so where the KL estimate did nothing."""
+        if self.steps and self.clamped >= MOSTLY * self.steps:
+            log.warning(
+                "KTO's estimate of the KL was below 0, and z0 therefore 0, in %d of %d steps: the policy makes answers "
+                "to other prompts less likely, and the loss has lost its reference point (KTO without z0). Watch "
+                "train/z0_raw, and raise beta or lower the learning rate",
+                self.clamped,
+                self.steps,
+            )
+        return super().finish(folder)

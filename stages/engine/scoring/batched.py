@@ -1,11 +1,23 @@
 """Numbers of many answers, a batch of tokens at a time."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Read a model as it is, without dropout, while this holds."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def over_trees(
@@ -27,12 +39,7 @@ def over_trees(
     device = next(model.parameters()).device
     for group in cut([sizes[i] for i in order], budget):
         positions = [order[i] for i in group]
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                batch = collate([trees[i] for i in positions], layout, pad_id).to(device)
-                numbers = iter(values(batch).tolist())
-        finally:
-            model.train(training)
+        with undisturbed(model), torch.no_grad():
+            batch = collate([trees[i] for i in positions], layout, pad_id).to(device)
+            numbers = iter(values(batch).tolist())
         yield {i: [next(numbers) for _ in trees[i].answers] for i in positions}

@@ -3,11 +3,13 @@
 Suffixes: N answer tokens, A answers of a batch, in the order of its rows and their answers.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,13 @@ from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.engine.training.method import Metrics, Totals
 from stages.runtime.context import StageContext
 
+log = logging.getLogger("alignflow")
+
+HELD_OUT = 256
+"""Rows on which the fall of the liked answers' log-prob is measured."""
+LARGE_FALL = 1.0
+"""Nats per token: beyond it, liked tokens have become e times less likely on average, which is unusual."""
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -41,7 +50,7 @@ class Micro:
 class OfflineMethod(ABC):
     """A method on fixed examples: a subclass adds `loss`, and `prepare` where rows are not its denominator.
 
-    It has no state: which rows a step sees is a function of (seed, step).
+    It has no state that training depends on: which rows a step sees is a function of (seed, step).
     """
 
     def __init__(
@@ -133,13 +142,19 @@ class PolicyMethod(OfflineMethod):
     def answers(row: Row) -> list[str]:
         """The answers of a row that the method learns from."""
 
+    @staticmethod
+    def is_liked(row: Row) -> bool:
+        """Whether the first of a row's answers is one to make likelier."""
+        return True
+
     def logps(self, batch: Batch) -> Tensor:
         """log pi(y|x) of the batch's answers, A."""
         return sums(self.model(batch).logps_N, batch.answer_N, batch.answers)
 
     def held_out(self) -> list[Tree]:
-        """The held-out rows of the method's kind that are short enough; none where the data holds none."""
-        examples = encode(read_if_there(self.context.input("data"), "eval", self.kind), self.answers, self.codec)
+        """The held-out rows that are short enough and whose first answer is liked; none where the data holds none."""
+        rows = read_if_there(self.context.input("data"), "eval", self.kind)
+        examples = encode([row for row in rows if self.is_liked(row)], self.answers, self.codec)
         return [example.tree for example in examples if longest(example.tree) <= self.limit]
 
     def finish(self, folder: Path) -> dict[str, float]:
@@ -153,6 +168,8 @@ class OfflineAlignment(PolicyMethod):
     def __init__(self, config: MethodConfig, context: StageContext) -> None:
         super().__init__(config, context)
         self.reference = self.reference_logps(self.trees)
+        self.test = self.held_out()[:HELD_OUT]
+        self.test_reference = self.reference_logps(self.test)
 
     def reference_logps(self, trees: Sequence[Tree]) -> list[list[float]]:
         """log pi_ref(y|x), a list per tree, a number per answer; cached.
@@ -170,3 +187,22 @@ class OfflineAlignment(PolicyMethod):
                 cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id, progress)
                 processes().wait_for_everyone()
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Adds how much likelier the held-out liked answers are now, in nats: such methods often make them less so."""
+        saved = super().finish(folder)
+        if not self.test:
+            return saved
+        after = self.per_answer(self.logps, self.test)
+        change = fmean(a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True))
+        if change < 0:
+            per_token = -change / fmean(len(tree.answers[0]) for tree in self.test)
+            log.log(
+                logging.WARNING if per_token > LARGE_FALL else logging.INFO,
+                "the log-prob of held-out chosen answers fell by %.2f nats on average (%.2f per token), as it often "
+                "does with offline methods, where liked answers lose and disliked ones more: watch eval/reference_nll "
+                "and the answers, and if they degrade raise beta or lower the learning rate",
+                -change,
+                per_token,
+            )
+        return saved | {"eval/chosen_logp_change": change}

@@ -10,6 +10,7 @@ import torch
 
 from schemas import methods
 from schemas.errors import StageError
+from schemas.training import LoRA
 from stages import align
 from stages.align.kto import KTO, class_weights, kto_loss, partners, reference_point
 from stages.engine.data.trees import Tree
@@ -91,9 +92,11 @@ def config(**changes: Any) -> methods.KTO:
     return methods.KTO(**{"batch_size": 6, "learning_rate": 1e-2, "beta": 0.3, **changes})
 
 
-def make(folder: Path, training: methods.KTO, rows: Any = None, seed: int = 0) -> tuple[KTO, MemoryContext]:
+def make(
+    folder: Path, training: methods.KTO, rows: Any = None, seed: int = 0, **more: Any
+) -> tuple[KTO, MemoryContext]:
     model = models.model_folder(folder / "model")
-    data = models.data_folder(folder / "data", feedback=rows or models.rows(12, *models.THUMBS))
+    data = models.data_folder(folder / "data", feedback=rows or models.rows(12, *models.THUMBS), **more)
     run = MemoryContext(folder / "work", training, {"model": model, "data": data}, seed=seed)
     return KTO(training, run), run
 
@@ -147,6 +150,53 @@ def test_step_against_float64_log_probs(tmp_path: Path, budget: int, lora: Any, 
     got, metrics = models.one_step(method)
     assert got == pytest.approx(loss, rel=1e-4)
     assert float(metrics["train/z0"]) == pytest.approx(z0, rel=1e-3, abs=1e-5)
+    raw = float(metrics["train/z0_raw"])
+    assert float(metrics["train/z0_clamped"]) == (0.0 if above else 1.0)
+    assert raw == pytest.approx(z0, rel=1e-3) if above else raw < 0
+
+
+def test_the_reference_point_is_read_without_dropout(tmp_path: Path) -> None:
+    """Adapters that do something, and a dropout that would drop half of it: twice the same number, and in between the
+    model trains with dropout all the same.
+    """
+    method, _ = make(tmp_path, config(lora=LoRA(rank=4, dropout=0.5)))
+    models.perturb(method.model, scale=0.2)
+    method.model.train()
+    micros = next(method.batches(0))
+    first, second = (float(method.prepare(micros)["kl"]) for _ in range(2))
+    assert first == second != 0
+    assert method.model.training
+
+
+@pytest.mark.parametrize(("raw", "told"), [(-1.0, True), (1.0, False)])
+def test_a_reference_point_that_is_always_clamped_is_said(
+    raw: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    method, run = make(tmp_path, config(), eval_feedback=models.rows(4, *models.THUMBS))
+    clamped = {"train/z0_clamped": float(raw < 0)}
+    for _ in range(9):
+        method.after_step(clamped)
+    again, _ = make(tmp_path / "again", config())
+    again.load_state_dict(method.state_dict())  # as after a resume
+    again.after_step({"train/z0_clamped": 0.0})  # one step in ten that is not
+    again.finish(run.work / "model")
+    assert ("in 9 of 10 steps" in caplog.text) is told
+
+
+def test_the_fall_of_thumbs_up_answers_is_measured(tmp_path: Path) -> None:
+    """Of the held-out answers those with a thumb up: here the longer ones, whose change is that of their own tokens."""
+    rows = models.rows(8, {"completion": "yes good one", "label": True}, {"completion": "no", "label": False})
+    method, run = make(tmp_path, config(), eval_feedback=rows)
+    models.perturb(method.model, scale=0.3)
+    save_policy(method.policy, method.codec, tmp_path / "moved")
+    liked = method.test
+    assert len(liked) == 4 and all(len(tree.answers[0]) == 4 for tree in liked)  # three words and the end
+    changes = [
+        sum(models.logps(tmp_path / "moved", tree)[0]) - sum(models.logps(run.input("model"), tree)[0])
+        for tree in liked
+    ]
+    change = method.finish(run.work / "model")["eval/chosen_logp_change"]
+    assert change == pytest.approx(fmean(changes), abs=1e-3)
 
 
 def test_reference_point_is_taken_without_gradient_over_the_whole_step(tmp_path: Path) -> None:

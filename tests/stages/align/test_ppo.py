@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +22,18 @@ from schemas.config import BaseParams, Scratch
 from schemas.errors import StageError
 from schemas.methods import PPO as Config
 from schemas.training import LoRA
-from stages.align.ppo import PPO, Sampled, TokenStats, adapt_kl, gae, policy_loss, token_rewards, value_loss, whiten
+from stages.align.ppo import (
+    PPO,
+    Sampled,
+    TokenStats,
+    adapt_kl,
+    explained_variance,
+    gae,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from stages.base import build
 from stages.engine import demo
 from stages.engine.data.codec import Codec
@@ -200,6 +212,7 @@ WAYS = {
     "shared": {"value_trunk": "shared"},
     "lora": {"lora": LoRA(rank=4)},
     "lora, shared": {"lora": LoRA(rank=4), "value_trunk": "shared"},
+    "lora with dropout": {"lora": LoRA(rank=4, dropout=0.3)},
     "padded": {"layout": "padded"},
     "temperature": {"temperature": 0.7},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -216,7 +229,58 @@ def test_at_step_0_the_ratio_is_1_and_kl_is_0(start: Callable[..., PPO], way: st
     assert logged["train/kl_to_reference"][-1] != 0.0, "the policy has moved, the reference has not"
     assert logged["train/ratio_mean"][1] != 1.0
     assert logged["train/ratio_mean"][6] == pytest.approx(1.0, abs=1e-6), "a new rollout begins at 1 again"
+    assert logged["train/clip_fraction"][6] == logged["train/value_clip_fraction"][6] == 0.0
+    assert logged["train/approx_kl"][6] == pytest.approx(0.0, abs=1e-6) and max(logged["train/approx_kl"]) > 0
     assert all(math.isfinite(value) for values in logged.values() for value in values)
+
+
+def test_minibatches_are_even(start: Callable[..., PPO]) -> None:
+    """10 answers in steps of at most 4: 3, 3 and 4, and every answer once an epoch; not 4, 4 and a stump of 2."""
+    ppo = start(batch_size=4)
+    sampled = Sampled(0, list(range(10)), [[1, 2]] * 10)
+    for epoch in range(2):
+        steps = [[i for micro in ppo.minibatch(sampled, 3 * epoch + part) for i in micro] for part in range(3)]
+        assert [len(step) for step in steps] == [3, 3, 4]
+        assert sorted(i for step in steps for i in step) == list(range(10))
+
+
+def test_explained_variance_by_hand() -> None:
+    """Returns 0, 2, 4 have variance 8/3; values 1, 2, 3 leave errors -1, 0, 1 of variance 2/3: 1 - 1/4."""
+    returns_N = tensor([0.0, 2.0, 4.0])
+    assert explained_variance(returns_N, tensor([1.0, 2.0, 3.0])) == pytest.approx(0.75)
+    assert explained_variance(returns_N, returns_N + 5) == pytest.approx(1.0)  # a constant error explains all the same
+    assert explained_variance(returns_N, tensor([7.0, 7.0, 7.0])) == pytest.approx(0.0)
+    assert explained_variance(returns_N, tensor([4.0, 2.0, 0.0])) == pytest.approx(-3.0)  # errors -4, 0, 4: 1 - 4
+    assert explained_variance(tensor([1.0, 1.0]), tensor([0.0, 1.0])) == 0.0
+
+
+def test_a_rollouts_numbers_are_those_of_its_tokens(start: Callable[..., PPO]) -> None:
+    """Spread and explained variance from the rollout's own tokens; the objective is score - penalty - kl_coef KL."""
+    ppo = start(kl_coef=0.3, missing_end_penalty=2.0)
+    rollout = ppo.collect(0)
+    logged, returns_N, values_N = rollout.stats, rollout.returns_N.double(), rollout.values_N.double()
+    assert logged["train/return_mean"] == pytest.approx(float(returns_N.mean()), abs=1e-5)
+    assert logged["train/return_std"] == pytest.approx(float(returns_N.std(correction=0)), rel=1e-4)
+    raw_N = returns_N - values_N  # advantages before they are whitened
+    assert logged["train/advantage_mean"] == pytest.approx(float(raw_N.mean()), abs=1e-5)
+    assert logged["train/advantage_std"] == pytest.approx(float(raw_N.std(correction=0)), rel=1e-4)
+    expected = 1 - float(raw_N.var(correction=0) / returns_N.var(correction=0))
+    assert logged["train/explained_variance"] == pytest.approx(expected, abs=1e-4)
+    paid = logged["train/score"] - 2.0 * (1 - logged["train/ended"])
+    assert logged["train/objective"] == pytest.approx(paid - 0.3 * logged["train/kl_to_reference"], abs=1e-6)
+    scores = torch.tensor(ppo.score(rollout), dtype=F64)
+    assert logged["train/score_std"] == pytest.approx(float(scores.std(correction=0)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("horizon", "size"), [(10, 64), (12, 60), (1, 5)])
+def test_a_horizon_that_turns_the_penalty_is_refused(horizon: int, size: int) -> None:
+    """At the largest error, -0.2, the coefficient is multiplied by 1 - 0.2 size / horizon: 0 or less for these."""
+    assert adapt_kl(1.0, 0.0, 1.0, size, horizon) <= 0
+    with pytest.raises(ValidationError, match=f"kl_horizon = {horizon} would turn the sign"):
+        Config(kl_target=1.0, kl_horizon=horizon, rollout_size=size)
+    least = size // 5 + 1
+    assert adapt_kl(1.0, 0.0, 1.0, size, Config(kl_target=1.0, kl_horizon=least, rollout_size=size).kl_horizon) > 0
+    Config(kl_horizon=horizon, rollout_size=size)  # not used without a target
 
 
 def test_a_rollout_is_logged_as_it_is(start: Callable[..., PPO]) -> None:
