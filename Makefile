@@ -61,8 +61,9 @@ clean:  ## remove the environment and caches; results in .alignflow stay
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find flows stages schemas deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and alone: which of its builds is right (CPU or CUDA) depends on the machine, so it is not locked.
-# All else is installed from files whose digests are in deploy/locks.
+# torch comes first and alone: which of its builds is right (CPU or CUDA) depends on the machine, so that it
+# is not locked. What alignflow requires besides is installed from files whose digests are in deploy/locks: for Python
+# 3.11 on Linux.
 $(READY): pyproject.toml deploy/locks/run.txt deploy/locks/check.txt
 	@echo "Setting up .venv: a few minutes, in which pip says nothing."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -72,3 +72,16 @@ def test_what_it_names_is_there_and_servers_say_how_they_are(compose: dict[str, 
             assert config["source"] in compose["configs"]
         for volume in service.get("volumes", []):
             assert volume.startswith("./") or volume.partition(":")[0] in compose["volumes"]
+
+
+def test_servers_stand_behind_the_door_and_clients_are_no_admin(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert services["prefect"]["command"][:4] == ["python", "-P", "-m", "flows.servers.door"]
+    mlflow = services["mlflow"]["command"]
+    assert mlflow[:4] == ["python", "-P", "-m", "stages.tracking.mlflow_server"]
+    assert any(option.startswith("--http flows.servers.door:Mlflow") for option in mlflow)
+    for name, port in (("prefect", 4200), ("mlflow", 5000)):
+        assert services[name]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")[0] == f"{name}:{port}"
+        assert services[name]["environment"]["ALIGNFLOW_LOGIN"]
+    user = services["worker"]["environment"]["MLFLOW_TRACKING_USERNAME"]
+    assert services["mlflow"]["environment"]["ALIGNFLOW_LOGIN"] == f"{user}:${{MLFLOW_PASSWORD}}" and user != "admin"

@@ -89,7 +89,7 @@ def test_templates_and_compose_find_what_they_expect(instructions: list[tuple[st
         for name in ("ALIGNFLOW_HOME", "ALIGNFLOW_ROOTS", "DO_NOT_TRACK"):
             assert variables["env"]["default"][name] == set_here[name]
     assert {set_here["ALIGNFLOW_HOME"], set_here["ALIGNFLOW_ROOTS"]} <= owned
-    volumes = pools.read("docker")["variables"]["properties"]["volumes"]["default"]
+    volumes = pools.read("docker")["job_configuration"]["volumes"]
     assert {volume.split(":")[1] for volume in volumes} <= owned
     pod = pools.read("kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert str(pod["securityContext"]["fsGroup"]) == dict(last_stage(instructions))["USER"]
