@@ -114,11 +114,17 @@ def guard(pool: str) -> str:
     return kind
 
 
-async def load_own(client: Any, flow_run: Any, *others: Any, **named: Any) -> Any:
-    """The flow of a flow run, from this installation. Raises StageError for one that is not ours."""
+async def load_own(*given: Any, **named: Any) -> Any:
+    """The flow of a flow run, from this installation. Prefect calls it with the run alone, or with a client before it.
+
+    Raises:
+        StageError: it is not one of ours.
+    """
     from prefect.flows import load_flow_from_entrypoint
 
-    return load_flow_from_entrypoint(job.own_flow(await client.read_deployment(flow_run.deployment_id)))
+    flow_run = next(one for one in (*given, *named.values()) if hasattr(one, "deployment_id"))
+    async with get_client() as client:
+        return load_flow_from_entrypoint(job.own_flow(await client.read_deployment(flow_run.deployment_id)))
 
 
 def main(options: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from flows.cli import data, models, run, servers
+from flows.execution import settings_files
 
 app = typer.Typer(
     name="alignflow",
@@ -79,6 +80,7 @@ def leave_out_working_directory() -> None:
 def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
     leave_out_working_directory()
+    settings_files.leave_out()
     from schemas.errors import EXIT_CODES, StageError
     from schemas.text import one_line, show, show_tracebacks
 

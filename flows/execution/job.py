@@ -6,11 +6,13 @@ Prefect's engine alone outlives a worker that was killed, and trains on with nob
 deployment names: here that is one of our flows, from this installation, or nothing.
 """
 
+import importlib
 import os
 import runpy
 from typing import Any
 from uuid import UUID
 
+from flows.execution import settings_files
 from schemas.environment import SAFE_PATH, roots
 from schemas.errors import StageError, refuse
 from schemas.text import show
@@ -70,6 +72,7 @@ def main() -> None:
     """Run the engine for the flow run that the environment names. Relative paths count from the first declared root."""
     die_with_parent()
     os.umask(PRIVATE)
+    settings_files.leave_out()
     os.environ.update(SAFE_PATH)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", HEARTBEAT_SECONDS)
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
@@ -77,6 +80,8 @@ def main() -> None:
     if named is None:
         return
     os.environ["PREFECT__FLOW_ENTRYPOINT"] = named  # the engine then reads no deployment, and no steps of one
+    # Now, while no root is the working directory: the engine puts that first to where it imports the flow from.
+    importlib.import_module(named.rpartition(".")[0])
     if folders := roots():
         os.chdir(folders[0])
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

@@ -100,14 +100,24 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
             field, value, f"a deployed run may read no local path: {environment.ROOTS} is not set there.", fix
         )
     try:
-        stray = next((place for place in _reached(Path(path)) if not any(map(place.is_relative_to, roots))), None)
+        stray = next((place for place in _reached(Path(path)) if not _is_allowed(place, roots)), None)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
         return problem(field, value, f"the path cannot be followed: {error}.", "give a plain path")
     if stray is None:
         return None
+    if stray.is_relative_to(environment.home().resolve()):
+        fix = (
+            "name files of your own; the home holds the servers' passwords, and models are named by models:/ or runs:/"
+        )
+        return problem(field, value, f"it leads to {stray}, into the home, which no deployed run may read.", fix)
     where = os.pathsep.join(map(str, roots))
     fix = f"put it into one of them, or add its folder to {environment.ROOTS} where the worker starts"
     return problem(field, value, f"it leads to {stray}, outside of the declared roots {where}.", fix)
+
+
+def _is_allowed(place: Path, roots: Sequence[Path]) -> bool:
+    """Whether a resolved path lies in a root, and not in the home, which may itself lie in a root."""
+    return any(map(place.is_relative_to, roots)) and not place.is_relative_to(environment.home().resolve())
 
 
 def _reached(path: Path) -> Iterator[Path]:

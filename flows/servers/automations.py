@@ -1,10 +1,25 @@
 """The automations of deploy/automations.yaml on the Prefect server: made, or brought up to date, by their names."""
 
+import contextlib
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 
+import httpx
 import yaml
 from prefect.automations import Automation
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.exceptions import PrefectException
+from prefect.states import AwaitingRetry
+
+AUTOMATION = "alignflow reschedule"
+AFTER = timedelta(minutes=2)
+"""After so long the automation has had its chance."""
+WITHIN = timedelta(days=1)
+"""A run that crashed longer ago is history."""
+STARTS = 3
+"""Of one run, in all."""
 
 
 def automations_file() -> Path:
@@ -34,3 +49,23 @@ def read(name: str) -> Automation | None:
         return Automation.read(name=name)  # type: ignore[return-value]
     except ValueError:
         return None
+
+
+def start_crashed_again() -> None:
+    """Schedule crashed runs again that the automation has missed, where it is in force: an event is lost when the server
+    dies with it, and a run that waits for its turn again may be taken for dead a second time. While the server is away
+    nothing happens: the next call comes.
+    """
+    with contextlib.suppress(httpx.HTTPError, PrefectException, OSError):
+        automation = read(AUTOMATION)
+        if automation is None or not automation.enabled:
+            return
+        now = datetime.now(UTC)
+        crashed = FlowRunFilter.model_validate({"state": {"type": {"any_": ["CRASHED"]}}})
+        flows = FlowFilter.model_validate({"name": {"any_": ["pipeline", "retrain"]}})
+        with get_client(sync_client=True) as client:
+            for run in client.read_flow_runs(flow_filter=flows, flow_run_filter=crashed, limit=200):
+                since = now - run.state.timestamp if run.state is not None else AFTER
+                if run.deployment_id is not None and run.run_count < STARTS and AFTER < since < WITHIN:
+                    message = "It crashed. Started again, it resumes where it was."
+                    client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from flows.execution import settings_files
 from flows.servers.passwords import LOGIN
 from schemas import environment
 
@@ -178,6 +179,7 @@ class Prefect(Mlflow):
 
 def main(options: list[str]) -> None:
     """Run Prefect's command line; its server starts with the door."""
+    settings_files.leave_out()
     uvicorn.run = partial(uvicorn.run, http=Prefect)
     sys.argv = ["prefect", *options]
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -37,6 +37,7 @@ ORPHAN_SECONDS = 3.0
 RESTARTS = 5
 """A server that stops so often within a minute is given up."""
 RESTART_WINDOW = 60.0
+BESIDES_SECONDS = 30.0
 PR_SET_CHILD_SUBREAPER = 36
 
 # No telemetry; no job runners of MLflow's own, which we have no use for.
@@ -60,6 +61,8 @@ class Server:
     environment: dict[str, str]
     without: frozenset[str] = frozenset()
     """Variables of the environment that it must not see."""
+    folder: Path | None = None
+    """Its working directory; None: that of the command."""
 
     @property
     def log(self) -> Path:
@@ -185,6 +188,7 @@ def start(server: Server, keep: Sequence[int] = (), log_mode: Literal["wb", "ab"
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "flows.servers.supervisor", str(os.getpid()), *server.command],
             env=environment,
+            cwd=server.folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -215,16 +219,20 @@ def failed(server: Server) -> StageError:
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 
 
-def watch(running: Sequence[Running]) -> None:
-    """Start again what stops by itself, until Ctrl-C or SIGTERM.
+def watch(running: Sequence[Running], besides: Callable[[], None] | None = None) -> None:
+    """Start again what stops by itself, until Ctrl-C or SIGTERM; every half minute do what is to be done `besides`.
 
     Raises:
         StageError: one stops again and again.
     """
+    done = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             for one in running:
                 one.look_after()
+            if besides is not None and time.monotonic() - done > BESIDES_SECONDS:
+                besides()
+                done = time.monotonic()
             time.sleep(0.5)
 
 

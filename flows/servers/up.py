@@ -22,10 +22,10 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from prefect.types import DateTime
 
 from flows.execution import gpu_slots
-from flows.servers import address_file, checks, mlflow_prefect, passwords, pools, supervisor
+from flows.servers import address_file, automations, checks, mlflow_prefect, passwords, pools, supervisor
 from flows.servers.address_file import Addresses
 from flows.servers.supervisor import HOST, Server, say
-from schemas.environment import DEVICE_SLOTS, HOME, PARENT, ROOTS
+from schemas.environment import DEVICE_SLOTS, HOME, PARENT, ROOTS, roots
 from schemas.errors import refuse
 from stages import tracking
 from stages.runtime import workspace
@@ -140,7 +140,7 @@ def bring_up(
         with supervisor.running(workers, keep) as at_work:
             publish_addresses(where)
             say_all(where, elsewhere, limit)
-            supervisor.watch([*servers, *at_work])
+            supervisor.watch([*servers, *at_work], automations.start_crashed_again if wanted else None)
             say("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 
@@ -247,7 +247,8 @@ def worker(pool: str, name: str, options: Sequence[str], where: Addresses, limit
     command = [sys.executable, "-P", "-m", "flows.worker", "--pool", pool, "--name", title, *options]
     command += ["--install-policy", "never", "--no-create-pool-if-not-found"]
     environment = worker_environment(where, limit)
-    return Worker(f"worker {name}", where.prefect, "", command, environment, SERVERS_ONLY, pool=pool, title=title)
+    calm = workspace.home() / "logs"  # no settings file of the folder that `up` was called in is read
+    return Worker(f"worker {name}", where.prefect, "", command, environment, SERVERS_ONLY, calm, pool=pool, title=title)
 
 
 def worker_environment(where: Addresses, limit: int) -> dict[str, str]:
@@ -257,7 +258,7 @@ def worker_environment(where: Addresses, limit: int) -> dict[str, str]:
     return passwords.for_clients(where.ours) | {
         DEVICE_SLOTS: os.environ.get(DEVICE_SLOTS) or str(limit),
         HOME: str(workspace.home()),
-        ROOTS: os.environ.get(ROOTS) or str(Path.cwd()),
+        ROOTS: os.pathsep.join(map(str, roots() or [Path.cwd()])),
         "MLFLOW_TRACKING_URI": where.mlflow,
         # A template says `python`, which is to be this one on every machine.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

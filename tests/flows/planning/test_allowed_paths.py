@@ -313,3 +313,16 @@ def test_a_deployed_run_reads_no_config_from_elsewhere(root: Path) -> None:
     allowed_paths.check_source(str(root / "my.yaml"), deployed=True)
     with pytest.raises(StageError, match="source = /etc/hostname"):
         allowed_paths.check_source("/etc/hostname", deployed=True)
+
+
+@pytest.mark.parametrize("name", ["passwords.json", "artifacts/model", "link", ""])
+def test_the_home_is_never_inside_a_root(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default root is the folder that `up` is called in, and the default home lies in it, with all passwords."""
+    home = root / ".alignflow"
+    (home / "artifacts" / "model").mkdir(parents=True)
+    (home / "passwords.json").write_text("{}")
+    monkeypatch.setenv(environment.HOME, str(home))
+    path = link(root / "outwards", home / "passwords.json") if name == "link" else str(home / name)
+    with pytest.raises(StageError, match="into the home, which no deployed run may read"):
+        allowed_paths.check_roots(of_data(path), deployed=True)
+    allowed_paths.check_roots(of_data("rows.jsonl"), deployed=True)
