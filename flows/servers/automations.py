@@ -52,7 +52,7 @@ def read(name: str) -> Automation | None:
 
 
 def start_crashed_again() -> None:
-    """Schedule crashed runs again that the automation has missed, where it is in force: an event is lost when the server
+    """Schedule crashed runs again that the automation has missed, where it is in force: an event is lost when a server
     dies with it, and a run that waits for its turn again may be taken for dead a second time. While the server is away
     nothing happens: the next call comes.
     """
