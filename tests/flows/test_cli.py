@@ -388,7 +388,8 @@ def test_an_added_method_trains(extended: Path, ready_home: Path, tmp_path: Path
     inputs = {name: {"uri": str(folder), "sha256": tracking.digest(folder)} for name, folder in folders.items()}
     params = {"method": "orpo", "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3}
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"stage": "align", "version": 1, "params": params, "inputs": inputs, "name": "orpo"}))
+    asked = {"stage": "align", "version": STAGES["align"].version, "params": params, "inputs": inputs, "name": "orpo"}
+    request.write_text(json.dumps(asked))
     command = [sys.executable, "-m", "stages", "align", str(request)]
     answer = subprocess.run(command, cwd=extended, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
