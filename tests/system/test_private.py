@@ -5,7 +5,6 @@ import os
 import stat
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from flows.execution import process
 from schemas.environment import python_path
 from schemas.stage import STAGES, Request
 from tests.conftest import ROOT
-from tests.support.live_servers import up
+from tests.support.live_servers import ask, up
 
 ALIGNFLOW = Path(sys.executable).with_name("alignflow")
 STARTS = ["flows", "schemas", "stages", "typer", "queue", "random", "sitecustomize", "usercustomize"]
@@ -89,8 +88,8 @@ def test_servers_import_nothing_of_it_and_keep_all_to_their_owner(
     before = os.umask(0o022)
     try:
         with up(home) as (_, where):
-            for page in (where.mlflow, f"{where.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"):
-                urllib.request.urlopen(page, timeout=60).close()
+            experiments = f"{where.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
+            assert ask(home, "GET", experiments).status_code == 200
         assert open_to_others(home) == []
     finally:
         os.umask(before)
