@@ -128,7 +128,7 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         workers = [
             pid for pid in live_servers.below(process) if b"flows.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
-        assert len(workers) == 2  # a guard, and what it guards
+        assert len(workers) == 4  # of runs and of stages: a guard, and what it guards
         assert not any(PASSWORD.encode() in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
     with live_servers.up(home, "--pool", "cpu", **settings) as (_, there):
         third = tmp_path / "third"
