@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
+from flows.planning.memory import readable
 from flows.results import registry
 from flows.results.lineage import Graph, Step, step_of
 from flows.servers import address_file, local_prefect
@@ -66,22 +67,13 @@ def clean(days: float, dry_run: bool) -> list[Item]:
 
 def as_text(items: Sequence[Item], dry_run: bool) -> str:
     """The items, their sizes and the sum; only sums per kind when they are many."""
-    lines = [f"{human(item.size):>10}  {item.kind}: {one_line(item.where)}" for item in items[:20]]
+    lines = [f"{readable(item.size):>10}  {item.kind}: {one_line(item.where)}" for item in items[:20]]
     if len(items) > 20:
         rest = items[20:]
-        lines.append(f"{human(sum(item.size for item in rest)):>10}  {len(rest)} smaller ones")
-    total = human(sum(item.size for item in items))
+        lines.append(f"{readable(sum(item.size for item in rest)):>10}  {len(rest)} smaller ones")
+    total = readable(sum(item.size for item in items))
     verb = "would be removed" if dry_run else "removed"
     return "\n".join([*lines, f"{total:>10}  {verb} in all" if items else f"Nothing {verb}."])
-
-
-def human(size: float) -> str:
-    """Bytes as people read them: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 # --- On this disk -----------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_files_of_this_disk(ready_home: Path) -> None:
     assert (ready_home / "work" / "busy" / "checkpoint" / "weights").exists()
     assert (ready_home / "work" / "new" / "checkpoint" / "weights").exists()
     text = clean.as_text(items, dry_run=True).splitlines()
-    assert text[0].startswith("    1.0 kB  checkpoints") and text[-1] == "    1.6 kB  would be removed in all"
+    assert text[0].startswith("      1 kB  checkpoints") and text[-1] == "      2 kB  would be removed in all"
 
 
 def test_of_a_server_that_others_use_too_only_runs_of_our_deployments_go(prefect: SyncPrefectClient) -> None:
