@@ -122,8 +122,8 @@ class Reward(OfflineMethod):
         rows = comparable(read_if_there(self.context.input("data"), "eval", "ranking"))
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
         scores = self.per_answer(self.scores, [example.tree for example in examples])
-        pairs = [
-            score[winner] - score[loser]
+        pairs = [  # equal answers are a tie: their scores may differ by rounding, which depends on the batch's layout
+            0.0 if example.tree.answers[winner] == example.tree.answers[loser] else score[winner] - score[loser]
             for score, example in zip(scores, examples, strict=True)
             for winner, loser in zip(example.row["winners"], example.row["losers"], strict=True)
         ]
