@@ -78,13 +78,27 @@ class DataConfig(Strict):
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N rows."""
     eval_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Share of prompts held out for evaluation, chosen by the prompt's hash."""
+    """Share of prompts held out for evaluation. A prompt's part is told by the hash of its first user turn with the
+    system message, so that a conversation and its later turns are on one side, and the same in all data."""
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of prompts that nothing trains on and no comparison looks at: `alignflow sweep` measures its winner there.
+    """
     gold_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training prompts kept for the gold reward model, which judges and never trains a policy."""
     max_bad: float = Field(default=0.1, ge=0, le=1)
     """Share of quarantined rows above which the flow stops."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "DataConfig":
+        if self.eval_fraction + self.test_fraction > 1 + 1e-9:
+            raise PydanticCustomError(
+                "parts",
+                "eval_fraction = {held} and test_fraction = {test} are more than all prompts. Fix: lower one of them",
+                {"held": self.eval_fraction, "test": self.test_fraction},
+            )
+        return self
 
     @field_validator("path")
     @classmethod
@@ -173,6 +187,13 @@ class ValidateParams(DataConfig):
 
     min_eval_prompts: int = Field(default=0, ge=0)
     """Refuse data that holds out fewer prompts; the pipeline sets it where it evaluates, before anything is trained."""
+    min_test_prompts: int = Field(default=0, ge=0)
+    """The same for the test part, where a sweep evaluates on it."""
+    others_eval_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The largest `eval_fraction` in the pipeline's data. What lies between it and this data's own is left out of
+    training, since other data may hold those prompts out."""
+    others_test_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The same of `test_fraction`."""
 
 
 class SFTConfig(Training):

@@ -12,7 +12,7 @@ from dataclasses import field as default
 from typing import Any
 
 from flows.planning import plan_checks
-from schemas.config import DERIVES, DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import DERIVES, DataConfig, ModelConfig, PipelineConfig, PipelineData, RewardConfig, RewardJudge
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
@@ -256,7 +256,7 @@ class Planner:
         source: DataConfig = getattr(self.config.data, slot)
         params = source.model_dump(mode="json")
         if slot == "evaluation":
-            params["eval_fraction"] = 1.0
+            params["eval_fraction"] = 1.0 - source.test_fraction
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = self.config.evaluate.min_prompts
         return self.validated(slot, f"data.{slot}", params, {})
@@ -267,8 +267,18 @@ class Planner:
             inputs = {"model": self.base(), **inputs}
             if slot != self.evaluation_slot():
                 inputs["evaluation"] = self.data(self.evaluation_slot())
-            self.add(Node(name, "validate", field, params, inputs), "data")
+            self.add(Node(name, "validate", field, params | self.held_out_elsewhere(), inputs), "data")
         return name, "data"
+
+    def held_out_elsewhere(self) -> dict[str, float]:
+        """The largest shares that any data holds out: the same prompt may be in several files.
+
+        `evaluation` holds out all it has, so that what it shares with others is told by the prompts themselves.
+        """
+        slots = (getattr(self.config.data, name) for name in PipelineData.model_fields if name != "evaluation")
+        sources = [source for source in slots if source is not None]
+        shares = ("eval_fraction", "test_fraction")
+        return {f"others_{share}": max((getattr(source, share) for source in sources), default=0.0) for share in shares}
 
     def generated(self) -> Output:
         """Preferences sampled from the SFT model, then validated like any others."""
@@ -283,7 +293,7 @@ class Planner:
         params = generate.model_dump(mode="json")
         rows = self.add(Node("generate", "generate", "generate", params, inputs, self.config.seed), "rows")
         source: DataConfig = getattr(self.config.data, slot)
-        kept = source.model_dump(include={"eval_fraction", "max_bad", "max_length"})
+        kept = source.model_dump(include={"eval_fraction", "test_fraction", "max_bad", "max_length"})
         made = DataConfig(path=GENERATED, kind="ranking", **kept)
         return self.validated("generated", "generate", made.model_dump(mode="json"), {"rows": rows})
 
