@@ -1,12 +1,13 @@
 """The config of a pipeline run: one YAML file, checked whole before anything starts."""
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict
-from schemas.methods import Method
+from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, PathText, could_exist, data_source, template_file
 from schemas.stage import STAGES
@@ -274,6 +275,10 @@ class PipelineConfig(Strict):
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] | None = None
+    """Train every method under `align` once per seed: models `dpo-s0`, `dpo-s1`. SFT model, data, reward model and
+    evaluation are the same for all. Only then do intervals cover another training, and say something of the method.
+    None: one model each, by the seed of the run."""
     equal_tokens: bool = False
     """Every method under `align` trains on equally many tokens: the smallest number that any of them would use."""
     sweep: str | None = Field(default=None, max_length=250)
@@ -294,3 +299,20 @@ class PipelineConfig(Strict):
     prints nothing, its work folder does not change, and it neither reads nor writes a megabyte a minute."""
     pools: Annotated[dict[str, str], AfterValidator(_known_stages)] = {}
     """Stage -> work pool whose workers run it: `{sft: gpu, align: gpu}`. What is not named runs where the flow runs."""
+
+    @property
+    def trained(self) -> dict[str, MethodConfig]:
+        """Name of a model -> the method that trains it, with its seed: those of `align`, once per seed of `seeds`."""
+        if self.seeds is None:
+            return {name: self._seeded(method, self.seed) for name, method in self.align.items()}
+        pairs = itertools.product(self.align.items(), self.seeds)
+        return {seeded_name(name, seed): self._seeded(method, seed) for (name, method), seed in pairs}
+
+    @staticmethod
+    def _seeded(method: MethodConfig, seed: int) -> MethodConfig:
+        return method if method.seed is not None else method.model_copy(update={"seed": seed})
+
+
+def seeded_name(name: str, seed: int) -> str:
+    """What the model of one of several seeds is called."""
+    return f"{name}-s{seed}"
