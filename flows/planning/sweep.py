@@ -31,7 +31,7 @@ def load(
     name: str | None = None,
     learning_rates: str | None = None,
 ) -> Plan:
-    """The plan of a sweep over a preset or file. The lists have commas; without `learning_rates` methods have their own.
+    """The plan of a sweep over a preset or file. The lists have commas; without `learning_rates` each has its own.
 
     Raises:
         StageError: a list holds what it cannot, or the config is wrong.
