@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from schemas import Strict
+from schemas import Strict, no_truth
 from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, PathText, could_exist, data_source, template_file
@@ -233,13 +233,36 @@ class EvaluateConfig(Strict):
 
     judge: Judge = SentimentJudge()
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
+    temperatures: list[Annotated[float, BeforeValidator(no_truth), Field(gt=0)]] = Field(
+        default=[1.0, 0.3], min_length=1
+    )
+    """Every model answers at each of these, and is compared with others at the same one alone. The first one's numbers
+    are `eval/win_rate_vs_sft` and so on, the others' `eval/t0.3/win_rate_vs_sft`. `temperature: 0.7` is `[0.7]`."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Answers to each prompt at each temperature."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N prompts."""
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for the 95 % interval of the win rate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_temperature(cls, value: Any) -> Any:
+        """A config written for a single temperature."""
+        if not isinstance(value, dict) or "temperature" not in value:
+            return value
+        if "temperatures" in value:
+            raise ValueError("temperature and temperatures are both set. Fix: keep temperatures alone")
+        return {k: v for k, v in value.items() if k != "temperature"} | {"temperatures": [value["temperature"]]}
+
+    @field_validator("temperatures")
+    @classmethod
+    def _each_once(cls, temperatures: list[float]) -> list[float]:
+        if len(set(temperatures)) < len(temperatures):
+            raise ValueError("a temperature is given twice. Fix: give each once")
+        return temperatures
 
 
 def _name_methods(value: Any) -> Any:

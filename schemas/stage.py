@@ -33,7 +33,7 @@ STAGES = {
     "reward": StageSpec(1, makes="model", needs_device=True),
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
-    "evaluate": StageSpec(1, makes="evaluation", needs_device=True, shows_text=True),
+    "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
     "compare": StageSpec(2, shows_text=True),
     "promote": StageSpec(1),
 }
