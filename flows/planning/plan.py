@@ -354,7 +354,9 @@ class Planner:
 
     def compare(self, evaluations: dict[str, Output]) -> Output:
         several = self.config.sweep is not None or self.config.seeds is not None
-        params = {"variants": variants_of(self.config)} if several else {}
+        params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
+        if self.config.sweep is not None:
+            params["sweep"] = True
         return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
 
     # --- promotion ---

@@ -23,6 +23,10 @@ class Comparison:
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
     judge: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[Row] = ()
+    """Where several seeds are compared: `frontier.points`."""
+    chosen: bool = False
+    """Whether somebody chooses the best of the points: a sweep."""
 
 
 @dataclass(frozen=True)
