@@ -39,7 +39,7 @@ STAGES = {
 }
 """Every stage: a file or folder of that name in `stages/`."""
 
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 """To be raised when training changes for equal requests."""
 
 # Parameters that change no result: how often to save and to log, and when to give up.
