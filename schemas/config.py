@@ -265,6 +265,13 @@ class EvaluateConfig(Strict):
         return temperatures
 
 
+class EvaluateParams(EvaluateConfig):
+    """Stage `evaluate`."""
+
+    part: Literal["eval", "test"] = "eval"
+    """The prompts to answer: those held out, or the test part, which no comparison looks at."""
+
+
 def _name_methods(value: Any) -> Any:
     """`align: {dpo: {}}` means `align: {dpo: {method: dpo}}`."""
     if isinstance(value, dict):

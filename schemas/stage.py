@@ -93,7 +93,8 @@ class Request(Strict):
     def label(self) -> str:
         """Short name for people: `sft`, `dpo`, `eval dpo`."""
         if self.stage == "evaluate":
-            return f"eval {self.name}" if self.name else "eval"
+            part = self.params.get("part", "eval")
+            return f"{part} {self.name}" if self.name else str(part)
         return self.name or self.stage
 
     def key(self) -> str:

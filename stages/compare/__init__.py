@@ -38,7 +38,7 @@ def run(context: StageContext) -> dict[str, float]:
     evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs}
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
-    chosen = bool(request.params.get("sweep"))
+    chosen = str(request.params.get("chosen", ""))
     comparison = compare(evaluations, variants_of(request), request.log_text, score_std=std, chosen=chosen)
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,7 +63,7 @@ def compare(
     log_text: bool = True,
     *,
     score_std: float | None = None,
-    chosen: bool = False,
+    chosen: str = "",
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 

@@ -199,10 +199,10 @@ def at_equal_kl(points: Sequence[Row]) -> str:
     return "Judge score at equal KL, between the points:\n" + "\n".join(f"  {text}" for text in texts)
 
 
-def headline(points: Sequence[Row], chosen: bool = False) -> str:
+def headline(points: Sequence[Row], chosen: str = "") -> str:
     """Which point scores highest, which are clearly below it and which cannot be told from it, and the frontier.
 
-    `chosen`: of a sweep, whose winner is chosen by this very number.
+    `chosen`: of a sweep, whose winner is chosen by this very number (as in Comparison).
     """
     best = max(points, key=lambda point: point["judge_score"])
     edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["kl_to_reference"])
@@ -212,7 +212,8 @@ def headline(points: Sequence[Row], chosen: bool = False) -> str:
         f"On the frontier, from near to far: {', '.join(map(label, edge))}."
     )
     if chosen and len(points) > 1:
-        said += f" The highest of {len(points)} on the prompts that it was chosen by: its own number is optimistic."
+        said += f" It is the highest of {len(points)} on the prompts that chose it, so its own number is optimistic"
+        said += ": the test part gives another." if chosen == "tested" else "; data.*.test_fraction would give another."
     return said
 
 

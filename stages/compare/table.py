@@ -25,8 +25,8 @@ class Comparison:
     settings: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Row] = ()
     """Where several seeds are compared: `frontier.points`."""
-    chosen: bool = False
-    """Whether somebody chooses the best of the points: a sweep."""
+    chosen: str = ""
+    """Where the best of the points is chosen by these numbers, a sweep: `tested` if it is measured on other prompts."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,12 @@ def test_the_frontier_in_words_and_pictures() -> None:
     said = frontier.headline(points)
     assert said.startswith("The highest mean judge score is that of ppo 0.05: 3.00, at KL 9.00;")
     assert said.endswith("from near to far: ppo 0.3, ppo 0.05.") and "one seed it cannot be said" in said
-    assert "of 3 on the prompts that it was chosen by" in frontier.headline(points, chosen=True)
+    chosen = frontier.headline(points, chosen="by these numbers")
+    assert chosen.endswith(
+        "the highest of 3 on the prompts that chose it, so its own number is optimistic; "
+        "data.*.test_fraction would give another."
+    )
+    assert frontier.headline(points, chosen="tested").endswith("optimistic: the test part gives another.")
     light, dark = frontier.draw(points, TABLE), frontier.draw(points, TABLE, dark=True)
     assert light.startswith(b"\x89PNG") and light != dark
     page = Page(render_html(Comparison(TABLE, prompts=[], answers={}, judge="a rule", points=points)))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flows.planning import memory, requests, sweep
-from flows.planning.plan import Node, params_of, plan
+from flows.planning.plan import Node, last_test, params_of, plan
 from flows.results import announce
 from schemas import methods
 from schemas.config import PipelineConfig, SFTConfig
@@ -160,9 +160,52 @@ def test_a_comparison_is_told_the_spread_of_the_reward_models_scores() -> None:
         for name, metrics in {**{key: {} for key in made}, "reward": {"data/score_std": 1.7}}.items()
     }
     request = requests.request_for(made["compare"], swept("dpo,ppo", "0.1", "0"), results)
-    assert request.params["score_std"] == 1.7 and request.params["sweep"] is True
+    assert request.params["score_std"] == 1.7 and request.params["chosen"] == "by these numbers"
     plain = PipelineConfig.model_validate(swept("dpo", "0.1", "0").model_dump() | {"sweep": None})
     assert "score_std" not in requests.request_for(nodes(plain)["compare"], plain, results | {}).params
+
+
+# --- the test part ---
+
+TESTED = "data.sft.test_fraction=0.2"
+
+
+def test_a_sweep_with_a_test_part_evaluates_its_winner_there_and_nothing_else_looks_at_it() -> None:
+    planned = sweep.load("demo", [TESTED], "dpo", "0.1,0.3", "0,1")
+    assert planned.nodes["data sft"].params["min_test_prompts"] == planned.config.evaluate.min_prompts
+    tests = last_test(planned, ["dpo-0.3-s0", "dpo-0.3-s1"])
+    assert tests is not None and list(tests.nodes) == ["test dpo-0.3-s0", "test dpo-0.3-s1"]
+    node, usual = tests.nodes["test dpo-0.3-s1"], planned.nodes["eval dpo-0.3-s1"]
+    assert (node.params, usual.params) == (usual.params | {"part": "test"}, usual.params | {"part": "eval"})
+    assert node.inputs["baseline"] == ("test sft", "evaluation") and "pairs" not in node.inputs
+    looking = {name for name, one in planned.nodes.items() if one.params.get("part") == "test"}
+    assert looking == {"test sft"} and not looking & planned.nodes["compare"].needs
+    assert planned.nodes["compare"].params["chosen"] == "tested"
+    plain = sweep.load("demo", [], "dpo", "0.1,0.3", "0,1")
+    assert last_test(plain, ["dpo-0.3-s0"]) is None and "test sft" not in plain.nodes
+    run = plan(PipelineConfig.model_validate(planned.config.model_dump() | {"sweep": None}))
+    assert "test sft" not in run.nodes and run.nodes["data sft"].params["min_test_prompts"] == 0
+
+
+def test_the_winner_is_that_of_the_highest_mean_and_its_test_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    points = [
+        {"judge_score": score, "models": [f"{name}-s0", f"{name}-s1"]} for name, score in (("a", 1.0), ("b", 2.0))
+    ]
+    (tmp_path / "frontier.json").write_text(json.dumps(points))
+    monkeypatch.setattr("stages.tracking.fetch", lambda artifact: tmp_path)
+    made = {"compare": Result(status="done", key="k", outputs={"comparison": Artifact(uri="u", sha256="s")})}
+    assert sweep.winner(made) == ["b-s0", "b-s1"]
+    assert sweep.test_text(made) == ""
+    for model, score, rate in (("sft", 1.0, 0.5), ("b-s0", 2.0, 0.6), ("b-s1", 3.0, 0.7)):
+        measured = {"judge_score": score, "win_rate_vs_sft": rate, "win_rate_vs_sft_low": rate - 0.1, "prompts": 120}
+        measured |= {"win_rate_vs_sft_high": rate + 0.1}
+        metrics = {f"eval/{name}": value for name, value in measured.items()}
+        made[f"test {model}"] = Result(status="done", key="k", metrics=metrics)
+    said = sweep.test_text(made).splitlines()
+    assert "120 prompts that chose nothing (mean of 2 seeds): judge score 2.50" in said[0]
+    assert "of the SFT model 1.00; win rate 65 %" in said[0] and said[-1] == "  b-s1: score 3.00, 70 % [60, 80]"
 
 
 # --- equal tokens ---
