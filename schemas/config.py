@@ -210,7 +210,9 @@ class RewardConfig(Training):
     rows: Literal["train", "gold"] = "train"
     """Which part of the preference data to train on; the pipeline sets it."""
     margin: bool = False
-    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2)."""
+    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2). Where a margin is above 3, the largest of
+    Llama 2, all are scaled so that the largest of the training rows is 3: differences of scores from 0 to 100 would
+    make the loss a linear one."""
 
 
 class GenerateConfig(Strict):
