@@ -17,8 +17,9 @@ from prefect.states import Completed, Failed, State
 from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
+from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
-from flows.planning.plan import Node, Plan, plan
+from flows.planning.plan import Node, Plan, last_test, plan
 from flows.planning.requests import request_for
 from flows.results.announce import report
 from flows.servers import checks, supervisor
@@ -88,6 +89,9 @@ def pipeline(config: PipelineConfig) -> State[Any]:
         return Failed(message=str(error), data=error)
     try:
         results, errors = run_nodes(planned, str(flow_run.id))
+        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+            results, errors = run_nodes(tests, str(flow_run.id), results)
+            planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
     except BaseException:
         process.stop_all()
         raise

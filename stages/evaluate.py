@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from schemas.config import EvaluateConfig
+from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
@@ -55,7 +55,7 @@ class Answers:
 class Evaluator:
     """The model under evaluation beside the reference, with what both need to be asked."""
 
-    def __init__(self, context: StageContext, config: EvaluateConfig) -> None:
+    def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
         self.codec = Codec.load(context.input("model"))
         self.policy = load_policy(context.input("model"), trainable=False)
@@ -65,7 +65,7 @@ class Evaluator:
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
-        rows = read(self.context.input("data"), "eval", "prompt")
+        rows = read(self.context.input("data"), self.config.part, "prompt")
         first: dict[str, Messages] = {}
         for row in rows:
             first.setdefault(row["prompt_id"], row["prompt"])
@@ -79,7 +79,8 @@ class Evaluator:
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
             message = f"only {len(kept)} held-out prompts to evaluate on."
-            fix = "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer"
+            share = f"data.*.{self.config.part}_fraction"
+            fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
@@ -143,7 +144,7 @@ def run(context: StageContext) -> dict[str, float]:
     Inputs: model, reference, data, and where there: judge, reward, pairs, baseline (the SFT model's evaluation).
     """
     request = context.request
-    config = EvaluateConfig.model_validate(request.params)
+    config = EvaluateParams.model_validate(request.params)
     started = time.monotonic()
     check_judge(request)
     judge = judge_for(config.judge, context)  # first, so that a missing key or package costs no sampling
@@ -204,7 +205,7 @@ def check_judge(request: Request) -> None:
         raise refuse("evaluate.judge", "reward", message, fix)
 
 
-def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
+def settings_of(request: Request, config: EvaluateParams) -> dict[str, Any]:
     """The conditions of this evaluation; only what decides its result, and no model's name."""
     judge = request.inputs.get("judge")
     return {

@@ -3,6 +3,7 @@
 import json
 import logging
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ def run(context: StageContext) -> dict[str, float]:
     """
     request = context.request
     evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs}
-    comparison = compare(evaluations, variants_of(request), request.log_text)
+    std = request.params.get("score_std")
+    assert std is None or isinstance(std, float)
+    chosen = str(request.params.get("chosen", ""))
+    comparison = compare(evaluations, variants_of(request), request.log_text, score_std=std, chosen=chosen)
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -47,19 +51,25 @@ def run(context: StageContext) -> dict[str, float]:
 
 
 def variants_of(request: Request) -> Mapping[str, Any]:
-    """Of a sweep: model -> its method, beta and seed; of another comparison nothing."""
+    """Of several seeds: model -> its group, method, beta, learning rate and seed; of another comparison nothing."""
     variants = request.params.get("variants", {})
     assert isinstance(variants, dict)
     return variants
 
 
 def compare(
-    evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] | None = None, log_text: bool = True
+    evaluations: Mapping[str, Evaluation],
+    variants: Mapping[str, Any] | None = None,
+    log_text: bool = True,
+    *,
+    score_std: float | None = None,
+    chosen: str = "",
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
-    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in
-    the order of its variants, and of each method and beta the first seed's answers.
+    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
+    stand in the order of the variants, and each group shows the first seed's answers. `score_std`: as in
+    `frontier.points`; `chosen`: as in Comparison.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
@@ -71,11 +81,13 @@ def compare(
     for name in names[1:]:
         check_comparable(names[0], first.settings, prompts, name, evaluations[name])
     table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
+    points: list[dict[str, Any]] = []
     if variants:
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
         table.sort(key=lambda row: place.get(row["model"], len(place)))
-        unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
+        points = frontier.points(table, evaluations, score_std)
+        unseen = {model for point in points for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].first)
     return Comparison(
@@ -97,6 +109,8 @@ def compare(
             "at most": f"{first.settings['max_new_tokens']} new tokens",
             "seed": str(first.settings["seed"]),
         },
+        points=points,
+        chosen=chosen,
     )
 
 
@@ -123,14 +137,15 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 def text(comparison: Comparison) -> str:
     """The table for people, and over how many prompts it is; of a sweep the frontier first."""
-    points = frontier.points(comparison.table)
-    above = f"{frontier.render_text(points)}\n\n" if points else ""
+    points = comparison.points
+    finding = frontier.headline(points, comparison.chosen) if points else ""
+    above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, 80)}\n\n" if points else ""
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}"
 
 
 def write(comparison: Comparison, folder: Path) -> None:
     """table.json, table.txt (the same for people), reward_kl.png and report.html; of a sweep frontier.json too."""
-    table, points = comparison.table, frontier.points(comparison.table)
+    table, points = comparison.table, comparison.points
     (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")
     (folder / "table.txt").write_text(text(comparison) + "\n", encoding="utf-8")
     if points:

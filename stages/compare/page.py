@@ -46,7 +46,7 @@ def render_html(comparison: Comparison) -> str:
     Of a sweep its frontier takes the place of the picture.
     """
     table, columns, colour = comparison.table, shown_columns(comparison.table), colours_of(comparison.table)
-    points = frontier.points(table)
+    points = comparison.points
     draw = partial(frontier.draw, points) if points else plots.draw
     light, dark = (base64.b64encode(draw(table, dark=dark)).decode() for dark in (False, True))
     method_colour = colours([point["method"] for point in points])
@@ -55,7 +55,7 @@ def render_html(comparison: Comparison) -> str:
     return PAGES.get_template("report.html.j2").render(
         vars(comparison),
         counted=counted(len(comparison.prompts)),
-        finding=frontier.headline(points) if points else headline(table),
+        finding=frontier.headline(points, comparison.chosen) if points else headline(table),
         caution=caution(len(comparison.prompts)),
         light=light,
         dark=dark,

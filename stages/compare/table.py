@@ -23,6 +23,10 @@ class Comparison:
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
     judge: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[Row] = ()
+    """Where several seeds are compared: `frontier.points`."""
+    chosen: str = ""
+    """Where the best of the points is chosen by these numbers, a sweep: `tested` if it is measured on other prompts."""
 
 
 @dataclass(frozen=True)
