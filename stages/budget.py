@@ -70,7 +70,8 @@ def rollout_tokens(config: PPO, context: StageContext, codec: Codec, limit: int)
     prompts = [len(codec.prompt(row["prompt"])) for row in read(context.input("prompt"), "train", "prompt")]
     room = limit - config.max_new_tokens - 1
     fit = [length for length in prompts if length <= room] or [room]  # PPO itself refuses when none fits
-    samples = Evaluation.load(context.input("evaluation")).samples
+    evaluation = Evaluation.load(context.input("evaluation"))
+    samples = evaluation.at(1.0) if 1.0 in evaluation.temperatures else evaluation.first
     answer = fmean(min(sample.length + sample.ended, config.max_new_tokens) for sample in samples)
     answers = config.iterations * config.rollout_size * config.ppo_epochs
     return round(min(answers, (config.max_steps or NO_END) * config.batch_size) * (fmean(fit) + answer))

@@ -1,6 +1,7 @@
 """Stage `evaluate`: one model answers the held-out prompts, a judge scores the answers, and the numbers are published.
 
-All models get the same prompts and the same seeds, so differences come from the models. What each number means stands
+All models get the same prompts and the same seeds, so differences come from the models, at each of the config's
+temperatures. What each number means stands
 in stages/engine/scoring/metrics.py.
 """
 
@@ -26,6 +27,7 @@ from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import metrics
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
+from stages.engine.scoring.intervals import bootstrap, clustered_error
 from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.runtime.context import StageContext
@@ -82,13 +84,17 @@ class Evaluator:
         return kept
 
     def answer(self, prompts: Sequence[Messages], temperature: float) -> Answers:
-        """One answer per prompt; the seed is a function of the request's seed and the prompt's place."""
+        """`samples_per_prompt` answers to each prompt, one after the other.
+
+        A seed is a function of the request's seed, the prompt's place and the draw, the same at each temperature.
+        """
+        draws = range(self.config.samples_per_prompt)
         ids = sample(
             self.policy,
-            [self.codec.prompt(prompt) for prompt in prompts],
+            [self.codec.prompt(prompt) for prompt in prompts for _ in draws],
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
-            seeds=[seed_of("evaluate", self.context.request.seed, i) for i in range(len(prompts))],
+            seeds=[seed_of("evaluate", self.context.request.seed, i, k) for i in range(len(prompts)) for k in draws],
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
             progress=lambda done, total: self.context.progress(done, total, "answers"),
@@ -109,7 +115,7 @@ class Evaluator:
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
 
     def answer_logps(self, prompts: Sequence[Messages], answers: Answers) -> tuple[list[float], list[float]]:
-        """log pi and log pi_sft of one answer per prompt."""
+        """log pi and log pi_sft of one answer to each of `prompts`."""
         trees = [
             Tree(tuple(self.codec.prompt(prompt)), (tuple(ids),))
             for prompt, ids in zip(prompts, answers.ids, strict=True)
@@ -146,18 +152,31 @@ def run(context: StageContext) -> dict[str, float]:
     settings = settings_of(request, config)
     baseline = read_baseline(context, settings, prompts, evaluator.itself)
 
-    answers = evaluator.answer(prompts, config.temperature)
-    logps, reference_logps = evaluator.answer_logps(prompts, answers)
-    kl = metrics.kl_to_reference(logps, reference_logps)
-    if config.temperature != 1:  # the KL is that of the model itself, so it takes answers of its own
-        kl = metrics.kl_to_reference(*evaluator.answer_logps(prompts, evaluator.answer(prompts, 1.0)))
-    rewards = RewardJudge(context.input("reward")).score(prompts, answers.texts) if context.has("reward") else None
-    verdicts = judge_answers(judge, prompts, answers.texts, baseline)
-    samples = put_together(prompts, answers, baseline, verdicts, logps, reference_logps, rewards)
+    asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    reward = RewardJudge(context.input("reward")) if context.has("reward") else None
+    samples: list[Sample] = []
+    final: dict[str, float] = {}
+    log_ratios: dict[float, list[float]] = {}
+    for temperature in config.temperatures:
+        answers = evaluator.answer(prompts, temperature)
+        logps, reference_logps = evaluator.answer_logps(asked, answers)
+        others = None if baseline is None else baseline.at(temperature)
+        verdicts = judge_answers(judge, asked, answers.texts, others)
+        rewards = None if reward is None else reward.score(asked, answers.texts)
+        some = put_together(asked, answers, others, verdicts, logps, reference_logps, rewards)
+        some = [replace(row, temperature=temperature, draw=i % config.samples_per_prompt) for i, row in enumerate(some)]
+        samples += some
+        log_ratios[temperature] = [row.kl for row in some]
+        values = summary(some, resamples=config.bootstrap, seed=request.seed)
+        values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
+        final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
 
-    final = summary(samples, resamples=config.bootstrap, seed=request.seed)
-    final["eval/kl_to_reference"], final["eval/kl_to_reference_se"] = kl
-    final["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
+    if 1.0 not in log_ratios:  # the KL is that of the model itself, so it takes answers of its own
+        logps, reference_logps = evaluator.answer_logps(asked, evaluator.answer(prompts, 1.0))
+        log_ratios[1.0] = [own - other for own, other in zip(logps, reference_logps, strict=True)]
+    clusters = [row.cluster for row in samples[: len(asked)]]
+    final["eval/kl_to_reference"] = metrics.mean_and_error(log_ratios[1.0])[0]
+    final["eval/kl_to_reference_se"] = clustered_error(log_ratios[1.0], clusters)
     if context.has("pairs"):
         final |= evaluator.preference_accuracy(context.input("pairs"))
     if isinstance(judge, EndpointJudge):
@@ -167,6 +186,13 @@ def run(context: StageContext) -> dict[str, float]:
     final["compute/seconds"] = time.monotonic() - started
     publish(context, Evaluation(final, samples, settings))
     return final
+
+
+def metric_at(name: str, temperature: float, temperatures: Sequence[float]) -> str:
+    """The name under which a metric is logged: `eval/x` of the first temperature, `eval/t0.3/x` of another one."""
+    if temperature == temperatures[0]:
+        return name
+    return f"eval/t{temperature:.15g}/{name.removeprefix('eval/')}"
 
 
 def check_judge(request: Request) -> None:
@@ -190,8 +216,8 @@ def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
 
 def read_baseline(
     context: StageContext, settings: dict[str, Any], prompts: Sequence[Messages], itself: bool
-) -> list[Sample] | None:
-    """The SFT model's answers; None when the model is the SFT model itself, which is then its own baseline."""
+) -> Evaluation | None:
+    """The SFT model's evaluation; None when the model is the SFT model itself, which is then its own baseline."""
     if itself:
         return None
     if not context.has("baseline"):
@@ -200,17 +226,19 @@ def read_baseline(
         raise refuse("inputs.baseline", "missing", message, fix, kind="missing_input")
     baseline = Evaluation.load(context.input("baseline"))
     check_comparable("this model", settings, prompts, "the baseline", baseline)
-    return baseline.samples
+    return baseline
 
 
 def judge_answers(
     judge: Judge, prompts: Sequence[Messages], answers: Sequence[str], baseline: Sequence[Sample] | None
 ) -> list[tuple[float, float, float]]:
-    """(score, the baseline's score, win) per prompt. Raises StageError when a score is not a number.
+    """(score, the baseline's score, win) per answer. Raises StageError when a score is not a number.
 
     A judge that only compares gives the win as score, and its complement to the baseline. Without a baseline the model
-    is its own: every prompt is a tie.
+    is its own: every answer is a tie, of which such a judge is not asked.
     """
+    if baseline is None and isinstance(judge, EndpointJudge):
+        return [(0.5, 0.5, 0.5)] * len(answers)
     if baseline is None:
         scores = _finite(judge.score(prompts, answers))
         return list(zip(scores, scores, metrics.wins(scores, scores), strict=True))
@@ -241,7 +269,7 @@ def put_together(
     reference_logps: Sequence[float],
     rewards: Sequence[float] | None,
 ) -> list[Sample]:
-    """One record per prompt."""
+    """One record per answer; `prompts` has one for each."""
     samples = []
     for i, prompt in enumerate(prompts):
         score, sft_score, win = verdicts[i]
@@ -264,14 +292,14 @@ def put_together(
 
 
 def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
-    """The metrics that follow from the records alone."""
+    """The metrics that follow from the records of one temperature alone; intervals are over prompts."""
     won, answers = [row.win for row in samples], texts(samples, "the model")
-    low, high = metrics.bootstrap_interval(won, resamples=resamples, seed=seed)
+    interval = bootstrap(won, [row.cluster for row in samples], resamples=resamples, seed=seed)
     values = {
         "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
         "win_rate_vs_sft": metrics.win_rate(won),
-        "win_rate_vs_sft_low": low,
-        "win_rate_vs_sft_high": high,
+        "win_rate_vs_sft_low": interval.low,
+        "win_rate_vs_sft_high": interval.high,
         "length_controlled_win_rate": metrics.length_controlled_win_rate(
             won, [row.length - row.sft_length for row in samples]
         ),
@@ -279,7 +307,7 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
         "distinct_2": metrics.distinct_2(answers),
         "empty": metrics.share([not answer.strip() for answer in answers]),
         "ended": metrics.share([row.ended for row in samples]),
-        "prompts": float(len(samples)),
+        "prompts": float(sum(row.draw == 0 for row in samples)),
     }
     rewards = [row.reward_score for row in samples if row.reward_score is not None]
     if rewards:
@@ -288,14 +316,16 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
 
 
 def publish(context: StageContext, evaluation: Evaluation) -> None:
-    """The folder `evaluation`, and the answers beside the SFT model's as a table for MLflow's UI.
+    """The folder `evaluation`, and answers beside the SFT model's as a table for MLflow's UI: of the first temperature
+    and the first draw, since that UI lays runs side by side by their prompts.
 
     Without `log_text` there is no table, and the samples are digests and numbers.
     """
     if context.request.log_text:
         columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
-        table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in evaluation.samples]}
-        table |= {name: [getattr(row, name) for row in evaluation.samples] for name in columns}
+        shown = [row for row in evaluation.first if row.draw == 0]
+        table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in shown]}
+        table |= {name: [getattr(row, name) for row in shown] for name in columns}
         context.table(table, "eval/samples.json")
     else:
         evaluation = replace(evaluation, samples=list(map(without_text, evaluation.samples)))

@@ -96,8 +96,7 @@ def run(context: StageContext) -> dict[str, float]:
     champion = Evaluation.load(context.input("champion")) if context.has("champion") else None
     for name, other in (("sft", sft), ("champion", champion)):
         if other is not None:
-            prompts = [sample.prompt for sample in candidate.samples]
-            check_comparable("the candidate", candidate.settings, prompts, name, other)
+            check_comparable("the candidate", candidate.settings, candidate.prompts, name, other)
     won = wins_over_sft(candidate) if champion is None else wins_over_champion(candidate, champion, context)
     win_rate = rate(won, resamples=candidate.settings["bootstrap"], seed=request.seed)
     decision = decide({**candidate.metrics, **win_rate}, champion.metrics if champion else None, sft.metrics, gate)
@@ -116,7 +115,7 @@ def rate(won: list[float], *, resamples: int, seed: int) -> dict[str, float]:
 
 def wins_over_sft(candidate: Evaluation) -> list[float]:
     """Per prompt, what the evaluation has found against the SFT model: 1 won, 1/2 tied, 0 lost."""
-    return [sample.win for sample in candidate.samples]
+    return [sample.win for sample in candidate.first]
 
 
 def wins_over_champion(candidate: Evaluation, champion: Evaluation, context: StageContext) -> list[float]:
@@ -126,15 +125,15 @@ def wins_over_champion(candidate: Evaluation, champion: Evaluation, context: Sta
     """
     judge = candidate.settings["judge"]
     if judge["judge"] != "endpoint":
-        return metrics.wins([s.score for s in candidate.samples], [s.score for s in champion.samples])
+        return metrics.wins([s.score for s in candidate.first], [s.score for s in champion.first])
     from stages.engine.scoring import endpoint  # late: it takes transformers along, which no other judge needs here
 
-    answers, others = texts(candidate.samples, "the candidate"), texts(champion.samples, "the champion")
+    answers, others = texts(candidate.first, "the candidate"), texts(champion.first, "the champion")
     field = "evaluate.judge"
     asked = endpoint.EndpointJudge(
         EndpointJudge.model_validate(judge), field, lambda done, total: context.progress(done, total, "answers judged")
     )
-    return asked.wins([sample.prompt for sample in candidate.samples], answers, others)
+    return asked.wins([sample.prompt for sample in candidate.first], answers, others)
 
 
 def publish(decision: Decision, context: StageContext) -> None:

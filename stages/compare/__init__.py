@@ -67,7 +67,7 @@ def compare(
         raise refuse("inputs", "none", message, fix, kind="missing_input")
     names = list(evaluations)
     first = evaluations[names[0]]
-    prompts = [sample.prompt for sample in first.samples]
+    prompts = first.prompts
     for name in names[1:]:
         check_comparable(names[0], first.settings, prompts, name, evaluations[name])
     table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
@@ -77,19 +77,23 @@ def compare(
         table.sort(key=lambda row: place.get(row["model"], len(place)))
         unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
-    shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].samples)
+    shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].first)
     return Comparison(
         table=table,
         prompts=[text_of(prompt) for prompt in prompts],
         answers={
-            name: [{"answer": s.answer, "score": s.score, "length": s.length} for s in evaluations[name].samples]
+            name: [
+                {"answer": s.answer, "score": s.score, "length": s.length}
+                for s in evaluations[name].first
+                if s.draw == 0
+            ]
             for name in names
         }
         if shown
         else {},
         judge=describe_judge(first.settings["judge"]),
         settings={
-            "sampling temperature": f"{first.settings['temperature']:g}",
+            "sampling temperature": f"{first.temperatures[0]:g}",
             "at most": f"{first.settings['max_new_tokens']} new tokens",
             "seed": str(first.settings["seed"]),
         },
@@ -99,7 +103,7 @@ def compare(
 def row_of(name: str, evaluation: Evaluation) -> dict[str, Any]:
     """One line of the table: the model's name and its `eval/` metrics, with the judge score's standard error."""
     values = {key.removeprefix("eval/"): value for key, value in evaluation.metrics.items() if key.startswith("eval/")}
-    error = metrics.mean_and_error([sample.score for sample in evaluation.samples])[1]
+    error = metrics.mean_and_error([sample.score for sample in evaluation.first])[1]
     return {"model": name, **values, "judge_score_se": error}
 
 

@@ -22,7 +22,14 @@ from tests.conftest import ROOT
 from tests.support import pictures
 from tests.support.context import MemoryContext
 
-SETTINGS = {"judge": {"judge": "rule"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "judge": {"judge": "rule"},
+    "judge_model": None,
+    "temperatures": [1.0],
+    "samples_per_prompt": 1,
+    "max_new_tokens": 8,
+    "seed": 0,
+}
 HOSTILE = "<script>alert('x')</script><img src=http://evil/x onerror=alert(1)>&\"' $x_1$ \u202edesrever \x00 \u2028 end"
 
 

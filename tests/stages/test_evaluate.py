@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from schemas.config import EndpointJudge as EndpointConfig
@@ -28,7 +29,8 @@ from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import metrics
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation
-from stages.engine.scoring.judges import RewardJudge
+from stages.engine.scoring.intervals import bootstrap
+from stages.engine.scoring.judges import RewardJudge, Scoring
 from tests.support.context import MemoryContext
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 
@@ -149,8 +151,8 @@ class World:
 
 
 def settings(**changes: Any) -> EvaluateConfig:
-    defaults = {"judge": SentimentJudge(), "min_prompts": 2, "max_new_tokens": MAX_NEW_TOKENS, "bootstrap": 200}
-    return EvaluateConfig(**(defaults | changes))
+    defaults: dict[str, Any] = {"judge": SentimentJudge(), "min_prompts": 2, "max_new_tokens": MAX_NEW_TOKENS}
+    return EvaluateConfig(**(defaults | {"bootstrap": 200, "temperatures": [1.0]} | changes))
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def exact_logps(folder: Path, prompts: Sequence[Sequence[int]], answers: Sequenc
 
 
 def sampled(
-    world: World, folder: Path, seed: int = 0, temperature: float = 1.0
+    world: World, folder: Path, seed: int = 0, temperature: float = 1.0, draw: int = 0
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and the answers that the stage must come to, as token ids."""
     prompts = [world.codec.prompt(row["prompt"]) for row in world.rows]
@@ -179,7 +181,7 @@ def sampled(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=temperature,
-        seeds=[seed_of("evaluate", seed, i) for i in range(N)],
+        seeds=[seed_of("evaluate", seed, i, draw) for i in range(N)],
         stop_ids=world.codec.stop_ids,
         pad_id=world.codec.pad_id,
     )
@@ -243,7 +245,7 @@ def test_preference_accuracy_is_that_of_the_implicit_reward(world: World) -> Non
 
 
 def test_at_another_temperature_the_kl_is_still_that_of_the_model(world: World) -> None:
-    config = settings(temperature=0.5)
+    config = settings(temperatures=[0.5])
     final, evaluation, _ = world.evaluate(world.aligned, config, baseline=world.baseline(config))
     prompts, shown = sampled(world, world.aligned, temperature=0.5)
     assert [row.answer for row in evaluation.samples] == [world.codec.text(ids) for ids in shown]
@@ -324,15 +326,73 @@ def test_a_judge_that_compares_scores_by_the_win_over_the_baseline(world: World)
     prompts = [row.prompt for row in baseline]
     verdicts = evaluate.judge_answers(judge, prompts, answers, baseline)
     assert verdicts == [(0.0, 1.0, 0.0), *[(1.0, 0.0, 1.0)] * (N - 2), (0.5, 0.5, 0.5)]
+    judge.wins = judge.score = None  # pyright: ignore[reportAttributeAccessIssue] - beside itself it is not asked
     assert evaluate.judge_answers(judge, prompts, answers, None) == [(0.5, 0.5, 0.5)] * N
 
 
+def test_several_temperatures_and_draws_stand_apart_and_are_paired_with_the_baselines(world: World) -> None:
+    config = settings(temperatures=[1.0, 0.5], samples_per_prompt=2)
+    final, evaluation, run = world.evaluate(world.aligned, config, baseline=world.baseline(config))
+    assert evaluation.temperatures == [1.0, 0.5] and len(evaluation.samples) == 2 * N * 2
+    for temperature, start in ((1.0, ""), (0.5, "t0.5/")):
+        samples = evaluation.at(temperature)
+        assert [(row.prompt, row.draw) for row in samples] == [(r["prompt"], k) for r in world.rows for k in (0, 1)]
+        for draw in (0, 1):
+            for folder, field in ((world.aligned, "answer"), (world.sft, "sft_answer")):
+                _, answers = sampled(world, folder, temperature=temperature, draw=draw)
+                found = [getattr(row, field) for row in samples if row.draw == draw]
+                assert found == [world.codec.text(ids) for ids in answers]
+        wins = [(row.score > row.sft_score) + 0.5 * (row.score == row.sft_score) for row in samples]
+        assert final[f"eval/{start}win_rate_vs_sft"] == sum(wins) / (2 * N)
+        assert final[f"eval/{start}prompts"] == N and f"eval/{start}reference_nll" in final
+        # An interval over prompts: the two draws of one go together.
+        interval = bootstrap(wins, [row.cluster for row in samples], resamples=200, seed=0)
+        assert final[f"eval/{start}win_rate_vs_sft_high"] == interval.high
+    # The KL is that of the answers at temperature 1, its error that of the prompts' means.
+    kl = np.array([row.kl for row in evaluation.at(1.0)]).reshape(N, 2)
+    assert final["eval/kl_to_reference"] == pytest.approx(kl.mean())
+    assert final["eval/kl_to_reference_se"] == pytest.approx(kl.mean(1).std(ddof=1) / math.sqrt(N))
+    assert run.tables["eval/samples.json"]["answer"] == [row.answer for row in evaluation.at(1.0) if row.draw == 0]
+    with pytest.raises(StageError, match=r"only at 1, 0\.5") as error:
+        evaluation.at(0.3)
+    assert error.value.problem.field == "evaluate.temperatures"
+
+
+def test_an_evaluation_of_a_single_temperature_of_old_is_read(world: World, tmp_path: Path) -> None:
+    evaluation = world.evaluate(world.sft, settings(temperatures=[0.7]))[1]
+    evaluation.save(tmp_path)
+    now = {name: value for name, value in evaluation.settings.items() if name != "samples_per_prompt"}
+    settings_of_old = {name: value for name, value in now.items() if name != "temperatures"} | {"temperature": 0.7}
+    (tmp_path / "settings.json").write_text(json.dumps(settings_of_old))
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    new = {"temperature", "draw", "cluster"}
+    old = [{name: value for name, value in line.items() if name not in new} for line in lines]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert Evaluation.load(tmp_path) == evaluation
+
+
+@pytest.mark.parametrize(
+    ("given", "temperatures"),
+    [({}, [1.0, 0.3]), ({"temperature": 0.7}, [0.7]), ({"temperatures": [0.3, 1]}, [0.3, 1.0])],
+)
+def test_one_temperature_is_a_list_of_one(given: dict[str, Any], temperatures: list[float]) -> None:
+    assert EvaluateConfig.model_validate(given).temperatures == temperatures
+
+
+@pytest.mark.parametrize("temperatures", [[], [1.0, 1], [0.0], [True], ["hot"]])
+def test_temperatures_that_are_none_are_refused(temperatures: list[Any]) -> None:
+    with pytest.raises(ValidationError, match="temperatures"):
+        EvaluateConfig.model_validate({"temperatures": temperatures})
+    with pytest.raises(ValidationError, match="both set"):
+        EvaluateConfig.model_validate({"temperatures": temperatures, "temperature": 1.0})
+
+
 def test_scores_that_are_no_numbers_stop_the_stage(world: World) -> None:
-    class Broken(LongerEndpoint):
+    class Broken(Scoring):
         def score(self, prompts: Any, answers: Sequence[str]) -> list[float]:
             return [1.0, math.nan]
 
-    judge = Broken(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), "evaluate.judge")
+    judge = Broken()
     with pytest.raises(StageError, match="1 of 2 answers no finite score"):
         evaluate.judge_answers(judge, [[], []], ["a", "b"], None)
 

@@ -104,7 +104,14 @@ def sample(prompt: str, score: float) -> Sample:
     return Sample([{"role": "user", "content": prompt}], f"{WORD} {prompt}", score, "sft", 0.0, 1.0, 3, 2, True, 0.5)
 
 
-SETTINGS = {"judge": {"judge": "sentiment"}, "judge_model": None, "temperature": 1.0, "max_new_tokens": 8, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "judge": {"judge": "sentiment"},
+    "judge_model": None,
+    "temperatures": [1.0],
+    "samples_per_prompt": 1,
+    "max_new_tokens": 8,
+    "seed": 0,
+}
 
 
 def evaluation(*scores: float) -> Evaluation:

@@ -26,7 +26,8 @@ N = 120
 SETTINGS: dict[str, Any] = {
     "judge": {"judge": "sentiment"},
     "judge_model": None,
-    "temperature": 1.0,
+    "temperatures": [1.0],
+    "samples_per_prompt": 1,
     "max_new_tokens": 64,
     "seed": 0,
     "bootstrap": 500,

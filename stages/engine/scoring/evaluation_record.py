@@ -12,7 +12,7 @@ from schemas.errors import refuse
 Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
 # Evaluations that differ in any of these cannot be compared.
-CONDITIONS = ("judge", "judge_model", "temperature", "max_new_tokens", "seed")
+CONDITIONS = ("judge", "judge_model", "temperatures", "samples_per_prompt", "max_new_tokens", "seed")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,17 @@ class Sample:
     """log pi - log pi_sft of this answer, in nats, at temperature 1."""
     reward_score: float | None = None
     """By the reward model that the policy was trained on."""
+    temperature: float = 1.0
+    """At which the answer was drawn."""
+    draw: int = 0
+    """Number of the answer among those to this prompt at this temperature. The same draw has the same seed for every
+    model and temperature."""
+    cluster: str = ""
+    """What bootstraps draw again: `cluster_of` the prompt, by default made of it."""
+
+    def __post_init__(self) -> None:
+        if not self.cluster:
+            object.__setattr__(self, "cluster", cluster_of(self.prompt))
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,38 @@ class Evaluation:
 
     metrics: dict[str, float]
     samples: list[Sample]
+    """In the order of the temperatures, prompts and draws."""
     settings: dict[str, Any]
     """The stage's parameters with `seed` and `judge_model` (the sha256 of a judging reward model)."""
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Those at which it was sampled; the metrics of the first one bear no temperature in their names."""
+        return list(dict.fromkeys(sample.temperature for sample in self.samples))
+
+    def at(self, temperature: float) -> list[Sample]:
+        """One temperature's samples, in the order of the prompts, then of the draws.
+
+        Raises:
+            StageError: nothing was sampled at this temperature.
+        """
+        samples = [sample for sample in self.samples if sample.temperature == temperature]
+        if not samples:
+            given = ", ".join(f"{other:g}" for other in self.temperatures) or "none"
+            message = f"nothing was sampled at this temperature, only at {given}."
+            fix = "add it to evaluate.temperatures and evaluate again"
+            raise refuse("evaluate.temperatures", temperature, message, fix, kind="not_comparable")
+        return samples
+
+    @property
+    def first(self) -> list[Sample]:
+        """The samples of the first temperature."""
+        return self.at(self.temperatures[0]) if self.samples else []
+
+    @property
+    def prompts(self) -> list[list[dict[str, str]]]:
+        """Each prompt once, in order."""
+        return [sample.prompt for sample in self.first if sample.draw == 0]
 
     def save(self, folder: Path) -> None:
         """Write the three files into an existing folder."""
@@ -64,14 +105,32 @@ class Evaluation:
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
             known = {field.name for field in fields(Sample)}
             rows = [json.loads(line) for line in lines if line]
-            samples = [Sample(**{k: v for k, v in row.items() if k in known}) for row in rows]
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            settings = _of_now(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+            only = {"temperature": settings.get("temperatures", [1.0])[0]}  # where the rows do not name theirs
+            samples = [Sample(**only | {k: v for k, v in row.items() if k in known}) for row in rows]
         except (OSError, ValueError, TypeError) as error:
             message = f"this is not an evaluation folder: {error}."
             fix = "give the output `evaluation` of stage evaluate"
             raise refuse("evaluation", folder, message, fix, kind="input") from error
         return cls(metrics, samples, settings)
+
+
+def _of_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation of before there were several temperatures, in today's words."""
+    if "temperature" not in settings:
+        return settings
+    rest = {name: value for name, value in settings.items() if name != "temperature"}
+    return {"samples_per_prompt": 1, **rest, "temperatures": [settings["temperature"]]}
+
+
+def cluster_of(prompt: Sequence[Message]) -> str:
+    """`schemas.rows.cluster_id` of a prompt, by which data is split too; its digest where its text was not kept."""
+    if [message["role"] for message in prompt] == ["sha256"]:
+        return digest_of(prompt)
+    from schemas.rows import cluster_id  # late: pandera takes a second, and stored samples name their clusters
+
+    return cluster_id(prompt)
 
 
 def digest_of(prompt: Sequence[Message]) -> str:
@@ -115,11 +174,12 @@ def check_comparable(
 ) -> None:
     """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
     for key in CONDITIONS:
-        if settings[key] != other.settings.get(key):
-            message = f"{name} was evaluated with {key} = {settings[key]}, {other_name} with {other.settings.get(key)}."
+        own, others = settings.get(key), other.settings.get(key)
+        if own != others:
+            message = f"{name} was evaluated with {key} = {own}, {other_name} with {others}."
             fix = "evaluate both under the same settings"
-            raise refuse(f"evaluate.{key}", settings[key], message, fix, kind="not_comparable")
-    if list(map(digest_of, prompts)) != [digest_of(sample.prompt) for sample in other.samples]:
-        message = f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.samples)}: they are not the same."
+            raise refuse(f"evaluate.{key}", own, message, fix, kind="not_comparable")
+    if list(map(digest_of, prompts)) != list(map(digest_of, other.prompts)):
+        message = f"{name} was asked {len(prompts)} prompts, {other_name} {len(other.prompts)}: they are not the same."
         fix = "evaluate both on the same data"
         raise refuse("data.evaluation", name, message, fix, kind="not_comparable")
