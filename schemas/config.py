@@ -265,6 +265,13 @@ class EvaluateConfig(Strict):
         return temperatures
 
 
+class EvaluateParams(EvaluateConfig):
+    """Stage `evaluate`."""
+
+    gate: bool = False
+    """Measure what only the gate asks for: relevance to the prompt, and wins over the SFT model made as sharp."""
+
+
 def _name_methods(value: Any) -> Any:
     """`align: {dpo: {}}` means `align: {dpo: {method: dpo}}`."""
     if isinstance(value, dict):
