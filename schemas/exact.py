@@ -1,4 +1,4 @@
-"""The exact one-sided sign test of a win rate, and what it can detect. Pure: the gate, its plan and its simulation share it.
+"""The exact one-sided sign test of a win rate, and what it can detect.
 
 A prompt is won, lost or tied; ties say nothing of the direction. Probabilities are sums of binomial terms, exact up to
 float rounding.

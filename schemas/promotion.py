@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field, field_validator
 from schemas import Strict, exact, no_truth
 from schemas.text import short
 
+GATE_TAG = "gate"
+"""MLflow tag of evaluations that the gate has asked for."""
+
 
 class Check(Strict):
     """One bound of the gate beside the number that was found."""

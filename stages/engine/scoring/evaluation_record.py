@@ -41,7 +41,7 @@ class Sample:
     reference_logp: float | None = None
     """log pi_sft of this answer, in nats, at temperature 1."""
     relevance: float | None = None
-    """How much likelier the SFT model finds the answer behind its own prompt than behind others, in nats. For the gate."""
+    """How much likelier the SFT model finds the answer behind its own prompt than behind others, in nats."""
     matched_win: float | None = None
     """As `win`, against the SFT model at the temperature where it is as sharp as this model. For the gate."""
     temperature: float = 1.0
@@ -67,8 +67,7 @@ class Evaluation:
     settings: dict[str, Any]
     """The stage's parameters with `seed` and `judge_model` (the sha256 of a judging reward model)."""
     pairs: list[tuple[str, float]] = field(default_factory=list)
-    """Of each held-out pair: its prompt's cluster, and 1 where the chosen answer gained more probability, 1/2 for a tie.
-    """
+    """Of each held-out pair: its prompt's cluster, 1 where the chosen answer gained more probability, 1/2 for a tie."""
 
     @property
     def temperatures(self) -> list[float]:

@@ -47,9 +47,7 @@ def relevance(
     """
     others = other_prompts(clusters)
     trees = [
-        Tree(tuple(prompts[place]), (tuple(answer),))
-        for i, answer in enumerate(answers)
-        for place in (i, *others[i])
+        Tree(tuple(prompts[place]), (tuple(answer),)) for i, answer in enumerate(answers) for place in (i, *others[i])
     ]
     numbers = iter(value for (value,) in logps(trees))
     found = []
