@@ -128,5 +128,5 @@ def test_a_file_of_short_passwords_is_refused(bare: Path) -> None:
     passwords.made()
     short = json.loads(passwords.file().read_text()) | {"mlflow": "staple"}
     passwords.file().write_text(json.dumps(short))
-    with pytest.raises(StageError, match="does not hold passwords. Fix: delete it"):
+    with pytest.raises(StageError, match=r"does not hold passwords\. Fix: delete it"):
         passwords.kept()
