@@ -92,10 +92,26 @@ class PPO(MethodConfig):
     missing_end_penalty: float = Field(default=1.0, ge=0)
     """Taken off the score of an answer that does not end by itself."""
     value_trunk: Literal["separate", "shared"] = "separate"
-    """`shared` puts the value head on the policy's trunk: faster, less memory."""
+    """`shared` puts the value head on the policy's trunk: faster, less memory, and often a critic that explains little
+    (train/explained_variance)."""
+    value_learning_rate: float | None = Field(default=None, gt=0)
+    """Of the critic, under the same schedule; default ten times `learning_rate`: it has a mean to find, and nobody is
+    harmed when it moves fast. On a shared trunk of the value head alone."""
+    value_warmup: int = Field(default=2, ge=0)
+    """Iterations in which the critic learns alone and the policy stays as it is; at most a tenth of `iterations`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(default=0.0, ge=0, lt=1)
     adam_eps: float = Field(default=1e-5, gt=0)
+
+    @property
+    def value_rate_factor(self) -> float:
+        """The critic's learning rate over the policy's."""
+        return 10.0 if self.value_learning_rate is None else self.value_learning_rate / self.learning_rate
+
+    @property
+    def critic_alone(self) -> int:
+        """The first iterations, in which the critic learns alone."""
+        return min(self.value_warmup, self.iterations // 10)
 
     @model_validator(mode="after")
     def _the_penalty_keeps_its_sign(self) -> Self:

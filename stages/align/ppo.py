@@ -40,8 +40,9 @@ from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tok
 from stages.engine.distributed import gather_in_order, rank, share, world
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
+from stages.engine.models.logprobs import Rows, exact_kl
 from stages.engine.models.lora import base_of
-from stages.engine.models.policy import Policy, Scorer, context_length
+from stages.engine.models.policy import Output, Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring.batched import over_trees
@@ -127,18 +128,33 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(
-        self, batch: Batch, part: Part = "both", *, entropy: bool = False, temperature: float = 1.0
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """log pi, value and entropy of every answer token, N each: the value is that of the state before the token.
+        self,
+        batch: Batch,
+        part: Part = "both",
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        critic_alone: bool = False,
+        log_probs: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Rows | None]:
+        """log pi, value and entropy of every answer token, N each: the value is that of the state before the token;
+        and the log-probs of the whole vocabulary.
 
-        None where `part` leaves it out.
+        None where `part` leaves it out. `critic_alone`: values send the policy's trunk no gradient.
         """
         if part == "value":
             assert self.critic is not None, "a shared trunk is computed whole"
-            return None, self.critic(batch, every=True), None
-        out = self.policy(batch, value=self.critic is None, entropy=entropy, temperature=temperature)
+            return None, self.critic(batch, every=True), None, None
+        out = self.policy(
+            batch,
+            value=self.critic is None,
+            entropy=entropy,
+            temperature=temperature,
+            head_alone=critic_alone,
+            log_probs=log_probs,
+        )
         values_N = self.critic(batch, every=True) if self.critic and part == "both" else out.values_N
-        return out.logps_N, values_N, out.entropy_N
+        return out.logps_N, values_N, out.entropy_N, out.log_probs
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,8 @@ class Micro:
     advantages_N: Tensor
     returns_N: Tensor
     part: Part = "both"
+    critic_alone: bool = False
+    """Whether the policy is to stay as it is."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,8 @@ class TokenStats:
     values_T: Tensor
     reference_T: Tensor
     entropy_T: Tensor
+    kl_T: Tensor
+    """Exact, from policy to reference, over the vocabulary."""
 
 
 class RewardModel:
@@ -330,14 +350,32 @@ class PPO:
                 self.rollout = self.collect(iteration)
                 self.check_kl(self.rollout.stats["train/kl_to_reference"], step + 1)  # as the loop counts
             micros = [self.micro(self.rollout, positions) for positions in self.minibatch(self.rollout, within)]
-            yield [replace(micro, part=part) for part in self.parts() for micro in micros]
+            alone = self.is_critic_alone(step)
+            yield [replace(micro, part=part, critic_alone=alone) for part in self.parts(alone) for micro in micros]
 
-    def parts(self) -> tuple[Part, ...]:
+    def is_critic_alone(self, step: int) -> bool:
+        """Whether the critic warms up in this step, while the policy stays as it is."""
+        return step < self.config.critic_alone * self.steps_per_iteration
+
+    def parts(self, critic_alone: bool = False) -> tuple[Part, ...]:
         """In turn, policy and critic hold the activations of one of them only. Under DDP a backward pass that
         synchronises has to reach all parameters.
         """
         apart = self.critic is not None and self.model is self.actor_critic
-        return ("policy", "value") if apart else ("both",)
+        if not apart:
+            return ("both",)
+        return ("value",) if critic_alone else ("policy", "value")
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The critic is what only the values need: its own trunk, or the head on the policy's."""
+        own = self.critic or self.policy.value_head
+        assert own is not None
+        critic = [p for p in own.parameters() if p.requires_grad]
+        ids = set(map(id, critic))
+        return {"policy": [p for p in self.model.parameters() if id(p) not in ids], "value": critic}
+
+    def rate_factors(self, step: int) -> dict[str, float]:
+        return {"policy": 0.0 if self.is_critic_alone(step) else 1.0, "value": self.config.value_rate_factor}
 
     def check_kl(self, kl: float, step: int) -> None:
         """Count rollouts too far from the reference; too many in a row end the training before it learns from them."""
@@ -356,27 +394,33 @@ class PPO:
 
     def prepare(self, micros: list[Micro]) -> Totals:
         """Answer tokens of the step: every mean is over them."""
-        own = sum(len(micro.old_logps_N) for micro in micros if micro.part != "value")
+        own = sum(len(micro.old_logps_N) for micro in micros if micro.part == micros[0].part)
         return {"tokens": torch.tensor(float(own))}
 
     def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
         """Clipped policy loss plus value_coef times clipped value loss, means over the step's tokens."""
         config, metrics = self.config, Metrics()
-        logps_N, values_N, _ = self.model(micro.batch, micro.part, temperature=config.temperature)
+        alone = micro.critic_alone
+        logps_N, values_N, _, _ = self.model(
+            micro.batch, micro.part, temperature=config.temperature, critic_alone=alone
+        )
         tokens = totals["tokens"].to(micro.old_logps_N.device)
         loss = torch.zeros((), device=tokens.device)
         if logps_N is not None:
             policy_N, ratio_N = policy_loss(logps_N, micro.old_logps_N, micro.advantages_N, config.clip)
-            loss = loss + policy_N.sum() / tokens
+            policy = policy_N.sum() / tokens
+            loss = loss + (0 * policy if alone else policy)  # under DDP the gradient of all has to be there
             ratio_N = ratio_N.detach()
             metrics |= {
-                "train/policy_loss": loss.detach(),
+                "train/policy_loss": policy.detach(),
                 "train/ratio_mean": ratio_N.sum() / tokens,
+                "train/ratio_max": ratio_N.max(),
                 "train/clip_fraction": ((ratio_N - 1).abs() > config.clip).sum() / tokens,
                 # Of the updated policy to the one that sampled, nats per token: E[r - 1 - log r], always >= 0.
                 "train/approx_kl": (ratio_N - 1 - (logps_N - micro.old_logps_N).detach()).sum() / tokens,
-                "compute/train_tokens": torch.tensor(float(micro.batch.tokens)),
             }
+        if logps_N is not None or alone:
+            metrics["compute/train_tokens"] = torch.tensor(float(micro.batch.tokens))
         if values_N is not None:
             value_N = value_loss(values_N, micro.old_values_N, micro.returns_N, config.value_clip)
             value = value_N.sum() / tokens
@@ -493,19 +537,23 @@ class PPO:
         for within in range(self.steps_per_epoch):
             for positions in self.minibatch(sampled, within):
                 batch = self.batch(sampled, positions)
-                own = self.actor_critic(batch, entropy=True, temperature=self.config.temperature)
-                logps_N, values_N, entropy_N = own
+                temperature = self.config.temperature
+                own = self.actor_critic(batch, entropy=True, temperature=temperature, log_probs=True)
+                logps_N, values_N, entropy_N, rows = own
+                reference = self.read_by_reference(batch)
+                assert logps_N is not None and rows is not None and reference.log_probs is not None
+                kl_N = exact_kl(rows, reference.log_probs, len(logps_N))
                 lengths = [len(sampled.answers[i]) for i in positions]
-                tensors = (logps_N, values_N, self.reference_logps(batch), entropy_N)
+                tensors = (logps_N, values_N, reference.logps_N, entropy_N, kl_N)
                 parts = [tensor.float().cpu().split(lengths) for tensor in tensors]
                 stats |= {i: TokenStats(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
         return gather_in_order(stats)
 
-    def reference_logps(self, batch: Batch) -> Tensor:
-        """Of the SFT model: the adapters switched off, or a frozen copy."""
+    def read_by_reference(self, batch: Batch) -> Output:
+        """By the SFT model: the adapters switched off, or a frozen copy."""
         policy = self.policy if self.frozen is None else self.frozen
         with policy.reference() if self.frozen is None else nullcontext():
-            return policy(batch, temperature=self.config.temperature).logps_N
+            return policy(batch, temperature=self.config.temperature, log_probs=True)
 
     def finish_rollout(self, sampled: Sampled, scores_B: Tensor, stats: list[TokenStats]) -> Rollout:
         """Rewards, advantages and returns of the whole rollout, in float64; and what is logged of it."""
@@ -523,6 +571,7 @@ class PPO:
         logged = {
             "train/score": float(scores_B.mean()),
             "train/kl_to_reference": float((logps_BT - reference_BT).sum(1).mean()),
+            "train/kl_exact": float(torch.cat([s.kl_T for s in stats]).double().sum()) / len(stats),
             "train/kl_coef": self.kl_coef,
             "train/entropy": float(torch.cat([s.entropy_T for s in stats]).double().mean()),
             **spread("train/return", returns_BT[mask_BT]),

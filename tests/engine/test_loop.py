@@ -32,6 +32,12 @@ class Regression:
         self.ema = torch.zeros(1)
         self.training, self.total_steps = TRAINING, 0
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"model": list(self.model.parameters())}
+
+    def rate_factors(self, step: int) -> dict[str, float]:
+        return {"model": 1.0}
+
     def batches(self, start: int) -> Iterator[list[Tensor]]:
         for step in range(start, 1000):
             if step == self.kill:
@@ -178,3 +184,66 @@ def test_a_checkpoint_that_cannot_be_written_stops_training(tmp_path: Path, monk
         train(Regression(), 1000, run)
     assert ("train/loss", 1000) not in run.logged
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_where_tokens_end_the_training_the_first_step_is_not_lost() -> None:
+    # 1000 tokens in steps of 100, 200 of warm-up: as 10 steps with 2 of warm-up, 1/3 and 2/3 of the rate, then all.
+    linear = Training(learning_rate=1.0, schedule="linear", warmup=0.2, train_tokens=1000)
+    rates = [loop.learning_rate(linear, at, 1000, 100) for at in range(0, 1000, 100)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert loop.learning_rate(linear, 150, 1000, 600) == pytest.approx(750 / 800)  # a step that leaves the warm-up
+
+
+class TwoParts(Regression):
+    """The first layer learns at half the rate, and not at all in the first step."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        layers = list(self.model.children())
+        return {"low": list(layers[0].parameters()), "high": list(layers[2].parameters())}
+
+    def rate_factors(self, step: int) -> dict[str, float]:
+        return {"low": 0.5 if step else 0.0, "high": 1.0}
+
+    def loss(self, micro: Tensor, totals: Totals) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().loss(micro, totals)
+        return loss, metrics | {"train/most_max": micro.max(), "train/most": micro.max()}
+
+
+def test_one_step_of_adamw_by_hand(tmp_path: Path) -> None:
+    """Clipping, bias correction, epsilon, decay of matrices alone, a rate per part: Loshchilov & Hutter, alg. 2."""
+    changes = {"weight_decay": 0.5, "adam_eps": 0.01, "max_grad_norm": 0.3, "schedule": "constant", "warmup": 0.0}
+    method, context = TwoParts(micro=8), memory(tmp_path)
+    method.training = TRAINING.model_copy(update={**changes, "log_every": 1})
+    before = weights(method)
+    train(method, 1, context)
+    half = weights(method)
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], half[:2], strict=True))  # factor 0: no decay either
+
+    before = [p.requires_grad_() for p in before]
+    grads = torch.autograd.grad(by_hand(before).square().mean(), before)
+    norm = float(torch.cat([g.flatten() for g in grads]).norm())
+    assert norm > 0.3  # so that clipping acts
+    for p, g, after in zip(before[2:], grads[2:], half[2:], strict=True):
+        clipped = g * 0.3 / (norm + 1e-6)
+        # first step: m / (1 - b1) = g and sqrt(v / (1 - b2)) = |g|
+        step = 1e-2 * clipped / (clipped.abs() + 0.01)
+        decay = 1e-2 * 0.5 * p if p.ndim == 2 else 0.0
+        torch.testing.assert_close(after, (p - decay - step).detach(), rtol=1e-5, atol=1e-7)
+    low, high = (float(torch.cat([g.flatten() for g in part]).norm()) for part in (grads[:2], grads[2:]))
+    for name, value in {"low_grad_norm": low, "high_grad_norm": high, "grad_norm": norm}.items():
+        assert context.steps(f"train/{name}") == pytest.approx([value], rel=1e-4)
+
+
+def by_hand(weights: list[Tensor]) -> Tensor:
+    """The errors of Regression's first step, without dropout."""
+    rows = ROWS[list(order.step_rows(len(ROWS), 0, 8, seed=3))]
+    hidden = rows @ weights[0].T + weights[1]
+    return (hidden @ weights[2].T + weights[3]).squeeze(-1) - rows.sum(-1)
+
+
+def test_metrics_add_up_over_micro_batches_and_maxima_are_maxima(tmp_path: Path) -> None:
+    method, context = TwoParts(micro=2), memory(tmp_path)
+    train(method, 1, context)
+    tops = ROWS[list(order.step_rows(len(ROWS), 0, 8, seed=3))].split(2)
+    assert context.steps("train/most_max") == [pytest.approx(max(float(t.max()) for t in tops))]
+    assert context.steps("train/most") == [pytest.approx(sum(float(t.max()) for t in tops))]

@@ -70,6 +70,19 @@ def test_the_chunked_head_is_the_full_head(
         torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_the_exact_kl_in_chunks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", 3 * 29)  # 37 tokens in 13 chunks
+    hidden_ND, weight_VD, bias_V, _ = head_inputs()
+    moved_ND, moved_VD = hidden_ND + 0.5 * hidden_ND.flip(0), weight_VD.flip(1)
+    own = logprobs.linear_log_probs(moved_ND, moved_VD, None, 0.7)
+    reference = logprobs.linear_log_probs(hidden_ND, weight_VD, bias_V, 0.7)
+    p_NV = ((moved_ND.double() @ moved_VD.double().T) / 0.7).log_softmax(-1)
+    q_NV = ((hidden_ND.double() @ weight_VD.double().T + bias_V) / 0.7).log_softmax(-1)
+    expected_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1)
+    assert expected_N.min() > 0.1
+    torch.testing.assert_close(logprobs.exact_kl(own, reference, 37).double(), expected_N, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
 def test_the_chunked_head_leaves_out_gradients_that_nobody_wants(frozen: tuple[int, ...]) -> None:
     *given, labels_N = head_inputs()

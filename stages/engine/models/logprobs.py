@@ -3,6 +3,7 @@
 Shapes: N tokens, D hidden size, V vocabulary, R rows of one chunk.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stages.engine.models.cpu import product_for
+
+Rows = Callable[[slice], Tensor]
 
 CHUNK = 2**23
 """Logits of one chunk: 32 MB in float32."""
@@ -36,6 +39,31 @@ def linear_logps(
     with torch.autocast(kind, enabled=False):
         logps_N, entropy_N = _LinearLogps.apply(hidden_ND, weight_VD, bias_V, labels_N, dtype, entropy)
     return logps_N, entropy_N if entropy else None
+
+
+def linear_log_probs(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float = 1.0) -> Rows:
+    """All log-probs of some rows, [R, V] float32 without gradient, computed when they are asked for."""
+    kind = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+
+    def rows(part: slice) -> Tensor:
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            return (_logits(hidden_ND[part].to(dtype), weight_VD.to(dtype), bias_V) / temperature).log_softmax(-1)
+
+    return rows
+
+
+def exact_kl(policy: Rows, reference: Rows, tokens: int) -> Tensor:
+    """KL(pi(. | prefix) || pi_ref(. | prefix)) in nats before each of N tokens: exact over the vocabulary.
+
+    Its sum along answers drawn from pi has the mean of the sampled log-ratios and a fraction of their noise.
+    """
+    parts = []
+    for part in _chunks(tokens, policy(slice(0, 1)).shape[-1]):
+        own_RV = policy(part)
+        parts.append((own_RV.exp() * (own_RV - reference(part))).sum(-1))
+    return torch.cat(parts)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:

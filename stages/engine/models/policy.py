@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.engine.data.trees import Batch
 from stages.engine.models import cpu, lora
-from stages.engine.models.logprobs import linear_logps
+from stages.engine.models.logprobs import Rows, linear_log_probs, linear_logps
 from stages.engine.models.tree_attention import TREE_TYPES, why_padded
 
 
@@ -22,6 +22,8 @@ class Output(NamedTuple):
     logps_N: Tensor
     values_N: Tensor | None
     entropy_N: Tensor | None
+    log_probs: Rows | None = None
+    """Of a slice of the tokens over the whole vocabulary, where asked for."""
 
 
 class _Trunk(nn.Module):
@@ -80,31 +82,44 @@ class Policy(_Trunk):
             head.load_state_dict({name: torch.zeros_like(value) for name, value in head.state_dict().items()})
             self.value_head = head
 
-    def forward(self, batch: Batch, *, value: bool = False, entropy: bool = False, temperature: float = 1.0) -> Output:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        value: bool = False,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        head_alone: bool = False,
+        log_probs: bool = False,
+    ) -> Output:
         """log pi of every answer token, float32; the value before it and the entropy there (no gradient) if asked.
 
-        pi is the model's distribution at `temperature`.
+        pi is the model's distribution at `temperature`. `head_alone`: values send no gradient beyond their head.
         """
         with self.autocast():
-            logps_N, entropy_N, hidden_ND = self._logps(batch, value, entropy, temperature)
-        return Output(logps_N, self._values(hidden_ND) if value else None, entropy_N)
+            logps_N, entropy_N, hidden_ND, rows = self._logps(batch, value, entropy, temperature)
+        if head_alone:
+            hidden_ND = hidden_ND.detach()
+        values_N = self._values(hidden_ND) if value else None
+        return Output(logps_N, values_N, entropy_N, rows if log_probs else None)
 
     def _logps(
         self, batch: Batch, value: bool, entropy: bool, temperature: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Rows]:
         """The head works at `predict_N` alone; models with more than a linear head make their own logits."""
         head = self.plain.get_output_embeddings()
         if type(head) is cpu.Linear and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
             given = (hidden_ND, head.weight, head.bias, batch.labels_N)
-            return *linear_logps(*given, entropy=entropy, temperature=temperature), hidden_ND
+            rows = linear_log_probs(*given[:3], temperature)
+            return *linear_logps(*given, entropy=entropy, temperature=temperature), hidden_ND, rows
         out = self.hf(**self.inputs(batch), output_hidden_states=value)
         logits_NV = out.logits.flatten(0, 1).index_select(0, batch.predict_N).float()
         log_probs_NV = (logits_NV / temperature).log_softmax(-1)
         logps_N = log_probs_NV.gather(-1, batch.labels_N[:, None]).squeeze(-1)
         entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1).detach() if entropy else None
         hidden_ND = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.predict_N) if value else logps_N
-        return logps_N, entropy_N, hidden_ND
+        return logps_N, entropy_N, hidden_ND, log_probs_NV.detach().__getitem__
 
     def _values(self, hidden_ND: Tensor) -> Tensor:
         if self.value_head is None:

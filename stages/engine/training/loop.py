@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +28,40 @@ from stages.runtime.context import StageContext
 from stages.runtime.workspace import remove
 
 
-def learning_rate(training: Training, at: int, end: int) -> float:
+def learning_rate(training: Training, at: int, end: int, size: int = 1) -> float:
     """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the progress.
 
-    at, end: steps done and in all; or tokens, where they end the training.
+    at, end, size: steps done, in all, and in this step; or tokens, where they end the training. The warm-up counts what
+    this step adds, so that the first one is not lost.
     """
     warmup = math.ceil(training.warmup * end)
     if at < warmup:
-        return training.learning_rate * (at + 1) / (warmup + 1)
+        return training.learning_rate * min(1.0, (at + size) / (warmup + size))
     done = (at - warmup) / max(1, end - warmup)
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return training.learning_rate * factor[training.schedule]
 
 
-def optimizer_for(model: torch.nn.Module, training: Training) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def optimizer_for(parts: Mapping[str, Sequence[torch.nn.Parameter]], training: Training) -> torch.optim.AdamW:
+    """AdamW, with groups that carry their part's name; weight decay on matrices only."""
+    groups: list[dict[str, Any]] = []
+    for part, every in parts.items():
+        parameters = [p for p in every if p.requires_grad]
+        matrices, rest = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+        groups.append({"part": part, "params": matrices, "weight_decay": training.weight_decay})
+        groups.append({"part": part, "params": rest, "weight_decay": 0.0})
     betas = (training.adam_beta1, training.adam_beta2)
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
+
+
+def together(name: str, values: Tensor) -> Tensor:
+    """A metric's values of several micro-batches or ranks as one."""
+    return values.max() if name.endswith("_max") else values.sum()
+
+
+def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
+    """The 2-norm of all their gradients together, before clipping."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 @contextlib.contextmanager
@@ -82,7 +94,8 @@ class Loop:
         processes()
         make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
-        self.adamw = optimizer_for(method.model, self.training)
+        self.parts = method.groups()
+        self.adamw = optimizer_for(self.parts, self.training)
         method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
         method.model.train()
         self.raw = self.accelerator.unwrap_model(method.model)
@@ -112,14 +125,14 @@ class Loop:
     # --- one optimizer step ---
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add up scalars over all ranks, in one message."""
+        """Scalars of all ranks together, in one message: sums, and maxima where the name ends in `_max`."""
         if not values or self.accelerator.num_processes == 1:
             return values
         names = sorted(values)
         stacked = torch.stack([values[n].detach().float().to(self.accelerator.device) for n in names])
-        summed = self.accelerator.reduce(stacked, "sum")
-        assert isinstance(summed, Tensor)
-        return dict(zip(names, summed.unbind(), strict=True))
+        every = self.accelerator.gather(stacked[None])
+        assert isinstance(every, Tensor)
+        return {name: together(name, every[:, place]) for place, name in enumerate(names)}
 
     def backward(self, micros: list[Any]) -> Metrics:
         """Gradient of the whole step: the micro-batches' summands, added up here and over the ranks."""
@@ -136,7 +149,8 @@ class Loop:
                 # DDP averages over the ranks; the summands' denominators are global already.
                 self.accelerator.backward(summand * self.accelerator.num_processes)
             for name, value in {"train/loss": summand, **metrics}.items():
-                summed[name] = summed.get(name, torch.zeros(())) + value.detach().float().cpu()
+                value = value.detach().float().cpu()
+                summed[name] = together(name, torch.stack([summed[name], value])) if name in summed else value
         return summed
 
     def one_step(self, micros: list[Any]) -> dict[str, float]:
@@ -144,10 +158,14 @@ class Loop:
         seed = hash((self.context.request.seed, self.step, self.accelerator.process_index)) % 2**63
         torch.manual_seed(seed)  # dropout draws from it
         random.seed(seed)
-        rate = learning_rate(self.training, *self.progress[:2])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         metrics = {name: float(v) for name, v in self.reduce(self.backward(micros)).items()}
+        size = 1 if self.training.train_tokens is None else int(metrics["compute/train_tokens"])
+        rate = learning_rate(self.training, *self.progress[:2], size)
+        factors = self.method.rate_factors(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * factors[group["part"]]
+        if len(self.parts) > 1:
+            metrics |= {f"train/{part}_grad_norm": grad_norm(every) for part, every in self.parts.items()}
         norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)
         metrics |= {"train/grad_norm": float(norm or 0.0), "train/learning_rate": rate}
         self.check_finite(metrics)

@@ -20,8 +20,8 @@ Totals = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 """Scalars that add up over micro-batches and ranks to the step's value: already divided by the totals.
 
-Those under `compute/` are added up over all steps as well; `compute/train_tokens`, which may end a training, is
-`Batch.tokens`. The loop adds `train/loss` itself."""
+Those whose name ends in `_max` are maxima instead. Those under `compute/` are added up over all steps as well;
+`compute/train_tokens`, which may end a training, is `Batch.tokens`. The loop adds `train/loss` itself."""
 
 
 class Method(Protocol[Micro]):
@@ -35,6 +35,14 @@ class Method(Protocol[Micro]):
     @property
     def training(self) -> Training:
         """Its settings: batch size, learning rate, when to save."""
+        ...
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """All that is trained, in parts with a name: each has a gradient norm and a learning rate of its own."""
+        ...
+
+    def rate_factors(self, step: int) -> dict[str, float]:
+        """Name of a part -> its learning rate in this step, over the schedule's. 0 leaves the part as it is."""
         ...
 
     def batches(self, start: int) -> Iterator[list[Micro]]:

@@ -89,6 +89,12 @@ class OfflineMethod(ABC):
         """Token tensors of some trees, where the model is."""
         return collate(trees, self.layout, self.codec.pad_id).to(self.device)
 
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"model": list(self.model.parameters())}
+
+    def rate_factors(self, step: int) -> dict[str, float]:
+        return {"model": 1.0}
+
     def batches(self, start: int) -> Iterator[list[Micro]]:
         """This rank's micro-batches of every step from `start` on; rows of similar length are together."""
         for step in range(start, self.total_steps):

@@ -31,7 +31,7 @@ CONFIGS: dict[str, Training] = {
     "reward": RewardConfig(**COMMON),
     "dpo": methods.DPO(**COMMON),
     "kto": methods.KTO(**COMMON),
-    "ppo": methods.PPO(**ROLLOUTS, learning_rate=1e-3),
+    "ppo": methods.PPO(**ROLLOUTS, learning_rate=1e-3, value_learning_rate=1e-3),
 }
 STAGE = {"sft": "sft", "reward": "reward", "dpo": "align", "kto": "align", "ppo": "align"}
 

@@ -3,11 +3,12 @@
 Shapes: B answers, T tokens of the longest, N answer tokens end to end.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,29 @@ def test_a_rollout_is_logged_as_it_is(start: Callable[..., PPO]) -> None:
     assert len(prompts) == 10, "the prompts of one pass over the data do not repeat"
 
 
+@pytest.mark.parametrize("way", ["separate", "lora", "temperature"])
+def test_the_exact_kl_is_that_of_the_whole_vocabulary(start: Callable[..., PPO], way: str) -> None:
+    ppo = start(**WAYS[way])
+    assert ppo.collect(0).stats["train/kl_exact"] == pytest.approx(0, abs=1e-6)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in ppo.groups()["policy"]:
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    rollout, found = ppo.collect(1), []
+    for row, answer in zip(rollout.rows, rollout.answers, strict=True):
+        ids, begin = [*ppo.prompts[row], *answer], len(ppo.prompts[row]) - 1
+        with torch.no_grad():
+            own_TV = ppo.policy.hf(input_ids=torch.tensor([ids])).logits[0, begin:-1].double()
+            with ppo.policy.reference() if ppo.frozen is None else contextlib.nullcontext():
+                base = ppo.policy if ppo.frozen is None else ppo.frozen
+                base_TV = base.hf(input_ids=torch.tensor([ids])).logits[0, begin:-1].double()
+        own_TV, base_TV = ((t / ppo.config.temperature).log_softmax(-1) for t in (own_TV, base_TV))
+        found.append(float((own_TV.exp() * (own_TV - base_TV)).sum()))
+    assert rollout.stats["train/kl_exact"] == pytest.approx(sum(found) / 10, rel=1e-3)
+    assert rollout.stats["train/kl_exact"] > 0.01
+
+
 def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None:
     """The score of an answer that did not end by a stop token loses the penalty; the pad token ends nothing."""
     ppo = start(kl_coef=0.5, missing_end_penalty=3.0, lam=1.0)
@@ -308,7 +332,7 @@ def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None
     reference = [tensor([-1.0, -2.5]), tensor([-1.5, -1.0, -1.0]), tensor([-2.0, -2.0])]
     values = [tensor([0.5, 0.5]), tensor([0.0, 0.0, 0.0]), tensor([1.0, 2.0])]
     triples = zip(logps, values, reference, strict=True)
-    stats = [TokenStats(a.float(), b.float(), c.float(), torch.zeros(len(a))) for a, b, c in triples]
+    stats = [TokenStats(a.float(), b.float(), c.float(), torch.zeros(len(a)), (a - c).float()) for a, b, c in triples]
     rollout = ppo.finish_rollout(sampled, tensor([10.0, 20.0, 30.0]), stats)
     to_come = [10 - 0.5 * 0.5, 10 - 0.5 * 0.5, 17 - 0.5 * 0.5, 17.0, 17.0, 27.0, 27.0]
     assert rollout.returns_N.tolist() == pytest.approx(to_come)
@@ -357,6 +381,60 @@ def test_policy_and_critic_in_turn_equal_both_at_once(start: Callable[..., PPO])
     assert loss == pytest.approx(expected_loss, rel=1e-6) and metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value)
+
+
+def parameters(ppo: PPO) -> dict[str, list[Tensor]]:
+    return {part: [p.detach().clone() for p in every if p.requires_grad] for part, every in ppo.groups().items()}
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("way", ["separate", "shared", "lora", "at once"])
+def test_the_critic_warms_up_while_the_policy_stays(start: Callable[..., PPO], way: str) -> None:
+    # 20 iterations of 2 steps: 2 of warm-up, 4 steps. Decay would move weights of gradient 0 as well.
+    changes = {"iterations": 20, "batch_size": 10, "value_warmup": 5, "weight_decay": 0.1, "max_grad_norm": 1e6}
+    ppo = start(**changes, learning_rate=1e-4, adam_eps=1e-12, **WAYS.get(way, {}))
+    if way == "at once":  # as under DDP, where one backward pass reaches all
+        ppo.parts = lambda critic_alone=False: ("both",)
+    if ppo.policy.value_head is not None:  # it begins with zeros, through which no gradient could get
+        nn.init.normal_(ppo.policy.value_head.weight)
+    micros, groups = next(ppo.batches(0)), ppo.groups()
+    trained = 0.0
+    for micro in micros:
+        loss, metrics = ppo.loss(micro, ppo.prepare(micros))
+        loss.backward()
+        trained += float(metrics["compute/train_tokens"])
+    assert ppo.rollout is not None
+    assert trained == sum(len(ppo.prompts[row]) for row in ppo.rollout.rows) + sum(map(len, ppo.rollout.answers))
+    # none gathers as momentum, to move the policy later
+    assert not any(p.grad.any() for p in groups["policy"] if p.grad is not None)
+    assert any(p.grad is not None and p.grad.any() for p in groups["value"])
+    ppo.model.zero_grad()
+    before = parameters(ppo)
+    logged = run_loop(ppo, 4)
+    warm = parameters(ppo)
+    assert same(before["policy"], warm["policy"]) and not same(before["value"], warm["value"])
+    assert logged["train/kl_to_reference"][-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_warm_up_is_at_most_a_tenth(start: Callable[..., PPO]) -> None:
+    assert [settings(iterations=n).critic_alone for n in (9, 10, 19, 20, 500)] == [0, 1, 1, 2, 2]
+    assert settings(iterations=500, value_warmup=0).critic_alone == 0
+    ppo = start(iterations=20)  # 2 iterations of 2 epochs of 3 steps
+    assert [ppo.is_critic_alone(step) for step in (0, 11, 12)] == [True, True, False]
+
+
+def test_the_critic_has_a_rate_of_its_own(start: Callable[..., PPO]) -> None:
+    for own, factor in ((None, 10), (5e-4, 0.5)):
+        ppo = start(learning_rate=1e-3, value_learning_rate=own)
+        assert ppo.rate_factors(0) == {"policy": 1.0, "value": pytest.approx(factor)}
+    shared = start(value_trunk="shared")
+    head = shared.policy.value_head
+    assert head is not None and [id(p) for p in shared.groups()["value"]] == [id(p) for p in head.parameters()]
+    trained = {id(p) for p in shared.model.parameters()}
+    assert {id(p) for every in shared.groups().values() for p in every} == trained
 
 
 def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO]) -> None:
