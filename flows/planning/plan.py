@@ -1,6 +1,7 @@
 """From a config to the stages that run: a pure function, no files, no servers.
 
     base -> data * -> sft -> [generate -> data generated] -> reward, gold -> [budget] -> align * -> eval * -> compare
+    [baselines] -> compare
     retraining, after these: -> eval champion -> promote
 
 A node is planned when something needs it; what a method needs and nothing gives is an error here, before anything runs.
@@ -12,7 +13,7 @@ from dataclasses import field as default
 from typing import Any
 
 from flows.planning import plan_checks
-from schemas.config import DERIVES, DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import DERIVES, BaselinesParams, DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
@@ -134,7 +135,8 @@ class Planner:
         if self.has_reward():
             self.reward("reward")
         models = self.models()
-        self.compare({name: self.evaluation(name, models) for name in models})
+        evaluations = {name: self.evaluation(name, models) for name in models}
+        self.compare(evaluations, self.baselines())
 
     def add(self, node: Node, output: str) -> Output:
         self.nodes[node.name] = node
@@ -312,7 +314,7 @@ class Planner:
             inputs["baseline"] = self.evaluation("sft", models)
         about = self.training_labels(name)
         tags = {"method": about["method"]}
-        params = self.config.evaluate.model_dump(mode="json")
+        params = self.config.evaluate.model_dump(mode="json", exclude={"baselines"})
         node = Node(f"eval {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
         return self.add(node, "evaluation")
 
@@ -328,9 +330,26 @@ class Planner:
                 about[setting] = str(value)
         return about
 
-    def compare(self, evaluations: dict[str, Output]) -> Output:
+    def baselines(self) -> Output | None:
+        """What the SFT model gives without alignment; none without aligned models, or where it is not asked for."""
+        evaluate = self.config.evaluate
+        if evaluate.baselines is None or not self.config.align:
+            return None
+        sft = self.sft_model()
+        inputs = {"model": sft, "reference": sft, "data": self.data(self.evaluation_slot())}
+        if (judge := self.judge()) is not None:
+            inputs["judge"] = judge
+        if "reward" in self.nodes:
+            inputs["reward"] = ("reward", "model")
+        own = evaluate.baselines.model_dump(mode="json")
+        params = own | evaluate.model_dump(mode="json", include=set(BaselinesParams.model_fields) - own.keys())
+        node = Node("baselines", "baselines", "evaluate.baselines", params, inputs, self.config.seed)
+        return self.add(node, "baselines")
+
+    def compare(self, evaluations: dict[str, Output], baselines: Output | None) -> Output:
         params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
-        return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
+        inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
+        return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 
     # --- promotion ---
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from schemas.errors import StageError
-from stages.compare.plots import STARTING_POINTS
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.scoring.intervals import Interval, bootstraps, holm, sign_test
 from stages.engine.scoring.paired import scores_alone, wins_between
 
+STARTING_POINTS = ("base", "sft")
 ALPHA = 0.05
 ASKED = 6  # aligned models up to which a judge that only compares is asked about each pair of them
 RESAMPLES = 2000  # where the evaluations do not say
