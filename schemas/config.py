@@ -1,12 +1,13 @@
 """The config of a pipeline run: one YAML file, checked whole before anything starts."""
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
-from schemas.methods import Method
+from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
 from schemas.source import Hub, PathText, could_exist, data_source, template_file
 from schemas.stage import STAGES
@@ -78,13 +79,27 @@ class DataConfig(Strict):
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N rows."""
     eval_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Share of prompts held out for evaluation, chosen by the prompt's hash."""
+    """Share of prompts held out for evaluation. A prompt's part is told by the hash of its first user turn with the
+    system message, so that a conversation and its later turns are on one side, and the same in all data."""
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of prompts that nothing trains on and no comparison looks at: `alignflow sweep` measures its winner there.
+    """
     gold_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training prompts kept for the gold reward model, which judges and never trains a policy."""
     max_bad: float = Field(default=0.1, ge=0, le=1)
     """Share of quarantined rows above which the flow stops."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "DataConfig":
+        if self.eval_fraction + self.test_fraction > 1 + 1e-9:
+            raise PydanticCustomError(
+                "parts",
+                "eval_fraction = {held} and test_fraction = {test} are more than all prompts. Fix: lower one of them",
+                {"held": self.eval_fraction, "test": self.test_fraction},
+            )
+        return self
 
     @field_validator("path")
     @classmethod
@@ -173,6 +188,13 @@ class ValidateParams(DataConfig):
 
     min_eval_prompts: int = Field(default=0, ge=0)
     """Refuse data that holds out fewer prompts; the pipeline sets it where it evaluates, before anything is trained."""
+    min_test_prompts: int = Field(default=0, ge=0)
+    """The same for the test part, where a sweep evaluates on it."""
+    others_eval_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The largest `eval_fraction` in the pipeline's data. What lies between it and this data's own is left out of
+    training, since other data may hold those prompts out."""
+    others_test_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The same of `test_fraction`."""
 
 
 class SFTConfig(Training):
@@ -304,6 +326,10 @@ class PipelineConfig(Strict):
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
     align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
     """Name in tables and pictures -> method. `method` defaults to the name."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] | None = None
+    """Train every method under `align` once per seed: models `dpo-s0`, `dpo-s1`. SFT model, data, reward model and
+    evaluation are the same for all. Only then do intervals cover another training, and say something of the method.
+    None: one model each, by the seed of the run."""
     equal_tokens: bool = False
     """Every method under `align` trains on equally many tokens: the smallest number that any of them would use."""
     sweep: str | None = Field(default=None, max_length=250)
@@ -324,3 +350,20 @@ class PipelineConfig(Strict):
     prints nothing, its work folder does not change, and it neither reads nor writes a megabyte a minute."""
     pools: Annotated[dict[str, str], AfterValidator(_known_stages)] = {}
     """Stage -> work pool whose workers run it: `{sft: gpu, align: gpu}`. What is not named runs where the flow runs."""
+
+    @property
+    def trained(self) -> dict[str, MethodConfig]:
+        """Name of a model -> the method that trains it, with its seed: those of `align`, once per seed of `seeds`."""
+        if self.seeds is None:
+            return {name: self._seeded(method, self.seed) for name, method in self.align.items()}
+        pairs = itertools.product(self.align.items(), self.seeds)
+        return {seeded_name(name, seed): self._seeded(method, seed) for (name, method), seed in pairs}
+
+    @staticmethod
+    def _seeded(method: MethodConfig, seed: int) -> MethodConfig:
+        return method if method.seed is not None else method.model_copy(update={"seed": seed})
+
+
+def seeded_name(name: str, seed: int) -> str:
+    """What the model of one of several seeds is called."""
+    return f"{name}-s{seed}"

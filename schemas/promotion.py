@@ -94,7 +94,7 @@ class PromoteConfig(Strict):
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the registered model in MLflow; default the config's name."""
     candidate: str | None = None
-    """Which of `align`; default the only one."""
+    """Which of `align`; default the only one. With `seeds` it is the first seed's model, or name another: `dpo-s1`."""
     gate: Gate = Gate()
 
 

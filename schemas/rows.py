@@ -7,7 +7,7 @@ emptiness and what columns owe to each other; what needs a tokenizer or other ro
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandera.polars as pa
 import polars as pl
@@ -29,10 +29,6 @@ _TEXTS = r"^(prompt|response|responses|chosen|rejected|completion)$"
 _TURNS = r"^(system )?user( assistant user)*$"
 
 
-def _contents(column: str) -> pl.Expr:
-    return pl.col(column).list.eval(pl.element().struct.field("content"))
-
-
 def _no_text(column: str, wrong: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
     """True where none of the texts that a row has in a column is wrong."""
     if column == "prompt":
@@ -50,6 +46,8 @@ class PromptRow(pa.DataFrameModel):
     prompt: Messages  # type: ignore[valid-type]
     prompt_id: pl.String = pa.Field(str_matches=r"^[0-9a-f]{16}$")
     """`prompt_id()` of the messages: equal for prompts that differ in case, marks, space and unseen characters."""
+    cluster: pl.String = pa.Field(str_matches=r"^[0-9a-f]{16}$")
+    """`cluster_id()` of the messages: equal for all prompts that begin alike, which stand on one side of the split."""
 
     class Config:
         strict = True
@@ -208,12 +206,35 @@ def text_id(text: str) -> str:
 
 
 def prompt_id(messages: Iterable[Mapping[str, str]]) -> str:
-    """`text_id` of all the messages' contents. Decides on which side of the train/eval split a prompt stands."""
+    """`text_id` of all the messages' contents: which rows ask the same."""
     return text_id("\n".join(message["content"] for message in messages))
 
 
+def cluster_id(messages: Sequence[Mapping[str, str]]) -> str:
+    """`text_id` of the messages up to the user's first, a system message among them; of all where no user speaks.
+
+    Later turns of a conversation repeat what its earlier ones say, so that rows of one cluster stand on one side of the
+    split, and bootstraps draw clusters.
+    """
+    roles = [message["role"] for message in messages]
+    return prompt_id(messages[: roles.index("user") + 1] if "user" in roles else messages)
+
+
 def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with column `prompt_id` after `prompt`."""
-    texts = frame.select(_contents("prompt").list.join("\n")).to_series().to_list()
-    ids = pl.Series("prompt_id", [text_id(text) for text in texts], dtype=pl.String)
-    return frame.insert_column(frame.columns.index("prompt") + 1, ids)
+    """The frame with the columns `prompt_id` and `cluster` after `prompt`."""
+    prompt = pl.col("prompt")
+    by_user = prompt.list.eval(pl.element().struct.field("role") == "user")
+    opening = prompt.list.head(
+        pl.when(by_user.list.any()).then(by_user.list.arg_max() + 1).otherwise(prompt.list.len())
+    )
+    joined = (
+        messages.list.eval(pl.element().struct.field("content")).list.join("\n") for messages in (prompt, opening)
+    )
+    whole, first = (frame.select(texts).to_series().to_list() for texts in joined)
+    ids = list(map(text_id, whole))
+    # Most conversations have one turn, and a hash costs more than this.
+    clusters = [own if a == b else text_id(b) for a, b, own in zip(whole, first, ids, strict=True)]
+    place = frame.columns.index("prompt") + 1
+    for offset, (name, digests) in enumerate({"prompt_id": ids, "cluster": clusters}.items()):
+        frame = frame.insert_column(place + offset, pl.Series(name, digests, dtype=pl.String))
+    return frame

@@ -27,7 +27,7 @@ class StageSpec:
 
 STAGES = {
     "base": StageSpec(1, makes="model"),
-    "validate": StageSpec(2, makes="data", shows_text=True),
+    "validate": StageSpec(3, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
     "reward": StageSpec(1, makes="model", needs_device=True),
@@ -40,7 +40,7 @@ STAGES = {
 }
 """Every stage: a file or folder of that name in `stages/`."""
 
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 """To be raised when training changes for equal requests."""
 
 # Parameters that change no result: how often to save and to log, and when to give up.

@@ -39,6 +39,7 @@ def validate(
     max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="Share of prompts to keep for a last test.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N rows.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,

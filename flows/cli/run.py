@@ -18,20 +18,31 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
 
 
-def run(config: Config, overrides: Overrides = [], dry_run: DryRun = False) -> None:
+def run(
+    config: Config,
+    seeds: Annotated[
+        str | None, typer.Option(help="Comma-separated seeds: every method is trained once per seed.")
+    ] = None,
+    overrides: Overrides = [],
+    dry_run: DryRun = False,
+) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
-    Results of earlier runs with the same settings and data are reused.
+    Results of earlier runs with the same settings and data are reused. One seed says something of these models; only
+    several say something of the methods.
 
     Examples:
 
     - alignflow run demo
+    - alignflow run demo --seeds 0,1,2
     - alignflow run demo --set align.dpo.beta=0.2
     - alignflow run smollm2 --set data.preference.path=pairs.jsonl --dry-run
     - alignflow run my.yaml
     """
-    from flows.planning import config_file
+    from flows.planning import config_file, sweep
 
+    if seeds is not None:
+        overrides = [*overrides, f"seeds={sweep.numbers('--seeds', seeds, int)}"]
     _run(config_file.load(config, overrides), dry_run)
 
 
@@ -60,6 +71,9 @@ def sweep(
     beta: Annotated[
         str, typer.Option(help="Comma-separated strengths of the pull to the reference; for PPO this is kl_coef.")
     ] = "0.05,0.1,0.3",
+    learning_rate: Annotated[
+        str | None, typer.Option(help="Comma-separated learning rates; default: each method's own in the config.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the alignment runs.")] = "0,1,2",
     tokens: Annotated[
         int | None,
@@ -71,19 +85,21 @@ def sweep(
     overrides: Overrides = [],
     dry_run: DryRun = False,
 ) -> None:
-    """Run methods x beta x seeds from one SFT model, and show judge score against distance with bars over the seeds.
+    """Run methods x beta (x learning rate) x seeds from one SFT model; show judge score against distance.
 
-    All variants train on the same number of tokens. A beta or seed that is added later runs alone: the rest is reused.
+    All variants train on the same number of tokens. A beta, rate or seed that is added later runs alone: the rest is
+    reused.
 
     Examples:
 
     - alignflow sweep demo --methods dpo,kto,ppo --beta 0.05,0.1,0.3 --seeds 0,1,2
+    - alignflow sweep my.yaml --methods dpo --beta 0.1 --learning-rate 1e-6,3e-6
     - alignflow sweep my.yaml --methods dpo --beta 0.01,0.1 --tokens 2000000 --dry-run
     """
     from flows.planning import sweep as sweeping
     from schemas.text import show
 
-    plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name)
+    plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name, learning_rate)
     results = _run(plan, dry_run)
     if results is not None:
         show(sweeping.tokens_line(plan.config, results))

@@ -170,7 +170,7 @@ def memory(config: PipelineConfig) -> dict[str, int] | None:
         return None
     reward = folder_sizes(Path(config.reward_model).expanduser()) if config.reward_model else sizes
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
-    stages |= config.align
+    stages |= config.trained
     own = None if config.reward_model or config.reward is None else config.reward.lora
     trained = {name: training for name, training in stages.items() if training is not None}
     return {name: training_bytes(sizes, training, reward, own) for name, training in trained.items()}

@@ -13,7 +13,17 @@ from dataclasses import field as default
 from typing import Any
 
 from flows.planning import plan_checks
-from schemas.config import DERIVES, BaselinesParams, DataConfig, ModelConfig, PipelineConfig, RewardConfig, RewardJudge
+from schemas.config import (
+    DERIVES,
+    BaselinesParams,
+    DataConfig,
+    ModelConfig,
+    PipelineConfig,
+    PipelineData,
+    RewardConfig,
+    RewardJudge,
+    seeded_name,
+)
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import PromoteConfig
@@ -109,14 +119,19 @@ def params_of(training: Training) -> dict[str, Any]:
 
 
 def variants_of(config: PipelineConfig) -> dict[str, Any]:
-    """Name of an aligned model -> its method, beta (for PPO `kl_coef`) and seed."""
+    """Name of an aligned model -> its group, whose models differ in their seeds alone, with what they have in common.
+
+    `group` is the model's name without its seed; `beta` of PPO is `kl_coef`.
+    """
     return {
         name: {
+            "group": name.removesuffix(seeded_name("", method.seed or 0)),
             "method": method.method,
             "beta": getattr(method, method.strength, None),
-            "seed": config.seed if method.seed is None else method.seed,
+            "learning_rate": method.learning_rate,
+            "seed": method.seed,
         }
-        for name, method in config.align.items()
+        for name, method in config.trained.items()
     }
 
 
@@ -153,7 +168,7 @@ class Planner:
         """All models that are compared, by name."""
         models = {"base": self.base()} if self.config.sft is not None else {}
         models["sft"] = self.sft_model()
-        return models | {name: self.aligned(name, method) for name, method in self.config.align.items()}
+        return models | {name: self.aligned(name, method) for name, method in self.config.trained.items()}
 
     def base(self) -> Output:
         seed = self.config.seed if self.config.model.scratch is not None else 0
@@ -194,8 +209,8 @@ class Planner:
             inputs["reward"] = self.reward_for(name)
         if self.config.equal_tokens:
             inputs["budget"] = self.budget()
-        seed = self.config.seed if method.seed is None else method.seed
-        return self.trained(Node(name, "align", f"align.{name}", params_of(method), inputs, seed))
+        field = name if name in self.config.align else name.removesuffix(seeded_name("", method.seed or 0))
+        return self.trained(Node(name, "align", f"align.{field}", params_of(method), inputs, method.seed or 0))
 
     def budget(self) -> Output:
         """How many tokens all methods train on. What does not decide it, such as beta and seed, is left out."""
@@ -258,7 +273,7 @@ class Planner:
         source: DataConfig = getattr(self.config.data, slot)
         params = source.model_dump(mode="json")
         if slot == "evaluation":
-            params["eval_fraction"] = 1.0
+            params["eval_fraction"] = 1.0 - source.test_fraction
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = self.config.evaluate.min_prompts
         return self.validated(slot, f"data.{slot}", params, {})
@@ -269,8 +284,18 @@ class Planner:
             inputs = {"model": self.base(), **inputs}
             if slot != self.evaluation_slot():
                 inputs["evaluation"] = self.data(self.evaluation_slot())
-            self.add(Node(name, "validate", field, params, inputs), "data")
+            self.add(Node(name, "validate", field, params | self.held_out_elsewhere(), inputs), "data")
         return name, "data"
+
+    def held_out_elsewhere(self) -> dict[str, float]:
+        """The largest shares that any data holds out: the same prompt may be in several files.
+
+        `evaluation` holds out all it has, so that what it shares with others is told by the prompts themselves.
+        """
+        slots = (getattr(self.config.data, name) for name in PipelineData.model_fields if name != "evaluation")
+        sources = [source for source in slots if source is not None]
+        shares = ("eval_fraction", "test_fraction")
+        return {f"others_{share}": max((getattr(source, share) for source in sources), default=0.0) for share in shares}
 
     def generated(self) -> Output:
         """Preferences sampled from the SFT model, then validated like any others."""
@@ -285,7 +310,7 @@ class Planner:
         params = generate.model_dump(mode="json")
         rows = self.add(Node("generate", "generate", "generate", params, inputs, self.config.seed), "rows")
         source: DataConfig = getattr(self.config.data, slot)
-        kept = source.model_dump(include={"eval_fraction", "max_bad", "max_length"})
+        kept = source.model_dump(include={"eval_fraction", "test_fraction", "max_bad", "max_length"})
         made = DataConfig(path=GENERATED, kind="ranking", **kept)
         return self.validated("generated", "generate", made.model_dump(mode="json"), {"rows": rows})
 
@@ -320,9 +345,9 @@ class Planner:
 
     def training_labels(self, name: str) -> dict[str, str]:
         """Parameters that show on an evaluation what the model was trained with."""
-        method = self.config.align.get(name)
+        method = self.config.trained.get(name)
         training = method or (self.config.sft if name == "sft" else None)
-        seed = method.seed if method and method.seed is not None else self.config.seed
+        seed = method.seed if method else self.config.seed
         about = {"method": method.method if method else name, "seed": str(seed)}
         for setting in ("beta", "learning_rate", "kl_coef", "kl_target"):
             value = getattr(training, setting, None)
@@ -347,7 +372,8 @@ class Planner:
         return self.add(node, "baselines")
 
     def compare(self, evaluations: dict[str, Output], baselines: Output | None) -> Output:
-        params = {"variants": variants_of(self.config)} if self.config.sweep is not None else {}
+        several = self.config.sweep is not None or self.config.seeds is not None
+        params = {"variants": variants_of(self.config)} if several else {}
         inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
         return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 

@@ -2,7 +2,7 @@
 
 import re
 
-from schemas.config import EndpointJudge, PipelineConfig, RewardJudge
+from schemas.config import EndpointJudge, PipelineConfig, RewardJudge, seeded_name
 from schemas.errors import refuse
 from schemas.promotion import PromoteConfig
 
@@ -13,7 +13,8 @@ RESERVED |= {"champion"}
 
 def check(config: PipelineConfig) -> None:
     """Raise StageError for a name that is taken, a judge that cannot judge, or a gate that can never open."""
-    for name in config.align:
+    _check_seeds(config)
+    for name in [*config.align, *config.trained]:
         if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII):
             fix = f"letters, digits, dots, dashes and underscores, and none of {', '.join(sorted(RESERVED))}"
             raise refuse("align", name, "this name cannot be used.", fix)
@@ -25,6 +26,18 @@ def check(config: PipelineConfig) -> None:
         _check_endpoints(config)
     if config.promote is not None:
         check_gate(config)
+
+
+def _check_seeds(config: PipelineConfig) -> None:
+    """Every seed stands once, and no method has one of its own besides."""
+    if config.seeds is None:
+        return
+    if len(set(config.seeds)) < len(config.seeds):
+        raise refuse("seeds", config.seeds, "a seed stands twice.", "give each once")
+    for name, method in config.align.items():
+        if method.seed is not None:
+            fix = f"leave out align.{name}.seed, or seeds"
+            raise refuse(f"align.{name}.seed", method.seed, "`seeds` sets the seed of every method.", fix)
 
 
 def _check_generate(config: PipelineConfig) -> None:
@@ -76,12 +89,20 @@ def check_gate(config: PipelineConfig) -> None:
 
 
 def candidate(config: PipelineConfig) -> str:
-    """The name in `align` of the model that may become champion. Raises StageError when that is not clear."""
+    """The name of the model that may become champion; of a method with several seeds it is the first seed's.
+
+    The best of the seeds would be chosen on the prompts that the gate judges by. Raises StageError when it is not clear
+    which method is meant.
+    """
     named, known = (config.promote or PromoteConfig()).candidate, list(config.align)
+    if named in config.trained:
+        return str(named)
     if named is None and len(known) == 1:
-        return known[0]
+        named = known[0]
+    if named in known and config.seeds is not None:
+        return seeded_name(str(named), config.seeds[0])
     if named not in known:
         message = "there is no such method." if named else f"align has {', '.join(known) or 'no method'}."
         fix = f"set it to one of {', '.join(known)}" if known else "set align to one method, dpo: {} for example"
         raise refuse("promote.candidate", named, message, fix)
-    return named
+    return str(named)

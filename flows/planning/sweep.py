@@ -1,4 +1,4 @@
-"""`alignflow sweep`: methods x beta x seeds as one plain config, whose `align` holds all variants.
+"""`alignflow sweep`: methods x beta x learning rates x seeds as one plain config, whose `align` holds all variants.
 
 All start from the same SFT model, data and reward model, are evaluated alike, and train on the same number of tokens.
 Stages are reused by their keys, so a longer list of betas or seeds runs only what is new.
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from flows.planning import config_file, explain
 from flows.planning.plan import Plan
-from schemas.config import PipelineConfig
+from schemas.config import PipelineConfig, seeded_name
 from schemas.errors import refuse
 from schemas.methods import CONFIGS, PPO, MethodConfig
 from schemas.stage import Result
@@ -29,19 +29,23 @@ def load(
     seeds: str,
     tokens: int | None = None,
     name: str | None = None,
+    learning_rates: str | None = None,
 ) -> Plan:
-    """The plan of a sweep over a preset or file. `methods`, `betas` and `seeds` are lists with commas.
+    """The plan of a sweep over a preset or file. The lists have commas; without `learning_rates` each has its own.
 
     Raises:
         StageError: a list holds what it cannot, or the config is wrong.
     """
     base = explain.validate(config_file.raw_of(source, overrides))
     names = method_names(methods)
-    grid = itertools.product(names, beta_values(betas, names), seed_values(seeds, names))
+    rates = [None] if learning_rates is None else learning_rate_values(learning_rates, names)
+    grid = itertools.product(names, beta_values(betas, names), rates, seed_values(seeds, names))
     align = {
-        f"{method}-{shown(beta)}-s{seed}": variant(base, method, beta, seed, tokens) for method, beta, seed in grid
+        variant_name(method, beta, rate, seed): variant(base, method, beta, rate, seed, tokens)
+        for method, beta, rate, seed in grid
     }
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
+    raw["seeds"] = None  # each variant has its own
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
     return config_file.planned(raw)
 
@@ -72,9 +76,27 @@ def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     return betas
 
 
-def shown(beta: float) -> str:
-    """A beta as a variant's name has it, which takes no `+`."""
-    return f"{beta:.15g}"
+def learning_rate_values(text: str, methods: Sequence[str]) -> list[float]:
+    """The list's learning rates. Raises StageError for one that a method cannot take."""
+    rates, fix = numbers("--learning-rate", text, float), "give numbers such as 1e-6,3e-6"
+    for rate, name in itertools.product(rates, methods):
+        if why := refusal(name, "learning_rate", rate):
+            raise refuse("--learning-rate", f"{rate:g}", f"{name} takes no such rate: it {why}.", fix)
+        if "+" in shown(rate):
+            raise refuse("--learning-rate", f"{rate:g}", "it must be less than 1e15.", fix)
+    if len(set(map(shown, rates))) < len(rates):
+        raise refuse("--learning-rate", text, "two numbers differ beyond 15 digits only.", fix)
+    return rates
+
+
+def shown(number: float) -> str:
+    """A beta or learning rate as a variant's name has it, which takes no `+`."""
+    return f"{number:.15g}"
+
+
+def variant_name(method: str, beta: float, rate: float | None, seed: int) -> str:
+    """`dpo-0.1-s0`; with a list of learning rates `dpo-0.1-lr1e-06-s0`."""
+    return seeded_name(f"{method}-{shown(beta)}{'' if rate is None else f'-lr{shown(rate)}'}", seed)
 
 
 def seed_values(text: str, methods: Sequence[str]) -> list[int]:
@@ -117,14 +139,16 @@ def words(option: str, text: str) -> list[str]:
     return parts
 
 
-def variant(base: PipelineConfig, method: str, beta: float, seed: int, tokens: int | None) -> dict[str, Any]:
-    """One variant: the config's own settings of the method, with another beta, seed and number of tokens."""
+def variant(
+    base: PipelineConfig, method: str, beta: float, rate: float | None, seed: int, tokens: int | None
+) -> dict[str, Any]:
+    """One variant: the config's own settings of the method with another beta, learning rate, seed, number of tokens."""
     own = own_settings(base, method)
     if isinstance(own, PPO) and own.kl_target is not None:
         fix = "set it to null: with it the coefficient moves away from beta"
         raise refuse("align.ppo.kl_target", own.kl_target, "a sweep needs a fixed KL coefficient.", fix)
-    changed = {own.strength: beta, "seed": seed} | ({} if tokens is None else {"train_tokens": tokens})
-    return own.model_dump(mode="json") | changed
+    changed = {own.strength: beta, "learning_rate": rate, "seed": seed, "train_tokens": tokens}
+    return own.model_dump(mode="json") | {name: value for name, value in changed.items() if value is not None}
 
 
 def own_settings(base: PipelineConfig, method: str) -> MethodConfig:
@@ -138,5 +162,5 @@ def own_settings(base: PipelineConfig, method: str) -> MethodConfig:
 
 def tokens_line(config: PipelineConfig, results: Mapping[str, Result]) -> str:
     """How many tokens the variants have really trained on."""
-    counts = [results[name].metrics["compute/train_tokens"] for name in config.align if name in results]
+    counts = [results[name].metrics["compute/train_tokens"] for name in config.trained if name in results]
     return f"training tokens of the {len(counts)} variants: {min(counts):,.0f} to {max(counts):,.0f}"

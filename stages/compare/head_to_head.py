@@ -194,16 +194,14 @@ def logged(matrix: Matrix, first: bool) -> dict[str, float]:
     return values
 
 
-def groups_of(table: Sequence[Mapping[str, Any]], variants: Mapping[str, Any]) -> dict[tuple[Any, ...], list[str]]:
-    """Models that differ in their seed alone, in the order of the table: (method, beta, learning_rate) -> names.
+def groups_of(table: Sequence[Mapping[str, Any]], variants: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Group -> its models, which differ in their seeds alone, in the order of the table.
 
-    Of a comparison without variants each model is a group of its own.
+    A model that `variants` does not name is a group of its own.
     """
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for row in table:
-        own = variants.get(row["model"])
-        key = (row["model"],) if own is None else (own["method"], own["beta"], own.get("learning_rate"))
-        groups.setdefault(key, []).append(row["model"])
+        groups.setdefault(variants.get(row["model"], {}).get("group", row["model"]), []).append(row["model"])
     return groups
 
 

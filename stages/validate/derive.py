@@ -1,4 +1,5 @@
-"""Splits rows by prompt, derives further kinds so that one data set can feed every method (`DERIVES`), writes them."""
+"""Splits rows by how their prompts begin, derives further kinds so that one data set can feed every method
+(`DERIVES`), writes them."""
 
 from pathlib import Path
 
@@ -7,19 +8,22 @@ import polars as pl
 from schemas.config import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
 
-PARTS = ("train", "eval", "gold")
-_HEAD = ["row", "prompt", "prompt_id"]
+PARTS = ("train", "eval", "gold", "test")
+_HEAD = ["row", "prompt", "prompt_id", "cluster"]
 _CHUNK = 20_000
 
 
 def part(params: ValidateParams) -> pl.Expr:
-    """A row's part, told by `prompt_id` alone: the same prompt is on the same side in all data."""
-    held, gold = params.eval_fraction, params.gold_fraction
-    draw = pl.col("prompt_id").str.slice(0, 8).str.to_integer(base=16) / 2**32
-    choice = pl.when(draw < held).then(pl.lit("eval"))
-    if held < 1:
-        choice = choice.when((draw - held) / (1 - held) < gold).then(pl.lit("gold"))
-    return choice.otherwise(pl.lit("train"))
+    """A row's part, told by `cluster` alone: prompts that begin alike are on the same side in all data.
+
+    The draws in [0, 1) run eval, gold, train, test. `none`: other data may hold the row's prompt out.
+    """
+    held, gold, test = params.eval_fraction, params.gold_fraction, params.test_fraction
+    draw = pl.col("cluster").str.slice(0, 8).str.to_integer(base=16) / 2**32
+    choice = pl.when(draw < held).then(pl.lit("eval")).when(draw >= 1 - test).then(pl.lit("test"))
+    others = (draw < params.others_eval_fraction) | (draw >= 1 - params.others_test_fraction)
+    choice = choice.when(others).then(pl.lit("none"))
+    return choice.when(draw - held < gold * (1 - held - test)).then(pl.lit("gold")).otherwise(pl.lit("train"))
 
 
 def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:

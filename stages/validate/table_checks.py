@@ -31,7 +31,7 @@ def broken_fields(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
 
 def repetitions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Rows that repeat an earlier one in all it says."""
-    content = [name for name in frame.columns if name not in ("row", "prompt_id")]
+    content = [name for name in frame.columns if name not in ("row", "prompt_id", "cluster")]
     frame = frame.filter(may_repeat(frame, content))
     again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
     if again.height:
@@ -73,12 +73,18 @@ def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding
 
 
 def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
-    """Rows to train on whose prompts are evaluation prompts elsewhere."""
-    file = None if context.evaluation is None else context.evaluation / "eval" / "prompt.parquet"
-    if file is None or not file.is_file():
+    """Rows to train on whose prompts begin like prompts of the evaluation, or of its test part.
+
+    Notes rows that are left out since other data may hold their prompts out.
+    """
+    side = part(context.params)
+    yield from (note(row, "held_out_elsewhere") for row in frame.filter(side == "none")["row"])
+    if context.evaluation is None:
         return
-    held_out = pl.read_parquet(file, columns=["prompt_id"])["prompt_id"].unique()
-    leaking = frame.filter((part(context.params) != "eval") & pl.col("prompt_id").is_in(held_out.to_list()))
+    files = [context.evaluation / name / "prompt.parquet" for name in ("eval", "test")]
+    held_out = [pl.read_parquet(file, columns=["cluster"])["cluster"] for file in files if file.is_file()]
+    clusters = pl.concat([pl.Series("cluster", [], dtype=pl.String), *held_out]).unique()
+    leaking = frame.filter(side.is_in(["train", "gold"]) & pl.col("cluster").is_in(clusters.to_list()))
     for row, prompt in leaking.select("row", "prompt").iter_rows():
         yield Finding(row, "prompt", "leaks_into_evaluation", prompt[-1]["content"])
 

@@ -51,9 +51,11 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
 def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
     """There would be too few prompts to evaluate on; found here, nothing has been trained yet."""
     params, prompts = context.params, frame["prompt_id"].n_unique()
-    held_out = frame.filter(pl.col("part") == "eval")["prompt_id"].n_unique()
-    if held_out >= params.min_eval_prompts:
-        return None
-    message = f"{one_line(params.path)}: {held_out} of {prompts} prompts are held out, too few to evaluate on."
-    fix = "raise eval_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
-    return refuse("evaluate.min_prompts", params.min_eval_prompts, message, fix, kind="few_prompts")
+    for part, least in {"eval": params.min_eval_prompts, "test": params.min_test_prompts}.items():
+        held_out = frame.filter(pl.col("part") == part)["prompt_id"].n_unique()
+        if held_out < least:
+            where = "held out" if part == "eval" else "in the test part"
+            message = f"{one_line(params.path)}: {held_out} of {prompts} prompts are {where}, too few to evaluate on."
+            fix = f"raise {part}_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
+            return refuse("evaluate.min_prompts", least, message, fix, kind="few_prompts")
+    return None

@@ -165,3 +165,11 @@ def test_writers_at_once_wait_for_each_other(tmp_path: Path) -> None:
         list(pool.map(write, range(4)))
     with cache._open() as database:
         assert database.execute("SELECT count(*) FROM logps").fetchone() == (400,)
+
+
+def test_the_engine_s_version_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corrected forward must not find the numbers of the one before."""
+    path = tmp_path / "reference.sqlite"
+    now = ReferenceCache("weights", "fp32", path)._key((1,), (2,))
+    monkeypatch.setattr("stages.engine.scoring.reference_cache.ENGINE_VERSION", 99)
+    assert ReferenceCache("weights", "fp32", path)._key((1,), (2,)) != now

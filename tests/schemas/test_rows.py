@@ -15,6 +15,7 @@ from schemas.rows import (
     Messages,
     Numbers,
     Strings,
+    cluster_id,
     may_repeat,
     normalise,
     problems,
@@ -126,6 +127,17 @@ def test_prompt_id_by_its_formula() -> None:
     expected = hashlib.sha256(words.encode()).hexdigest()[:16]
     assert prompt_id(messages) == expected
     assert with_prompt_ids(pl.DataFrame({"prompt": [messages]}))["prompt_id"].to_list() == [expected]
+
+
+def test_cluster_id_is_that_of_the_beginning() -> None:
+    """The system message and the first user turn; a column's is the function's, whatever the order of roles."""
+    system, user, answer = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
+    prompts = [[user], [user, answer, user], [system, user], [system, user, answer, user], [answer], []]
+    one, two, three, four, *_ = clusters = list(map(cluster_id, prompts))
+    assert one == two == prompt_id([user]) and three == four == prompt_id([system, user]) != one
+    column = with_prompt_ids(pl.DataFrame({"prompt": prompts}, schema={"prompt": Messages}))
+    assert column["cluster"].to_list() == clusters
+    assert column["prompt_id"].to_list() == list(map(prompt_id, prompts))
 
 
 def test_prompts_without_words_keep_apart() -> None:

@@ -143,11 +143,12 @@ def _of_now(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def cluster_of(prompt: Sequence[Message]) -> str:
-    """Digest of a prompt's first user turn with the system message; of all of it where its text was not kept."""
-    user = next((message for message in prompt if message["role"] == "user"), None)
-    if user is None:
+    """`schemas.rows.cluster_id` of a prompt, by which data is split too; its digest where its text was not kept."""
+    if [message["role"] for message in prompt] == ["sha256"]:
         return digest_of(prompt)
-    return digest_of([*(message for message in prompt if message["role"] == "system"), user])
+    from schemas.rows import cluster_id  # late: pandera takes a second, and stored samples name their clusters
+
+    return cluster_id(prompt)
 
 
 def digest_of(prompt: Sequence[Message]) -> str:

@@ -1,7 +1,8 @@
 """Log-probabilities of answers under the reference model, computed once per sequence and kept on disk.
 
-The key is what decides the number: the reference's weights, the precision, and the token ids. So methods, epochs and
-sweeps over a method's settings share the numbers. Batches differ between runs, and with them the last bits.
+The key is what decides the number: the reference's weights, the precision, the engine's version and the token ids. So
+methods, epochs and sweeps over a method's settings share the numbers. Batches differ between runs, and with them the
+last bits.
 
 Each number carries a digest, so that a flipped bit trains no other model: what does not fit is computed again. A file
 that SQLite cannot read is moved aside, and a new one begun.
@@ -23,6 +24,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from schemas.errors import StageError, refuse
+from schemas.stage import ENGINE_VERSION
 from stages.engine.data.trees import Batch, Layout, Tree
 from stages.engine.models.policy import Policy, sums
 from stages.engine.scoring.batched import over_trees
@@ -43,7 +45,7 @@ class ReferenceCache:
 
     def __init__(self, weights_sha256: str, dtype: str, path: Path | None = None) -> None:
         """`weights_sha256` names the reference model, `dtype` its precision; `path` defaults to the home's cache."""
-        self.prefix = hashlib.sha256(f"{weights_sha256}/{dtype}/".encode())
+        self.prefix = hashlib.sha256(f"{weights_sha256}/{dtype}/{ENGINE_VERSION}/".encode())
         self.path = path or home() / "cache" / "reference.sqlite"
 
     def logps(

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from flows.planning import config_file
 from schemas import Strict
+from schemas.config import RewardConfig, SFTConfig
 from schemas.errors import StageError
-from schemas.methods import DPO, PPO
+from schemas.methods import DPO, KTO, PPO
 from schemas.stage import Result
+from schemas.training import LoRA
 
 
 @pytest.fixture
@@ -309,3 +311,12 @@ def test_what_a_deployed_run_is_checked_by_takes_a_judge_as_a_config_does(judge:
     }
     assert validate({"config": config}, schema) == []
     assert validate({"config": {**config, "evaluate": {"judge": "nobody"}}}, schema) != []
+
+
+def test_adapters_learn_ten_times_as_fast_unless_a_rate_is_given() -> None:
+    for given in (DPO, KTO, PPO, SFTConfig, RewardConfig):
+        plain = given()
+        assert given(lora=LoRA()).learning_rate == pytest.approx(10 * plain.learning_rate)
+        assert given.model_validate({"lora": {}, "learning_rate": 3e-5}).learning_rate == 3e-5
+        assert given.model_validate({"lora": None}).learning_rate == plain.learning_rate
+        assert given.model_validate(given(lora=LoRA()).model_dump()) == given(lora=LoRA())

@@ -1,11 +1,12 @@
 """The plan: which stages a config leads to, fed by what; and what is missing, said before anything runs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flows.planning import dry_run
-from flows.planning.plan import Node, plan
+from flows.planning.plan import Node, plan, promotion
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
 
@@ -197,3 +198,68 @@ SFT_ONLY = {"sft": DEMO["sft"]}
 )
 def test_what_is_missing_is_named(config: dict[str, Any], words: str) -> None:
     assert error(**config).startswith(words)
+
+
+# --- seeds ---
+
+
+def test_every_method_is_trained_once_per_seed_from_one_start() -> None:
+    given: dict[str, Any] = {"data": {"preference": PAIRS}}
+    one, three = nodes(**given), nodes(**given, seeds=[4, 0, 2])
+    align = [node for node in three.values() if node.stage == "align"]
+    assert [node.name for node in align] == [f"{name}-s{seed}" for name in ("dpo", "kto", "ppo") for seed in (4, 0, 2)]
+    for node in align:
+        name, _, seed = node.name.rpartition("-s")
+        assert node == replace(one[name], name=node.name, model=node.name, seed=int(seed)), "nothing else differs"
+        assert three[f"eval {node.name}"].seed == one["eval dpo"].seed
+        assert three[f"eval {node.name}"].about["seed"] == seed
+    shared = [name for name in one if not {"dpo", "kto", "ppo"} & set(name.split()) and name != "compare"]
+    assert all(three[name] == one[name] for name in shared) and "reward" in shared
+    variants = three["compare"].params["variants"]
+    groups = {name: (variant["group"], variant["seed"]) for name, variant in variants.items()}
+    assert groups == {node.name: (node.name.rpartition("-s")[0], node.seed) for node in align}
+    assert "variants" not in one["compare"].params
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seeds": [1, 1]}, "seeds = [1, 1]: a seed stands twice"),
+        ({"seeds": [0], "align": {"dpo": {"seed": 3}}}, "align.dpo.seed = 3: `seeds` sets the seed of every method"),
+        ({"seeds": [0], "align": {"a" * 62: {"method": "dpo"}}}, "align = "),
+    ],
+)
+def test_seeds_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    assert error(data={"preference": PAIRS}, **settings).startswith(words)
+
+
+def test_of_several_seeds_the_first_is_the_candidate_unless_another_is_named() -> None:
+    """Not the best: it would be chosen on the prompts that the gate judges by."""
+    for named, model in ((None, "dpo-s5"), ("dpo", "dpo-s5"), ("dpo-s1", "dpo-s1")):
+        given: dict[str, Any] = {"data": {"preference": PAIRS}, "align": {"dpo": {}}, "seeds": [5, 1]}
+        config = {"name": "test", "model": {"path": "/model"}, **given, "promote": {"candidate": named}}
+        judging = promotion(plan(PipelineConfig.model_validate(config)), champion=False)
+        assert judging.nodes["promote"].inputs["candidate"] == (f"eval {model}", "evaluation")
+    assert "promote.candidate = dpo-s7" in error(**{**given, "promote": {"candidate": "dpo-s7"}})
+
+
+# --- what data holds out ---
+
+
+def test_all_data_leaves_out_what_any_holds_out() -> None:
+    """`data.evaluation` apart, of which the other data leaves out what it has in common with it."""
+    held = {"sft": 0.2, "preference": 0.1, "prompt": 0.0, "evaluation": 0.5}
+    test = {"sft": 0.0, "preference": 0.05, "prompt": 0.0, "evaluation": 0.25}
+    kinds = {"sft": "sft", "preference": "preference", "prompt": "prompt", "evaluation": "prompt"}
+    data = {
+        slot: {"path": f"{slot}.jsonl", "kind": kind, "eval_fraction": held[slot], "test_fraction": test[slot]}
+        for slot, kind in kinds.items()
+    }
+    made = nodes(data=data)
+    for slot in kinds:
+        params = made[f"data {slot}"].params
+        assert (params["others_eval_fraction"], params["others_test_fraction"]) == (0.2, 0.05)
+        assert params["test_fraction"] == test[slot]
+    assert made["data evaluation"].params["eval_fraction"] == 0.75, "all but the test part"
+    sft = {"path": "a.jsonl", "kind": "sft", "test_fraction": 0.3}
+    assert nodes(data={"sft": sft}, generate={})["data generated"].params["test_fraction"] == 0.3

@@ -108,7 +108,33 @@ def test_a_seed_changes_the_alignment_run_alone() -> None:
     assert both["eval dpo-0.1-s1"].about["seed"] == "1"
     first, second = both["dpo-0.1-s0"], both["dpo-0.1-s1"]
     assert first.params == second.params and "seed" not in first.params
-    assert both["compare"].params["variants"]["ppo-0.1-s1"] == {"method": "ppo", "beta": 0.1, "seed": 1}
+    variant = {"group": "ppo-0.1", "method": "ppo", "beta": 0.1, "learning_rate": 5e-4, "seed": 1}
+    assert both["compare"].params["variants"]["ppo-0.1-s1"] == variant
+
+
+def test_learning_rates_are_an_axis() -> None:
+    config = swept("dpo,ppo", "0.1", "0", learning_rates="3e-6,1e-6")
+    assert list(config.align) == [
+        f"{method}-0.1-lr{rate}-s0" for method in ("dpo", "ppo") for rate in ("1e-06", "3e-06")
+    ]
+    assert [method.learning_rate for method in config.align.values()] == [1e-6, 3e-6] * 2
+    variants = nodes(config)["compare"].params["variants"]
+    assert [variant["group"] for variant in variants.values()] == [name.removesuffix("-s0") for name in config.align]
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ("1e-6,fast", "--learning-rate = fast: this is not a number"),
+        ("0", "--learning-rate = 0: dpo takes no such rate: it must be greater than 0. Fix: give numbers"),
+        ("1e20", "--learning-rate = 1e+20: it must be less than 1e15"),
+        ("1e-6,1e-6", "--learning-rate = 1e-6,1e-6: the list is empty or names something twice"),
+    ],
+)
+def test_learning_rates_that_cannot_be_are_named(rates: str, words: str) -> None:
+    with pytest.raises(StageError) as caught:
+        swept("dpo", "0.1", "0", learning_rates=rates)
+    assert str(caught.value).startswith(words)
 
 
 def test_another_beta_leaves_all_other_stages_as_they_are() -> None:

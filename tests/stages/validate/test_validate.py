@@ -425,9 +425,10 @@ def test_nothing_left(tmp_path: Path) -> None:
 
 
 def test_split_by_prompt(tmp_path: Path) -> None:
-    """Parts are told by the hash alone: u < eval -> eval, then gold, else train; no prompt on two sides."""
+    """Parts are told by the hash alone: u < eval -> eval, u >= 1 - test -> test, then gold, else train."""
     rows = [{"prompt": f"question {i % 150}", "response": f"answer {i}"} for i in range(300)]
-    checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", eval_fraction=0.3, gold_fraction=0.4)
+    fractions: dict[str, Any] = {"eval_fraction": 0.3, "gold_fraction": 0.4, "test_fraction": 0.2}
+    checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", **fractions)
     seen: dict[str, set[str]] = {}
     for part in PARTS:
         frame = table(tmp_path / "out", part, "sft")
@@ -435,17 +436,19 @@ def test_split_by_prompt(tmp_path: Path) -> None:
         for name, messages in frame.select("prompt_id", "prompt").iter_rows():
             assert name == prompt_id(messages)
             draw = int(name[:8], 16) / 2**32
-            rest = (draw - 0.3) / 0.7
-            assert part == ("eval" if draw < 0.3 else "gold" if rest < 0.4 else "train")
+            rest = (draw - 0.3) / 0.5
+            held_out = "eval" if draw < 0.3 else "test" if draw >= 0.8 else None
+            assert part == (held_out or ("gold" if rest < 0.4 else "train"))
     assert sum(map(len, seen.values())) == len(set().union(*seen.values())) == 150
     shares = {part: len(ids) / 150 for part, ids in seen.items()}
-    assert shares["eval"] == pytest.approx(0.3, abs=0.12) and shares["gold"] == pytest.approx(0.7 * 0.4, abs=0.12)
+    expected = {"eval": 0.3, "test": 0.2, "gold": 0.5 * 0.4, "train": 0.5 * 0.6}
+    assert shares == pytest.approx(expected, abs=0.12)
 
 
 def test_all_for_evaluation(tmp_path: Path) -> None:
     """eval_fraction 1 holds every prompt out."""
     report = checked(write(tmp_path / "a.jsonl", ROWS), tmp_path / "out", eval_fraction=1)
-    assert report.parts == {"train": {}, "eval": {"prompt": 20, "sft": 20}, "gold": {}}
+    assert report.parts == {"train": {}, "eval": {"prompt": 20, "sft": 20}, "gold": {}, "test": {}}
 
 
 def test_too_few_prompts_to_evaluate_on(tmp_path: Path) -> None:
