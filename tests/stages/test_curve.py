@@ -12,7 +12,7 @@ from stages.compare.findings import findings
 from stages.compare.plots import draw
 from stages.compare.table import render_text
 from stages.engine.scoring.evaluation_record import Evaluation
-from tests.stages.test_head_to_head import ENDPOINT, N, SFT, made
+from tests.support.evaluations import ENDPOINT, SFT, N, made
 
 
 def point(name: str, kl: float, height: float) -> Point:

@@ -16,28 +16,8 @@ from stages.compare.head_to_head import cell, groups_of, logged, matrix, overopt
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.scoring.intervals import bootstrap, two_sided
 from tests.support.context import MemoryContext
+from tests.support.evaluations import ENDPOINT, SFT, N, made, settings
 
-N = 120
-ENDPOINT = {"judge": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
-
-
-def settings(judge: dict[str, Any] | None = None, temperatures: Sequence[float] = (1.0,)) -> dict[str, Any]:
-    more = {"judge": judge or {"judge": "rule"}, "judge_model": None, "temperatures": list(temperatures)}
-    return {"samples_per_prompt": 1, "max_new_tokens": 8, "seed": 0, "bootstrap": 500, **more}
-
-
-def made(scores: Sequence[float], judge: dict[str, Any] | None = None, **metrics: float) -> Evaluation:
-    """An evaluation whose answers have these scores, one per prompt; the SFT model's all have 0."""
-    samples = [
-        Sample([{"role": "user", "content": f"say {i}"}], f"{i}", s, "so", 0.0, (s > 0) + 0.5 * (s == 0), 3, 3, True, 1)
-        for i, s in enumerate(scores)
-    ]
-    named = {"judge_score": sum(scores) / N, "win_rate_vs_sft": sum(s.win for s in samples) / N, "length": 3.0}
-    named |= {"kl_to_reference": 1.0, "kl_to_reference_se": 0.1, **metrics}
-    return Evaluation({f"eval/{name}": value for name, value in named.items()}, samples, settings(judge))
-
-
-SFT = made([0.0] * N)
 BELOW, ABOVE = made([1.0] * N), made([2.0] * 80 + [0.5] * 40)  # both beat SFT on every prompt
 
 
@@ -47,7 +27,8 @@ def test_both_win_always_against_sft_and_one_beats_the_other() -> None:
     duel = duels["above", "below"]
     assert duel.win_rate == pytest.approx(80 / 120) and duel.clear and duel.beats
     won = [1.0] * 80 + [0.0] * 40
-    assert duel.rate == bootstrap(won, [s.cluster for s in SFT.samples], resamples=500, seed=0)
+    expected = bootstrap(won, [s.cluster for s in SFT.samples], resamples=500, seed=0)
+    assert duel.rate and (duel.rate.low, duel.rate.high) == pytest.approx((expected.low, expected.high))
     assert duel.difference == pytest.approx((80 * 1.0 - 40 * 0.5) / 120)
     # Three pairs: two with 120 of 120 come first, so this one's p is not multiplied.
     assert duel.p == pytest.approx(sum(math.comb(120, k) for k in range(41)) * 2 / 2**120)
