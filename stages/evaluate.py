@@ -21,7 +21,7 @@ from schemas.config import EvaluateConfig
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
-from stages.engine.data.examples import encode, fitting, has, read
+from stages.engine.data.examples import encode, fitting, has, read, read_if_there
 from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
@@ -31,9 +31,17 @@ from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import metrics
 from stages.engine.scoring.batched import over_trees, undisturbed
 from stages.engine.scoring.endpoint import EndpointJudge
-from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
+from stages.engine.scoring.evaluation_record import (
+    Evaluation,
+    Sample,
+    check_comparable,
+    cluster_of,
+    text_of,
+    texts,
+    without_text,
+)
 from stages.engine.scoring.intervals import bootstrap, clustered_error
-from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
+from stages.engine.scoring.judges import Judge, RewardJudge, Scoring, agreement, judge_for
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.runtime.context import StageContext
 
@@ -204,6 +212,8 @@ def run(context: StageContext) -> dict[str, float]:
     final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
     if context.has("pairs"):
         final |= evaluator.preference_accuracy(context.input("pairs"))
+        if evaluator.itself and isinstance(judge, Scoring):  # once a comparison, not once a model
+            final |= judge_accuracy(judge, context.input("pairs"), resamples=config.bootstrap, seed=request.seed)
     if isinstance(judge, EndpointJudge):
         final["judge/inconsistent"] = judge.inconsistent / len(samples)
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
@@ -211,6 +221,20 @@ def run(context: StageContext) -> dict[str, float]:
     final["compute/seconds"] = time.monotonic() - started
     publish(context, Evaluation(final, samples, settings))
     return final
+
+
+def judge_accuracy(judge: Judge, folder: Path, *, resamples: int, seed: int) -> dict[str, float]:
+    """`judge/accuracy` on the held-out pairs of a data folder, with its interval over prompts; nothing without pairs."""
+    pairs = read_if_there(folder, "eval", "preference")
+    if not pairs:
+        return {}
+    agreed = agreement(judge, pairs)
+    interval = bootstrap(agreed, [cluster_of(pair["prompt"]) for pair in pairs], resamples=resamples, seed=seed)
+    return {
+        "judge/accuracy": metrics.win_rate(agreed),
+        "judge/accuracy_low": interval.low,
+        "judge/accuracy_high": interval.high,
+    }
 
 
 def metric_at(name: str, temperature: float, temperatures: Sequence[float]) -> str:

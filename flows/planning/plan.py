@@ -17,6 +17,7 @@ from schemas.config import (
     DERIVES,
     BaselinesParams,
     DataConfig,
+    EndpointJudge,
     ModelConfig,
     PipelineConfig,
     PipelineData,
@@ -373,7 +374,9 @@ class Planner:
 
     def compare(self, evaluations: dict[str, Output], baselines: Output | None) -> Output:
         several = self.config.sweep is not None or self.config.seeds is not None
-        params = {"variants": variants_of(self.config)} if several else {}
+        params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
+        if isinstance(self.config.evaluate.judge, EndpointJudge):  # which the comparison itself asks
+            params["judge"] = self.config.evaluate.judge.model_dump(mode="json")
         inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
         return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 

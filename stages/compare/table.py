@@ -27,6 +27,8 @@ class Comparison:
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
     judge: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    agreement: str = ""
+    """How often the judge is right on held-out pairs, where that is known."""
     duels: Mapping[float, Mapping[tuple[str, str], Duel]] = field(default_factory=dict)
     """By temperature, the evaluations' first one first: (model, other) -> their duel."""
     gains: Mapping[str, Gain] = field(default_factory=dict)
