@@ -210,7 +210,9 @@ class RewardConfig(Training):
     rows: Literal["train", "gold"] = "train"
     """Which part of the preference data to train on; the pipeline sets it."""
     margin: bool = False
-    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2)."""
+    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2). Where a margin is above 3, the largest of
+    Llama 2, all are scaled so that the largest of the training rows is 3: differences of scores from 0 to 100 would
+    make the loss a linear one."""
 
 
 class GenerateConfig(Strict):
@@ -291,6 +293,13 @@ class EvaluateConfig(Strict):
         if len(set(temperatures)) < len(temperatures):
             raise ValueError("a temperature is given twice. Fix: give each once")
         return temperatures
+
+
+class EvaluateParams(EvaluateConfig):
+    """Stage `evaluate`."""
+
+    part: Literal["eval", "test"] = "eval"
+    """The prompts to answer: those held out, or the test part, which no comparison looks at."""
 
 
 def _name_methods(value: Any) -> Any:

@@ -30,7 +30,7 @@ STAGES = {
     "validate": StageSpec(3, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
-    "reward": StageSpec(1, makes="model", needs_device=True),
+    "reward": StageSpec(2, makes="model", needs_device=True),
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
@@ -94,7 +94,8 @@ class Request(Strict):
     def label(self) -> str:
         """Short name for people: `sft`, `dpo`, `eval dpo`."""
         if self.stage == "evaluate":
-            return f"eval {self.name}" if self.name else "eval"
+            part = self.params.get("part", "eval")
+            return f"{part} {self.name}" if self.name else str(part)
         return self.name or self.stage
 
     def key(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from schemas.config import BaselinesConfig, BaselinesParams, EvaluateConfig
+from schemas.config import BaselinesConfig, BaselinesParams, EvaluateParams
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, save_all, without_text
 from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
@@ -52,7 +52,7 @@ def run(context: StageContext) -> dict[str, float]:
     check_judge(request)
     judge = judge_for(params.judge, context)  # first, so that a missing key or package costs no sampling
     conditions = params.model_dump(exclude=set(BaselinesConfig.model_fields))
-    config = EvaluateConfig(**conditions, baselines=None)
+    config = EvaluateParams(**conditions, baselines=None)
     evaluator = Evaluator(context, config)
     prompts = evaluator.prompts()
     picks = params.best_of if context.has("reward") else []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.config import EvaluateConfig
+from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
@@ -68,7 +68,7 @@ class Answers:
 class Evaluator:
     """The model under evaluation beside the reference, with what both need to be asked."""
 
-    def __init__(self, context: StageContext, config: EvaluateConfig) -> None:
+    def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
         self.codec = Codec.load(context.input("model"))
         self.policy = load_policy(context.input("model"), trainable=False)
@@ -78,7 +78,7 @@ class Evaluator:
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
-        rows = read(self.context.input("data"), "eval", "prompt")
+        rows = read(self.context.input("data"), self.config.part, "prompt")
         first: dict[str, Messages] = {}
         for row in rows:
             first.setdefault(row["prompt_id"], row["prompt"])
@@ -92,7 +92,8 @@ class Evaluator:
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
             message = f"only {len(kept)} held-out prompts to evaluate on."
-            fix = "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer"
+            share = f"data.*.{self.config.part}_fraction"
+            fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
@@ -177,7 +178,7 @@ def run(context: StageContext) -> dict[str, float]:
     Inputs: model, reference, data, and where there: judge, reward, pairs, baseline (the SFT model's evaluation).
     """
     request = context.request
-    config = EvaluateConfig.model_validate(request.params)
+    config = EvaluateParams.model_validate(request.params)
     started = time.monotonic()
     check_judge(request)
     judge = judge_for(config.judge, context)  # first, so that a missing key or package costs no sampling
@@ -224,7 +225,7 @@ def run(context: StageContext) -> dict[str, float]:
 
 
 def judge_accuracy(judge: Judge, folder: Path, *, resamples: int, seed: int) -> dict[str, float]:
-    """`judge/accuracy` on the held-out pairs of a data folder, with its interval over prompts; nothing without pairs."""
+    """`judge/accuracy` on the held-out pairs of a data folder, with its interval over prompts; nothing without any."""
     pairs = read_if_there(folder, "eval", "preference")
     if not pairs:
         return {}
@@ -253,7 +254,7 @@ def check_judge(request: Request) -> None:
         raise refuse("evaluate.judge", "reward", message, fix)
 
 
-def settings_of(request: Request, config: EvaluateConfig) -> dict[str, Any]:
+def settings_of(request: Request, config: EvaluateParams) -> dict[str, Any]:
     """The conditions of this evaluation; only what decides its result, and no model's name."""
     judge = request.inputs.get("judge")
     return {

@@ -55,7 +55,18 @@ def run(context: StageContext) -> dict[str, float]:
     request = context.request
     evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs if name != BASELINES}
     baselines = load_all(context.input(BASELINES)) if context.has(BASELINES) else {}
-    comparison = compare(evaluations, variants_of(request), request.log_text, baselines, asking(context))
+    std = request.params.get("score_std")
+    assert std is None or isinstance(std, float)
+    chosen = str(request.params.get("chosen", ""))
+    comparison = compare(
+        evaluations,
+        variants_of(request),
+        request.log_text,
+        baselines=baselines,
+        ask=asking(context),
+        score_std=std,
+        chosen=chosen,
+    )
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -86,7 +97,7 @@ def asking(context: StageContext) -> Ask | None:
 
 
 def variants_of(request: Request) -> Mapping[str, Any]:
-    """Of a sweep: model -> its method, beta and seed; of another comparison nothing."""
+    """Of several seeds: model -> its group, method, beta, learning rate and seed; of another comparison nothing."""
     variants = request.params.get("variants", {})
     assert isinstance(variants, dict)
     return variants
@@ -96,13 +107,17 @@ def compare(
     evaluations: Mapping[str, Evaluation],
     variants: Mapping[str, Any] | None = None,
     log_text: bool = True,
+    *,
     baselines: Mapping[str, Evaluation] | None = None,
     ask: Ask | None = None,
+    score_std: float | None = None,
+    chosen: str = "",
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
-    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in
-    the order of its variants, and of each method and beta the first seed's answers. `ask`: a judge that only compares.
+    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
+    stand in the order of the variants, and each group shows the first seed's answers. `ask`: a judge that only
+    compares. `score_std`: as in `frontier.points`; `chosen`: as in Comparison.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
@@ -117,15 +132,18 @@ def compare(
     evaluations = {name: evaluations[name] for name in names}
     duels = {temperature: head_to_head.matrix(evaluations, temperature, ask) for temperature in first.temperatures}
     aligned = [name for name in names if name not in STARTING_POINTS]
-    points = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
-    gains = curve.gains(evaluations, aligned, curve.hull(points)) if points else {}
+    corners = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
+    gains = curve.gains(evaluations, aligned, curve.hull(corners)) if corners else {}
     table = [row_of(name, evaluations[name], duels, gains) for name in names]
     order = head_to_head.ranked(duels[first.temperatures[0]], aligned, {r["model"]: r["judge_score"] for r in table})
     place = {name: number for number, name in enumerate([*STARTING_POINTS, *order])}
+    points: list[dict[str, Any]] = []
     if variants:
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
-        unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
+        table.sort(key=lambda row: place.get(row["model"], len(place)))
+        points = frontier.points(table, evaluations, score_std)
+        unseen = {model for point in points for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     table.sort(key=lambda row: place.get(row["model"], len(place)))
     shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].first)
@@ -151,7 +169,9 @@ def compare(
         agreement=agreement_of(evaluations.get("sft")),
         duels=duels,
         gains=gains,
-        baselines=points,
+        baselines=corners,
+        points=points,
+        chosen=chosen,
     )
 
 
@@ -192,8 +212,9 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 def text(comparison: Comparison) -> str:
     """The table for people, over how many prompts it is, and what it says; of a sweep the frontier first."""
-    points = frontier.points(comparison.table)
-    above = f"{frontier.render_text(points)}\n\n" if points else ""
+    points = comparison.points
+    finding = frontier.headline(points, comparison.chosen) if points else ""
+    above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
     said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
     said += [comparison.agreement, COVERS] if not points else []
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
@@ -223,7 +244,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def write(comparison: Comparison, folder: Path) -> None:
     """comparison.json, table.json, table.txt, reward_kl.png and report.html; of a sweep frontier.json too."""
-    table, points = comparison.table, frontier.points(comparison.table)
+    table, points = comparison.table, comparison.points
     (folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=2), encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")
     (folder / "table.txt").write_text(text(comparison) + "\n", encoding="utf-8")

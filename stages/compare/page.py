@@ -47,7 +47,7 @@ def render_html(comparison: Comparison) -> str:
     Of a sweep its frontier takes the place of the picture.
     """
     table, columns, colour = comparison.table, shown_columns(comparison.table), colours_of(comparison.table)
-    points = frontier.points(table)
+    points = comparison.points
     draw = partial(frontier.draw, points) if points else partial(plots.draw, baselines=comparison.baselines)
     light, dark = (base64.b64encode(draw(table, dark=dark)).decode() for dark in (False, True))
     method_colour = colours([point["method"] for point in points])
@@ -56,7 +56,7 @@ def render_html(comparison: Comparison) -> str:
     return PAGES.get_template("report.html.j2").render(
         vars(comparison),
         counted=counted(len(comparison.prompts)),
-        findings=[frontier.headline(points)] if points else findings(comparison),
+        findings=[frontier.headline(points, comparison.chosen)] if points else findings(comparison),
         matrices=[] if points else _matrices(comparison),
         caution=caution(len(comparison.prompts)),
         light=light,

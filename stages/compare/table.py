@@ -27,6 +27,10 @@ class Comparison:
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
     judge: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[Row] = ()
+    """Where several seeds are compared: `frontier.points`."""
+    chosen: str = ""
+    """Where the best of the points is chosen by these numbers, a sweep: `tested` if it is measured on other prompts."""
     agreement: str = ""
     """How often the judge is right on held-out pairs, where that is known."""
     duels: Mapping[float, Mapping[tuple[str, str], Duel]] = field(default_factory=dict)

@@ -128,7 +128,7 @@ def test_the_text_table_lines_up_and_leaves_out_what_no_model_has() -> None:
     assert lines[0].startswith("Model") and "Reward score" not in lines[0] and "Preference acc." not in lines[0]
     dpo = next(line for line in lines if line.startswith("dpo"))
     assert "80 % [70, 90]" in dpo and "3.00" in dpo and "3.50" in dpo
-    wide = render_text([{**row, "model": "m" * 50} for row in table]).splitlines()
+    wide = render_text([{**row, "model": "m" * 56} for row in table]).splitlines()
     assert wide[0].split() == ["Model", "Judge", "Win", "vs", "SFT"] and len(wide[0]) <= 80
     assert render_text([{"model": "x", "judge_score": None, "length": 2.0}]).splitlines()[-1].split() == ["x", "2.0"]
 

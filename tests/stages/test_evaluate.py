@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from schemas.config import EndpointJudge as EndpointConfig
-from schemas.config import EvaluateConfig, RuleJudge, SentimentJudge
+from schemas.config import EvaluateConfig, EvaluateParams, RuleJudge, SentimentJudge
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages import evaluate, tracking
@@ -331,6 +331,15 @@ def test_each_prompt_counts_once_and_one_without_room_for_an_answer_not_at_all(
     assert final["eval/prompts"] == N
     assert [row.prompt for row in evaluation.samples] == [row["prompt"] for row in world.rows]
     assert "1 of 13 prompts leave no room" in caplog.text
+
+
+def test_the_test_part_is_answered_where_it_is_asked_for(world: World) -> None:
+    world.data = data_folder(world.folder / "parts", eval_prompt=world.rows[5:], test_prompt=world.rows[:5])
+    asked = EvaluateParams(**settings(min_prompts=5).model_dump(), part="test")
+    _, evaluation, _ = world.evaluate(world.sft, asked)
+    assert evaluation.prompts == [row["prompt"] for row in world.rows[:5]]
+    with pytest.raises(StageError, match="test_fraction"):
+        world.evaluate(world.sft, asked.model_copy(update={"min_prompts": 6}))
 
 
 def test_a_model_needs_the_sft_models_answers_to_the_same_prompts_under_the_same_settings(world: World) -> None:

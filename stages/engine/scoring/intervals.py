@@ -7,6 +7,7 @@ drawn again and counted, never single answers. Shapes: N values, K rows of them,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -139,3 +140,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def apart(difference: float, parts: Sequence[tuple[float, int]], count: int) -> bool:
+    """Whether two of `count` means differ at the level of 5 %, also where the two were chosen by their height.
+
+    parts: the error of the difference as independent variances, each with its degrees of freedom. By the studentized
+    range with Welch's degrees of freedom (Games and Howell 1976): if all means are equal, any two at all are told apart
+    in at most about 5 % of cases, whatever their spreads. Without any error nothing can be said.
+    """
+    total = sum(variance for variance, _ in parts)
+    if not total > 0:
+        return False
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
+    return abs(difference) > _range_quantile(count, math.floor(4 * freedom) / 4) * math.sqrt(total / 2)
+
+
+@cache
+def _range_quantile(count: int, freedom: float) -> float:
+    """Of the range of `count` normal means over their estimated standard error, 95 %."""
+    from scipy.stats import studentized_range  # late: seconds, and most comparisons have one seed
+
+    return float(studentized_range.ppf(LEVEL, count, freedom))

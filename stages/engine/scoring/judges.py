@@ -124,7 +124,7 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
 
 
 def agreement(judge: Judge, pairs: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Per pair {prompt: messages, chosen, rejected}, 1 where the judge prefers the chosen answer, 1/2 for a tie, else 0.
+    """Per pair {prompt: messages, chosen, rejected}, 1 where the judge prefers the chosen answer, 1/2 for a tie, or 0.
 
     Its mean is the judge's accuracy by the labels of whoever chose.
     """
