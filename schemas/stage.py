@@ -27,13 +27,14 @@ class StageSpec:
 
 STAGES = {
     "base": StageSpec(1, makes="model"),
-    "validate": StageSpec(3, makes="data", shows_text=True),
+    "validate": StageSpec(4, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
     "reward": StageSpec(2, makes="model", needs_device=True),
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
+    "baselines": StageSpec(1, needs_device=True, shows_text=True),
     "compare": StageSpec(3, shows_text=True),
     "promote": StageSpec(2),
 }

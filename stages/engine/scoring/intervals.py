@@ -1,7 +1,7 @@
 """Intervals and tests of means over prompts, each of which says what it covers. No torch.
 
 Answers to prompts of one cluster (the same first user turn, draws of one prompt) depend on each other, so clusters are
-drawn again and counted, never single answers. Shapes: N values, C clusters, S seeds, R resamples of a block.
+drawn again and counted, never single answers. Shapes: N values, K rows of them, C clusters, S seeds, R resamples.
 """
 
 import math
@@ -11,6 +11,8 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
+
+from schemas.exact import upper_tail
 
 Covers = Literal["prompts", "seeds and prompts"]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -53,6 +55,27 @@ def resampled(clusters: Sequence[str], resamples: int, seed: int) -> Iterator[np
         yield drawn_RC[:, number_N].astype(np.float64)
 
 
+def bootstraps(
+    rows: Sequence[Sequence[float] | np.ndarray],
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
+) -> list[Interval]:
+    """Percentile interval of the mean of each row (N) over clusters of prompts (Efron and Tibshirani 1993).
+
+    Near its level from about 100 clusters on; with fewer it is too narrow. All rows share their resamples.
+    """
+    if not rows:
+        return []
+    value_NK = np.array(rows, dtype=np.float64).T
+    blocks = resampled(clusters, resamples, seed)
+    mean_RK = np.concatenate([counts_RN @ value_NK / counts_RN.sum(1, keepdims=True) for counts_RN in blocks])
+    ends = np.quantile(mean_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(low), float(high)) for low, high in ends.T]
+
+
 def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
     """The mean of values (N)."""
     value_N = np.asarray(values, dtype=np.float64)
@@ -60,16 +83,17 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
 
 
 def bootstrap(
-    values: Sequence[float] | Statistic, clusters: Sequence[str], *, resamples: int, seed: int, level: float = LEVEL
+    values: Sequence[float] | np.ndarray | Statistic,
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
 ) -> Interval:
-    """Percentile interval of a mean, or of another statistic, over clusters of prompts (Efron and Tibshirani 1993).
-
-    Near its level from about 100 clusters on; with fewer it is too narrow. Resamples in which the statistic is not
-    finite are left out.
-    """
+    """`bootstraps` of a single row, or of another statistic; resamples in which it is not finite are left out."""
     statistic = values if callable(values) else mean_of(values)
-    found = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
-    low, high = np.quantile(found[np.isfinite(found)], [(1 - level) / 2, (1 + level) / 2])
+    found_R = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
+    low, high = np.quantile(found_R[np.isfinite(found_R)], [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
@@ -120,11 +144,7 @@ def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:
 
 def two_sided(fewer: int, trials: int) -> float:
     """min(1, 2 P(X <= fewer)) for X ~ binomial(trials, 1/2)."""
-    chance = -trials * math.log(2)
-    logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + chance for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * float(np.exp(np.logaddexp.reduce(logs))))
+    return min(1.0, 2 * upper_tail(trials - fewer, trials, 0.5))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
