@@ -230,6 +230,32 @@ class GenerateConfig(Strict):
     """Use only the first N prompts."""
 
 
+class BaselinesConfig(Strict):
+    """What the SFT model gives without alignment, to hold every method against."""
+
+    temperatures: list[Annotated[float, BeforeValidator(no_truth), Field(gt=0, lt=1)]] = [0.7, 0.5, 0.3]
+    """The SFT model at these: its distribution sharpened."""
+    best_of: list[Annotated[int, BeforeValidator(no_truth), Field(ge=2)]] = [2, 4, 16]
+    """The best of so many answers of the SFT model at temperature 1, by the reward model; none without one."""
+
+    @field_validator("temperatures", "best_of")
+    @classmethod
+    def _ordered(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError("a value is given twice. Fix: give each once")
+        return sorted(values, reverse=bool(values) and isinstance(values[0], float))
+
+
+class BaselinesParams(BaselinesConfig):
+    """Stage `baselines`: the evaluation's conditions beside the baselines."""
+
+    judge: Judge
+    max_new_tokens: int
+    samples_per_prompt: int
+    limit: int | None
+    min_prompts: int
+
+
 class EvaluateConfig(Strict):
     """Every model answers the same held-out prompts under the same seeds; the judge scores the answers."""
 
@@ -247,7 +273,9 @@ class EvaluateConfig(Strict):
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
-    """Resamples over prompts for the 95 % interval of the win rate."""
+    """Resamples over prompts for 95 % intervals."""
+    baselines: BaselinesConfig | None = BaselinesConfig()
+    """None: no method is held against what the SFT model gives without it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,7 @@ STAGES = {
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
+    "baselines": StageSpec(1, needs_device=True, shows_text=True),
     "compare": StageSpec(3, shows_text=True),
     "promote": StageSpec(1),
 }

@@ -14,17 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode, fitting, has, read
-from stages.engine.data.trees import Tree
+from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
-from stages.engine.models.policy import Policy, context_length
+from stages.engine.models.logprobs import exact_kl
+from stages.engine.models.policy import Policy, context_length, sums
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import metrics
+from stages.engine.scoring.batched import over_trees, undisturbed
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
 from stages.engine.scoring.intervals import bootstrap, clustered_error
@@ -84,18 +89,19 @@ class Evaluator:
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
-    def answer(self, prompts: Sequence[Messages], temperature: float) -> Answers:
-        """`samples_per_prompt` answers to each prompt, one after the other.
+    def answer(self, prompts: Sequence[Messages], temperature: float, draws: int) -> Answers:
+        """That many answers to each prompt, one after the other.
 
         A seed is a function of the request's seed, the prompt's place and the draw, the same at each temperature.
         """
-        draws = range(self.config.samples_per_prompt)
         ids = sample(
             self.policy,
-            [self.codec.prompt(prompt) for prompt in prompts for _ in draws],
+            [self.codec.prompt(prompt) for prompt in prompts for _ in range(draws)],
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
-            seeds=[seed_of("evaluate", self.context.request.seed, i, k) for i in range(len(prompts)) for k in draws],
+            seeds=[
+                seed_of("evaluate", self.context.request.seed, i, k) for i in range(len(prompts)) for k in range(draws)
+            ],
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
             progress=lambda done, total: self.context.progress(done, total, "answers"),
@@ -115,14 +121,34 @@ class Evaluator:
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
 
-    def answer_logps(self, prompts: Sequence[Messages], answers: Answers) -> tuple[list[float], list[float]]:
-        """log pi and log pi_sft of one answer to each of `prompts`."""
+    def distances(
+        self, prompts: Sequence[Messages], answers: Answers, temperature: float = 1.0
+    ) -> tuple[list[float], list[float]]:
+        """KL along each answer, and its log pi_sft: one answer to each of `prompts`, in nats.
+
+        The KL is the sum over the answer's tokens of KL(pi_T(. | prefix) || pi_sft(. | prefix)), exact over the
+        vocabulary, with pi at `temperature` and pi_sft at 1. Over answers drawn from pi_T its mean is the KL of whole
+        answers (chain rule), with a fraction of the noise of sampled log-ratios. Both models read a batch together, so
+        it costs no forward pass beyond those of the log-probs.
+        """
         trees = [
             Tree(tuple(self.codec.prompt(prompt)), (tuple(ids),))
             for prompt, ids in zip(prompts, answers.ids, strict=True)
         ]
-        policy, reference = self.logps(trees)
-        return [own for (own,) in policy], [own for (own,) in reference]
+
+        def values(batch: Batch) -> Tensor:
+            own = self.policy(batch, temperature=temperature, log_probs=True)
+            same = self.itself and temperature == 1
+            other = own if same else self.reference(batch, log_probs=True)
+            kl_N = exact_kl(own.log_probs, other.log_probs, len(own.logps_N))
+            return torch.stack([sums(of, batch.answer_N, batch.answers) for of in (kl_N, other.logps_N)], 1)
+
+        layout = choose_layout(self.policy, "shared", trees, self.codec.pad_id)
+        pairs: dict[int, list[float]] = {}
+        with undisturbed(self.reference):
+            for batch in over_trees(self.policy, values, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id):
+                pairs |= {i: pair for i, (pair,) in batch.items()}
+        return [pairs[i][0] for i in range(len(trees))], [pairs[i][1] for i in range(len(trees))]
 
     def preference_accuracy(self, folder: Path) -> dict[str, float]:
         """`eval/preference_accuracy` on the held-out pairs of a data folder; nothing where it holds out none."""
@@ -153,31 +179,30 @@ def run(context: StageContext) -> dict[str, float]:
     settings = settings_of(request, config)
     baseline = read_baseline(context, settings, prompts, evaluator.itself)
 
-    asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    draws = config.samples_per_prompt
+    asked = [prompt for prompt in prompts for _ in range(draws)]
     reward = RewardJudge(context.input("reward")) if context.has("reward") else None
     samples: list[Sample] = []
     final: dict[str, float] = {}
-    log_ratios: dict[float, list[float]] = {}
+    distances: dict[float, list[float]] = {}
     for temperature in config.temperatures:
-        answers = evaluator.answer(prompts, temperature)
-        logps, reference_logps = evaluator.answer_logps(asked, answers)
+        answers = evaluator.answer(prompts, temperature, draws)
+        distances[temperature], reference_logps = evaluator.distances(asked, answers)
         others = None if baseline is None else baseline.at(temperature)
         verdicts = judge_answers(judge, asked, answers.texts, others)
         rewards = None if reward is None else reward.score(asked, answers.texts)
-        some = put_together(asked, answers, others, verdicts, logps, reference_logps, rewards)
-        some = [replace(row, temperature=temperature, draw=i % config.samples_per_prompt) for i, row in enumerate(some)]
+        some = put_together(asked, answers, others, verdicts, distances[temperature], rewards)
+        some = [replace(row, temperature=temperature, draw=i % draws) for i, row in enumerate(some)]
         samples += some
-        log_ratios[temperature] = [row.kl for row in some]
         values = summary(some, resamples=config.bootstrap, seed=request.seed)
         values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
         final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
 
-    if 1.0 not in log_ratios:  # the KL is that of the model itself, so it takes answers of its own
-        logps, reference_logps = evaluator.answer_logps(asked, evaluator.answer(prompts, 1.0))
-        log_ratios[1.0] = [own - other for own, other in zip(logps, reference_logps, strict=True)]
+    if 1.0 not in distances:  # the KL is that of the model itself, so it takes answers of its own
+        distances[1.0], _ = evaluator.distances(asked, evaluator.answer(prompts, 1.0, draws))
     clusters = [row.cluster for row in samples[: len(asked)]]
-    final["eval/kl_to_reference"] = metrics.mean_and_error(log_ratios[1.0])[0]
-    final["eval/kl_to_reference_se"] = clustered_error(log_ratios[1.0], clusters)
+    final["eval/kl_to_reference"] = metrics.mean_and_error(distances[1.0])[0]
+    final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
     if context.has("pairs"):
         final |= evaluator.preference_accuracy(context.input("pairs"))
     if isinstance(judge, EndpointJudge):
@@ -266,8 +291,7 @@ def put_together(
     answers: Answers,
     baseline: Sequence[Sample] | None,
     verdicts: Sequence[tuple[float, float, float]],
-    logps: Sequence[float],
-    reference_logps: Sequence[float],
+    distances: Sequence[float],
     rewards: Sequence[float] | None,
 ) -> list[Sample]:
     """One record per answer; `prompts` has one for each."""
@@ -285,7 +309,7 @@ def put_together(
                 length=answers.lengths[i],
                 sft_length=answers.lengths[i] if baseline is None else baseline[i].length,
                 ended=answers.ended[i],
-                kl=logps[i] - reference_logps[i],
+                kl=distances[i],
                 reward_score=None if rewards is None else rewards[i],
             )
         )
@@ -295,21 +319,25 @@ def put_together(
 def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
     """The metrics that follow from the records of one temperature alone; intervals are over prompts."""
     won, answers = [row.win for row in samples], texts(samples, "the model")
-    interval = bootstrap(won, [row.cluster for row in samples], resamples=resamples, seed=seed)
+    clusters, drawn = [row.cluster for row in samples], {"resamples": resamples, "seed": seed}
+    interval = bootstrap(won, clusters, **drawn)
+    longer = [row.length - row.sft_length for row in samples]
+    controlled = metrics.length_controlled_win_rate(won, longer, clusters, **drawn)
     values = {
         "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
         "win_rate_vs_sft": metrics.win_rate(won),
         "win_rate_vs_sft_low": interval.low,
         "win_rate_vs_sft_high": interval.high,
-        "length_controlled_win_rate": metrics.length_controlled_win_rate(
-            won, [row.length - row.sft_length for row in samples]
-        ),
         "length": metrics.mean_and_error([row.length for row in samples])[0],
         "distinct_2": metrics.distinct_2(answers),
         "empty": metrics.share([not answer.strip() for answer in answers]),
         "ended": metrics.share([row.ended for row in samples]),
         "prompts": float(sum(row.draw == 0 for row in samples)),
     }
+    if controlled is not None:  # else it is not logged: a table shows "-"
+        rate, reach = controlled
+        values |= {"length_controlled_win_rate": rate, "length_controlled_win_rate_low": reach.low}
+        values["length_controlled_win_rate_high"] = reach.high
     rewards = [row.reward_score for row in samples if row.reward_score is not None]
     if rewards:
         values["reward_score"] = metrics.mean_and_error(rewards)[0]

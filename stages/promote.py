@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from schemas.config import EndpointJudge
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
 from stages.engine.scoring import metrics
-from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, texts
+from stages.engine.scoring.evaluation_record import Evaluation, check_comparable
+from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
@@ -119,21 +119,15 @@ def wins_over_sft(candidate: Evaluation) -> list[float]:
 
 
 def wins_over_champion(candidate: Evaluation, champion: Evaluation, context: StageContext) -> list[float]:
-    """Per prompt, 1 where the judge prefers the candidate's answer to the champion's, 1/2 for a tie, else 0.
-
-    A judge that scores has its scores in both evaluations; one that only compares is asked, with both answers.
-    """
-    judge = candidate.settings["judge"]
-    if judge["judge"] != "endpoint":
-        return metrics.wins([s.score for s in candidate.first], [s.score for s in champion.first])
-    from stages.engine.scoring import endpoint  # late: it takes transformers along, which no other judge needs here
-
-    answers, others = texts(candidate.first, "the candidate"), texts(champion.first, "the champion")
-    field = "evaluate.judge"
-    asked = endpoint.EndpointJudge(
-        EndpointJudge.model_validate(judge), field, lambda done, total: context.progress(done, total, "answers judged")
+    """Per answer, 1 where the judge prefers the candidate's to the champion's, 1/2 for a tie, else 0."""
+    names, judge = ("the candidate", "the champion"), candidate.settings["judge"]
+    return wins_between(
+        names,
+        candidate.first,
+        champion.first,
+        judge,
+        lambda done, total: context.progress(done, total, "answers judged"),
     )
-    return asked.wins([sample.prompt for sample in candidate.first], answers, others)
 
 
 def publish(decision: Decision, context: StageContext) -> None:

@@ -1,6 +1,7 @@
 """From a config to the stages that run: a pure function, no files, no servers.
 
     base -> data * -> sft -> [generate -> data generated] -> reward, gold -> [budget] -> align * -> eval * -> compare
+    [baselines] -> compare
     retraining, after these: -> eval champion -> promote
 
 A node is planned when something needs it; what a method needs and nothing gives is an error here, before anything runs.
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from flows.planning import plan_checks
 from schemas.config import (
     DERIVES,
+    BaselinesParams,
     DataConfig,
     ModelConfig,
     PipelineConfig,
@@ -160,7 +162,8 @@ class Planner:
         if self.has_reward():
             self.reward("reward")
         models = self.models()
-        self.compare({name: self.evaluation(name, models) for name in models})
+        evaluations = {name: self.evaluation(name, models) for name in models}
+        self.compare(evaluations, self.baselines())
         if self.has_test():  # here already: too few prompts should stop a sweep before it trains
             self.evaluation("sft", models, "test")
 
@@ -356,7 +359,7 @@ class Planner:
             inputs["baseline"] = self.evaluation("sft", models, part)
         about = self.training_labels(name)
         tags = {"method": about["method"]}
-        params = self.config.evaluate.model_dump(mode="json") | {"part": part}
+        params = self.config.evaluate.model_dump(mode="json", exclude={"baselines"}) | {"part": part}
         node = Node(f"{part} {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
         return self.add(node, "evaluation")
 
@@ -372,12 +375,29 @@ class Planner:
                 about[setting] = str(value)
         return about
 
-    def compare(self, evaluations: dict[str, Output]) -> Output:
+    def baselines(self) -> Output | None:
+        """What the SFT model gives without alignment; none without aligned models, or where it is not asked for."""
+        evaluate = self.config.evaluate
+        if evaluate.baselines is None or not self.config.align:
+            return None
+        sft = self.sft_model()
+        inputs = {"model": sft, "reference": sft, "data": self.data(self.evaluation_slot())}
+        if (judge := self.judge()) is not None:
+            inputs["judge"] = judge
+        if "reward" in self.nodes:
+            inputs["reward"] = ("reward", "model")
+        own = evaluate.baselines.model_dump(mode="json")
+        params = own | evaluate.model_dump(mode="json", include=set(BaselinesParams.model_fields) - own.keys())
+        node = Node("baselines", "baselines", "evaluate.baselines", params, inputs, self.config.seed)
+        return self.add(node, "baselines")
+
+    def compare(self, evaluations: dict[str, Output], baselines: Output | None) -> Output:
         several = self.config.sweep is not None or self.config.seeds is not None
         params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
         if self.config.sweep is not None:
             params["chosen"] = "tested" if self.has_test() else "by these numbers"
-        return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
+        inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
+        return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 
     # --- promotion ---
 

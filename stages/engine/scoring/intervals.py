@@ -1,11 +1,11 @@
 """Intervals and tests of means over prompts, each of which says what it covers. No torch.
 
 Answers to prompts of one cluster (the same first user turn, draws of one prompt) depend on each other, so clusters are
-drawn again and counted, never single answers. Shapes: N values, C clusters, S seeds, R resamples of a block.
+drawn again and counted, never single answers. Shapes: N values, K rows of them, C clusters, S seeds, R resamples.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -13,9 +13,6 @@ from typing import Literal
 import numpy as np
 
 Covers = Literal["prompts", "seeds and prompts"]
-Statistic = Callable[[np.ndarray], np.ndarray]
-"""From counts_RN, how often each value is in each resample, to a number per resample (R)."""
-
 BLOCK = 2**22  # counts in memory at once: 32 MB
 LEVEL = 0.95
 
@@ -53,24 +50,32 @@ def resampled(clusters: Sequence[str], resamples: int, seed: int) -> Iterator[np
         yield drawn_RC[:, number_N].astype(np.float64)
 
 
-def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
-    """The mean of values (N)."""
-    value_N = np.asarray(values, dtype=np.float64)
-    return lambda counts_RN: counts_RN @ value_N / counts_RN.sum(1)
+def bootstraps(
+    rows: Sequence[Sequence[float] | np.ndarray],
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
+) -> list[Interval]:
+    """Percentile interval of the mean of each row (N) over clusters of prompts (Efron and Tibshirani 1993).
+
+    Near its level from about 100 clusters on; with fewer it is too narrow. All rows share their resamples.
+    """
+    if not rows:
+        return []
+    value_NK = np.array(rows, dtype=np.float64).T
+    blocks = resampled(clusters, resamples, seed)
+    mean_RK = np.concatenate([counts_RN @ value_NK / counts_RN.sum(1, keepdims=True) for counts_RN in blocks])
+    ends = np.quantile(mean_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(low), float(high)) for low, high in ends.T]
 
 
 def bootstrap(
-    values: Sequence[float] | Statistic, clusters: Sequence[str], *, resamples: int, seed: int, level: float = LEVEL
+    values: Sequence[float] | np.ndarray, clusters: Sequence[str], *, resamples: int, seed: int, level: float = LEVEL
 ) -> Interval:
-    """Percentile interval of a mean, or of another statistic, over clusters of prompts (Efron and Tibshirani 1993).
-
-    Near its level from about 100 clusters on; with fewer it is too narrow. Resamples in which the statistic is not
-    finite are left out.
-    """
-    statistic = values if callable(values) else mean_of(values)
-    found = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
-    low, high = np.quantile(found[np.isfinite(found)], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
+    """`bootstraps` of a single row."""
+    return bootstraps([values], clusters, resamples=resamples, seed=seed, level=level)[0]
 
 
 def clustered_error(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> float:
