@@ -68,8 +68,11 @@ def run(context: StageContext) -> dict[str, float]:
             context.file(file)  # at the run's top, where MLflow's UI shows picture and page at a click
         context.publish("comparison", folder)
     values = {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
-    for number, duels in enumerate(comparison.duels.values()):
-        values |= head_to_head.logged(duels, first=number == 0)
+    if comparison.points:  # of many seeds the pairs are too many to look at, and say less
+        values |= frontier.logged(comparison.points)
+    else:
+        for number, duels in enumerate(comparison.duels.values()):
+            values |= head_to_head.logged(duels, first=number == 0)
     for name, gain in comparison.gains.items():
         values |= {f"eval/{name}/over_curve": gain.gain, f"eval/{name}/over_curve_low": gain.interval.low}
         values[f"eval/{name}/over_curve_high"] = gain.interval.high
@@ -129,7 +132,7 @@ def compare(
     if variants:
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
-        means = frontier.points(table, evaluations, score_std)
+        means = frontier.points(table, evaluations, score_std, gains)
         unseen = {model for point in means for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     table.sort(key=lambda row: place.get(row["model"], len(place)))
