@@ -75,8 +75,11 @@ def run(context: StageContext) -> dict[str, float]:
             context.file(file)  # at the run's top, where MLflow's UI shows picture and page at a click
         context.publish("comparison", folder)
     values = {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
-    for number, duels in enumerate(comparison.duels.values()):
-        values |= head_to_head.logged(duels, first=number == 0)
+    if comparison.points:  # of many seeds the pairs are too many to look at, and say less
+        values |= frontier.logged(comparison.points)
+    else:
+        for number, duels in enumerate(comparison.duels.values()):
+            values |= head_to_head.logged(duels, first=number == 0)
     for name, gain in comparison.gains.items():
         values |= {f"eval/{name}/over_curve": gain.gain, f"eval/{name}/over_curve_low": gain.interval.low}
         values[f"eval/{name}/over_curve_high"] = gain.interval.high
@@ -142,7 +145,7 @@ def compare(
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
         table.sort(key=lambda row: place.get(row["model"], len(place)))
-        points = frontier.points(table, evaluations, score_std)
+        points = frontier.points(table, evaluations, score_std, gains)
         unseen = {model for point in points for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     table.sort(key=lambda row: place.get(row["model"], len(place)))
@@ -243,7 +246,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """comparison.json, table.json, table.txt, reward_kl.png and report.html; of a sweep frontier.json too."""
+    """comparison.json, table.json, table.txt, reward_kl.png and report.html; of several seeds frontier.json too."""
     table, points = comparison.table, comparison.points
     (folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=2), encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")

@@ -7,7 +7,7 @@ the mean of theirs, since KL is convex. Beyond the last point the curve is as hi
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -43,6 +43,8 @@ class Gain:
     interval: Interval
     against: tuple[str, ...]
     """The one or two baselines whose mixture the curve is there."""
+    differences: np.ndarray = field(default_factory=lambda: np.zeros(0), compare=False)
+    """Per prompt, what `gain` is the mean of."""
 
     @property
     def clear(self) -> bool:
@@ -51,7 +53,8 @@ class Gain:
 
     def as_json(self) -> dict[str, Any]:
         """For comparison.json."""
-        return vars(self) | {"interval": vars(self.interval), "clear": self.clear}
+        plain = {name: value for name, value in vars(self).items() if name != "differences"}
+        return plain | {"interval": vars(self.interval), "clear": self.clear}
 
 
 def heights(samples: Sequence[Sample], judge: Mapping[str, Any]) -> np.ndarray:
@@ -112,6 +115,6 @@ def gains(evaluations: Mapping[str, Evaluation], models: Sequence[str], corners:
     drawn = {"resamples": settings.get("bootstrap", 2000), "seed": settings.get("seed", 0)}
     intervals = bootstraps(rows, clusters, **drawn)
     return {
-        name: Gain(name, kl, fmean(row), interval, against)
+        name: Gain(name, kl, fmean(row), interval, against, row)
         for (name, kl, against), row, interval in zip(found, rows, intervals, strict=True)
     }

@@ -10,7 +10,7 @@ from stages.compare.table import Comparison, verdict
 PAIRS = 6  # lines of pairs under the table of a terminal
 COVERS = (
     "Intervals: 95 %, over prompts. Each model is one training run, and another seed may change the order: this is "
-    "about these models, not their methods; compare methods by `alignflow sweep` with several seeds."
+    "about these models, not their methods; `alignflow run --seeds 0,1,2` or a sweep compares methods."
 )
 
 

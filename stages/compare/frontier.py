@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.compare.curve import Gain
 from stages.compare.plots import canvas, colours, png
 from stages.compare.table import Row, finite, lay_out
 from stages.engine.scoring.evaluation_record import Evaluation
@@ -18,20 +19,25 @@ from stages.engine.scoring.intervals import apart, clustered_error, over_seeds
 from stages.engine.scoring.metrics import mean_and_error
 
 MEASURES = ("judge_score", "kl_to_reference", "win_rate_vs_sft")
-HEAD = ["Method", "Beta", "KL cost", "Seeds", "Judge score", "KL to SFT", "Win rate vs SFT", "Frontier"]
-BARS = """Mean ± standard error over the seeds; in brackets: 95 % intervals over seeds and prompts, none for one seed.
-KL cost: of a nat, in the reward model's raw scores: beta; of PPO kl_coef x their spread."""
+HEAD = ["Method", "Beta", "KL cost", "n", "Judge score", "KL to SFT", "Win rate", "Edge"]
+BARS = """Mean ± standard error over the seeds (n); in brackets: 95 % intervals over seeds and
+prompts, none for one seed. Win rate: against SFT. Edge: no other scores as high,
+nearer. KL cost: of a nat, in raw reward scores: beta; of PPO kl_coef x spread."""
 
 
 def points(
-    table: Sequence[Row], evaluations: Mapping[str, Evaluation] | None = None, score_std: float | None = None
+    table: Sequence[Row],
+    evaluations: Mapping[str, Evaluation] | None = None,
+    score_std: float | None = None,
+    gains: Mapping[str, Gain] | None = None,
 ) -> list[dict[str, Any]]:
     """One point per group of the rows that name theirs, in the table's order of methods, then by beta and rate.
 
     Each measure has its mean and `_se`, the standard error over the seeds, None for a single seed; the win rate and the
     score `_low` and `_high` too where the evaluations are given. `kl_cost`: beta, of PPO kl_coef times `score_std`, the
-    standard deviation by which its reward model's scores were divided. `on_frontier`: no other point has a higher score
-    at a distance as small. `below`: whether it is clearly below the point of the highest score; None: cannot be said.
+    standard deviation by which its reward model's scores were divided. `gain`: over the curve of the
+    baselines, with its interval over seeds and prompts. `on_frontier`: no other point has a higher score at a distance
+    as small. `below`: whether it is clearly below the point of the highest score; None: cannot be said.
     """
     rows = [row for row in table if "seed" in row]
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -39,7 +45,10 @@ def points(
     groups = [list(members) for _, members in itertools.groupby(rows, key=group)]
     several = len({(row["method"], _rate(row)) for row in rows}) > len(methods)
     answers = [_scores(members, evaluations or {}) for members in groups]
-    made = [_point(members, scores, score_std, several) for members, scores in zip(groups, answers, strict=True)]
+    made = [
+        _point(members, scores, score_std, several) | _gain(members, scores, gains or {})
+        for members, scores in zip(groups, answers, strict=True)
+    ]
     if not made:
         return []
     best = max(range(len(made)), key=lambda i: made[i]["judge_score"])
@@ -89,8 +98,21 @@ def _point(rows: Sequence[Row], scores: Scores | None, score_std: float | None, 
         score_SN, win_SN, clusters = scores
         for name, values_SN in (("judge_score", score_SN), ("win_rate_vs_sft", win_SN)):
             interval = over_seeds(values_SN.tolist(), clusters)
-            point |= {f"{name}_low": interval.low, f"{name}_high": interval.high, f"{name}_covers": interval.covers}
+            ends = (
+                (interval.low, interval.high) if name == "judge_score" else np.clip([interval.low, interval.high], 0, 1)
+            )
+            point |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1]), f"{name}_covers": interval.covers}
     return point
+
+
+def _gain(rows: Sequence[Row], scores: Scores | None, gains: Mapping[str, Gain]) -> dict[str, Any]:
+    """The mean gain over the seeds and its interval; None where there are no baselines, or one seed."""
+    known = [gains[row["model"]].differences for row in rows if row["model"] in gains]
+    if scores is None or len(rows) < 2 or len(known) < len(rows):
+        return {"gain": None}
+    draws = len(scores[2]) // len(known[0])
+    interval = over_seeds([values.tolist() for values in known], scores[2][::draws])
+    return {"gain": float(np.mean(known)), "gain_low": interval.low, "gain_high": interval.high}
 
 
 def _below(
@@ -211,10 +233,28 @@ def headline(points: Sequence[Row], chosen: str = "") -> str:
         f"{_bracketed(best, 'judge_score', 2)}, at KL {_measured(best, 'kl_to_reference')}{_level(best, points)}. "
         f"On the frontier, from near to far: {', '.join(map(label, edge))}."
     )
+    said += _gained(points)
     if chosen and len(points) > 1:
         said += f" It is the highest of {len(points)} on the prompts that chose it, so its own number is optimistic"
         said += ": the test part gives another." if chosen == "tested" else "; data.*.test_fraction would give another."
     return said
+
+
+def _gained(points: Sequence[Row]) -> str:
+    """Which points are clearly better than SFT over seeds and prompts, and which not clearly above its baselines."""
+    rated = [point for point in points if finite(point, "win_rate_vs_sft_low")]
+    better = [label(point) for point in rated if point["win_rate_vs_sft_low"] > 0.5]
+    said = f" Clearly better than SFT over seeds and prompts: {', '.join(better) or 'none'}." if rated else ""
+    level = [label(point) for point in points if point["gain"] is not None and point["gain_low"] <= 0]
+    if level:
+        said += f" Not clearly more than sharpening SFT or selecting among its answers gives: {', '.join(level)}."
+    return said
+
+
+def logged(points: Sequence[Row]) -> dict[str, float]:
+    """Metrics of a comparison over seeds: `eval/<group>/judge_score` and others, with their intervals."""
+    names = [f"{name}{end}" for name in (*MEASURES, "gain") for end in ("", "_low", "_high")]
+    return {f"eval/{p['group']}/{name}": p[name] for p in points for name in names if finite(p, name)}
 
 
 def _level(best: Row, points: Sequence[Row]) -> str:

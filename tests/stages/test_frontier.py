@@ -11,10 +11,11 @@ import pytest
 
 from stages import compare
 from stages.compare import frontier
+from stages.compare.curve import Gain
 from stages.compare.page import render_html
 from stages.compare.table import Comparison
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
-from stages.engine.scoring.intervals import apart
+from stages.engine.scoring.intervals import Interval, apart
 from tests.stages.test_compare import Page, evaluation
 from tests.support.context import MemoryContext
 
@@ -58,7 +59,7 @@ def test_points_are_means_with_standard_errors_over_the_seeds() -> None:
 def test_the_frontier_in_words_and_pictures() -> None:
     points = frontier.points(TABLE)
     lines = frontier.render_text(points).splitlines()
-    assert len(lines) == 2 + 3 + 2 and "standard error over the seeds" in lines[-2]
+    assert len(lines) == 2 + 3 + 3 and "standard error over the seeds" in lines[-3]
     assert "2.30 ± 0.15" in lines[3] and "3.30 ± 0.17" in lines[3] and lines[3].endswith("yes")
     assert "±" not in lines[2]
     said = frontier.headline(points)
@@ -186,3 +187,27 @@ def test_two_means_alone_are_told_apart_by_t() -> None:
     # Variances .5 and .5 with 4 each: 8 degrees of freedom, 2.306. Without any error nothing can be said.
     assert apart(2.32, [(0.5, 4), (0.5, 4)], 2) and not apart(2.29, [(0.5, 4), (0.5, 4)], 2)
     assert not apart(1.0, [(0.0, 4)], 2)
+
+
+def test_what_is_said_of_a_method_covers_its_seeds() -> None:
+    """KTO's seeds gain 1.0 and -0.4 over the baselines: each is clear over prompts, and the method is not; DPO's is."""
+    prompts = [[{"role": "user", "content": f"p{i}"}] for i in range(50)]
+    table = [row(method, 0.1, seed, 2.0, 1.0) for method in ("dpo", "kto") for seed in (0, 1)]
+    gained, given, gains = {"dpo": (1.0, 0.9), "kto": (1.0, -0.4)}, {}, {}
+    for r in table:
+        name, mean = r["model"], gained[r["method"]][r["seed"]]
+        win = [float(i % 10 < (8 if mean > 0 else 2)) for i in range(50)]
+        samples = [Sample(p, "a", 2.0, "b", 0.0, w, 1, 1, True, 0.0) for p, w in zip(prompts, win, strict=True)]
+        given[name] = Evaluation({}, samples, {})
+        rows = np.array([mean + 0.1 * (-1) ** i for i in range(50)])
+        gains[name] = Gain(name, 1.0, mean, Interval(mean - 0.03, mean + 0.03), ("sft",), rows)
+    dpo, kto = frontier.points(table, given, gains=gains)
+    assert (dpo["gain"], kto["gain"]) == pytest.approx((0.95, 0.3))
+    assert dpo["gain_low"] > 0 > kto["gain_low"] and kto["win_rate_vs_sft_low"] < 0.5 < dpo["win_rate_vs_sft_low"]
+    said = frontier.headline([dpo, kto])
+    assert "Clearly better than SFT over seeds and prompts: dpo 0.1." in said
+    assert said.endswith("Not clearly more than sharpening SFT or selecting among its answers gives: kto 0.1.")
+    logged = frontier.logged([dpo, kto])
+    assert logged[f"eval/{dpo['group']}/gain"] == dpo["gain"] and f"eval/{kto['group']}/gain_low" in logged
+    assert kto["win_rate_vs_sft_low"] == 0 and kto["win_rate_vs_sft_high"] == 1, "a share has bounds"
+    assert all(len(line) <= 82 for line in frontier.render_text([dpo, kto]).splitlines())
