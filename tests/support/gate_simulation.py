@@ -7,7 +7,7 @@ for both sides. What a training would do is left out: only the decision is simul
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -25,7 +25,7 @@ WEEK = timedelta(days=7)
 class World:
     """How candidates do against the champion: `spread` is the standard deviation of the chances between prompts."""
 
-    gate: Gate = Gate()
+    gate: Gate = field(default_factory=Gate)
     draws: int = PromoteConfig().samples_per_prompt
     spread: float = 0.2
 
@@ -42,7 +42,7 @@ class World:
         return p <= self.gate.alpha
 
     def promotions(self, truths: list[float], generator: np.random.Generator) -> list[bool]:
-        """A look a week for as long as the budget lets: whether each candidate is promoted. A closed gate promotes none."""
+        """A look a week while the budget lets: whether each candidate is promoted. A closed gate promotes none."""
         looks: list[Look] = []
         promoted = []
         for week, truth in enumerate(truths):
