@@ -17,8 +17,9 @@ from prefect.states import Completed, Failed, State
 from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
+from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
-from flows.planning.plan import Node, Plan, plan
+from flows.planning.plan import Node, Plan, last_test, plan
 from flows.planning.requests import request_for
 from flows.results.announce import report
 from flows.servers import checks, supervisor
@@ -27,6 +28,7 @@ from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import Request, Result
 from stages import tracking
+from stages.runtime.resources import out_of_resource
 
 T = TypeVar("T")
 
@@ -87,6 +89,9 @@ def pipeline(config: PipelineConfig) -> State[Any]:
         return Failed(message=str(error), data=error)
     try:
         results, errors = run_nodes(planned, str(flow_run.id))
+        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+            results, errors = run_nodes(tests, str(flow_run.id), results)
+            planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
     except BaseException:
         process.stop_all()
         raise
@@ -152,7 +157,9 @@ def run_nodes(
             results[name] = done  # its end is recorded in MLflow, if not in Prefect
             log.warning("%s is done; Prefect could not record it (%s).", name, type(outcome).__name__)
         else:  # an exception that no stage has made a problem of
-            errors[name] = StageError(f"{name}: {outcome!r}", status="failed", kind=type(outcome).__name__)
+            lack = out_of_resource(outcome)
+            other = lack or f"{name}: {outcome!r}"
+            errors[name] = StageError(other, status="failed", kind=type(outcome).__name__)
 
 
 def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:

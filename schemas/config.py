@@ -210,7 +210,9 @@ class RewardConfig(Training):
     rows: Literal["train", "gold"] = "train"
     """Which part of the preference data to train on; the pipeline sets it."""
     margin: bool = False
-    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2)."""
+    """Subtract the annotators' margin inside the sigmoid (Llama 2, eq. 2). Where a margin is above 3, the largest of
+    Llama 2, all are scaled so that the largest of the training rows is 3: differences of scores from 0 to 100 would
+    make the loss a linear one."""
 
 
 class GenerateConfig(Strict):
@@ -226,6 +228,32 @@ class GenerateConfig(Strict):
     """Temperature of Bradley-Terry label noise: answer i beats j with probability sigmoid((s_i - s_j) / noise)."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N prompts."""
+
+
+class BaselinesConfig(Strict):
+    """What the SFT model gives without alignment, to hold every method against."""
+
+    temperatures: list[Annotated[float, BeforeValidator(no_truth), Field(gt=0, lt=1)]] = [0.7, 0.5, 0.3]
+    """The SFT model at these: its distribution sharpened."""
+    best_of: list[Annotated[int, BeforeValidator(no_truth), Field(ge=2)]] = [2, 4, 16]
+    """The best of so many answers of the SFT model at temperature 1, by the reward model; none without one."""
+
+    @field_validator("temperatures", "best_of")
+    @classmethod
+    def _ordered(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError("a value is given twice. Fix: give each once")
+        return sorted(values, reverse=bool(values) and isinstance(values[0], float))
+
+
+class BaselinesParams(BaselinesConfig):
+    """Stage `baselines`: the evaluation's conditions beside the baselines."""
+
+    judge: Judge
+    max_new_tokens: int
+    samples_per_prompt: int
+    limit: int | None
+    min_prompts: int
 
 
 class EvaluateConfig(Strict):
@@ -245,7 +273,9 @@ class EvaluateConfig(Strict):
     min_prompts: int = Field(default=100, ge=1)
     """Refuse to evaluate on fewer prompts."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
-    """Resamples over prompts for the 95 % interval of the win rate."""
+    """Resamples over prompts for 95 % intervals."""
+    baselines: BaselinesConfig | None = BaselinesConfig()
+    """None: no method is held against what the SFT model gives without it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -268,6 +298,8 @@ class EvaluateConfig(Strict):
 class EvaluateParams(EvaluateConfig):
     """Stage `evaluate`."""
 
+    part: Literal["eval", "test"] = "eval"
+    """The prompts to answer: those held out, or the test part, which no comparison looks at."""
     gate: bool = False
     """Measure what only the gate asks for: relevance to the prompt, and wins over the SFT model made as sharp."""
 

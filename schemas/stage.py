@@ -27,14 +27,15 @@ class StageSpec:
 
 STAGES = {
     "base": StageSpec(1, makes="model"),
-    "validate": StageSpec(3, makes="data", shows_text=True),
+    "validate": StageSpec(4, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
-    "reward": StageSpec(1, makes="model", needs_device=True),
+    "reward": StageSpec(2, makes="model", needs_device=True),
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
-    "compare": StageSpec(2, shows_text=True),
+    "baselines": StageSpec(1, needs_device=True, shows_text=True),
+    "compare": StageSpec(3, shows_text=True),
     "promote": StageSpec(2),
 }
 """Every stage: a file or folder of that name in `stages/`."""
@@ -93,7 +94,8 @@ class Request(Strict):
     def label(self) -> str:
         """Short name for people: `sft`, `dpo`, `eval dpo`."""
         if self.stage == "evaluate":
-            return f"eval {self.name}" if self.name else "eval"
+            part = self.params.get("part", "eval")
+            return f"{part} {self.name}" if self.name else str(part)
         return self.name or self.stage
 
     def key(self) -> str:

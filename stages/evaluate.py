@@ -14,17 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
-from stages.engine.data.examples import encode, fitting, has, read
-from stages.engine.data.trees import Tree
+from stages.engine.data.examples import encode, fitting, has, read, read_if_there
+from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
-from stages.engine.models.policy import Policy, context_length
+from stages.engine.models.logprobs import exact_kl
+from stages.engine.models.policy import Policy, context_length, sums
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import gate_evidence, metrics
+from stages.engine.scoring.batched import over_trees, undisturbed
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import (
     Evaluation,
@@ -36,7 +41,7 @@ from stages.engine.scoring.evaluation_record import (
     without_text,
 )
 from stages.engine.scoring.intervals import bootstrap, clustered_error
-from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
+from stages.engine.scoring.judges import Judge, RewardJudge, Scoring, agreement, judge_for
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.runtime.context import StageContext
 
@@ -73,7 +78,7 @@ class Evaluator:
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
-        rows = read(self.context.input("data"), "eval", "prompt")
+        rows = read(self.context.input("data"), self.config.part, "prompt")
         first: dict[str, Messages] = {}
         for row in rows:
             first.setdefault(row["prompt_id"], row["prompt"])
@@ -87,22 +92,28 @@ class Evaluator:
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
             message = f"only {len(kept)} held-out prompts to evaluate on."
-            fix = "hold out more (data.*.eval_fraction, data.evaluation), raise evaluate.limit, or ask for fewer"
+            share = f"data.*.{self.config.part}_fraction"
+            fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
-    def answer(self, prompts: Sequence[Messages], temperature: float, policy: Policy | None = None) -> Answers:
-        """`samples_per_prompt` answers to each prompt, one after the other; of the model, or of another `policy`.
+    def answer(
+        self, prompts: Sequence[Messages], temperature: float, draws: int | None = None, policy: Policy | None = None
+    ) -> Answers:
+        """`draws` answers to each prompt (default: `samples_per_prompt`), one after the other; of the model, or of
+        another `policy`.
 
         A seed is a function of the request's seed, the prompt's place and the draw, the same at each temperature.
         """
-        draws = range(self.config.samples_per_prompt)
+        draws = draws or self.config.samples_per_prompt
         ids = sample(
             policy or self.policy,
-            [self.codec.prompt(prompt) for prompt in prompts for _ in draws],
+            [self.codec.prompt(prompt) for prompt in prompts for _ in range(draws)],
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
-            seeds=[seed_of("evaluate", self.context.request.seed, i, k) for i in range(len(prompts)) for k in draws],
+            seeds=[
+                seed_of("evaluate", self.context.request.seed, i, k) for i in range(len(prompts)) for k in range(draws)
+            ],
             stop_ids=self.codec.stop_ids,
             pad_id=self.codec.pad_id,
             progress=lambda done, total: self.context.progress(done, total, "answers"),
@@ -121,6 +132,32 @@ class Evaluator:
         cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
+
+    def distances(
+        self, prompts: Sequence[Messages], answers: Answers, temperature: float = 1.0
+    ) -> tuple[list[float], list[float]]:
+        """KL along each answer, and its log pi_sft: one answer to each of `prompts`, in nats.
+
+        The KL is the sum over the answer's tokens of KL(pi_T(. | prefix) || pi_sft(. | prefix)), exact over the
+        vocabulary, with pi at `temperature` and pi_sft at 1. Over answers drawn from pi_T its mean is the KL of whole
+        answers (chain rule), with a fraction of the noise of sampled log-ratios. Both models read a batch together, so
+        it costs no forward pass beyond those of the log-probs.
+        """
+        trees = self.trees(prompts, answers)
+
+        def values(batch: Batch) -> Tensor:
+            own = self.policy(batch, temperature=temperature, log_probs=True)
+            same = self.itself and temperature == 1
+            other = own if same else self.reference(batch, log_probs=True)
+            kl_N = exact_kl(own.log_probs, other.log_probs, len(own.logps_N))
+            return torch.stack([sums(of, batch.answer_N, batch.answers) for of in (kl_N, other.logps_N)], 1)
+
+        layout = choose_layout(self.policy, "shared", trees, self.codec.pad_id)
+        pairs: dict[int, list[float]] = {}
+        with undisturbed(self.reference):
+            for batch in over_trees(self.policy, values, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id):
+                pairs |= {i: pair for i, (pair,) in batch.items()}
+        return [pairs[i][0] for i in range(len(trees))], [pairs[i][1] for i in range(len(trees))]
 
     def trees(self, prompts: Sequence[Messages], answers: Answers) -> list[Tree]:
         """One answer behind each of `prompts`."""
@@ -142,11 +179,6 @@ class Evaluator:
         return gate_evidence.matched_temperature(
             self.policy, self.reference, trees, temperature, TOKENS_PER_BATCH, self.codec.pad_id
         )
-
-    def answer_logps(self, prompts: Sequence[Messages], answers: Answers) -> tuple[list[float], list[float]]:
-        """log pi and log pi_sft of one answer to each of `prompts`."""
-        policy, reference = self.logps(self.trees(prompts, answers))
-        return [own for (own,) in policy], [own for (own,) in reference]
 
     def pairs_right(self, folder: Path) -> list[tuple[str, float]]:
         """Of each held-out pair of a data folder: its prompt's cluster, and 1 where the chosen answer has gained more
@@ -179,40 +211,41 @@ def run(context: StageContext) -> dict[str, float]:
     settings = settings_of(request, config)
     baseline = read_baseline(context, settings, prompts, evaluator.itself)
 
-    asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    draws = config.samples_per_prompt
+    asked = [prompt for prompt in prompts for _ in range(draws)]
     reward = RewardJudge(context.input("reward")) if context.has("reward") else None
     samples: list[Sample] = []
     final: dict[str, float] = {}
-    log_ratios: dict[float, list[float]] = {}
+    distances: dict[float, list[float]] = {}
     for temperature in config.temperatures:
-        answers = evaluator.answer(prompts, temperature)
-        logps, reference_logps = evaluator.answer_logps(asked, answers)
+        answers = evaluator.answer(prompts, temperature, draws)
+        distances[temperature], reference_logps = evaluator.distances(asked, answers)
         others = None if baseline is None else baseline.at(temperature)
         verdicts = judge_answers(judge, asked, answers.texts, others)
         rewards = None if reward is None else reward.score(asked, answers.texts)
-        some = put_together(asked, answers, others, verdicts, logps, reference_logps, rewards)
+        some = put_together(asked, answers, others, verdicts, distances[temperature], rewards)
         some = [
-            replace(row, temperature=temperature, draw=i % config.samples_per_prompt, reference_logp=reference_logps[i])
+            replace(row, temperature=temperature, draw=i % draws, reference_logp=reference_logps[i])
             for i, row in enumerate(some)
         ]
         if config.gate:
             some, values = for_the_gate(evaluator, judge, asked, answers, some)
             final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
         samples += some
-        log_ratios[temperature] = [row.kl for row in some]
         values = summary(some, resamples=config.bootstrap, seed=request.seed)
         values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
         final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
 
-    if 1.0 not in log_ratios:  # the KL is that of the model itself, so it takes answers of its own
-        logps, reference_logps = evaluator.answer_logps(asked, evaluator.answer(prompts, 1.0))
-        log_ratios[1.0] = [own - other for own, other in zip(logps, reference_logps, strict=True)]
+    if 1.0 not in distances:  # the KL is that of the model itself, so it takes answers of its own
+        distances[1.0], _ = evaluator.distances(asked, evaluator.answer(prompts, 1.0, draws))
     clusters = [row.cluster for row in samples[: len(asked)]]
-    final["eval/kl_to_reference"] = metrics.mean_and_error(log_ratios[1.0])[0]
-    final["eval/kl_to_reference_se"] = clustered_error(log_ratios[1.0], clusters)
+    final["eval/kl_to_reference"] = metrics.mean_and_error(distances[1.0])[0]
+    final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
     pairs = evaluator.pairs_right(context.input("pairs")) if context.has("pairs") else []
     if pairs:
         final["eval/preference_accuracy"] = metrics.win_rate([right for _, right in pairs])
+    if context.has("pairs") and evaluator.itself and isinstance(judge, Scoring):  # once a comparison, not once a model
+        final |= judge_accuracy(judge, context.input("pairs"), resamples=config.bootstrap, seed=request.seed)
     if isinstance(judge, EndpointJudge):
         final["judge/inconsistent"] = judge.inconsistent / len(samples)
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
@@ -220,6 +253,20 @@ def run(context: StageContext) -> dict[str, float]:
     final["compute/seconds"] = time.monotonic() - started
     publish(context, Evaluation(final, samples, settings, pairs))
     return final
+
+
+def judge_accuracy(judge: Judge, folder: Path, *, resamples: int, seed: int) -> dict[str, float]:
+    """`judge/accuracy` on the held-out pairs of a data folder, with its interval over prompts; nothing without any."""
+    pairs = read_if_there(folder, "eval", "preference")
+    if not pairs:
+        return {}
+    agreed = agreement(judge, pairs)
+    interval = bootstrap(agreed, [cluster_of(pair["prompt"]) for pair in pairs], resamples=resamples, seed=seed)
+    return {
+        "judge/accuracy": metrics.win_rate(agreed),
+        "judge/accuracy_low": interval.low,
+        "judge/accuracy_high": interval.high,
+    }
 
 
 def for_the_gate(
@@ -237,7 +284,7 @@ def for_the_gate(
         return samples, values
     matched = evaluator.matched(prompts, answers, temperature)
     distinct = prompts[:: evaluator.config.samples_per_prompt]
-    sharp = evaluator.answer(distinct, matched, evaluator.reference)
+    sharp = evaluator.answer(distinct, matched, policy=evaluator.reference)
     won = judge.wins(prompts, answers.texts, sharp.texts)
     samples = [replace(row, matched_win=win) for row, win in zip(samples, won, strict=True)]
     values |= {"eval/matched_temperature": matched, "eval/win_rate_vs_matched_sft": metrics.win_rate(won)}
@@ -321,8 +368,7 @@ def put_together(
     answers: Answers,
     baseline: Sequence[Sample] | None,
     verdicts: Sequence[tuple[float, float, float]],
-    logps: Sequence[float],
-    reference_logps: Sequence[float],
+    distances: Sequence[float],
     rewards: Sequence[float] | None,
 ) -> list[Sample]:
     """One record per answer; `prompts` has one for each."""
@@ -340,7 +386,7 @@ def put_together(
                 length=answers.lengths[i],
                 sft_length=answers.lengths[i] if baseline is None else baseline[i].length,
                 ended=answers.ended[i],
-                kl=logps[i] - reference_logps[i],
+                kl=distances[i],
                 reward_score=None if rewards is None else rewards[i],
             )
         )
@@ -350,21 +396,25 @@ def put_together(
 def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
     """The metrics that follow from the records of one temperature alone; intervals are over prompts."""
     won, answers = [row.win for row in samples], texts(samples, "the model")
-    interval = bootstrap(won, [row.cluster for row in samples], resamples=resamples, seed=seed)
+    clusters, drawn = [row.cluster for row in samples], {"resamples": resamples, "seed": seed}
+    interval = bootstrap(won, clusters, **drawn)
+    longer = [row.length - row.sft_length for row in samples]
+    controlled = metrics.length_controlled_win_rate(won, longer, clusters, **drawn)
     values = {
         "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
         "win_rate_vs_sft": metrics.win_rate(won),
         "win_rate_vs_sft_low": interval.low,
         "win_rate_vs_sft_high": interval.high,
-        "length_controlled_win_rate": metrics.length_controlled_win_rate(
-            won, [row.length - row.sft_length for row in samples]
-        ),
         "length": metrics.mean_and_error([row.length for row in samples])[0],
         "distinct_2": metrics.distinct_2(answers),
         "empty": metrics.share([not answer.strip() for answer in answers]),
         "ended": metrics.share([row.ended for row in samples]),
         "prompts": float(sum(row.draw == 0 for row in samples)),
     }
+    if controlled is not None:  # else it is not logged: a table shows "-"
+        rate, reach = controlled
+        values |= {"length_controlled_win_rate": rate, "length_controlled_win_rate_low": reach.low}
+        values["length_controlled_win_rate_high"] = reach.high
     rewards = [row.reward_score for row in samples if row.reward_score is not None]
     if rewards:
         values["reward_score"] = metrics.mean_and_error(rewards)[0]

@@ -8,7 +8,7 @@ Suffixes: A answers of a batch, P comparisons of a batch.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -36,6 +36,7 @@ log = logging.getLogger("alignflow")
 SAMPLES = 256  # answers of the reference policy that set the scores' mean and standard deviation
 SAMPLE_TOKENS = 128  # at most; else the longest answer of the data
 BINS = 10
+MARGIN_MAX = 3.0  # of "significantly better" in Llama 2, table 27
 
 
 def reward_loss(difference: Tensor, margin: Tensor) -> Tensor:
@@ -53,6 +54,20 @@ def calibration_error(differences: Sequence[float]) -> float:
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
     return float(gaps.abs().sum() / len(differences))
+
+
+def margin_scale(rows: Iterable[Row]) -> float:
+    """What margins are multiplied by: 1, or what makes the largest MARGIN_MAX."""
+    largest = max((margin or 0.0 for row in rows for margin in row.get("margins") or []), default=0.0)
+    if largest <= MARGIN_MAX:
+        return 1.0
+    log.info(
+        "margins are multiplied by %.3g, so that the largest, %.3g, becomes %g",
+        MARGIN_MAX / largest,
+        largest,
+        MARGIN_MAX,
+    )
+    return MARGIN_MAX / largest
 
 
 def _right(difference: float) -> float:
@@ -76,7 +91,7 @@ class Reward(OfflineMethod):
         codec = Codec.load(context.input("model"))
         self.scorer = load_scorer(context.input("model"), config, seed=context.request.seed)
         super().__init__(self.scorer, codec, _examples(rows, config, codec), config, context)
-        self.margin = config.margin
+        self.margin_scale = margin_scale(example.row for example in self.examples) if config.margin else 0.0
 
     def differences(self, scores_A: Tensor, rows: Sequence[Row]) -> Tensor:
         """r_winner - r_loser of every comparison of the rows, in order, P."""
@@ -100,8 +115,8 @@ class Reward(OfflineMethod):
 
     def margins(self, row: Row) -> list[float]:
         """What each comparison's difference must exceed; 0 where margins are not asked for or not given."""
-        given = (row.get("margins") if self.margin else None) or [0.0] * len(row["winners"])
-        return [margin or 0.0 for margin in given]
+        given = row.get("margins") or [0.0] * len(row["winners"])
+        return [self.margin_scale * (margin or 0.0) for margin in given]
 
     def scores(self, batch: Batch) -> Tensor:
         return self.model(batch)

@@ -107,7 +107,10 @@ def sweep(
 
 def stage(
     name: Annotated[
-        str, typer.Argument(help="base, validate, sft, generate, reward, budget, align, evaluate, compare or promote.")
+        str,
+        typer.Argument(
+            help="base, validate, sft, generate, reward, budget, align, evaluate, baselines, compare or promote."
+        ),
     ],
     request: Annotated[Path, typer.Argument(help="The request, JSON; `config.json` of any run in MLflow is one.")],
 ) -> None:

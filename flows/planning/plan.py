@@ -1,20 +1,24 @@
 """From a config to the stages that run: a pure function, no files, no servers.
 
     base -> data * -> sft -> [generate -> data generated] -> reward, gold -> [budget] -> align * -> eval * -> compare
+    [baselines] -> compare
     retraining, after these: -> eval champion -> promote
 
 A node is planned when something needs it; what a method needs and nothing gives is an error here, before anything runs.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as default
-from typing import Any
+from typing import Any, Literal
 
 from flows.planning import plan_checks
 from schemas.config import (
     DERIVES,
+    BaselinesParams,
     DataConfig,
+    EndpointJudge,
     ModelConfig,
     PipelineConfig,
     PipelineData,
@@ -111,6 +115,17 @@ def promotion(before: Plan, champion: bool, seed: int | None = None) -> Plan:
     return Plan(before.config, {name: node for name, node in planner.nodes.items() if name not in before.nodes})
 
 
+def last_test(before: Plan, chosen: Sequence[str]) -> Plan | None:
+    """What a sweep does at its end: evaluate the chosen models on the test part; None where there is none."""
+    planner = Planner(before.config, dict(before.nodes))
+    if not planner.has_test():
+        return None
+    models = planner.models()
+    for name in chosen:
+        planner.evaluation(name, models, "test")
+    return Plan(before.config, {name: node for name, node in planner.nodes.items() if name not in before.nodes})
+
+
 def params_of(training: Training) -> dict[str, Any]:
     """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named."""
     unset = {"train_tokens"} if training.train_tokens is None else set[str]()
@@ -149,7 +164,10 @@ class Planner:
         if self.has_reward():
             self.reward("reward")
         models = self.models()
-        self.compare({name: self.evaluation(name, models) for name in models})
+        evaluations = {name: self.evaluation(name, models) for name in models}
+        self.compare(evaluations, self.baselines())
+        if self.has_test():  # here already: too few prompts should stop a sweep before it trains
+            self.evaluation("sft", models, "test")
 
     def add(self, node: Node, output: str) -> Output:
         self.nodes[node.name] = node
@@ -274,6 +292,7 @@ class Planner:
             params["eval_fraction"] = 1.0 - source.test_fraction
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
+            params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
         return self.validated(slot, f"data.{slot}", params, {})
 
     def validated(self, slot: str, field: str, params: dict[str, Any], inputs: dict[str, Output]) -> Output:
@@ -323,7 +342,12 @@ class Planner:
             return self.reward("gold")
         return self.published("judge", "evaluate.judge", ModelConfig(path=judge.model))
 
-    def evaluation(self, name: str, models: dict[str, Output]) -> Output:
+    def has_test(self) -> bool:
+        """Whether the winner of a sweep is evaluated on prompts that it was not chosen by."""
+        source: DataConfig = getattr(self.config.data, self.evaluation_slot())
+        return self.config.sweep is not None and source.test_fraction > 0
+
+    def evaluation(self, name: str, models: dict[str, Output], part: Literal["eval", "test"] = "eval") -> Output:
         """Stage `evaluate` of one model, beside the SFT model's."""
         inputs = {"model": models[name], "reference": models["sft"], "data": self.data(self.evaluation_slot())}
         judge = self.judge()
@@ -331,14 +355,14 @@ class Planner:
             inputs["judge"] = judge
         if "reward" in self.nodes:
             inputs["reward"] = ("reward", "model")
-        if self.has_rows("preference"):
+        if self.has_rows("preference") and part == "eval":
             inputs["pairs"] = self.data_for("preference", "evaluate")
         if name != "sft":
-            inputs["baseline"] = self.evaluation("sft", models)
+            inputs["baseline"] = self.evaluation("sft", models, part)
         about = self.training_labels(name)
         tags = {"method": about["method"]}
-        params = self.config.evaluate.model_dump(mode="json")
-        node = Node(f"eval {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
+        params = self.config.evaluate.model_dump(mode="json", exclude={"baselines"}) | {"part": part}
+        node = Node(f"{part} {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
         return self.add(node, "evaluation")
 
     def training_labels(self, name: str) -> dict[str, str]:
@@ -353,10 +377,31 @@ class Planner:
                 about[setting] = str(value)
         return about
 
-    def compare(self, evaluations: dict[str, Output]) -> Output:
+    def baselines(self) -> Output | None:
+        """What the SFT model gives without alignment; none without aligned models, or where it is not asked for."""
+        evaluate = self.config.evaluate
+        if evaluate.baselines is None or not self.config.align:
+            return None
+        sft = self.sft_model()
+        inputs = {"model": sft, "reference": sft, "data": self.data(self.evaluation_slot())}
+        if (judge := self.judge()) is not None:
+            inputs["judge"] = judge
+        if "reward" in self.nodes:
+            inputs["reward"] = ("reward", "model")
+        own = evaluate.baselines.model_dump(mode="json")
+        params = own | evaluate.model_dump(mode="json", include=set(BaselinesParams.model_fields) - own.keys())
+        node = Node("baselines", "baselines", "evaluate.baselines", params, inputs, self.config.seed)
+        return self.add(node, "baselines")
+
+    def compare(self, evaluations: dict[str, Output], baselines: Output | None) -> Output:
         several = self.config.sweep is not None or self.config.seeds is not None
-        params = {"variants": variants_of(self.config)} if several else {}
-        return self.add(Node("compare", "compare", "align", params, dict(evaluations)), "comparison")
+        params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
+        if self.config.sweep is not None:
+            params["chosen"] = "tested" if self.has_test() else "by these numbers"
+        if isinstance(self.config.evaluate.judge, EndpointJudge):  # which the comparison itself asks
+            params["judge"] = self.config.evaluate.judge.model_dump(mode="json")
+        inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
+        return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 
     # --- promotion ---
 

@@ -29,10 +29,13 @@ def request_for(
     if node.stage == "evaluate":
         made = results[node.inputs["model"][0]]
         about |= {"model.key": made.key, "train.run_id": made.run_id or ""}
+    params = dict(node.params)
+    if node.stage == "compare" and "variants" in params and "reward" in results:
+        params["score_std"] = results["reward"].metrics.get("data/score_std")  # PPO's kl_coef counts in units of it
     request = Request(
         stage=node.stage,
         version=STAGES[node.stage].version,
-        params=node.params,
+        params=params,
         inputs=inputs,
         seed=node.seed,
         name=node.model or node.name,

@@ -5,8 +5,10 @@ Stages are reused by their keys, so a longer list of betas or seeds runs only wh
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from statistics import fmean
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -17,6 +19,7 @@ from schemas.config import PipelineConfig, seeded_name
 from schemas.errors import refuse
 from schemas.methods import CONFIGS, PPO, MethodConfig
 from schemas.stage import Result
+from stages import tracking
 
 T = TypeVar("T", int, float)
 
@@ -158,6 +161,37 @@ def own_settings(base: PipelineConfig, method: str) -> MethodConfig:
         return named
     others = [config for config in base.align.values() if config.method == method]
     return others[0] if others else CONFIGS[method](method=method)
+
+
+def winner(results: Mapping[str, Result]) -> list[str]:
+    """The models of the point with the highest mean judge score, one per seed."""
+    frontier = tracking.fetch(results["compare"].outputs["comparison"]) / "frontier.json"
+    points: list[dict[str, Any]] = json.loads(frontier.read_text(encoding="utf-8"))
+    return max(points, key=lambda point: point["judge_score"])["models"]
+
+
+def test_text(results: Mapping[str, Result]) -> str:
+    """What the test part says of a sweep's winner; empty where nothing was evaluated there."""
+    measured = {name.removeprefix("test "): one.metrics for name, one in results.items() if name.startswith("test ")}
+    sft = measured.pop("sft", {})
+    if not measured:
+        return ""
+    names = ("judge_score", "win_rate_vs_sft", "win_rate_vs_sft_low", "win_rate_vs_sft_high")
+    rows = {model: [metrics[f"eval/{name}"] for name in names] for model, metrics in measured.items()}
+    score, rate = (fmean(row[i] for row in rows.values()) for i in (0, 1))
+    each = [
+        f"  {name}: score {s:.2f}, {100 * w:.0f} % [{100 * a:.0f}, {100 * b:.0f}]"
+        for name, (s, w, a, b) in rows.items()
+    ]
+    seeds = "one seed" if len(rows) == 1 else f"mean of {len(rows)} seeds"
+    return "\n".join(
+        [
+            f"The winner on the test part, {sft['eval/prompts']:.0f} prompts that chose nothing ({seeds}): "
+            f"judge score {score:.2f}, of the SFT model {sft['eval/judge_score']:.2f}; win rate {100 * rate:.0f} %.",
+            "Each seed, with its 95 % interval over prompts:",
+            *each,
+        ]
+    )
 
 
 def tokens_line(config: PipelineConfig, results: Mapping[str, Result]) -> str:

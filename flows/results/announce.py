@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
+from flows.planning import sweep
 from flows.planning.plan import Plan
 from flows.servers import address_file, supervisor
 from flows.servers.local_prefect import has_shared_server
@@ -29,6 +30,9 @@ def report(plan: Plan, results: Mapping[str, Result]) -> None:
         if results["compare"].reused and text:  # a stage that ran has said it
             logger.info("\n%s", text)
         logger.info("report: %s", table.with_name("report.html"))
+    if tested := sweep.test_text(results):
+        logger.info("\n%s", tested)
+        text = f"{text}\n\n{tested}"
     evaluations = [results[name] for name, node in plan.nodes.items() if node.stage == "evaluate" and name in results]
     runs = [one.run_id for one in evaluations if one.run_id] if len(evaluations) > 1 else []  # one is beside nothing
     server, first = mlflow_pages()

@@ -1,25 +1,44 @@
-"""Stage `compare`: the evaluations of all models in one table, one picture and one HTML page. No torch."""
+"""Stage `compare`: the evaluations of all models in one table, one picture and one HTML page. No torch.
+
+Who is ahead is told head to head, on the same prompts, draws and temperature (head_to_head.py), and what a model has
+gained beside baselines that cost no training (curve.py).
+"""
 
 import json
 import logging
+import math
 import tempfile
+import textwrap
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
 from schemas.stage import Request
-from stages.compare import frontier
+from stages.compare import curve, frontier, head_to_head
+from stages.compare.findings import COVERS, findings, pair_lines
+from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
-from stages.compare.plots import STARTING_POINTS, draw
-from stages.compare.table import Comparison, over, render_text
-from stages.engine.scoring import metrics
-from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, text_of
+from stages.compare.plots import draw
+from stages.compare.table import WIDTH, Comparison, over, render_text
+from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, load_all, text_of
+from stages.engine.scoring.intervals import Interval, clustered_error
+from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
+BASELINES = "baselines"
+"""The input that holds the SFT model's baselines; all others are models."""
+BASELINE_CONDITIONS = ("judge", "judge_model", "max_new_tokens", "seed")
+
 LOGGED = ("judge_score", "win_rate_vs_sft", "kl_to_reference")
+
+INDEPENDENT = (
+    "It is independent of the policies only in that they never train on its rows or its scores; a gold reward model "
+    "starts from the same SFT model and learns from the same source and labellers, so that they may err alike."
+)
 
 JUDGES = {
     "rule": "a rule, the demo's programmed ground truth",
@@ -34,8 +53,20 @@ def run(context: StageContext) -> dict[str, float]:
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
     request = context.request
-    evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs}
-    comparison = compare(evaluations, variants_of(request), request.log_text)
+    evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs if name != BASELINES}
+    baselines = load_all(context.input(BASELINES)) if context.has(BASELINES) else {}
+    std = request.params.get("score_std")
+    assert std is None or isinstance(std, float)
+    chosen = str(request.params.get("chosen", ""))
+    comparison = compare(
+        evaluations,
+        variants_of(request),
+        request.log_text,
+        baselines=baselines,
+        ask=asking(context),
+        score_std=std,
+        chosen=chosen,
+    )
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -43,44 +74,82 @@ def run(context: StageContext) -> dict[str, float]:
         for file in sorted(folder.iterdir()):
             context.file(file)  # at the run's top, where MLflow's UI shows picture and page at a click
         context.publish("comparison", folder)
-    return {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
+    values = {f"{key}/{row['model']}": row[key] for row in comparison.table for key in LOGGED}
+    for number, duels in enumerate(comparison.duels.values()):
+        values |= head_to_head.logged(duels, first=number == 0)
+    for name, gain in comparison.gains.items():
+        values |= {f"eval/{name}/over_curve": gain.gain, f"eval/{name}/over_curve_low": gain.interval.low}
+        values[f"eval/{name}/over_curve_high"] = gain.interval.high
+    return values
+
+
+def asking(context: StageContext) -> Ask | None:
+    """How a judge that only compares is asked about two models; None where the request names no such judge.
+
+    It is the request's: an address in a stored evaluation has not been checked by whoever started this.
+    """
+    judge = context.request.params.get("judge")
+    if not isinstance(judge, dict):
+        return None
+    return partial(
+        wins_between, judge=judge, progress=lambda done, total: context.progress(done, total, "answers judged")
+    )
 
 
 def variants_of(request: Request) -> Mapping[str, Any]:
-    """Of a sweep: model -> its method, beta and seed; of another comparison nothing."""
+    """Of several seeds: model -> its group, method, beta, learning rate and seed; of another comparison nothing."""
     variants = request.params.get("variants", {})
     assert isinstance(variants, dict)
     return variants
 
 
 def compare(
-    evaluations: Mapping[str, Evaluation], variants: Mapping[str, Any] | None = None, log_text: bool = True
+    evaluations: Mapping[str, Evaluation],
+    variants: Mapping[str, Any] | None = None,
+    log_text: bool = True,
+    *,
+    baselines: Mapping[str, Evaluation] | None = None,
+    ask: Ask | None = None,
+    score_std: float | None = None,
+    chosen: str = "",
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
-    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. In a sweep the models stand in
-    the order of its variants, and of each method and beta the first seed's answers.
+    Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
+    stand in the order of the variants, and each group shows the first seed's answers. `ask`: a judge that only
+    compares. `score_std`: as in `frontier.points`; `chosen`: as in Comparison.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
         fix = "give the outputs `evaluation` of stage evaluate, by the models' names"
         raise refuse("inputs", "none", message, fix, kind="missing_input")
-    names = list(evaluations)
+    names = sorted(evaluations)
     first = evaluations[names[0]]
-    prompts = first.prompts
     for name in names[1:]:
-        check_comparable(names[0], first.settings, prompts, name, evaluations[name])
-    table = sorted((row_of(name, evaluations[name]) for name in names), key=_place)
+        check_comparable(names[0], first.settings, first.prompts, name, evaluations[name])
+    for name, other in (baselines or {}).items():
+        check_comparable(names[0], first.settings, first.prompts, name, other, BASELINE_CONDITIONS)
+    evaluations = {name: evaluations[name] for name in names}
+    duels = {temperature: head_to_head.matrix(evaluations, temperature, ask) for temperature in first.temperatures}
+    aligned = [name for name in names if name not in STARTING_POINTS]
+    corners = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
+    gains = curve.gains(evaluations, aligned, curve.hull(corners)) if corners else {}
+    table = [row_of(name, evaluations[name], duels, gains) for name in names]
+    order = head_to_head.ranked(duels[first.temperatures[0]], aligned, {r["model"]: r["judge_score"] for r in table})
+    place = {name: number for number, name in enumerate([*STARTING_POINTS, *order])}
+    points: list[dict[str, Any]] = []
     if variants:
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
         table.sort(key=lambda row: place.get(row["model"], len(place)))
-        unseen = {model for point in frontier.points(table) for model in point["models"][1:]}
+        points = frontier.points(table, evaluations, score_std)
+        unseen = {model for point in points for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
+    table.sort(key=lambda row: place.get(row["model"], len(place)))
     shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].first)
     return Comparison(
         table=table,
-        prompts=[text_of(prompt) for prompt in prompts],
+        prompts=[text_of(prompt) for prompt in first.prompts],
         answers={
             name: [
                 {"answer": s.answer, "score": s.score, "length": s.length}
@@ -93,25 +162,45 @@ def compare(
         else {},
         judge=describe_judge(first.settings["judge"]),
         settings={
-            "sampling temperature": f"{first.temperatures[0]:g}",
+            "sampling temperatures": ", ".join(f"{temperature:g}" for temperature in first.temperatures),
             "at most": f"{first.settings['max_new_tokens']} new tokens",
             "seed": str(first.settings["seed"]),
         },
+        agreement=agreement_of(evaluations.get("sft")),
+        duels=duels,
+        gains=gains,
+        baselines=corners,
+        points=points,
+        chosen=chosen,
     )
 
 
-def row_of(name: str, evaluation: Evaluation) -> dict[str, Any]:
-    """One line of the table: the model's name and its `eval/` metrics, with the judge score's standard error."""
+def row_of(
+    name: str, evaluation: Evaluation, duels: Mapping[float, head_to_head.Matrix], gains: Mapping[str, curve.Gain]
+) -> dict[str, Any]:
+    """One line of the table: the model's name and its `eval/` metrics, with the judge score's standard error.
+
+    Where they are known, the verdict head to head with SFT and the gain over the curve too.
+    """
     values = {key.removeprefix("eval/"): value for key, value in evaluation.metrics.items() if key.startswith("eval/")}
-    error = metrics.mean_and_error([sample.score for sample in evaluation.first])[1]
-    return {"model": name, **values, "judge_score_se": error}
+    error = clustered_error([sample.score for sample in evaluation.first], [s.cluster for s in evaluation.first])
+    row = {"model": name, **values, "judge_score_se": error}
+    duel = next(iter(duels.values())).get((name, "sft"))
+    if duel is not None and duel.win_rate is not None and name not in STARTING_POINTS:
+        row["verdict"] = "level" if not duel.clear else "better" if duel.beats else "worse"
+    if name in gains:
+        gain = gains[name]
+        row |= {"gain": gain.gain, "gain_low": gain.interval.low, "gain_high": gain.interval.high}
+    return row
 
 
-def _place(row: Mapping[str, Any]) -> tuple[int, float, str]:
-    """base and sft first, then the best judged."""
-    if row["model"] in STARTING_POINTS:
-        return STARTING_POINTS.index(row["model"]), 0.0, ""
-    return len(STARTING_POINTS), -row["judge_score"], row["model"]
+def agreement_of(sft: Evaluation | None) -> str:
+    """How often the judge is right on held-out pairs, and what makes it independent; empty where it is not known."""
+    if sft is None or not math.isfinite(rate := sft.metrics.get("judge/accuracy", math.nan)):
+        return ""
+    low, high = (sft.metrics[f"judge/accuracy_{end}"] for end in ("low", "high"))
+    said = f"On held-out pairs the judge prefers the chosen answer in {percent(rate, Interval(low, high))}"
+    return f"{said}. {INDEPENDENT if sft.settings['judge']['judge'] == 'reward' else ''}".rstrip()
 
 
 def describe_judge(judge: Mapping[str, Any]) -> str:
@@ -122,18 +211,45 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 
 def text(comparison: Comparison) -> str:
-    """The table for people, and over how many prompts it is; of a sweep the frontier first."""
-    points = frontier.points(comparison.table)
-    above = f"{frontier.render_text(points)}\n\n" if points else ""
-    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}"
+    """The table for people, over how many prompts it is, and what it says; of a sweep the frontier first."""
+    points = comparison.points
+    finding = frontier.headline(points, comparison.chosen) if points else ""
+    above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
+    said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
+    said += [comparison.agreement, COVERS] if not points else []
+    below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
+    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
+
+
+def baseline_lines(comparison: Comparison) -> list[str]:
+    """The baselines with their heights and distances, on one line; none where there are none."""
+    named = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
+    return [f"SFT without alignment: {', '.join(named)}. !: not clearly above these."] if named else []
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """comparison.json: every pair once per temperature, the gains, the baselines, and what is said of them."""
+    pairs = [
+        duel.as_json() for duels in comparison.duels.values() for (one, other), duel in duels.items() if one < other
+    ]
+    return {
+        "pairs": pairs,
+        "gains": [gain.as_json() for gain in comparison.gains.values()],
+        "baselines": [{"name": p.name, "kl": p.kl, "height": p.height} for p in comparison.baselines],
+        "findings": findings(comparison),
+        "judge": comparison.agreement,
+        "covers": COVERS,
+    }
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """table.json, table.txt (the same for people), reward_kl.png and report.html; of a sweep frontier.json too."""
-    table, points = comparison.table, frontier.points(comparison.table)
+    """comparison.json, table.json, table.txt, reward_kl.png and report.html; of a sweep frontier.json too."""
+    table, points = comparison.table, comparison.points
+    (folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=2), encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")
     (folder / "table.txt").write_text(text(comparison) + "\n", encoding="utf-8")
     if points:
         (folder / "frontier.json").write_text(json.dumps(points, indent=2), encoding="utf-8")
-    (folder / "reward_kl.png").write_bytes(frontier.draw(points, table) if points else draw(table))
+    picture = frontier.draw(points, table) if points else draw(table, baselines=comparison.baselines)
+    (folder / "reward_kl.png").write_bytes(picture)
     (folder / "report.html").write_text(render_html(comparison), encoding="utf-8")

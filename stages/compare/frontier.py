@@ -1,44 +1,110 @@
-"""The frontier of a sweep: judge score against distance from the SFT model, by method and beta, over seeds. No torch.
+"""The frontier over seeds: judge score against distance from the SFT model, a point per method and setting. No torch.
 
-A point is the mean over the seeds of one method and beta; its bars are the standard error of that mean over the seeds,
-so they say how much another seed would change, and not how much other prompts would.
+A point is the mean over the seeds of one method, beta and learning rate. Its ± is the standard error of that mean over
+the seeds: how much another seed would change. Intervals cover the prompts too, where the answers are known.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from stages.compare.plots import canvas, colours, png
-from stages.compare.table import Row, lay_out
+from stages.compare.table import Row, finite, lay_out
+from stages.engine.scoring.evaluation_record import Evaluation
+from stages.engine.scoring.intervals import apart, clustered_error, over_seeds
 from stages.engine.scoring.metrics import mean_and_error
 
 MEASURES = ("judge_score", "kl_to_reference", "win_rate_vs_sft")
-HEAD = ["Method", "Beta", "Seeds", "Judge score", "KL to SFT", "Win rate vs SFT", "On the frontier"]
-BARS = "Mean ± standard error over the seeds. Beta: of PPO it is kl_coef."
+HEAD = ["Method", "Beta", "KL cost", "Seeds", "Judge score", "KL to SFT", "Win rate vs SFT", "Frontier"]
+BARS = """Mean ± standard error over the seeds; in brackets: 95 % intervals over seeds and prompts, none for one seed.
+KL cost: of a nat, in the reward model's raw scores: beta; of PPO kl_coef x their spread."""
 
 
-def points(table: Sequence[Row]) -> list[dict[str, Any]]:
-    """One point per method and beta of the rows that name theirs, in the table's order of methods, then by beta.
+def points(
+    table: Sequence[Row], evaluations: Mapping[str, Evaluation] | None = None, score_std: float | None = None
+) -> list[dict[str, Any]]:
+    """One point per group of the rows that name theirs, in the table's order of methods, then by beta and rate.
 
-    Each measure has its mean and `_se`, the standard error over the seeds, None for a single seed. `on_frontier`: no
-    other point has a higher score at a distance as small.
+    Each measure has its mean and `_se`, the standard error over the seeds, None for a single seed; the win rate and the
+    score `_low` and `_high` too where the evaluations are given. `kl_cost`: beta, of PPO kl_coef times `score_std`, the
+    standard deviation by which its reward model's scores were divided. `on_frontier`: no other point has a higher score
+    at a distance as small. `below`: whether it is clearly below the point of the highest score; None: cannot be said.
     """
     rows = [row for row in table if "seed" in row]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    rows.sort(key=lambda row: (methods.index(row["method"]), row["beta"] or 0, row["seed"]))
-    groups = itertools.groupby(rows, key=lambda row: (row["method"], row["beta"]))
-    points = [_point(method, beta, list(group)) for (method, beta), group in groups]
-    return [point | {"on_frontier": not any(_better(other, point) for other in points)} for point in points]
+    rows.sort(key=lambda row: (methods.index(row["method"]), row["beta"] or 0, _rate(row), group(row), row["seed"]))
+    groups = [list(members) for _, members in itertools.groupby(rows, key=group)]
+    several = len({(row["method"], _rate(row)) for row in rows}) > len(methods)
+    answers = [_scores(members, evaluations or {}) for members in groups]
+    made = [_point(members, scores, score_std, several) for members, scores in zip(groups, answers, strict=True)]
+    if not made:
+        return []
+    best = max(range(len(made)), key=lambda i: made[i]["judge_score"])
+    return [
+        point
+        | {
+            "on_frontier": not any(_better(other, point) for other in made),
+            "below": False if i == best else _below(groups[best], groups[i], answers[best], answers[i], len(made)),
+        }
+        for i, point in enumerate(made)
+    ]
 
 
-def _point(method: str, beta: float | None, rows: Sequence[Row]) -> dict[str, Any]:
-    point: dict[str, Any] = {"method": method, "beta": beta, "seeds": [row["seed"] for row in rows]}
-    point["models"] = [row["model"] for row in rows]
+def group(row: Row) -> str:
+    """The name of what a model has in common with those of other seeds."""
+    return row.get("group") or f"{row['method']}-{row['beta']}-{_rate(row)}"
+
+
+def _rate(row: Row) -> float:
+    return row.get("learning_rate") or 0.0
+
+
+Scores = tuple[np.ndarray, np.ndarray, list[str]]
+"""Judge scores (seeds x samples), wins (the same), and the samples' clusters."""
+
+
+def _scores(rows: Sequence[Row], evaluations: Mapping[str, Evaluation]) -> Scores | None:
+    """Of models whose evaluations are all given, at the first temperature; of another group None."""
+    samples = [evaluations[row["model"]].first for row in rows if row["model"] in evaluations]
+    if not samples or len(samples) < len(rows):
+        return None
+    scores, won = (np.array([[getattr(s, name) for s in one] for one in samples]) for name in ("score", "win"))
+    return scores, won, [sample.cluster for sample in samples[0]]
+
+
+def _point(rows: Sequence[Row], scores: Scores | None, score_std: float | None, several: bool) -> dict[str, Any]:
+    first = rows[0]
+    point: dict[str, Any] = {"group": group(first), "method": first["method"], "beta": first["beta"]}
+    point["learning_rate"] = first.get("learning_rate") if several else None
+    spread = score_std if first["method"] == "ppo" else 1.0
+    point["kl_cost"] = None if spread is None or first["beta"] is None else first["beta"] * spread
+    point |= {"seeds": [row["seed"] for row in rows], "models": [row["model"] for row in rows]}
     for name in MEASURES:
         mean, error = mean_and_error([row[name] for row in rows])
         point |= {name: mean, f"{name}_se": error if len(rows) > 1 else None}
+    if scores is not None and len(rows) > 1:
+        score_SN, win_SN, clusters = scores
+        for name, values_SN in (("judge_score", score_SN), ("win_rate_vs_sft", win_SN)):
+            interval = over_seeds(values_SN.tolist(), clusters)
+            point |= {f"{name}_low": interval.low, f"{name}_high": interval.high, f"{name}_covers": interval.covers}
     return point
+
+
+def _below(
+    best: Sequence[Row], other: Sequence[Row], best_scores: Scores | None, scores: Scores | None, count: int
+) -> bool | None:
+    """Whether a point is clearly below the best of `count` points; None where a single seed cannot say it."""
+    if min(len(best), len(other)) < 2:
+        return None
+    means = [[row["judge_score"] for row in rows] for rows in (best, other)]
+    parts = [(mean_and_error(values)[1] ** 2, len(values) - 1) for values in means]
+    if best_scores is not None and scores is not None and len(set(scores[2])) > 1:
+        difference_N = best_scores[0].mean(0) - scores[0].mean(0)
+        parts.append((clustered_error(difference_N, scores[2]) ** 2, len(set(scores[2])) - 1))
+    return apart(float(np.mean(means[0]) - np.mean(means[1])), parts, count)
 
 
 def _better(one: Row, other: Row) -> bool:
@@ -52,16 +118,33 @@ def _measured(point: Row, name: str, digits: int = 2, factor: float = 1.0) -> st
     return f"{factor * point[name]:.{digits}f}" + ("" if error is None else f" ± {factor * error:.{digits}f}")
 
 
+def _bracketed(point: Row, name: str, digits: int, factor: float = 1.0) -> str:
+    """The mean with its interval over seeds and prompts, else with its standard error."""
+    if not finite(point, f"{name}_low"):
+        return _measured(point, name, digits, factor)
+    mean, low, high = (f"{factor * point[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def cells(point: Row) -> list[str]:
     """A point's line of the table, under HEAD."""
-    win_rate = f"{_measured(point, 'win_rate_vs_sft', 0, 100)} %"
-    measured = [_measured(point, "judge_score"), _measured(point, "kl_to_reference"), win_rate]
-    return [point["method"], _beta(point), str(len(point["seeds"])), *measured, "yes" if point["on_frontier"] else ""]
+    measured = [_bracketed(point, "judge_score", 2), _measured(point, "kl_to_reference")]
+    measured.append(f"{_bracketed(point, 'win_rate_vs_sft', 0, 100)} %")
+    cost = "-" if point["kl_cost"] is None else f"{point['kl_cost']:.3g}"
+    edge = "yes" if point["on_frontier"] else ""
+    return [_name(point), _beta(point), cost, str(len(point["seeds"])), *measured, edge]
 
 
 def label(point: Row) -> str:
-    """A point's method and beta."""
-    return f"{point['method']} {_beta(point)}"
+    """A point's method, learning rate where there are several, and beta; of PPO's the KL cost too."""
+    cost = point["kl_cost"]
+    shown = f" (KL cost {cost:.2g})" if cost is not None and cost != point["beta"] else ""
+    return f"{_name(point)} {_beta(point)}{shown}"
+
+
+def _name(point: Row) -> str:
+    rate = point["learning_rate"]
+    return point["method"] if rate is None else f"{point['method']} lr {rate:g}"
 
 
 def _beta(point: Row) -> str:
@@ -69,52 +152,107 @@ def _beta(point: Row) -> str:
 
 
 def render_text(points: Sequence[Row]) -> str:
-    """The table of points for a terminal, in plain characters."""
-    return f"{lay_out([HEAD, *map(cells, points)])}\n{BARS}"
+    """The table of points for a terminal, in plain characters, and the methods at equal KL."""
+    equal = at_equal_kl(points)
+    return f"{lay_out([HEAD, *map(cells, points)])}\n{BARS}" + (f"\n{equal}" if equal else "")
 
 
-def headline(points: Sequence[Row]) -> str:
-    """Which point scores highest, which are not clearly below it, and which make up the frontier.
+def curves(points: Sequence[Row]) -> dict[str, list[Row]]:
+    """Method (and learning rate, where there are several) -> its points from near to far."""
+    names = dict.fromkeys(map(_name, points))
+    return {name: sorted((p for p in points if _name(p) == name), key=lambda p: p["kl_to_reference"]) for name in names}
 
-    Clearly below: by more than two standard errors of the difference, where both have more than one seed.
+
+def matched(points: Sequence[Row], kl: float) -> dict[str, tuple[float, float | None]]:
+    """Method -> judge score at a distance, linear between its two neighbouring points, with the standard error over the
+    seeds; methods that do not reach so near and so far are left out."""
+    scores: dict[str, tuple[float, float | None]] = {}
+    for name, line in curves(points).items():
+        for near, far in itertools.pairwise(line):
+            low, high = near["kl_to_reference"], far["kl_to_reference"]
+            if name not in scores and low <= kl <= high:
+                share = (kl - low) / (high - low) if high > low else 0.0
+                mean = (1 - share) * near["judge_score"] + share * far["judge_score"]
+                errors = [end["judge_score_se"] for end in (near, far)]
+                known = None not in errors
+                scores[name] = (mean, math.hypot((1 - share) * errors[0], share * errors[1]) if known else None)
+    return scores
+
+
+def at_equal_kl(points: Sequence[Row]) -> str:
+    """The methods at three distances that all of them reach: equal betas mean different distances. Empty for one."""
+    lines = [line for line in curves(points).values() if len(line) > 1]
+    if len(lines) < 2:
+        return ""
+    low, high = max(line[0]["kl_to_reference"] for line in lines), min(line[-1]["kl_to_reference"] for line in lines)
+    if low >= high:
+        return "At equal KL: the methods reach no common distance; other betas would."
+    places = [low + share * (high - low) for share in (0.0, 0.5, 1.0)]
+    texts = [
+        f"at KL {kl:.2f}: "
+        + ", ".join(
+            f"{name} {mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
+            for name, (mean, error) in sorted(matched(points, kl).items(), key=lambda item: -item[1][0])
+        )
+        for kl in places
+    ]
+    return "Judge score at equal KL, between the points:\n" + "\n".join(f"  {text}" for text in texts)
+
+
+def headline(points: Sequence[Row], chosen: str = "") -> str:
+    """Which point scores highest, which are clearly below it and which cannot be told from it, and the frontier.
+
+    `chosen`: of a sweep, whose winner is chosen by this very number (as in Comparison).
     """
     best = max(points, key=lambda point: point["judge_score"])
     edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["kl_to_reference"])
-    return (
-        f"The highest mean judge score is that of {best['method']} at beta {_beta(best)}: "
-        f"{_measured(best, 'judge_score')}, at KL {_measured(best, 'kl_to_reference')}{_level(best, points)}. "
+    said = (
+        f"The highest mean judge score is that of {label(best)}: "
+        f"{_bracketed(best, 'judge_score', 2)}, at KL {_measured(best, 'kl_to_reference')}{_level(best, points)}. "
         f"On the frontier, from near to far: {', '.join(map(label, edge))}."
     )
+    if chosen and len(points) > 1:
+        said += f" It is the highest of {len(points)} on the prompts that chose it, so its own number is optimistic"
+        said += ": the test part gives another." if chosen == "tested" else "; data.*.test_fraction would give another."
+    return said
 
 
 def _level(best: Row, points: Sequence[Row]) -> str:
-    """Which other points are not clearly below the best; nothing where the seeds cannot say it."""
-    several = [point for point in points if point is not best and point["judge_score_se"] is not None]
-    if best["judge_score_se"] is None:
+    """Which other points are clearly below the best, with the correction for choosing the best of all of them."""
+    others = [point for point in points if point is not best]
+    if not others:
         return ""
-    level = [
-        label(point)
-        for point in several
-        if best["judge_score"] - point["judge_score"] <= 2 * math.hypot(best["judge_score_se"], point["judge_score_se"])
-    ]
-    return f"; not clearly below it: {', '.join(level)}" if level else ""
+    if all(point["below"] is None for point in others):
+        return "; with one seed it cannot be said which are below it"
+    parts = {
+        f"clearly below it, over seeds and for {len(points)} points": [p for p in others if p["below"]],
+        "cannot be told apart from it": [p for p in others if p["below"] is False],
+        "one seed cannot say it of": [p for p in others if p["below"] is None],
+    }
+    return "".join(f"; {words}: {', '.join(map(label, some))}" for words, some in parts.items() if some)
 
 
 def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> bytes:
     """PNG: a line per method over beta, with bars over seeds; full points are on the frontier, hollow ones are not."""
     figure, axes, ink = canvas(dark)
     colour = colours([point["method"] for point in points])
-    for method, group in itertools.groupby(points, key=lambda point: point["method"]):
-        line = list(group)
+    for name, line in curves(points).items():
+        method = line[0]["method"]
         x, y = ([point[k] for point in line] for k in ("kl_to_reference", "judge_score"))
         across, up = ([point[f"{k}_se"] or 0.0 for point in line] for k in ("kl_to_reference", "judge_score"))
-        axes.errorbar(x, y, up, across, fmt="-", color=colour[method], elinewidth=1.4, capsize=3, label=method)
+        axes.errorbar(x, y, up, across, fmt="-", color=colour[method], elinewidth=1.4, capsize=3, label=name)
         for point in line:
             face = colour[method] if point["on_frontier"] else axes.get_facecolor()
             place = (point["kl_to_reference"], point["judge_score"])
             axes.plot(*place, "o", color=colour[method], markerfacecolor=face, markersize=8, zorder=4)
             axes.annotate(
-                _beta(point), place, (7, 6), textcoords="offset points", color=colour[method], fontsize=9, zorder=5
+                label(point).removeprefix(f"{name} "),
+                place,
+                (7, 6),
+                textcoords="offset points",
+                color=colour[method],
+                fontsize=9,
+                zorder=5,
             )
     for row in table:
         if row["model"] == "sft":

@@ -4,7 +4,6 @@ Texts come from models and data: all that enters the page is escaped, and its po
 """
 
 import base64
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from schemas.text import visible
 from stages.compare import frontier, plots
-from stages.compare.plots import STARTING_POINTS, colours, colours_of
+from stages.compare.findings import findings
+from stages.compare.head_to_head import STARTING_POINTS, cell
+from stages.compare.plots import colours, colours_of
 from stages.compare.table import (
     Column,
     Comparison,
@@ -21,10 +22,10 @@ from stages.compare.table import (
     bounded,
     caution,
     counted,
-    finite,
     kl_cell,
     number,
     shown_columns,
+    verdict,
     win_rate_cell,
 )
 
@@ -46,8 +47,8 @@ def render_html(comparison: Comparison) -> str:
     Of a sweep its frontier takes the place of the picture.
     """
     table, columns, colour = comparison.table, shown_columns(comparison.table), colours_of(comparison.table)
-    points = frontier.points(table)
-    draw = partial(frontier.draw, points) if points else plots.draw
+    points = comparison.points
+    draw = partial(frontier.draw, points) if points else partial(plots.draw, baselines=comparison.baselines)
     light, dark = (base64.b64encode(draw(table, dark=dark)).decode() for dark in (False, True))
     method_colour = colours([point["method"] for point in points])
     measured = [f"{frontier.label(p)}: score {p['judge_score']:.2f}, KL {p['kl_to_reference']:.2f}" for p in points]
@@ -55,7 +56,8 @@ def render_html(comparison: Comparison) -> str:
     return PAGES.get_template("report.html.j2").render(
         vars(comparison),
         counted=counted(len(comparison.prompts)),
-        finding=frontier.headline(points) if points else headline(table),
+        findings=[frontier.headline(points, comparison.chosen)] if points else findings(comparison),
+        matrices=[] if points else _matrices(comparison),
         caution=caution(len(comparison.prompts)),
         light=light,
         dark=dark,
@@ -78,54 +80,20 @@ def _cell(column: Column, row: Row) -> dict[str, Any]:
     if column.cell is not win_rate_cell or text == "-" or not bounded(row):
         return {"text": text, "verdict": "", "bar": []}
     ends = [f"{2 + 116 * row[f'win_rate_vs_sft{end}']:.1f}" for end in ("_low", "", "_high")]
-    return {"text": text, "verdict": "" if row["model"] in STARTING_POINTS else verdict(row), "bar": ends}
+    return {"text": text, "verdict": verdict(row), "bar": ends}
 
 
-def verdict(row: Row) -> str:
-    """`better`, `worse` or `level`: which side of 1/2 the interval of the win rate is on."""
-    if row["win_rate_vs_sft_low"] > 0.5:
-        return "better"
-    return "worse" if row["win_rate_vs_sft_high"] < 0.5 else "level"
-
-
-def headline(table: Sequence[Row]) -> str:
-    """One or two sentences: the highest win rate, which models are not clearly apart from it, how many beat SFT.
-
-    Two models are clearly apart where their 95 % intervals do not overlap; of those that are not, the one nearest to
-    SFT is named.
-    """
-    aligned = [row for row in table if row["model"] not in STARTING_POINTS]
-    rated = [row for row in aligned if finite(row, "win_rate_vs_sft")]
-    if not rated:
-        return "No aligned model has a win rate yet." if aligned else "No aligned model is among these yet."
-    best = max(rated, key=lambda row: row["win_rate_vs_sft"])
-    others = [row for row in rated if row is not best]
-    with_interval = [row for row in rated if bounded(row)]
-    rate = f"{best['model']} has the highest win rate against SFT, {100 * best['win_rate_vs_sft']:.0f} %"
-    if len(with_interval) < len(rated):
-        return f"{rate}; without all 95 % intervals it cannot be said which models are clearly apart."
-    low, high = best["win_rate_vs_sft_low"], best["win_rate_vs_sft_high"]
-    rate += f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
-    level = [row for row in others if row["win_rate_vs_sft_high"] >= low]
-    if level:
-        rate += f", but is not clearly apart from {_listed(level)}{_nearest([best, *level])}"
-    elif others:
-        rate += f", clearly above {_listed(others)}, at KL {number('kl_to_reference', 1)(best)}"
-    better = sum(verdict(row) == "better" for row in rated)
-    models = f"aligned model{'s' if len(rated) > 1 else ''}"
-    count = f"{better} of {len(rated)} {models} {'is' if better == 1 else 'are'}" if better else "No aligned model is"
-    return f"{rate}. {count} clearly better than SFT."
-
-
-def _listed(rows: Sequence[Row]) -> str:
-    *first, last = [str(row["model"]) for row in rows]
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _nearest(rows: Sequence[Row]) -> str:
-    """Which of these models is nearest to SFT; empty where a distance is missing."""
-    if not all(finite(row, "kl_to_reference") for row in rows):
-        return ""
-    nearest, *rest = sorted(rows, key=lambda row: row["kl_to_reference"])
-    distances = ", ".join(f"{row['model']} {row['kl_to_reference']:.1f}" for row in rest)
-    return f"; nearest to SFT of these is {nearest['model']} (KL {nearest['kl_to_reference']:.1f}; {distances})"
+def _matrices(comparison: Comparison) -> list[dict[str, Any]]:
+    """Per temperature: the models but `base`, and a line of cells for each, its win rate against each of them."""
+    models = [row["model"] for row in comparison.table if row["model"] != STARTING_POINTS[0]]
+    if len(models) < 2:
+        return []
+    return [
+        {
+            "temperature": f"{temperature:g}",
+            "models": models,
+            "lines": [(one, [cell(duels.get((one, other))) for other in models]) for one in models],
+            "reasons": sorted({duel.reason for duel in duels.values() if duel.reason}),
+        }
+        for temperature, duels in comparison.duels.items()
+    ]

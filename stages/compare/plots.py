@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from schemas.text import visible
+from stages.compare.curve import Point, hull
 from stages.compare.table import Row, finite
 
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 COLOURS = {"base": "#9aa1ac", "sft": "#64748b", "dpo": "#3b82f6", "kto": "#f59e0b", "ppo": "#10b981"}
 
+CURVE_COLOUR = "#8a93a0"
+
 SPARE_COLOURS = ["#ec4899", "#8b5cf6", "#ef4444", "#14b8a6", "#a16207", "#6366f1"]
 
 MARKERS = {"base": "s", "sft": "D"}
-
-STARTING_POINTS = ("base", "sft")
 
 Z95 = 1.96  # standard errors to each side of a 95 % interval
 
@@ -69,17 +70,43 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def draw(table: Sequence[Row], dark: bool = False) -> bytes:
-    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals."""
+def draw(table: Sequence[Row], dark: bool = False, baselines: Sequence[Point] = ()) -> bytes:
+    """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals.
+
+    The baselines are small grey points under their curve (stages/compare/curve.py).
+    """
     figure, axes, ink = canvas(dark)
     inside, outside = _split_far(table)
     colour = colours_of(table)
+    draw_curve(axes, baselines, ink, max((row["kl_to_reference"] for row in inside), default=0.0))
     for row in inside:
         _point(axes, row, colour[row["model"]], ink)
     for i, row in enumerate(outside):
         note = f"off the picture: {row['model']} at KL {row['kl_to_reference']:.1f}, score {row['judge_score']:.2f}"
         axes.text(0.99, 0.02 + 0.06 * i, note, transform=axes.transAxes, ha="right", color=ink, fontsize=9, alpha=0.8)
     return png(figure)
+
+
+def draw_curve(axes: "Axes", baselines: Sequence[Point], ink: str, reach: float) -> None:
+    """The baselines and their curve, flat from the highest one on as far as the models are."""
+    if len(baselines) < 2:
+        return
+    corners = hull(baselines)
+    x, y = [*(corner.kl for corner in corners)], [*(corner.height for corner in corners)]
+    axes.plot([*x, max(reach, x[-1])], [*y, y[-1]], "--", color=CURVE_COLOUR, linewidth=1.4, zorder=2)
+    for point in baselines:
+        if point.name != "sft":
+            axes.plot(point.kl, point.height, ".", color=CURVE_COLOUR, markersize=8, zorder=2)
+            axes.annotate(
+                point.name,
+                (point.kl, point.height),
+                (6, -11),
+                textcoords="offset points",
+                color=ink,
+                fontsize=8,
+                alpha=0.8,
+                zorder=2,
+            )
 
 
 def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -1,16 +1,20 @@
 """A comparison as a table: its columns, its text for the terminal, and the caution about too few prompts. No torch."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.config import EvaluateConfig
+from stages.compare.curve import Gain, Point
+from stages.compare.head_to_head import Duel
 
 Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
 
 ENOUGH_PROMPTS = EvaluateConfig().min_prompts
+WIDTH = 80  # of a terminal
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,23 @@ class Comparison:
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
     judge: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[Row] = ()
+    """Where several seeds are compared: `frontier.points`."""
+    chosen: str = ""
+    """Where the best of the points is chosen by these numbers, a sweep: `tested` if it is measured on other prompts."""
+    agreement: str = ""
+    """How often the judge is right on held-out pairs, where that is known."""
+    duels: Mapping[float, Mapping[tuple[str, str], Duel]] = field(default_factory=dict)
+    """By temperature, the evaluations' first one first: (model, other) -> their duel."""
+    gains: Mapping[str, Gain] = field(default_factory=dict)
+    """Of aligned models over the curve of the baselines, at temperature 1."""
+    baselines: Sequence[Point] = ()
+    """The SFT model and its baselines, from near to far."""
+
+    @property
+    def first_duels(self) -> Mapping[tuple[str, str], Duel]:
+        """Those of the first temperature."""
+        return next(iter(self.duels.values()), {})
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,10 @@ class Column:
     title: str
     cell: Callable[[Row], str]
     meaning: str
+    short: str = ""
+    """Its title in a terminal, where there is room for few columns; empty: it is not among them."""
+    brief: Callable[[Row], str] | None = None
+    """How its cell reads there, where that is another way."""
 
 
 def finite(row: Row, key: str) -> bool:
@@ -54,14 +79,33 @@ def percent(key: str) -> Callable[[Row], str]:
     return lambda row: "-" if row.get(key) is None else f"{100 * row[key]:.0f} %"
 
 
-def win_rate_cell(row: Row) -> str:
-    """The win rate against SFT in percent, with its interval where there is one; `-` without."""
-    if row.get("win_rate_vs_sft") is None:
+def verdict(row: Row) -> str:
+    """`better`, `worse` or `level` than SFT, head to head; nothing where that is not known."""
+    return row.get("verdict", "")
+
+
+def rate_cell(key: str) -> Callable[[Row], str]:
+    """Writes row[key] in percent, with its interval where there is one; `-` without a value."""
+
+    def cell(row: Row) -> str:
+        if not finite(row, key):
+            return "-"
+        if not (finite(row, f"{key}_low") and finite(row, f"{key}_high")):
+            return percent(key)(row)
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return f"{100 * row[key]:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+    return cell
+
+
+win_rate_cell = rate_cell("win_rate_vs_sft")
+
+
+def gain_cell(row: Row) -> str:
+    """Height above the curve of the baselines with its interval, and a mark where it is not clearly above 0."""
+    if not finite(row, "gain"):
         return "-"
-    if not bounded(row):
-        return percent("win_rate_vs_sft")(row)
-    low, high = row["win_rate_vs_sft_low"], row["win_rate_vs_sft_high"]
-    return f"{100 * row['win_rate_vs_sft']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{row['gain']:+.2f} [{row['gain_low']:.2f}, {row['gain_high']:.2f}]{' ' if row['gain_low'] > 0 else '!'}"
 
 
 def kl_cell(row: Row) -> str:
@@ -72,25 +116,45 @@ def kl_cell(row: Row) -> str:
 
 
 COLUMNS = [
-    Column("Judge score", number("judge_score", 2), "Mean score that the judge gave the answers; higher is better."),
+    Column(
+        "Judge score",
+        number("judge_score", 2),
+        "Mean score that the judge gave the answers; higher is better.",
+        "Judge",
+    ),
     Column(
         "Win rate vs SFT",
         win_rate_cell,
         "Share of prompts on which the judge prefers this model's answer to the SFT model's, ties counted half, with "
-        "its 95 % interval. 50 % means no difference; an interval that keeps clear of 50 % is a real one.",
+        "its 95 % interval over prompts. 50 % means no difference. The colour is head to head, corrected for the "
+        "number of pairs; it is about this model, and another seed of its method may do otherwise.",
+        "Win vs SFT",
+    ),
+    Column(
+        "Over the curve",
+        gain_cell,
+        "Judge score (or win rate, where the judge only compares) above the best that mixing the baselines gives at "
+        "the same distance from SFT: that model at lower temperatures, and the best of n of its answers. Mean of the "
+        "paired differences, 95 % interval over prompts. !: not clearly above 0, so that nothing is shown to have "
+        "been gained beyond sharpening or selecting.",
+        "Over curve",
     ),
     Column(
         "At equal length",
-        percent("length_controlled_win_rate"),
-        "The win rate that is left when the effect of longer or shorter answers is taken out.",
+        rate_cell("length_controlled_win_rate"),
+        "The win rate with the effect of longer or shorter answers removed, by a logistic fit with the prior N(0, 1) "
+        "on that effect, and its 95 % interval over prompts. -: the lengths have shifted together by more than 1.5 "
+        "standard deviations, and nothing can be said.",
     ),
     Column(
         "KL to SFT",
         kl_cell,
         "How far the model has moved from the SFT model, in nats per answer (mean ± standard error). "
         "Equal gains at a smaller distance are the better bargain.",
+        "KL",
+        number("kl_to_reference", 2),
     ),
-    Column("Length", number("length", 1), "Mean length of an answer in tokens."),
+    Column("Length", number("length", 1), "Mean length of an answer in tokens.", "Length"),
     Column(
         "Distinct-2",
         number("distinct_2", 2),
@@ -114,21 +178,40 @@ COLUMNS = [
 ]
 
 
+def colder_columns(table: Sequence[Row]) -> list[Column]:
+    """The win rates at the other temperatures than the first, a column each."""
+    found = (re.fullmatch(r"t(\S+)/win_rate_vs_sft", key) for row in table for key in row)
+    temperatures = list(dict.fromkeys(match[1] for match in found if match))
+    meaning = (
+        "The win rate against SFT where both answer at temperature {}: what is left beyond a sharper distribution."
+    )
+    return [
+        Column(f"At T = {t}", rate_cell(f"t{t}/win_rate_vs_sft"), meaning.format(t), f"At T={t}") for t in temperatures
+    ]
+
+
 def shown_columns(table: Sequence[Row]) -> list[Column]:
     """The columns in which at least one model has a value."""
-    return [column for column in COLUMNS if any(column.cell(row) != "-" for row in table)]
+    columns = [*COLUMNS[:2], *colder_columns(table), *COLUMNS[2:]]
+    return [column for column in columns if any(column.cell(row) != "-" for row in table)]
 
 
 def render_text(table: Sequence[Row]) -> str:
-    """The table for a terminal, in plain characters."""
-    columns = shown_columns(table)
-    lines = [["Model", *(column.title for column in columns)]]
-    return lay_out(lines + [[str(row["model"]), *(column.cell(row) for column in columns)] for row in table])
+    """The table for a terminal, in plain characters: the columns that fit into 80 of them."""
+    columns = [column for column in shown_columns(table) if column.short]
+    while True:
+        lines = [["Model", *(column.short for column in columns)]]
+        for row in table:
+            lines.append([str(row["model"]), *((column.brief or column.cell)(row).rstrip() for column in columns)])
+        text = lay_out(lines)
+        if len(columns) < 2 or len(text.partition("\n")[0]) <= WIDTH:
+            return text
+        columns = columns[:-1]
 
 
 def over(prompts: int) -> str:
     """The line under a table: over how many prompts its numbers are, and a caution where these are few."""
-    return f"Over {counted(prompts)}; in brackets: 95 % intervals. {caution(prompts)}".strip()
+    return f"Over {counted(prompts)}; in brackets: 95 % intervals over prompts. {caution(prompts)}".strip()
 
 
 def counted(prompts: int) -> str:

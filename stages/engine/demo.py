@@ -2,8 +2,8 @@
 
 A prompt asks for a note at some time of day, to a person, about a thing, in a tone: "write a polite evening note to the
 baker about the bread." The notes to learn from are of mixed quality, as found in the wild: many name the wrong person,
-speak of another thing, wish a good morning at night or miss the tone. So a model trained on them answers in good
-English and badly, and alignment has room to work in.
+speak of another thing, wish a good morning at night or miss the tone; most say "hello" and close bluntly. So a model
+trained on them answers in good English and badly, and alignment has room to work in.
 """
 
 import itertools
@@ -73,7 +73,11 @@ REQUESTS = (
 GREETING, BLUNT_GREETING = "good {time} {person},", "hello {person},"
 
 # How often a note in the training data gets each of these right; the rest is drawn at random.
-RIGHT_PERSON, RIGHT_THING, RIGHT_TIME, RIGHT_BODY, RIGHT_CLOSING = 0.4, 0.4, 0.3, 0.35, 0.3
+RIGHT_PERSON, RIGHT_THING, RIGHT_TIME, RIGHT_BODY, RIGHT_CLOSING = 0.4, 0.4, 0.3, 0.35, 0.25
+# How often a note greets with "hello" instead of a time of day, and how often one that does not close as asked closes
+# bluntly. So the likeliest greeting and closing of all are wrong: a model that only says what is likeliest, as any does
+# at a low temperature, is no good one, and what a method gains is more than that.
+HELLO, BLUNT_CLOSING = 0.65, 0.7
 NOTES_PER_REQUEST = 2
 MOST_WORDS = 24
 
@@ -153,9 +157,10 @@ def _note(draw: random.Random, wish: Wish) -> str:
     """A note that may or may not do what was asked."""
     sounds = (*TONES.values(), BLUNT)
     body = TONES[wish.tone] if draw.random() < RIGHT_BODY else draw.choice(sounds)
-    closing = TONES[wish.tone] if draw.random() < RIGHT_CLOSING else draw.choice(sounds)
+    other = BLUNT if draw.random() < BLUNT_CLOSING else draw.choice(sounds)
+    closing = TONES[wish.tone] if draw.random() < RIGHT_CLOSING else other
     polite = GREETING.format(time=wish.time if draw.random() < RIGHT_TIME else draw.choice(TIMES), person="{person}")
-    greeting = polite if draw.random() < 0.8 else BLUNT_GREETING
+    greeting = BLUNT_GREETING if draw.random() < HELLO else polite
     person = wish.person if draw.random() < RIGHT_PERSON else draw.choice(PEOPLE)
     thing = wish.thing if draw.random() < RIGHT_THING else draw.choice(THINGS)
     text = f"{greeting} {draw.choice(body.bodies)} {draw.choice(closing.closings)}"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from schemas.config import EndpointJudge as EndpointConfig
-from schemas.config import EvaluateConfig, RuleJudge, SentimentJudge
+from schemas.config import EvaluateConfig, EvaluateParams, RuleJudge, SentimentJudge
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages import evaluate, tracking
@@ -51,70 +51,74 @@ def test_win_rate_counts_ties_half() -> None:
     assert metrics.win_rate(won) == 2 / 4
 
 
-def test_bootstrap_interval_is_seeded_and_near_the_normal_one() -> None:
-    values = np.random.default_rng(0).normal(size=200).tolist()
-    once, again, other = (metrics.bootstrap_interval(values, resamples=200, seed=seed) for seed in (1, 1, 2))
-    assert once == again != other
-    won = [1.0] * 120 + [0.0] * 80
-    interval = metrics.bootstrap_interval(won, resamples=4000, seed=1)
-    error = math.sqrt(0.6 * 0.4 / 200)
-    assert interval == pytest.approx((0.6 - 1.96 * error, 0.6 + 1.96 * error), abs=0.006)
+def controlled(won: Sequence[float], differences: Sequence[float], resamples: int = 100) -> Any:
+    clusters = [str(i) for i in range(len(won))]
+    return metrics.length_controlled_win_rate(won, differences, clusters, resamples=resamples, seed=0)
 
 
-def test_bootstrap_interval_of_two_prompts_is_the_enumerated_one() -> None:
-    # Resamples of {0, 1}: mean 0 and 1 with chance 1/4 each, 1/2 with chance 1/2.
-    assert metrics.bootstrap_interval([0.0, 1.0], resamples=2000, seed=0) == (0.0, 1.0)
-    assert metrics.bootstrap_interval([0.0, 1.0], resamples=2000, seed=0, level=0.4) == (0.5, 0.5)
-    assert metrics.bootstrap_interval([0.5, 0.5, 0.5], resamples=100, seed=0) == (0.5, 0.5)
-
-
-def test_length_controlled_win_rate_on_two_lengths_is_the_mean_of_logits() -> None:
-    # Differences of +d and -d in equal numbers have std d, so tanh(dlen / std) is +t and -t. The fit then meets both
-    # groups' win rates: theta + gamma t = logit p, theta - gamma t = logit q, so theta is their mean, whatever t.
-    p, q = 0.8, 0.3
-    won = [1.0] * 8 + [0.0] * 2 + [1.0] * 3 + [0.0] * 7
-    found = metrics.length_controlled_win_rate(won, [5] * 10 + [-5] * 10)
-    assert found == pytest.approx(1 / (1 + math.exp(-(logit(p) + logit(q)) / 2)), abs=1e-6)
-    # Ties as soft targets: 1/2 twice weighs as a win and a loss.
-    tied = [1.0] * 7 + [0.5] * 2 + [0.0] * 1 + [1.0] * 3 + [0.0] * 7
-    assert metrics.length_controlled_win_rate(tied, [5] * 10 + [-5] * 10) == pytest.approx(found, abs=1e-9)
-
-
-def test_length_controlled_win_rate_solves_the_likelihoods_equations() -> None:
+def test_length_controlled_win_rate_solves_the_posteriors_equations() -> None:
     draw = np.random.default_rng(0)
     difference_N = draw.normal(4, 10, 300).round()
     won_N = draw.choice([0.0, 0.5, 1.0], 300, p=[0.3, 0.1, 0.6])
-    design_N2 = np.stack([np.ones(300), np.tanh(difference_N / difference_N.std())], 1)
-    theta, gamma = metrics.fit_logistic(design_N2, won_N)
-    chance_N = 1 / (1 + np.exp(-(theta + gamma * design_N2[:, 1])))
-    assert design_N2.T @ (won_N - chance_N) == pytest.approx([0, 0], abs=1e-5)
-    found = metrics.length_controlled_win_rate(won_N.tolist(), difference_N.tolist())
-    assert found == pytest.approx(1 / (1 + math.exp(-theta)))
+    rate, interval = controlled(won_N.tolist(), difference_N.tolist())
+    # theta has no prior and gamma N(0, 1): residuals sum to 0, and along the lengths to gamma.
+    theta = logit(rate)
+    tanh_N = np.tanh(difference_N / difference_N.std())
+    gammas = np.linspace(-3, 3, 60001)
+    along = [float(tanh_N @ (won_N - 1 / (1 + np.exp(-theta - g * tanh_N)))) - g for g in gammas[::100]]
+    gamma = float(np.interp(0.0, along[::-1], gammas[::100][::-1]))
+    chance_N = 1 / (1 + np.exp(-(theta + gamma * tanh_N)))
+    assert float((won_N - chance_N).sum()) == pytest.approx(0, abs=0.01)
+    assert interval.low < rate < interval.high and interval.covers == "prompts"
 
 
-def test_length_controlled_win_rate_where_no_plain_fit_exists() -> None:
-    controlled = metrics.length_controlled_win_rate
-    assert controlled([1.0, 0.5, 0.0, 1.0], [3, 3, 3, 3]) == 2.5 / 4  # nothing to control for: the win rate
-    assert controlled([1.0] * 50, range(50)) == pytest.approx(1, abs=1e-4)
-    assert controlled([0.0] * 50, range(50)) == pytest.approx(0, abs=1e-4)
-    by_length = [float(d > 0) for d in range(-25, 26) if d]
-    assert controlled(by_length, [d for d in range(-25, 26) if d]) == pytest.approx(0.5, abs=1e-6)
+def test_length_controlled_win_rate_of_opposite_lengths_takes_out_the_longer_ones_wins() -> None:
+    # 80 % won where longer, 30 % where shorter, in equal numbers: equal length is between, by the logits' mean but for
+    # the prior, which pulls the effect towards 0 and the result towards the plain 55 %.
+    p, q = 0.8, 0.3
+    won = [1.0] * 80 + [0.0] * 20 + [1.0] * 30 + [0.0] * 70
+    rate, _ = controlled(won, [5] * 100 + [-5] * 100)
+    unpulled = 1 / (1 + math.exp(-(logit(p) + logit(q)) / 2))
+    assert min(unpulled, 0.55) < rate < max(unpulled, 0.55)
+    tied = [1.0] * 70 + [0.5] * 20 + [0.0] * 10 + [1.0] * 30 + [0.0] * 70  # 1/2 twice weighs as a win and a loss
+    assert controlled(tied, [5] * 100 + [-5] * 100)[0] == pytest.approx(rate, abs=1e-9)
+    more = controlled([1.0] * 90 + [0.0] * 10, [5] * 80 + [-5] * 10 + [0] * 10)
+    assert more[0] < 0.9  # most are longer, so some of the 90 % is the length's
+
+
+def test_where_lengths_have_shifted_together_nothing_is_said() -> None:
+    won = [1.0] * 80 + [0.0] * 20
+    assert controlled(won, [20] * 99 + [21]) is None  # a single other length would decide
+    assert controlled(won, [20] * 100) is None
+    assert controlled(won, [0] * 100)[0] == pytest.approx(0.8)
+    half = [1] * 50 + [-1] * 50  # sd 1: the edge is a mean of 1.5
+    assert controlled(won, [d + 1.49 for d in half]) is not None and controlled(won, [d + 1.51 for d in half]) is None
+
+
+@pytest.mark.parametrize(("shift", "most"), [(0.0, 0.03), (1.0, 0.045), (1.3, 0.06)])
+def test_wins_without_a_length_effect_keep_their_rate_where_lengths_have_shifted(shift: float, most: float) -> None:
+    """231 prompts, 80 % won whatever the length: the estimate scatters little more than the plain rate (.026)."""
+    draw = np.random.default_rng(0)
+    found, inside = [], 0
+    for _ in range(60):
+        result = controlled((draw.random(231) < 0.8).astype(float).tolist(), draw.normal(shift, 1, 231).tolist(), 200)
+        if result is not None:
+            found.append(result[0])
+            inside += result[1].contains(0.8)
+    assert abs(np.mean(found) - 0.8) < 0.02 and np.std(found) < most
+    assert inside / len(found) > 0.8
+
+
+def test_length_controlled_win_rate_where_all_are_won() -> None:
+    rate, interval = controlled([1.0] * 50, [d - 25 for d in range(50)])
+    assert rate == pytest.approx(1, abs=1e-4) == interval.low
+    assert controlled([0.0] * 50, [d - 25 for d in range(50)])[0] == pytest.approx(0, abs=1e-4)
 
 
 def test_distinct_2_pools_the_bigrams_of_all_answers() -> None:
     # "a b", "b a", "a b" and "a b", "b c": 5 bigrams, of which "a b", "b a", "b c" differ; case and marks don't count.
     assert metrics.distinct_2(["A b, a b!", "a b c"]) == 3 / 5
     assert metrics.distinct_2(["one", "two", ""]) == 0.0  # no bigram spans two answers
-
-
-def test_kl_is_the_mean_log_ratio_with_its_standard_error() -> None:
-    mean, error = metrics.kl_to_reference([-1.0, -2.0, -3.0], [-2.0, -2.0, -6.0])
-    values = [1.0, 0.0, 3.0]
-    expected = sum(values) / 3
-    variance = sum((value - expected) ** 2 for value in values) / 2
-    assert (mean, error) == pytest.approx((expected, math.sqrt(variance / 3)))
-    assert metrics.kl_to_reference([-1.0], [-1.5])[0] == 0.5
-    assert math.isnan(metrics.kl_to_reference([-1.0], [-1.5])[1])
 
 
 def test_reference_nll_and_preference_accuracy() -> None:
@@ -158,6 +162,24 @@ def settings(**changes: Any) -> EvaluateConfig:
 @pytest.fixture
 def world(tmp_path: Path, home: Path) -> World:
     return World(tmp_path)
+
+
+@torch.no_grad()
+def exact_kls(
+    folder: Path,
+    reference: Path,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Along each answer the sum over its tokens of sum_v pi log(pi / pi_ref), in float64, by plain transformers."""
+    own, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (folder, reference))
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, at = torch.tensor([[*prompt, *answer]]), slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        own_TV = (own(ids).logits[0, at] / temperature).log_softmax(-1)
+        found.append(float((own_TV.exp() * (own_TV - other(ids).logits[0, at].log_softmax(-1))).sum()))
+    return np.array(found)
 
 
 @torch.no_grad()
@@ -207,10 +229,10 @@ def test_the_numbers_of_another_model_follow_from_the_definitions(world: World) 
     prompts, answers = sampled(world, world.aligned)
     texts = [world.codec.text(ids) for ids in answers]
     assert [row.answer for row in evaluation.samples] == texts
-    log_ratios = np.subtract(exact_logps(world.aligned, prompts, answers), exact_logps(world.sft, prompts, answers))
-    assert [row.kl for row in evaluation.samples] == pytest.approx(log_ratios.tolist(), abs=1e-4)
-    assert final["eval/kl_to_reference"] == pytest.approx(log_ratios.mean(), abs=1e-4)
-    assert final["eval/kl_to_reference_se"] == pytest.approx(log_ratios.std(ddof=1) / math.sqrt(N), abs=1e-4)
+    kls = exact_kls(world.aligned, world.sft, prompts, answers)
+    assert [row.kl for row in evaluation.samples] == pytest.approx(kls.tolist(), abs=1e-4)
+    assert final["eval/kl_to_reference"] == pytest.approx(kls.mean(), abs=1e-4)
+    assert final["eval/kl_to_reference_se"] == pytest.approx(kls.std(ddof=1) / math.sqrt(N), abs=1e-4)
     tokens = sum(map(len, answers))
     nll = -sum(exact_logps(world.sft, prompts, answers)) / tokens
     assert final["eval/reference_nll"] == pytest.approx(nll, abs=1e-4)
@@ -250,8 +272,24 @@ def test_at_another_temperature_the_kl_is_still_that_of_the_model(world: World) 
     prompts, shown = sampled(world, world.aligned, temperature=0.5)
     assert [row.answer for row in evaluation.samples] == [world.codec.text(ids) for ids in shown]
     _, drawn = sampled(world, world.aligned, temperature=1.0)
-    log_ratios = np.subtract(exact_logps(world.aligned, prompts, drawn), exact_logps(world.sft, prompts, drawn))
-    assert final["eval/kl_to_reference"] == pytest.approx(log_ratios.mean(), abs=1e-4)
+    kls = exact_kls(world.aligned, world.sft, prompts, drawn)
+    assert final["eval/kl_to_reference"] == pytest.approx(kls.mean(), abs=1e-4)
+
+
+def test_the_kl_has_the_mean_of_the_log_ratios_and_less_noise(world: World) -> None:
+    config = settings(samples_per_prompt=30)
+    final, _, _ = world.evaluate(world.aligned, config, baseline=world.baseline(config))
+    ratios = []
+    for draw in range(30):
+        prompts, answers = sampled(world, world.aligned, draw=draw)
+        ratios.append(
+            np.subtract(exact_logps(world.aligned, prompts, answers), exact_logps(world.sft, prompts, answers))
+        )
+    by_prompt = np.array(ratios).mean(0)
+    error = by_prompt.std(ddof=1) / math.sqrt(N)
+    within = np.array(ratios).std(0, ddof=1).mean() / math.sqrt(30 * N)  # of the mean, by the answers' draws alone
+    assert final["eval/kl_to_reference"] == pytest.approx(by_prompt.mean(), abs=4 * within)
+    assert final["eval/kl_to_reference_se"] < error
 
 
 def test_seeds_follow_the_request_and_the_place_of_the_prompt(world: World) -> None:
@@ -293,6 +331,15 @@ def test_each_prompt_counts_once_and_one_without_room_for_an_answer_not_at_all(
     assert final["eval/prompts"] == N
     assert [row.prompt for row in evaluation.samples] == [row["prompt"] for row in world.rows]
     assert "1 of 13 prompts leave no room" in caplog.text
+
+
+def test_the_test_part_is_answered_where_it_is_asked_for(world: World) -> None:
+    world.data = data_folder(world.folder / "parts", eval_prompt=world.rows[5:], test_prompt=world.rows[:5])
+    asked = EvaluateParams(**settings(min_prompts=5).model_dump(), part="test")
+    _, evaluation, _ = world.evaluate(world.sft, asked)
+    assert evaluation.prompts == [row["prompt"] for row in world.rows[:5]]
+    with pytest.raises(StageError, match="test_fraction"):
+        world.evaluate(world.sft, asked.model_copy(update={"min_prompts": 6}))
 
 
 def test_a_model_needs_the_sft_models_answers_to_the_same_prompts_under_the_same_settings(world: World) -> None:

@@ -113,6 +113,15 @@ def test_margins_are_taken_off_where_asked_for_and_given(tmp_path: Path) -> None
     assert models.one_step(method)[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_margins_of_wide_scores_are_scaled_to_three(tmp_path: Path) -> None:
+    """Differences of 50 and 25 become 3 and 1.5: the loss stays a sigmoid. Up to 3 they are taken as they are."""
+    rows = [ranking(0, ["yes", "no"], [(0, 1)], [50.0]), ranking(1, ["yes", "no"], [(0, 1)], [25.0])]
+    method, _ = make(tmp_path, config(batch_size=2, margin=True), rows)
+    (a, b), (c, d) = scores(method, 0), scores(method, 1)
+    assert models.one_step(method)[0] == pytest.approx((softplus(b - a + 3.0) + softplus(d - c + 1.5)) / 2, rel=1e-5)
+    assert reward.margin_scale([{"margins": [3.0, None]}, {"margins": None}]) == 1.0
+
+
 def test_margins_that_no_row_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no row has a margin") as stopped:
         make(tmp_path, config(margin=True), models.rows(3, *models.RANKINGS))

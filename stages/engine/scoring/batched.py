@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ def over_trees(
     budget: int,
     pad_id: int,
     by_size: bool = True,
-) -> Iterator[dict[int, list[float]]]:
+) -> Iterator[dict[int, list[Any]]]:
     """`values` (A numbers of a batch, by `model` without gradient or dropout) in batches of at most `budget` tokens.
 
-    Yields after each batch: the trees' positions -> a number per answer. `by_size` puts trees of like size together, so
-    that little is padded; batches differ then, and with them the last bits.
+    Yields after each batch: the trees' positions -> a number per answer, or a row where `values` has rows. `by_size`
+    puts trees of like size together, so that little is padded; batches differ then, and with them the last bits.
     """
     sizes = [tree_tokens(tree, layout) for tree in trees]
     order = sorted(range(len(trees)), key=sizes.__getitem__) if by_size else range(len(trees))

@@ -35,7 +35,7 @@ class Sample:
     ended: bool
     """Whether the answer came to its end by itself."""
     kl: float
-    """log pi - log pi_sft of this answer, in nats, at temperature 1."""
+    """KL(pi || pi_sft) in nats along this answer, both at temperature 1, exact over the vocabulary at each token."""
     reward_score: float | None = None
     """By the reward model that the policy was trained on."""
     reference_logp: float | None = None
@@ -128,6 +128,24 @@ class Evaluation:
         return cls(metrics, samples, settings, [(str(cluster), float(right)) for cluster, right in pairs])
 
 
+def save_all(evaluations: Mapping[str, Evaluation], folder: Path) -> None:
+    """Several evaluations as folders 0, 1, ... with their names in names.json."""
+    for number, evaluation in enumerate(evaluations.values()):
+        (folder / str(number)).mkdir()
+        evaluation.save(folder / str(number))
+    _write(folder / "names.json", json.dumps(list(evaluations)))
+
+
+def load_all(folder: Path) -> dict[str, Evaluation]:
+    """What `save_all` wrote, by name. Raises StageError when the folder is something else."""
+    try:
+        names: list[str] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"this folder does not hold several evaluations: {error}."
+        raise refuse("baselines", folder, message, "give the output of stage baselines", kind="input") from error
+    return {name: Evaluation.load(folder / str(number)) for number, name in enumerate(names)}
+
+
 def _of_now(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of an evaluation of before there were several temperatures, in today's words."""
     if "temperature" not in settings:
@@ -182,10 +200,15 @@ def text_of(messages: Sequence[Message]) -> str:
 
 
 def check_comparable(
-    name: str, settings: Mapping[str, Any], prompts: Sequence[Sequence[Message]], other_name: str, other: Evaluation
+    name: str,
+    settings: Mapping[str, Any],
+    prompts: Sequence[Sequence[Message]],
+    other_name: str,
+    other: Evaluation,
+    conditions: Sequence[str] = CONDITIONS,
 ) -> None:
     """Raises StageError unless both were judged alike, sampled alike, and asked the same prompts in the same order."""
-    for key in CONDITIONS:
+    for key in conditions:
         own, others = settings.get(key), other.settings.get(key)
         if own != others:
             message = f"{name} was evaluated with {key} = {own}, {other_name} with {others}."

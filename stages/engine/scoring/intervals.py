@@ -1,15 +1,18 @@
 """Intervals and tests of means over prompts, each of which says what it covers. No torch.
 
 Answers to prompts of one cluster (the same first user turn, draws of one prompt) depend on each other, so clusters are
-drawn again and counted, never single answers. Shapes: N values, C clusters, S seeds, R resamples of a block.
+drawn again and counted, never single answers. Shapes: N values, K rows of them, C clusters, S seeds, R resamples.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
+
+from schemas.exact import upper_tail
 
 Covers = Literal["prompts", "seeds and prompts"]
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -52,6 +55,27 @@ def resampled(clusters: Sequence[str], resamples: int, seed: int) -> Iterator[np
         yield drawn_RC[:, number_N].astype(np.float64)
 
 
+def bootstraps(
+    rows: Sequence[Sequence[float] | np.ndarray],
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
+) -> list[Interval]:
+    """Percentile interval of the mean of each row (N) over clusters of prompts (Efron and Tibshirani 1993).
+
+    Near its level from about 100 clusters on; with fewer it is too narrow. All rows share their resamples.
+    """
+    if not rows:
+        return []
+    value_NK = np.array(rows, dtype=np.float64).T
+    blocks = resampled(clusters, resamples, seed)
+    mean_RK = np.concatenate([counts_RN @ value_NK / counts_RN.sum(1, keepdims=True) for counts_RN in blocks])
+    ends = np.quantile(mean_RK, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(low), float(high)) for low, high in ends.T]
+
+
 def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
     """The mean of values (N)."""
     value_N = np.asarray(values, dtype=np.float64)
@@ -59,16 +83,17 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
 
 
 def bootstrap(
-    values: Sequence[float] | Statistic, clusters: Sequence[str], *, resamples: int, seed: int, level: float = LEVEL
+    values: Sequence[float] | np.ndarray | Statistic,
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
 ) -> Interval:
-    """Percentile interval of a mean, or of another statistic, over clusters of prompts (Efron and Tibshirani 1993).
-
-    Near its level from about 100 clusters on; with fewer it is too narrow. Resamples in which the statistic is not
-    finite are left out.
-    """
+    """`bootstraps` of a single row, or of another statistic; resamples in which it is not finite are left out."""
     statistic = values if callable(values) else mean_of(values)
-    found = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
-    low, high = np.quantile(found[np.isfinite(found)], [(1 - level) / 2, (1 + level) / 2])
+    found_R = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
+    low, high = np.quantile(found_R[np.isfinite(found_R)], [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
@@ -119,11 +144,7 @@ def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:
 
 def two_sided(fewer: int, trials: int) -> float:
     """min(1, 2 P(X <= fewer)) for X ~ binomial(trials, 1/2)."""
-    chance = -trials * math.log(2)
-    logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + chance for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * float(np.exp(np.logaddexp.reduce(logs))))
+    return min(1.0, 2 * upper_tail(trials - fewer, trials, 0.5))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -134,3 +155,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def apart(difference: float, parts: Sequence[tuple[float, int]], count: int) -> bool:
+    """Whether two of `count` means differ at the level of 5 %, also where the two were chosen by their height.
+
+    parts: the error of the difference as independent variances, each with its degrees of freedom. By the studentized
+    range with Welch's degrees of freedom (Games and Howell 1976): if all means are equal, any two at all are told apart
+    in at most about 5 % of cases, whatever their spreads. Without any error nothing can be said.
+    """
+    total = sum(variance for variance, _ in parts)
+    if not total > 0:
+        return False
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
+    return abs(difference) > _range_quantile(count, math.floor(4 * freedom) / 4) * math.sqrt(total / 2)
+
+
+@cache
+def _range_quantile(count: int, freedom: float) -> float:
+    """Of the range of `count` normal means over their estimated standard error, 95 %."""
+    from scipy.stats import studentized_range  # late: seconds, and most comparisons have one seed
+
+    return float(studentized_range.ppf(LEVEL, count, freedom))

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stages.engine.scoring.intervals import Interval, bootstrap
+
 RIDGE = 1e-6  # keeps the logistic fit finite where wins are separated; elsewhere it moves nothing one can see
+LENGTH_PRIOR = 1.0
+"""Standard deviation of the length effect's prior, N(0, 1): in logits from equal length to far longer."""
+SHIFT_MAX = 1.5
+"""Mean length difference, in standard deviations, beyond which length and the model cannot be told apart."""
 NEWTON_STEPS = 100
 
 
@@ -20,61 +26,57 @@ def win_rate(won: Sequence[float]) -> float:
     return float(np.mean(won))
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of the mean by the percentile bootstrap: prompts are drawn with replacement `resamples` times."""
-    value = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [value[generator.integers(0, len(value), len(value))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def length_controlled_win_rate(
+    won: Sequence[float], length_differences: Sequence[float], clusters: Sequence[str], *, resamples: int, seed: int
+) -> tuple[float, Interval] | None:
+    """sigmoid(theta) of the logistic fit win ~ theta + gamma tanh(dlen / std dlen), and its bootstrap interval.
 
+    The win rate at equal length, after Dubois et al. 2024 without the terms for the prompt. What identifies gamma there
+    (further models of many lengths) is not at hand, so gamma has the prior N(0, LENGTH_PRIOR^2); theta has none. Ties
+    enter as the soft target 1/2, so that opposing ties and wins weigh as in the win rate. The standard deviation is the
+    population's. The interval is over clusters of prompts, with the design as it is.
 
-def length_controlled_win_rate(won: Sequence[float], length_differences: Sequence[float]) -> float:
-    """sigmoid(theta) of the logistic fit win ~ theta + gamma tanh(dlen / std dlen): the win rate at equal length.
-
-    After Dubois et al. 2024, without the terms for the prompt. Ties enter as the soft target 1/2, so that
-    opposing ties and wins weigh as in the win rate. The standard deviation is the population's.
-    All differences equal: length cannot explain anything, and the result is the plain win rate.
-    Separated wins (all won, or won exactly where longer): the ridge picks the fit, near 1, or near 1/2.
+    None where the lengths have shifted together, |mean dlen| > SHIFT_MAX std dlen: then the fit would tell from few
+    answers, or from none, how all would have fared at equal length. All lengths equal: the plain win rate.
     """
     won_N = np.asarray(won, dtype=np.float64)
     difference_N = np.asarray(length_differences, dtype=np.float64)
     spread = float(difference_N.std())
-    if spread == 0.0:
-        return win_rate(won)
-    design_N2 = np.stack([np.ones_like(won_N), np.tanh(difference_N / spread)], axis=1)
-    theta, _ = fit_logistic(design_N2, won_N)
-    return float(_sigmoid(theta))
+    if abs(difference_N.mean()) > SHIFT_MAX * spread:
+        return None
+    scaled_N = np.tanh(difference_N / spread) if spread > 0 else np.zeros_like(difference_N)
+    design_N2 = np.stack([np.ones_like(won_N), scaled_N], axis=1)
+    precision = np.array([RIDGE, LENGTH_PRIOR**-2])
+
+    def rates(counts_RN: np.ndarray) -> np.ndarray:
+        return _sigmoid(fit_logistic(design_N2, won_N, counts_RN, precision)[:, 0])
+
+    interval = bootstrap(rates, clusters, resamples=resamples, seed=seed)
+    return float(rates(np.ones((1, len(won_N))))[0]), interval
 
 
-def fit_logistic(design_NK: np.ndarray, target_N: np.ndarray) -> np.ndarray:
-    """Coefficients (K) of logistic regression on targets in [0, 1], by Newton's method with step halving."""
-    coefficients = np.zeros(design_NK.shape[1])
+def fit_logistic(
+    design_NK: np.ndarray, target_N: np.ndarray, weights_RN: np.ndarray, precision: np.ndarray
+) -> np.ndarray:
+    """Coefficients (R, K) of R logistic regressions on targets in [0, 1], each with weights of its own.
+
+    Priors are N(0, 1 / precision), K of them. By Newton's method; steps are cut to 2, since a longer one may overshoot.
+    """
+    coefficients_RK = np.zeros((len(weights_RN), design_NK.shape[1]))
     for _ in range(NEWTON_STEPS):
-        chance_N = _sigmoid(design_NK @ coefficients)
-        gradient = design_NK.T @ (target_N - chance_N) - RIDGE * coefficients
-        weight_N = chance_N * (1 - chance_N)
-        curvature = (design_NK * weight_N[:, None]).T @ design_NK + RIDGE * np.eye(len(coefficients))
-        step = np.linalg.solve(curvature, gradient)
-        now = _log_likelihood(design_NK, target_N, coefficients)
-        while _log_likelihood(design_NK, target_N, coefficients + step) < now and np.abs(step).max() > 1e-12:
-            step = step / 2
-        coefficients = coefficients + step
-        if np.abs(step).max() < 1e-10:
+        chance_RN = _sigmoid(coefficients_RK @ design_NK.T)
+        gradient_RK = (weights_RN * (target_N - chance_RN)) @ design_NK - precision * coefficients_RK
+        weight_RN = weights_RN * chance_RN * (1 - chance_RN)
+        curvature_RKK = np.einsum("rn,nk,nl->rkl", weight_RN, design_NK, design_NK, optimize=True) + np.diag(precision)
+        step_RK = np.linalg.solve(curvature_RKK, gradient_RK[..., None])[..., 0].clip(-2, 2)
+        coefficients_RK = coefficients_RK + step_RK
+        if np.abs(step_RK).max() < 1e-9:
             break
-    return coefficients
+    return coefficients_RK
 
 
-def _log_likelihood(design_NK: np.ndarray, target_N: np.ndarray, coefficients: np.ndarray) -> float:
-    logit_N = design_NK @ coefficients
-    fit = np.sum(target_N * logit_N - np.logaddexp(0, logit_N))
-    return float(fit - RIDGE / 2 * coefficients @ coefficients)
-
-
-def _sigmoid(x: np.ndarray | float) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -np.asarray(x, dtype=np.float64)))
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -92,11 +94,6 @@ def distinct_2(answers: Sequence[str]) -> float:
     texts = [re.findall(r"\w+", answer.casefold()) for answer in answers]
     bigrams = [pair for words in texts for pair in itertools.pairwise(words)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
-
-
-def kl_to_reference(logps: Sequence[float], reference_logps: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error over answers of sum_t (log pi - log pi_sft), in nats; answers are drawn from pi."""
-    return mean_and_error([policy - ref for policy, ref in zip(logps, reference_logps, strict=True)])
 
 
 def reference_nll(reference_logps: Sequence[float], tokens: Sequence[int]) -> float:

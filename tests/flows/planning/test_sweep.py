@@ -6,30 +6,27 @@ import math
 import os
 import signal
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
 
 from flows.planning import memory, requests, sweep
-from flows.planning.plan import Node, params_of, plan
+from flows.planning.plan import Node, last_test, params_of, plan
 from flows.results import announce
 from schemas import methods
 from schemas.config import PipelineConfig, SFTConfig
 from schemas.errors import StageError
 from schemas.methods import MethodConfig
+from schemas.stage import Artifact, Result
 from schemas.training import Training
-from stages import align, budget, compare
-from stages.compare import frontier
-from stages.compare.page import render_html
-from stages.compare.table import Comparison
+from stages import align, budget
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.training.loop import train
-from tests.stages.test_compare import Page, evaluation
 from tests.support import models
 from tests.support.context import MemoryContext
 
@@ -156,6 +153,62 @@ def test_all_runs_carry_the_sweeps_tag() -> None:
     assert requests.request_for(nodes(config)["base"], config, {}).tags["sweep"] == "demo"
 
 
+def test_a_comparison_is_told_the_spread_of_the_reward_models_scores() -> None:
+    made = nodes(swept("dpo,ppo", "0.1", "0"))
+    outputs = {output: Artifact(uri=output, sha256=output) for output in ("evaluation", "baselines")}
+    results = {
+        name: Result(status="done", key=name, outputs=outputs, metrics=metrics)
+        for name, metrics in {**{key: {} for key in made}, "reward": {"data/score_std": 1.7}}.items()
+    }
+    request = requests.request_for(made["compare"], swept("dpo,ppo", "0.1", "0"), results)
+    assert request.params["score_std"] == 1.7 and request.params["chosen"] == "by these numbers"
+    plain = PipelineConfig.model_validate(swept("dpo", "0.1", "0").model_dump() | {"sweep": None})
+    assert "score_std" not in requests.request_for(nodes(plain)["compare"], plain, results | {}).params
+
+
+# --- the test part ---
+
+TESTED = "data.sft.test_fraction=0.2"
+
+
+def test_a_sweep_with_a_test_part_evaluates_its_winner_there_and_nothing_else_looks_at_it() -> None:
+    planned = sweep.load("demo", [TESTED], "dpo", "0.1,0.3", "0,1")
+    assert planned.nodes["data sft"].params["min_test_prompts"] == planned.config.evaluate.min_prompts
+    tests = last_test(planned, ["dpo-0.3-s0", "dpo-0.3-s1"])
+    assert tests is not None and list(tests.nodes) == ["test dpo-0.3-s0", "test dpo-0.3-s1"]
+    node, usual = tests.nodes["test dpo-0.3-s1"], planned.nodes["eval dpo-0.3-s1"]
+    assert (node.params, usual.params) == (usual.params | {"part": "test"}, usual.params | {"part": "eval"})
+    assert node.inputs["baseline"] == ("test sft", "evaluation") and "pairs" not in node.inputs
+    looking = {name for name, one in planned.nodes.items() if one.params.get("part") == "test"}
+    assert looking == {"test sft"} and not looking & planned.nodes["compare"].needs
+    assert planned.nodes["compare"].params["chosen"] == "tested"
+    plain = sweep.load("demo", [], "dpo", "0.1,0.3", "0,1")
+    assert last_test(plain, ["dpo-0.3-s0"]) is None and "test sft" not in plain.nodes
+    run = plan(PipelineConfig.model_validate(planned.config.model_dump() | {"sweep": None}))
+    assert "test sft" not in run.nodes and run.nodes["data sft"].params["min_test_prompts"] == 0
+
+
+def test_the_winner_is_that_of_the_highest_mean_and_its_test_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    points = [
+        {"judge_score": score, "models": [f"{name}-s0", f"{name}-s1"]} for name, score in (("a", 1.0), ("b", 2.0))
+    ]
+    (tmp_path / "frontier.json").write_text(json.dumps(points))
+    monkeypatch.setattr("stages.tracking.fetch", lambda artifact: tmp_path)
+    made = {"compare": Result(status="done", key="k", outputs={"comparison": Artifact(uri="u", sha256="s")})}
+    assert sweep.winner(made) == ["b-s0", "b-s1"]
+    assert sweep.test_text(made) == ""
+    for model, score, rate in (("sft", 1.0, 0.5), ("b-s0", 2.0, 0.6), ("b-s1", 3.0, 0.7)):
+        measured = {"judge_score": score, "win_rate_vs_sft": rate, "win_rate_vs_sft_low": rate - 0.1, "prompts": 120}
+        measured |= {"win_rate_vs_sft_high": rate + 0.1}
+        metrics = {f"eval/{name}": value for name, value in measured.items()}
+        made[f"test {model}"] = Result(status="done", key="k", metrics=metrics)
+    said = sweep.test_text(made).splitlines()
+    assert "120 prompts that chose nothing (mean of 2 seeds): judge score 2.50" in said[0]
+    assert "of the SFT model 1.00; win rate 65 %" in said[0] and said[-1] == "  b-s1: score 3.00, 70 % [60, 80]"
+
+
 # --- equal tokens ---
 
 COMMON: dict[str, Any] = {"batch_size": 4, "learning_rate": 1e-3, "checkpoint_steps": 2, "warmup": 0.0}
@@ -278,92 +331,6 @@ def test_other_training_is_bound_by_tokens_too() -> None:
     assert Training(epochs=None, train_tokens=5).train_tokens == 5
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Training(train_tokens=0)
-
-
-# --- the frontier ---
-
-
-def row(method: str, beta: float, seed: int, score: float, kl: float) -> dict[str, Any]:
-    named = {"model": f"{method}-{beta}-s{seed}", "method": method, "beta": beta, "seed": seed}
-    return named | {
-        "judge_score": score,
-        "kl_to_reference": kl,
-        "kl_to_reference_se": 0.1,
-        "win_rate_vs_sft": score / 4,
-    }
-
-
-TABLE = [
-    {"model": "sft", "judge_score": 1.0, "kl_to_reference": 0.0, "kl_to_reference_se": 0.0, "win_rate_vs_sft": 0.5},
-    row("ppo", 0.3, 0, 2.0, 3.0),
-    row("ppo", 0.3, 1, 2.4, 3.6),
-    row("ppo", 0.3, 2, 2.5, 3.3),
-    row("ppo", 0.05, 0, 3.0, 9.0),
-    row("dpo", 0.1, 0, 2.0, 5.0),
-    row("dpo", 0.1, 1, 2.2, 5.0),
-]
-
-
-def test_points_are_means_with_standard_errors_over_the_seeds() -> None:
-    low, high, dpo = frontier.points(TABLE)
-    assert [(p["method"], p["beta"], p["seeds"]) for p in (low, high, dpo)] == [
-        ("ppo", 0.05, [0]),
-        ("ppo", 0.3, [0, 1, 2]),
-        ("dpo", 0.1, [0, 1]),
-    ]
-    assert high["judge_score"] == pytest.approx(2.3) and high["kl_to_reference"] == pytest.approx(3.3)
-    assert high["judge_score_se"] == pytest.approx(stdev([2.0, 2.4, 2.5]) / math.sqrt(3))
-    assert low["judge_score_se"] is None and dpo["kl_to_reference_se"] == 0.0
-    # DPO scores 2.1 at distance 5, PPO more at less.
-    assert [p["on_frontier"] for p in (low, high, dpo)] == [True, True, False]
-    assert frontier.points(TABLE[:1]) == []
-
-
-def test_the_frontier_in_words_and_pictures() -> None:
-    points = frontier.points(TABLE)
-    lines = frontier.render_text(points).splitlines()
-    assert len(lines) == 2 + 3 + 1 and "standard error over the seeds" in lines[-1]
-    assert "2.30 ± 0.15" in lines[3] and "3.30 ± 0.17" in lines[3] and lines[3].endswith("yes")
-    assert "±" not in lines[2]
-    said = frontier.headline(points)
-    assert said.startswith("The highest mean judge score is that of ppo at beta 0.05: 3.00, at KL 9.00.")
-    assert said.endswith("from near to far: ppo 0.3, ppo 0.05.")
-    light, dark = frontier.draw(points, TABLE), frontier.draw(points, TABLE, dark=True)
-    assert light.startswith(b"\x89PNG") and light != dark
-    page = Page(render_html(Comparison(TABLE, prompts=[], answers={}, judge="a rule")))
-    assert (
-        page.tags.count("tr") == (1 + 3) + (1 + len(TABLE))
-        and page.tags.count("img") == 1
-        and "2.30 ± 0.15" in page.text
-    )
-
-
-def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
-    variants: Any = {
-        f"dpo-{beta}-s{seed}": {"method": "dpo", "beta": beta, "seed": seed} for beta in (0.1, 0.3) for seed in (0, 1)
-    }
-    given = {name: evaluation(1.0 + v["beta"] + v["seed"], 0.7, 2.0, answer=name) for name, v in variants.items()}
-    folders = {}
-    others = {"champion": evaluation(0.5, 0.6, 1.0), "sft": evaluation(0.0, 0.5, 0.0)}
-    for name, value in {**given, **others}.items():
-        folders[name] = tmp_path / name
-        folders[name].mkdir()
-        value.save(folders[name])
-    run = MemoryContext(tmp_path / "work", {"variants": variants}, folders, stage="compare")
-    compare.run(run)
-    comparison = run.published["comparison"]
-
-    points = json.loads((comparison / "frontier.json").read_text())
-    assert [point["models"] for point in points] == [["dpo-0.1-s0", "dpo-0.1-s1"], ["dpo-0.3-s0", "dpo-0.3-s1"]]
-    # judge_score of `evaluation(score)` is score + 1.5: 2.6 and 3.6, then 2.8 and 3.8.
-    assert [point["judge_score"] for point in points] == pytest.approx([3.1, 3.3])
-    table = json.loads((comparison / "table.json").read_text())
-    assert [r["model"] for r in table] == ["sft", *variants, "champion"] and table[2]["seed"] == 1
-    assert (comparison / "table.txt").read_text().startswith("Method")
-    page = Page((comparison / "report.html").read_text())
-    assert "The highest mean judge score is that of dpo at beta 0.3: 3.30 ± 0.50" in page.text
-    assert "dpo-0.3-s0 0" in page.text and "dpo-0.3-s1 0" not in page.text, "answers of the first seed"
-    assert page.tags.count("img") == 1
 
 
 # --- Prefect's page ---

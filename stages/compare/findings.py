@@ -1,0 +1,87 @@
+"""What a comparison says in sentences: which model is ahead, what was gained beyond sharpening, what cannot be said."""
+
+import itertools
+from collections.abc import Sequence
+
+from stages.compare import head_to_head
+from stages.compare.head_to_head import STARTING_POINTS, Duel, percent
+from stages.compare.table import Comparison, verdict
+
+PAIRS = 6  # lines of pairs under the table of a terminal
+COVERS = (
+    "Intervals: 95 %, over prompts. Each model is one training run, and another seed may change the order: this is "
+    "about these models, not their methods; compare methods by `alignflow sweep` with several seeds."
+)
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """The headline, a sentence each; what the intervals cover comes last."""
+    aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS]
+    if not aligned:
+        return ["No aligned model is among these yet."]
+    lines = [*_ahead(comparison, aligned), _against_sft(comparison), *_beyond_sharpening(comparison, aligned)]
+    if flag := head_to_head.overoptimised(comparison.first_duels, comparison.table):
+        lines.append(flag)
+    return [*filter(None, lines), COVERS]
+
+
+def pair_lines(comparison: Comparison) -> list[str]:
+    """A line per pair of aligned models that the headline leaves out, where these are few; the report has all."""
+    aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS][1:]
+    pairs = list(itertools.combinations(aligned, 2))
+    duels = comparison.first_duels
+    return [head_to_head.sentence(duels[pair]) for pair in pairs if pair in duels] if len(pairs) <= PAIRS else []
+
+
+def _ahead(comparison: Comparison, aligned: Sequence[str]) -> list[str]:
+    """Which model is first, and from which it can be told apart; nothing for a single one."""
+    duels = [comparison.first_duels.get((aligned[0], other)) for other in aligned[1:]]
+    measured = [duel for duel in duels if duel is not None and duel.win_rate is not None]
+    if not duels:
+        return []
+    if len(measured) < len(duels):
+        why = next((duel.reason for duel in duels if duel is not None and duel.reason), "they were not compared")
+        return [f"Which aligned model is best cannot be said: {why.rstrip('.')}."]
+    first, beaten = aligned[0], [duel for duel in measured if duel.beats]
+    level = [duel for duel in measured if not duel.clear]
+    lost = [duel for duel in measured if duel.clear and not duel.beats]
+    parts = []
+    if beaten:
+        parts.append(f"{first} beats {_listed(beaten)}")
+    if level:
+        parts.append(f"cannot tell {first} from {_listed(level)} apart")
+    if lost:  # beats more of the others, yet not this one
+        parts.append(f"{first} loses against {_listed(lost)}")
+    return [f"Head to head: {'; '.join(parts)}."]
+
+
+def _listed(duels: Sequence[Duel]) -> str:
+    *first, last = [f"{duel.other} {percent(duel.win_rate or 0.0, duel.rate)}" for duel in duels]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _against_sft(comparison: Comparison) -> str:
+    """How many aligned models are clearly better than SFT, at each temperature."""
+    rows = [row for row in comparison.table if row["model"] not in STARTING_POINTS]
+    if not any(verdict(row) for row in rows):
+        return ""
+    better = [row["model"] for row in rows if verdict(row) == "better"]
+    who = f"{', '.join(better)} of {len(rows)}" if 0 < len(better) < len(rows) else ("All" if better else "None")
+    parts = [f"{who} aligned model{'s' if len(rows) > 1 else ''} clearly better than SFT"]
+    for temperature, duels in list(comparison.duels.items())[1:]:
+        others = [row["model"] for row in rows if (row["model"], "sft") in duels]
+        above = [name for name in others if duels[name, "sft"].beats]
+        if others:
+            parts.append(f"at temperature {temperature:g}: {', '.join(above) or 'none'}")
+    return f"{'; '.join(parts)}."
+
+
+def _beyond_sharpening(comparison: Comparison, aligned: Sequence[str]) -> list[str]:
+    """Which models are not clearly above the curve of the baselines."""
+    if not comparison.gains:
+        return []
+    level = [name for name in aligned if name in comparison.gains and not comparison.gains[name].clear]
+    if not level:
+        return ["Every aligned model is clearly above what sharpening or selecting gives as near to SFT."]
+    names = ", ".join(level)
+    return [f"Nothing gained beyond sharpening SFT or selecting among its answers: {names}."]
