@@ -1,4 +1,4 @@
-"""The gate's error budget: what a year holds, when the gate opens again, and what a look's answers hang on."""
+"""The gate's error budget: what a year holds, when the gate opens again, and what the answers of a look hang on."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
