@@ -20,7 +20,7 @@ from schemas.config import EndpointJudge as EndpointConfig
 from schemas.config import EvaluateConfig, EvaluateParams, RuleJudge, SentimentJudge
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
-from stages import evaluate, tracking
+from stages import compare, evaluate, tracking
 from stages.__main__ import execute
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy, load_scorer
@@ -30,7 +30,8 @@ from stages.engine.scoring import metrics
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation
 from stages.engine.scoring.intervals import bootstrap
-from stages.engine.scoring.judges import RewardJudge, Scoring
+from stages.engine.scoring.judges import RewardJudge, Scoring, agreement
+from stages.engine.scoring.judges import SentimentJudge as SentimentJudgeOfAnswers
 from tests.support.context import MemoryContext
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 
@@ -264,6 +265,19 @@ def test_preference_accuracy_is_that_of_the_implicit_reward(world: World) -> Non
         own, sft = (exact_logps(folder, prompts, answers) for folder in (world.aligned, world.sft))
         ratios[side] = np.subtract(own, sft)
     assert final["eval/preference_accuracy"] == float((ratios["chosen"] > ratios["rejected"]).mean())
+
+
+def test_the_judges_accuracy_is_on_the_sft_models_evaluation_alone(world: World) -> None:
+    world.data = data_folder(world.folder / "nice", eval_prompt=world.rows, eval_preference=rows(9, *PAIRS))
+    final, evaluation, _ = world.evaluate(world.sft, pairs=world.data)
+    agreed = agreement(SentimentJudgeOfAnswers(), rows(9, *PAIRS))
+    assert final["judge/accuracy"] == pytest.approx(sum(agreed) / 9)
+    assert final["judge/accuracy_low"] <= final["judge/accuracy"] <= final["judge/accuracy_high"]
+    assert "judge/accuracy" not in world.evaluate(world.aligned, pairs=world.data, baseline=world.baseline())[0]
+    line = compare.agreement_of(evaluation)
+    assert line.startswith(f"On held-out pairs the judge prefers the chosen answer in {100 * sum(agreed) / 9:.0f} %")
+    gold = replace(evaluation, settings={**evaluation.settings, "judge": {"judge": "reward"}})
+    assert compare.agreement_of(gold).endswith(compare.INDEPENDENT) and compare.agreement_of(None) == ""
 
 
 def test_at_another_temperature_the_kl_is_still_that_of_the_model(world: World) -> None:
