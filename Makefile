@@ -9,7 +9,7 @@ READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 
-.PHONY: help demo test check format ui up deploy smollm2 pictures lock sbom bench bench-pipeline clean
+.PHONY: help demo test check format ui up deploy smollm2 pictures lock sbom bench bench-pipeline mutants clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ bench: $(SMOLLM2) $(PEERS)  ## our training beside TRL's, in turns: equal losses
 bench-pipeline: $(SMOLLM2)  ## what the pipeline itself costs, and how fast data is checked (about 15 minutes)
 	$(BIN)/python -m tests.bench.pipeline
 	$(BIN)/python -m tests.bench.validation $(BENCH)
+
+mutants: $(READY)  ## make one mistake at a time, and list those that no test notices (about an hour)
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 clean:  ## remove the environment and caches; results in .alignflow stay
 	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -28,6 +28,7 @@ from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import Request, Result
 from stages import tracking
+from stages.runtime.resources import out_of_resource
 
 T = TypeVar("T")
 
@@ -156,7 +157,9 @@ def run_nodes(
             results[name] = done  # its end is recorded in MLflow, if not in Prefect
             log.warning("%s is done; Prefect could not record it (%s).", name, type(outcome).__name__)
         else:  # an exception that no stage has made a problem of
-            errors[name] = StageError(f"{name}: {outcome!r}", status="failed", kind=type(outcome).__name__)
+            lack = out_of_resource(outcome)
+            other = lack or f"{name}: {outcome!r}"
+            errors[name] = StageError(other, status="failed", kind=type(outcome).__name__)
 
 
 def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:

@@ -6,6 +6,7 @@ done before is reused, so that a schedule which finds nothing new costs seconds.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -18,16 +19,18 @@ from flows import pipeline
 from flows.execution import process
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
-from flows.planning.plan import Plan, promotion
+from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
-from flows.results import announce, registry
+from flows.results import announce, looks, registry
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
 from schemas.errors import StageError, refuse
-from schemas.promotion import Decision, PromoteConfig
+from schemas.promotion import Decision, Gate, PromoteConfig
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
+
+log = logging.getLogger("alignflow")
 
 Ending = Literal["Unchanged", "Promoted", "Rejected"]
 
@@ -104,6 +107,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
         StageError: a stage stopped; the config lacks something; or another champion was made in the meantime
             (kind `conflict`).
     """
+    planned = with_gate(planned)
     config = planned.config
     pipeline.prepare(config)
     name = model_name(config)
@@ -112,10 +116,27 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
+    gate = gate_of(config)
+    known = looks.looks(name)
+    if not any(look.decision == looks.OPEN for look in known):  # else this may be a retraining that was killed in one
+        looks.check_budget(name, known, gate)  # before anything is trained in vain
+    log.info("gate: %s", gate.power(gate.prompts_min))
     results = run_all(planned, pipeline_run)
     trained = results[candidate(config)]
     champion = registry.champion(name)  # training takes long: judge against the champion of now
     return already_settled(name, trained, champion) or decide(planned, results, champion, made_from, pipeline_run)
+
+
+def with_gate(planned: Plan) -> Plan:
+    """The plan with the gate's defaults written out where the config sets none, so that its prompts are asked for."""
+    if planned.config.promote is not None:
+        return planned
+    return plan(planned.config.model_copy(update={"promote": PromoteConfig()}))
+
+
+def gate_of(config: PipelineConfig) -> Gate:
+    """The gate's bounds."""
+    return (config.promote or PromoteConfig()).gate
 
 
 def model_name(config: PipelineConfig) -> str:
@@ -150,15 +171,20 @@ def decide(
     planned: Plan, trained: Mapping[str, Result], champion: Version | None, made_from: Fingerprint, pipeline_run: str
 ) -> Outcome:
     """Judge the candidate beside the champion, register it, and move the alias or not."""
-    judging = promotion(planned, champion is not None)
+    registered, gate = model_name(planned.config), gate_of(planned.config)
+    key = look_key(planned, trained, champion)
+    look = looks.take(registered, key, trained[candidate(planned.config)].outputs["model"].sha256, gate)
+    judging = promotion(planned, champion is not None, looks.seed(registered, look))
     known = dict(trained) if champion is None else {**trained, "champion": as_result(champion)}
     results = run_all(judging, pipeline_run, known)
     name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
     decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
     decision = read_stored(Decision, decided.read_text())
+    looks.note(registered, look, decision)
     tags = {
         **made_from.tags(),
         **verdict(decision, champion),
+        "decision.look": str(look.number),
         **traces(name, results[name], results[judged], results["promote"]),
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
@@ -166,13 +192,26 @@ def decide(
     model, run_id = results[name].outputs["model"], results[name].run_id
     expected = None if champion is None else champion.number
     version = registry.register_and_promote(
-        model_name(planned.config), model, run_id, tags, promote=decision.promote, expected=expected
+        registered, model, run_id, tags, promote=decision.promote, expected=expected
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"
     if decision.promote:
         return Outcome("Promoted", f"{version} is {instead}.", version, decision)
     message = f"{version} is not promoted: {tags['decision.reasons']}."
     return Outcome("Rejected", message, version, decision)
+
+
+def look_key(planned: Plan, trained: Mapping[str, Result], champion: Version | None) -> str:
+    """Digest of what decides a look apart from its seed: the models, the held-out data, the judge and the gate.
+
+    An equal candidate before an equal champion is the same look, whose decision stands: else a schedule that finds the
+    same candidate each week would try its luck each week.
+    """
+    judging = promotion(planned, champion is not None)
+    asked = [[name, STAGES[node.stage].version, node.params] for name, node in sorted(judging.nodes.items())]
+    inputs = {need for node in judging.nodes.values() for need in node.inputs.values() if need[0] in trained}
+    given = [[name, output, trained[name].outputs[output].sha256] for name, output in sorted(inputs)]
+    return _digest([asked, given, None if champion is None else champion.artifact.sha256])
 
 
 def as_result(champion: Version) -> Result:

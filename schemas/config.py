@@ -300,6 +300,8 @@ class EvaluateParams(EvaluateConfig):
 
     part: Literal["eval", "test"] = "eval"
     """The prompts to answer: those held out, or the test part, which no comparison looks at."""
+    gate: bool = False
+    """Measure what only the gate asks for: relevance to the prompt, and wins over the SFT model made as sharp."""
 
 
 def _name_methods(value: Any) -> Any:

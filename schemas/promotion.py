@@ -4,8 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from schemas import Strict, no_truth
+from schemas import Strict, exact, no_truth
 from schemas.text import short
+
+GATE_TAG = "gate"
+"""MLflow tag of evaluations that the gate has asked for."""
 
 
 class Check(Strict):
@@ -31,6 +34,12 @@ class Decision(Strict):
     promote: bool
     against: Literal["champion", "sft"]
     checks: list[Check]
+    alpha: float | None = None
+    """What this look has spent of the year's error; None in decisions of before there was a budget."""
+    decided: int | None = None
+    """Clusters of prompts that were won or lost."""
+    power: str = ""
+    """What the gate could have seen with so many prompts."""
 
     @property
     def reasons(self) -> list[Check]:
@@ -54,30 +63,58 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
 
 
 class Gate(Strict):
-    """When a candidate becomes champion: every bound must hold. A number that is missing or not finite fails."""
+    """When a candidate becomes champion: every bound must hold. A number that is missing or not finite fails.
+
+    Ratios and differences are measured against the SFT model and against the champion, each on its own. Those that are
+    means over prompts must hold at the unfavourable end of their 95 % interval over prompts.
+    """
 
     win_rate_min: float = Field(default=0.5, ge=0, lt=1)
-    """The lower end of the 95 % interval of the win rate must be above this: against the champion on the same prompts,
-    or against the SFT model where there is no champion yet."""
+    """The candidate's true win rate must be above this: against the champion (the SFT model where there is none yet),
+    and against the SFT model made as sharp as the candidate. By an exact sign test at the look's share of `error`."""
+    error: float = Field(default=0.05, gt=0, lt=1)
+    """Chance to promote, within any 365 days, at least one candidate that is no better than the champion of its day."""
+    looks_per_year: int = Field(default=52, ge=1)
+    """Each decision on a candidate (a look) spends `error` / `looks_per_year`; when all is spent the gate is closed
+    until the oldest look is a year old."""
     kl_max: float = Field(default=25.0, gt=0)
     """Nats per answer from the current SFT model. Picking the best of n answers costs less than log n nats, so that 25
     is more than choosing among 10^10 answers can need: beyond that is another model, not a better choice. It is a
     sum over tokens; for answers of many hundred tokens measure your own good models, and raise it knowingly."""
     length_ratio_max: float = Field(default=1.5, gt=0)
-    """Mean length of the answers over the SFT model's."""
+    """Mean length of the answers over the other model's."""
     distinct_2_min: float = Field(default=0.8, ge=0)
-    """Share of unique word pairs over the SFT model's; a constant phrase comes near 0."""
+    """Share of unique word pairs over the other model's; a constant phrase comes near 0."""
     reference_nll_min: float = Field(default=0.5, ge=0)
-    """How odd the answers look to the SFT model over how odd its own do; below: it repeats what is likeliest."""
+    """How odd the answers look to the SFT model over how odd the other model's do; below: it repeats what is likeliest.
+    """
     reference_nll_max: float = Field(default=2.0, gt=0)
     """The same; above: its answers are unlikely under the SFT model."""
+    unended_more_max: float = Field(default=0.1, ge=0, le=1)
+    """By how much the share of answers that are cut off may be above the other model's."""
     empty_max: float = Field(default=0.01, ge=0, le=1)
     """Share of empty answers."""
-    prompts_min: int = Field(default=100, ge=1)
-    """Prompts that candidate, champion and SFT model have answered."""
+    relevance_min: float = Field(default=0.5, ge=0)
+    """How much likelier the SFT model finds the answers behind their own prompts than behind other ones, over the same
+    of the other model's answers; 0: not asked. Answers that ignore their prompt come near 0."""
+    prompts_min: int = Field(default=400, ge=1)
+    """Prompts that candidate, champion and SFT model have answered. With 400 a true win rate of .6 passes in 80 % of
+    looks, with 200 one of .641."""
     tolerances: dict[str, Annotated[float, BeforeValidator(no_truth), Field(ge=0)]] = {}
     """`eval/` metric (`preference_accuracy: 0.02`) -> by how much it may be worse than the champion's, or than the SFT
-    model's where there is no champion yet."""
+    model's where there is no champion yet: the upper end of the difference's 95 % interval over prompts."""
+
+    @property
+    def alpha(self) -> float:
+        """The p-value that a look must reach, which is also what it spends."""
+        return self.error / self.looks_per_year
+
+    def power(self, prompts: int) -> str:
+        """What a look at so many prompts can see, for people."""
+        least = exact.detectable(prompts, self.alpha, self.win_rate_min)
+        if least is None:
+            return f"{prompts} prompts: too few for any candidate to pass with 80 %"
+        return f"{prompts} prompts: a candidate that truly wins {100 * least:.1f} % of prompts passes with 80 %"
 
     @field_validator("tolerances")
     @classmethod
@@ -95,6 +132,11 @@ class PromoteConfig(Strict):
     """Name of the registered model in MLflow; default the config's name."""
     candidate: str | None = None
     """Which of `align`; default the only one. With `seeds` it is the first seed's model, or name another: `dpo-s1`."""
+    temperature: float = Field(default=0.3, gt=0)
+    """At which all sides answer for the gate: that of the deployment."""
+    samples_per_prompt: int = Field(default=2, ge=1)
+    """Answers of each side to each prompt for the gate, drawn anew for every look. The second one raises the power
+    about as far as twice the prompts would; with up to two, to win a prompt on average means to win more answers."""
     gate: Gate = Gate()
 
 

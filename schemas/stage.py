@@ -27,7 +27,7 @@ class StageSpec:
 
 STAGES = {
     "base": StageSpec(1, makes="model"),
-    "validate": StageSpec(3, makes="data", shows_text=True),
+    "validate": StageSpec(4, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
     "reward": StageSpec(2, makes="model", needs_device=True),
@@ -36,7 +36,7 @@ STAGES = {
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
     "baselines": StageSpec(1, needs_device=True, shows_text=True),
     "compare": StageSpec(3, shows_text=True),
-    "promote": StageSpec(1),
+    "promote": StageSpec(2),
 }
 """Every stage: a file or folder of that name in `stages/`."""
 

@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -18,13 +17,14 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from schemas.environment import HOME, SAFE_PATH, parent
+from schemas.environment import SAFE_PATH, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from schemas.text import message, visible
 from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
+from stages.runtime.resources import out_of_resource
 from stages.tracking import StageRun
 
 log = logging.getLogger("alignflow")
@@ -147,26 +147,6 @@ def execute(request: Request) -> Result:
                 raise
     except Exception as error:
         return stopped(error, run.key, run.run_id or None, request.log_text)
-
-
-def out_of_resource(error: BaseException) -> Problem | None:
-    """The problem of an error that means that the machine ran out of something; each library words it its own way."""
-    text = f"{type(error).__name__}: {error}"
-    again = "then start it again: it resumes from its last checkpoint"
-    for kind, words, field, fix in (
-        ("disk", r"No space left on device|disk is full|Disk quota exceeded", HOME, "make room there"),
-        ("disk", r"Read-only file system|Permission denied|readonly database", HOME, "make it writable"),
-        (
-            "memory",
-            r"MemoryError|OutOfMemory|can't allocate memory|out of memory",
-            "tokens_per_micro_batch",
-            "lower it",
-        ),
-    ):
-        if re.search(words, text, re.IGNORECASE):
-            value = str(workspace.home()) if field == HOME else None
-            return Problem(kind=kind, message=f"{error}.", field=field, value=value, fix=f"{fix}, {again}")
-    return None
 
 
 def problem_of(error: BaseException, log_text: bool = True) -> Problem:

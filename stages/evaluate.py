@@ -21,19 +21,27 @@ from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
 from stages.engine.data.codec import Codec
-from stages.engine.data.examples import encode, fitting, has, read
+from stages.engine.data.examples import encode, fitting, has, read, read_if_there
 from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
 from stages.engine.models.logprobs import exact_kl
 from stages.engine.models.policy import Policy, context_length, sums
 from stages.engine.sampling import sample, seed_of
-from stages.engine.scoring import metrics
+from stages.engine.scoring import gate_evidence, metrics
 from stages.engine.scoring.batched import over_trees, undisturbed
 from stages.engine.scoring.endpoint import EndpointJudge
-from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, text_of, texts, without_text
+from stages.engine.scoring.evaluation_record import (
+    Evaluation,
+    Sample,
+    check_comparable,
+    cluster_of,
+    text_of,
+    texts,
+    without_text,
+)
 from stages.engine.scoring.intervals import bootstrap, clustered_error
-from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
+from stages.engine.scoring.judges import Judge, RewardJudge, Scoring, agreement, judge_for
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.runtime.context import StageContext
 
@@ -89,13 +97,17 @@ class Evaluator:
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
         return kept
 
-    def answer(self, prompts: Sequence[Messages], temperature: float, draws: int) -> Answers:
-        """That many answers to each prompt, one after the other.
+    def answer(
+        self, prompts: Sequence[Messages], temperature: float, draws: int | None = None, policy: Policy | None = None
+    ) -> Answers:
+        """`draws` answers to each prompt (default: `samples_per_prompt`), one after the other; of the model, or of
+        another `policy`.
 
         A seed is a function of the request's seed, the prompt's place and the draw, the same at each temperature.
         """
+        draws = draws or self.config.samples_per_prompt
         ids = sample(
-            self.policy,
+            policy or self.policy,
             [self.codec.prompt(prompt) for prompt in prompts for _ in range(draws)],
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
@@ -131,10 +143,7 @@ class Evaluator:
         answers (chain rule), with a fraction of the noise of sampled log-ratios. Both models read a batch together, so
         it costs no forward pass beyond those of the log-probs.
         """
-        trees = [
-            Tree(tuple(self.codec.prompt(prompt)), (tuple(ids),))
-            for prompt, ids in zip(prompts, answers.ids, strict=True)
-        ]
+        trees = self.trees(prompts, answers)
 
         def values(batch: Batch) -> Tensor:
             own = self.policy(batch, temperature=temperature, log_probs=True)
@@ -150,18 +159,41 @@ class Evaluator:
                 pairs |= {i: pair for i, (pair,) in batch.items()}
         return [pairs[i][0] for i in range(len(trees))], [pairs[i][1] for i in range(len(trees))]
 
-    def preference_accuracy(self, folder: Path) -> dict[str, float]:
-        """`eval/preference_accuracy` on the held-out pairs of a data folder; nothing where it holds out none."""
+    def trees(self, prompts: Sequence[Messages], answers: Answers) -> list[Tree]:
+        """One answer behind each of `prompts`."""
+        pairs = zip(prompts, answers.ids, strict=True)
+        return [Tree(tuple(self.codec.prompt(prompt)), (tuple(ids),)) for prompt, ids in pairs]
+
+    def relevance(self, prompts: Sequence[Messages], answers: Answers) -> list[float]:
+        """How much likelier the SFT model finds each answer behind its own prompt than behind others, in nats."""
+        return gate_evidence.relevance(
+            lambda trees: self._logps(self.reference, "reference", trees),
+            [self.codec.prompt(prompt) for prompt in prompts],
+            answers.ids,
+            [cluster_of(prompt) for prompt in prompts],
+        )
+
+    def matched(self, prompts: Sequence[Messages], answers: Answers, temperature: float) -> float:
+        """The temperature at which the SFT model is as sharp as this one at `temperature`."""
+        trees = self.trees(prompts, answers)
+        return gate_evidence.matched_temperature(
+            self.policy, self.reference, trees, temperature, TOKENS_PER_BATCH, self.codec.pad_id
+        )
+
+    def pairs_right(self, folder: Path) -> list[tuple[str, float]]:
+        """Of each held-out pair of a data folder: its prompt's cluster, and 1 where the chosen answer has gained more
+        probability over the SFT model than the other one, 1/2 for a tie, else 0.
+        """
         if not has(folder, "eval", "preference"):
             log.warning("no pairs are held out (eval_fraction), so there is no eval/preference_accuracy")
-            return {}
+            return []
         examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
         limit = context_length(self.policy.hf)
-        trees = [example.tree for example in (examples if limit is None else fitting(examples, limit))]
-        policy, reference = self.logps(trees)
+        examples = examples if limit is None else fitting(examples, limit)
+        policy, reference = self.logps([example.tree for example in examples])
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
-        accuracy = metrics.preference_accuracy([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
-        return {"eval/preference_accuracy": accuracy}
+        right = metrics.wins([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
+        return list(zip([cluster_of(example.row["prompt"]) for example in examples], right, strict=True))
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -192,7 +224,13 @@ def run(context: StageContext) -> dict[str, float]:
         verdicts = judge_answers(judge, asked, answers.texts, others)
         rewards = None if reward is None else reward.score(asked, answers.texts)
         some = put_together(asked, answers, others, verdicts, distances[temperature], rewards)
-        some = [replace(row, temperature=temperature, draw=i % draws) for i, row in enumerate(some)]
+        some = [
+            replace(row, temperature=temperature, draw=i % draws, reference_logp=reference_logps[i])
+            for i, row in enumerate(some)
+        ]
+        if config.gate:
+            some, values = for_the_gate(evaluator, judge, asked, answers, some)
+            final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
         samples += some
         values = summary(some, resamples=config.bootstrap, seed=request.seed)
         values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
@@ -203,15 +241,54 @@ def run(context: StageContext) -> dict[str, float]:
     clusters = [row.cluster for row in samples[: len(asked)]]
     final["eval/kl_to_reference"] = metrics.mean_and_error(distances[1.0])[0]
     final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
-    if context.has("pairs"):
-        final |= evaluator.preference_accuracy(context.input("pairs"))
+    pairs = evaluator.pairs_right(context.input("pairs")) if context.has("pairs") else []
+    if pairs:
+        final["eval/preference_accuracy"] = metrics.win_rate([right for _, right in pairs])
+    if context.has("pairs") and evaluator.itself and isinstance(judge, Scoring):  # once a comparison, not once a model
+        final |= judge_accuracy(judge, context.input("pairs"), resamples=config.bootstrap, seed=request.seed)
     if isinstance(judge, EndpointJudge):
         final["judge/inconsistent"] = judge.inconsistent / len(samples)
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
     final["compute/generated_tokens"] = float(evaluator.generated_tokens)
     final["compute/seconds"] = time.monotonic() - started
-    publish(context, Evaluation(final, samples, settings))
+    publish(context, Evaluation(final, samples, settings, pairs))
     return final
+
+
+def judge_accuracy(judge: Judge, folder: Path, *, resamples: int, seed: int) -> dict[str, float]:
+    """`judge/accuracy` on the held-out pairs of a data folder, with its interval over prompts; nothing without any."""
+    pairs = read_if_there(folder, "eval", "preference")
+    if not pairs:
+        return {}
+    agreed = agreement(judge, pairs)
+    interval = bootstrap(agreed, [cluster_of(pair["prompt"]) for pair in pairs], resamples=resamples, seed=seed)
+    return {
+        "judge/accuracy": metrics.win_rate(agreed),
+        "judge/accuracy_low": interval.low,
+        "judge/accuracy_high": interval.high,
+    }
+
+
+def for_the_gate(
+    evaluator: Evaluator, judge: Judge, prompts: Sequence[Messages], answers: Answers, samples: list[Sample]
+) -> tuple[list[Sample], dict[str, float]]:
+    """The samples of one temperature with each answer's relevance, and its win over the SFT model's made as sharp.
+
+    For that the SFT model answers with the same seeds, at the temperature that gives it this model's entropy: a model
+    that is only the SFT model sharpened then ties with it.
+    """
+    found, temperature = evaluator.relevance(prompts, answers), samples[0].temperature
+    samples = [replace(row, relevance=value) for row, value in zip(samples, found, strict=True)]
+    values = {"eval/prompt_relevance": metrics.mean_and_error(found)[0]}
+    if evaluator.itself:
+        return samples, values
+    matched = evaluator.matched(prompts, answers, temperature)
+    distinct = prompts[:: evaluator.config.samples_per_prompt]
+    sharp = evaluator.answer(distinct, matched, policy=evaluator.reference)
+    won = judge.wins(prompts, answers.texts, sharp.texts)
+    samples = [replace(row, matched_win=win) for row, win in zip(samples, won, strict=True)]
+    values |= {"eval/matched_temperature": matched, "eval/win_rate_vs_matched_sft": metrics.win_rate(won)}
+    return samples, values
 
 
 def metric_at(name: str, temperature: float, temperatures: Sequence[float]) -> str:
@@ -234,7 +311,7 @@ def settings_of(request: Request, config: EvaluateParams) -> dict[str, Any]:
     """The conditions of this evaluation; only what decides its result, and no model's name."""
     judge = request.inputs.get("judge")
     return {
-        **config.model_dump(mode="json"),
+        **config.model_dump(mode="json", exclude={"gate"}),
         "seed": request.seed,
         "judge_model": judge.sha256 if judge is not None else None,
     }

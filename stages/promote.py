@@ -3,67 +3,225 @@
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from schemas import exact
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
 from stages.engine.scoring import metrics
-from stages.engine.scoring.evaluation_record import Evaluation, check_comparable
+from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable
+from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, groups, mean_of
 from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
-Metrics = Mapping[str, float]
-"""An evaluation's `eval/` metrics; the candidate's with `gate/win_rate_low`, its paired win rate's lower bound."""
+RESAMPLES = 2000
+Z = 1.959964
+"""Half width of a 95 % interval in standard errors."""
 
 
-def decide(candidate: Metrics, champion: Metrics | None, sft: Metrics, gate: Gate) -> Decision:
+def decide(
+    candidate: Evaluation, champion: Evaluation | None, sft: Evaluation, gate: Gate, won: Sequence[float]
+) -> Decision:
     """Promote if every bound of the gate holds; a missing or non-finite number fails its bound.
 
-    The win rate and the tolerances are measured against the champion, or the SFT model where there is no champion yet;
-    what shows that a policy games its reward model is always measured against the SFT model.
+    `won`: per answer of the candidate, 1 where it beats the rival's, 1/2 for a tie, else 0. The rival is the champion,
+    or the SFT model where there is no champion yet; tolerances are measured against it too. What shows that a policy
+    games its reward model is measured against the SFT model and against the champion, each on its own: against the
+    champion alone the bounds could be overstepped little by little, against the SFT model alone they move with it.
     """
     rival = sft if champion is None else champion
     against = "sft" if champion is None else "champion"
+    clusters = [sample.cluster for sample in candidate.first]
+    won_lost = signs(won, clusters) if won else (0, 0, 0)
+    own, alpha = candidate.metrics, gate.alpha
     checks = [
-        above("win_rate_low", candidate.get("gate/win_rate_low"), gate.win_rate_min, f"win rate against {against}"),
-        at_most("kl_to_reference", candidate.get("eval/kl_to_reference"), gate.kl_max, "nats per answer from sft"),
-        at_most("length_ratio", ratio("length", candidate, sft), gate.length_ratio_max, "length over sft's"),
-        at_least("distinct_2_ratio", ratio("distinct_2", candidate, sft), gate.distinct_2_min, "variety over sft's"),
-        *nll_checks(ratio("reference_nll", candidate, sft), gate),
-        at_most("empty", candidate.get("eval/empty"), gate.empty_max, "share of empty answers"),
-        at_least("prompts", candidate.get("eval/prompts"), gate.prompts_min, "prompts answered"),
+        at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten(won_lost, against, gate)),
+        at_most("matched_win_rate_p", matched_p(candidate, gate), alpha, "sft made as sharp as the candidate, beaten"),
+        at_most("kl_to_reference", upper_kl(candidate), gate.kl_max, "nats per answer from sft, upper end"),
+        at_most("empty", own.get("eval/empty"), gate.empty_max, "share of empty answers"),
+        at_least("prompts", own.get("eval/prompts"), gate.prompts_min, "prompts answered"),
+        *bounds(candidate, sft, gate, "", "sft's"),
+        *(bounds(candidate, champion, gate, "_champion", "the champion's") if champion is not None else ()),
         *(worsening(name, candidate, rival, allowed, against) for name, allowed in sorted(gate.tolerances.items())),
     ]
-    return Decision(promote=all(check.passed for check in checks), against=against, checks=checks)
+    return Decision(
+        promote=all(check.passed for check in checks),
+        against=against,
+        checks=checks,
+        alpha=alpha,
+        decided=won_lost[0] + won_lost[1],
+        power=gate.power(len(set(clusters))),
+    )
 
 
-def nll_checks(value: float | None, gate: Gate) -> Iterator[Check]:
-    """The two bounds on how odd the answers look to the SFT model."""
-    yield at_least("reference_nll_ratio", value, gate.reference_nll_min, "oddness to sft over that of its own answers")
-    yield at_most("reference_nll_ratio", value, gate.reference_nll_max, "oddness to sft over that of its own answers")
+# --- better than the rival, by more than chance and sharpness ---
 
 
-def worsening(name: str, candidate: Metrics, rival: Metrics, allowed: float, against: str) -> Check:
-    """A metric may be worse than the rival's by so much."""
-    own, other = candidate.get(f"eval/{name}"), rival.get(f"eval/{name}")
-    sign = 1 if BETTER[name] == "lower" else -1
-    worse = None if own is None or other is None else sign * (own - other)
-    return at_most(f"{name}_worse", worse, allowed, f"how much worse than the {against}'s")
+def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]:
+    """How many clusters of prompts are won, lost and tied, by the mean over their answers.
+
+    A sign per cluster: several answers to a prompt, and prompts of one first turn, are not independent of each other.
+    With one or two answers to a prompt a win rate of 1/2 gives as many prompts won as lost, whatever differs between
+    prompts; with more answers the more frequent winner of each prompt counts.
+    """
+    number_N, count = groups(clusters)
+    total_C = np.bincount(number_N, np.asarray(won, dtype=np.float64) - 0.5, count)
+    up, down = int(np.sum(total_C > 1e-9)), int(np.sum(total_C < -1e-9))
+    return up, down, count - up - down
 
 
-def ratio(name: str, candidate: Metrics, sft: Metrics) -> float | None:
-    """The candidate's metric over the SFT model's; None where one is missing, or the latter 0."""
-    own, other = candidate.get(f"eval/{name}"), sft.get(f"eval/{name}")
+def beaten(won_lost: tuple[int, int, int], against: str, gate: Gate) -> str:
+    """What the sign test found, for people."""
+    up, down, tied = won_lost
+    prompts = f"{up} prompts won, {down} lost, {tied} tied against {against}"
+    return f"{prompts}: the chance of that at a true win rate of {gate.win_rate_min:g}"
+
+
+def matched_p(candidate: Evaluation, gate: Gate) -> float | None:
+    """p-value of: the candidate is no better than the SFT model at the temperature that makes it as sharp."""
+    won = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
+    if not won or len(won) < len(candidate.first):
+        return None
+    return exact.sign_test(*signs(won, [sample.cluster for sample in candidate.first]), gate.win_rate_min)
+
+
+# --- bounds against a model's answers to the same prompts ---
+
+
+def upper_kl(candidate: Evaluation) -> float | None:
+    """Upper end of the 95 % interval of the KL to the SFT model."""
+    kl, error = candidate.metrics.get("eval/kl_to_reference"), candidate.metrics.get("eval/kl_to_reference_se")
+    return None if kl is None or error is None else kl + Z * error
+
+
+def bounds(candidate: Evaluation, other: Evaluation, gate: Gate, suffix: str, whose: str) -> Iterator[Check]:
+    """The bounds against one model: at the unfavourable ends of paired intervals, but for distinct-2.
+
+    Distinct-2 is no mean over prompts, and a bootstrap, which draws prompts twice, lowers it: there the number counts.
+    """
+
+    def ratio(value: Callable[[Sample], float | None], per: Callable[[Sample], float] = lambda sample: 1.0) -> Interval:
+        return ratio_interval(
+            [[value(s) for s in one.first] for one in (candidate, other)],
+            [[per(s) for s in one.first] for one in (candidate, other)],
+            clusters,
+        )
+
+    clusters = [sample.cluster for sample in candidate.first]
+    length = ratio(lambda s: float(s.length))
+    yield at_most(f"length_ratio{suffix}", length.high, gate.length_ratio_max, f"length over {whose}, upper end")
+    variety = over(candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2"))
+    yield at_least(f"distinct_2_ratio{suffix}", variety, gate.distinct_2_min, f"variety over {whose}")
+    nll, meaning = ratio(surprise, lambda s: float(s.length + s.ended)), f"oddness to sft over that of {whose} answers"
+    yield at_least(f"reference_nll_ratio{suffix}", nll.low, gate.reference_nll_min, f"{meaning}, lower end")
+    yield at_most(f"reference_nll_ratio{suffix}", nll.high, gate.reference_nll_max, f"{meaning}, upper end")
+    cut = difference_interval(
+        [float(not s.ended) for s in candidate.first], [float(not s.ended) for s in other.first], clusters
+    )
+    yield at_most(f"unended_more{suffix}", cut.high, gate.unended_more_max, f"share cut off above {whose}, upper end")
+    if gate.relevance_min > 0:
+        tied_to = ratio(lambda s: s.relevance)
+        meaning = f"what the answers tell of their prompts, over {whose}, lower end"
+        yield at_least(f"relevance_ratio{suffix}", tied_to.low, gate.relevance_min, meaning)
+
+
+def surprise(sample: Sample) -> float | None:
+    """-log pi_sft of the answer."""
+    return None if sample.reference_logp is None else -sample.reference_logp
+
+
+NOWHERE = Interval(math.nan, math.nan)
+
+
+def ratio_interval(
+    values: Sequence[Sequence[float | None]], weights: Sequence[Sequence[float]], clusters: Sequence[str]
+) -> Interval:
+    """95 % interval of (sum of values / sum of weights) of the first model over the second's, paired over clusters.
+
+    nan where a number is missing, or the second model's is not above 0 or not clearly so: there is no ratio.
+    """
+    if any(value is None for side in values for value in side) or not clusters:
+        return NOWHERE
+    means = [
+        quotient(value, weight) for value, weight in zip(np.asarray(values, dtype=np.float64), weights, strict=True)
+    ]
+    ones = np.ones((1, len(clusters)))
+    if not all(np.isfinite(mean(ones)).all() for mean in means) or means[1](ones)[0] <= 0:
+        return NOWHERE
+    if bootstrap(means[1], clusters, resamples=RESAMPLES, seed=0).low <= 0:
+        return NOWHERE
+    return bootstrap(lambda counts_RN: means[0](counts_RN) / means[1](counts_RN), clusters, resamples=RESAMPLES, seed=0)
+
+
+def quotient(values: np.ndarray, weights: Sequence[float]) -> Statistic:
+    """Sum of values over sum of weights."""
+    weight_N = np.asarray(weights, dtype=np.float64)
+    return lambda counts_RN: (counts_RN @ values) / np.maximum(counts_RN @ weight_N, 1e-12)
+
+
+def difference_interval(
+    values: Sequence[float | None], others: Sequence[float | None], clusters: Sequence[str]
+) -> Interval:
+    """95 % interval of the mean of values - others, paired over clusters; nan where one is missing."""
+    if not clusters or any(value is None for value in (*values, *others)):
+        return NOWHERE
+    difference_N = np.asarray(values, dtype=np.float64) - np.asarray(others, dtype=np.float64)
+    if not np.isfinite(difference_N).all():
+        return NOWHERE
+    return bootstrap(mean_of(difference_N), clusters, resamples=RESAMPLES, seed=0)
+
+
+def over(own: float | None, other: float | None) -> float | None:
+    """own / other; None where one is missing, or the latter 0."""
     return None if own is None or not other else own / other
 
 
-def above(metric: str, value: float | None, bound: float, meaning: str) -> Check:
-    """value > bound."""
-    value = finite(value)
-    passed = value is not None and value > bound
-    return Check(metric=metric, value=value, relation=">", bound=bound, meaning=meaning, passed=passed)
+# --- tolerances ---
+
+PER_SAMPLE: dict[str, Callable[[Sample], float | None]] = {
+    "judge_score": lambda s: s.score,
+    "win_rate_vs_sft": lambda s: s.win,
+    "reward_score": lambda s: s.reward_score,
+    "ended": lambda s: float(s.ended),
+}
+"""Metrics that are means over answers, so that their difference has a paired interval."""
+
+
+def worsening(name: str, candidate: Evaluation, rival: Evaluation, allowed: float, against: str) -> Check:
+    """A metric may be worse than the rival's by so much, at the upper end of the difference's 95 % interval.
+
+    Metrics that are no means over answers or pairs are compared as they are, which the check says.
+    """
+    sign, end = (1.0 if BETTER[name] == "lower" else -1.0), ", upper end"
+    if name in PER_SAMPLE or name == "reference_nll":
+        take = PER_SAMPLE.get(name)
+        sides = [[take(s) if take else per_token(s) for s in one.first] for one in (candidate, rival)]
+        clusters = [sample.cluster for sample in candidate.first]
+    elif name == "preference_accuracy":
+        sides = [[right for _, right in one.pairs] for one in (candidate, rival)]
+        clusters = [cluster for cluster, _ in candidate.pairs]
+    else:
+        own, other = candidate.metrics.get(f"eval/{name}"), rival.metrics.get(f"eval/{name}")
+        worse = None if own is None or other is None else sign * (own - other)
+        return at_most(f"{name}_worse", worse, allowed, f"how much worse than the {against}'s, without an interval")
+    if len(sides[0]) != len(sides[1]):
+        sides, clusters = [[], []], []
+    found = difference_interval(sides[0], sides[1], clusters)
+    worse = found.high if sign > 0 else -found.low
+    return at_most(f"{name}_worse", worse, allowed, f"how much worse than the {against}'s{end}")
+
+
+def per_token(sample: Sample) -> float | None:
+    """-log pi_sft of the answer, per token."""
+    odd = surprise(sample)
+    return None if odd is None else odd / max(1, sample.length + sample.ended)
+
+
+# --- checks ---
 
 
 def at_most(metric: str, value: float | None, bound: float, meaning: str) -> Check:
@@ -90,50 +248,45 @@ def run(context: StageContext) -> dict[str, float]:
 
     Inputs: the evaluations candidate and sft, and champion where there is one.
     """
-    request = context.request
-    gate = PromoteParams.model_validate(request.params).gate
+    gate = PromoteParams.model_validate(context.request.params).gate
     candidate, sft = Evaluation.load(context.input("candidate")), Evaluation.load(context.input("sft"))
     champion = Evaluation.load(context.input("champion")) if context.has("champion") else None
     for name, other in (("sft", sft), ("champion", champion)):
         if other is not None:
             check_comparable("the candidate", candidate.settings, candidate.prompts, name, other)
-    won = wins_over_sft(candidate) if champion is None else wins_over_champion(candidate, champion, context)
-    win_rate = rate(won, resamples=candidate.settings["bootstrap"], seed=request.seed)
-    decision = decide({**candidate.metrics, **win_rate}, champion.metrics if champion else None, sft.metrics, gate)
+    won = wins(candidate, champion, context)
+    decision = decide(candidate, champion, sft, gate, won)
     publish(decision, context)
     measured = {f"gate/{check.metric}": check.value for check in decision.checks if check.value is not None}
-    return {**measured, **win_rate, "gate/promote": float(decision.promote)}
+    return {**measured, **rate(won, candidate), "gate/promote": float(decision.promote)}
 
 
-def rate(won: list[float], *, resamples: int, seed: int) -> dict[str, float]:
-    """The win rate and its 95 % interval by bootstrap over prompts. No prompts, no numbers."""
-    if not won:
-        return {}
-    low, high = metrics.bootstrap_interval(won, resamples=resamples, seed=seed)
-    return {"gate/win_rate": metrics.win_rate(won), "gate/win_rate_low": low, "gate/win_rate_high": high}
-
-
-def wins_over_sft(candidate: Evaluation) -> list[float]:
-    """Per prompt, what the evaluation has found against the SFT model: 1 won, 1/2 tied, 0 lost."""
-    return [sample.win for sample in candidate.first]
-
-
-def wins_over_champion(candidate: Evaluation, champion: Evaluation, context: StageContext) -> list[float]:
-    """Per answer, 1 where the judge prefers the candidate's to the champion's, 1/2 for a tie, else 0."""
-    names, judge = ("the candidate", "the champion"), candidate.settings["judge"]
+def wins(candidate: Evaluation, champion: Evaluation | None, context: StageContext) -> list[float]:
+    """Per answer, 1 where the judge prefers the candidate's answer to the rival's, 1/2 for a tie, else 0."""
+    if champion is None:
+        return [sample.win for sample in candidate.first]
     return wins_between(
-        names,
+        ("the candidate", "the champion"),
         candidate.first,
         champion.first,
-        judge,
+        candidate.settings["judge"],
         lambda done, total: context.progress(done, total, "answers judged"),
     )
+
+
+def rate(won: Sequence[float], candidate: Evaluation) -> dict[str, float]:
+    """The win rate and its 95 % interval over prompts, for people: the exact test decides. No prompts, no numbers."""
+    if not won:
+        return {}
+    found = bootstrap(won, [sample.cluster for sample in candidate.first], resamples=RESAMPLES, seed=0)
+    return {"gate/win_rate": metrics.win_rate(won), "gate/win_rate_low": found.low, "gate/win_rate_high": found.high}
 
 
 def publish(decision: Decision, context: StageContext) -> None:
     """The folder `decision`, the same file at the run's top, and a line per check in the log."""
     for check in decision.checks:
         log.info("%s %s", "pass: " if check.passed else "FAIL: ", check)
+    log.info("%s", decision.power)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "decision.json"
         file.write_text(decision.model_dump_json(indent=2), encoding="utf-8")

@@ -100,7 +100,23 @@ def main() -> None:
             sys.exit(EXIT_CODES["refused"])
         place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
         if place != home() and not (barred and place.is_relative_to(home())):
+            end_without_room(error)
             raise
         fix = "give a folder that you may write to, with room"
         show(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", sys.stderr)
         sys.exit(EXIT_CODES["refused"])
+    except Exception as error:  # databases and libraries have errors of their own for a full disk
+        end_without_room(error)
+        raise
+
+
+def end_without_room(error: Exception) -> None:
+    """Exit with a message where an error means that the disk is full."""
+    from schemas.errors import EXIT_CODES, StageError
+    from schemas.text import show
+    from stages.runtime.resources import out_of_resource
+
+    problem = out_of_resource(error)
+    if problem is not None and problem.kind == "disk":
+        show(f"alignflow: {StageError(problem)}", sys.stderr)
+        sys.exit(EXIT_CODES["failed"])

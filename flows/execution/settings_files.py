@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _take_out(module: Any) -> None:
+    # pydantic tells of settings for sources that are no longer there
+    warnings.filterwarnings("ignore", r"Config key `\w+` is set in model_config but will be ignored", UserWarning)
     base = module.PrefectBaseSettings
     usual = base.settings_customise_sources.__func__
 

@@ -222,4 +222,7 @@ def apply(raw: dict[str, Any], override: str) -> None:
             here = ".".join(keys[:depth])
             wrong = f"--set {one_line(override, 200)}: {here} is {short(place)} and has no keys"
             raise StageError(wrong, kind="config", fix=f"set {here} as a whole")
-    place[keys[-1]] = value
+    if value is None and keys[:-1] == ["align"]:
+        place.pop(keys[-1], None)  # as `sft=null` leaves SFT out; in a file `dpo:` alone is DPO with its defaults
+    else:
+        place[keys[-1]] = value

@@ -18,6 +18,7 @@ from schemas.config import (
     DERIVES,
     BaselinesParams,
     DataConfig,
+    EndpointJudge,
     ModelConfig,
     PipelineConfig,
     PipelineData,
@@ -27,7 +28,7 @@ from schemas.config import (
 )
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
-from schemas.promotion import PromoteConfig
+from schemas.promotion import GATE_TAG, PromoteConfig
 from schemas.source import GENERATED
 from schemas.training import Training
 
@@ -98,8 +99,9 @@ def plan(config: PipelineConfig) -> Plan:
     return Plan(config, planner.nodes)
 
 
-def promotion(before: Plan, champion: bool) -> Plan:
-    """What retraining does after a plan: evaluate the champion, when there is one, and decide on the candidate.
+def promotion(before: Plan, champion: bool, seed: int | None = None) -> Plan:
+    """What retraining does after a plan: candidate, SFT model and champion, when there is one, answer for the gate, and
+    it decides on the candidate. `seed`: of their answers; default the config's.
 
     The champion's model is the output `model` of a node `champion` that is in no plan: whoever runs these nodes brings
     its result, as well as those of the plan.
@@ -109,7 +111,7 @@ def promotion(before: Plan, champion: bool) -> Plan:
     """
     plan_checks.check_gate(before.config)
     planner = Planner(before.config, dict(before.nodes))
-    planner.promote(champion)
+    planner.promote(champion, before.config.seed if seed is None else seed)
     return Plan(before.config, {name: node for name, node in planner.nodes.items() if name not in before.nodes})
 
 
@@ -289,7 +291,7 @@ class Planner:
         if slot == "evaluation":
             params["eval_fraction"] = 1.0 - source.test_fraction
         if slot == self.evaluation_slot():
-            params["min_eval_prompts"] = self.config.evaluate.min_prompts
+            params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
         return self.validated(slot, f"data.{slot}", params, {})
 
@@ -396,19 +398,40 @@ class Planner:
         params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
         if self.config.sweep is not None:
             params["chosen"] = "tested" if self.has_test() else "by these numbers"
+        if isinstance(self.config.evaluate.judge, EndpointJudge):  # which the comparison itself asks
+            params["judge"] = self.config.evaluate.judge.model_dump(mode="json")
         inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
         return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
 
     # --- promotion ---
 
-    def promote(self, champion: bool) -> Output:
+    def promote(self, champion: bool, seed: int) -> Output:
         """Stage `promote` of the candidate, against the champion when there is one."""
         models = self.models() | ({"champion": ("champion", "model")} if champion else {})
         seats = {"candidate": plan_checks.candidate(self.config), "sft": "sft"} | (
             {"champion": "champion"} if champion else {}
         )
-        inputs = {seat: self.evaluation(name, models) for seat, name in seats.items()}
+        inputs = {seat: self.gate_evaluation(name, models, seed) for seat, name in seats.items()}
         params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
         about = {"candidate": seats["candidate"]}
-        node = Node("promote", "promote", "promote", params, inputs, self.config.seed, about=about)
+        node = Node("promote", "promote", "promote", params, inputs, seed, about=about)
         return self.add(node, "decision")
+
+    def gate_evaluation(self, name: str, models: dict[str, Output], seed: int) -> Output:
+        """Stage `evaluate` of one model for the gate: at the gate's temperature, with answers of its own."""
+        node = self.nodes[self.evaluation(name, models)[0]]
+        if name == "champion":  # who has been evaluated with its own run
+            del self.nodes[node.name]
+        promote = self.config.promote or PromoteConfig()
+        params = self.config.evaluate.model_dump(mode="json") | {
+            "temperatures": [promote.temperature],
+            "samples_per_prompt": promote.samples_per_prompt,
+            "gate": True,
+        }
+        inputs = dict(node.inputs)
+        if name != "sft":
+            inputs["baseline"] = self.gate_evaluation("sft", models, seed)
+        model = name if name == "champion" else f"{name}-gate"  # apart from the run's own, in MLflow's lists
+        tags = {**node.tags, GATE_TAG: "1"}
+        made = replace(node, name=f"gate {name}", params=params, inputs=inputs, seed=seed, model=model, tags=tags)
+        return self.add(made, "evaluation")

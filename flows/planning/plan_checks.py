@@ -80,12 +80,17 @@ def _check_endpoints(config: PipelineConfig) -> None:
 def check_gate(config: PipelineConfig) -> None:
     """Raise StageError unless it is clear who the candidate is, and the gate gets as many prompts as it asks for."""
     candidate(config)
-    gate, evaluate = (config.promote or PromoteConfig()).gate, config.evaluate
-    for name, value in (("limit", evaluate.limit), ("min_prompts", evaluate.min_prompts)):
-        if value is not None and value < gate.prompts_min:
-            fix = f"raise evaluate.{name}, or lower promote.gate.prompts_min"
-            message = f"evaluate.{name} is {value}, which may be too few for the gate."
-            raise refuse("promote.gate.prompts_min", gate.prompts_min, message, fix)
+    gate, limit = (config.promote or PromoteConfig()).gate, config.evaluate.limit
+    if limit is not None and limit < gate.prompts_min:
+        fix = "raise evaluate.limit, or lower promote.gate.prompts_min"
+        message = f"evaluate.limit is {limit}, which is too few for the gate."
+        raise refuse("promote.gate.prompts_min", gate.prompts_min, message, fix)
+
+
+def prompts_needed(config: PipelineConfig) -> int:
+    """Held-out prompts without which nothing is trained: for the evaluation, and where one is set, for the gate."""
+    gate = 0 if config.promote is None else config.promote.gate.prompts_min
+    return max(config.evaluate.min_prompts, gate)
 
 
 def candidate(config: PipelineConfig) -> str:

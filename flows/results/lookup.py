@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from schemas import read_stored
 from schemas.errors import StageError, refuse
+from schemas.promotion import GATE_TAG
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
 
@@ -176,5 +177,6 @@ def _made(name: str, run_id: str) -> Model:
         raise refuse("run", run_id, "the run made no model.", fix, kind="history")
     tags = dict(tracking.client().get_run(run_id).data.tags)
     evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
-    metrics = dict(evaluations[0].data.metrics) if evaluations else {}
+    own = [run for run in evaluations if GATE_TAG not in run.data.tags]  # the gate's are at a temperature of its own
+    metrics = dict(own[0].data.metrics) if own else {}
     return Model(name, tracking.fetch(output), request, tags, metrics)

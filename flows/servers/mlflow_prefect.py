@@ -130,9 +130,6 @@ def check_access(name: str, host: str) -> None:
         missing.append("PREFECT_SERVER_API_AUTH_STRING (user:password)")
     if name == "MLflow" and not is_loopback(host) and not has_passwords():
         missing.append("MLFLOW_AUTH_ADMIN_PASSWORD")
-    asks = name == "MLflow" and (has_passwords() or not is_loopback(host))
-    if asks and not os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY"):
-        missing.append("MLFLOW_FLASK_SERVER_SECRET_KEY (any long random text)")
     if missing:
         fix = f"set {' and '.join(missing)} in the environment, or listen on {HOST}"
         raise refuse("--host", host, f"{name} needs a password there.", fix, kind="access")

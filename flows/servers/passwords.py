@@ -8,12 +8,14 @@ from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import quote
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from schemas import Strict
 from schemas.errors import refuse
 from stages.runtime import workspace
 
+SHORTEST = 32
+"""Characters: made ones have more, so that a shorter one was not made here."""
 USER = "alignflow"
 """Our commands and workers in MLflow: a user who may do all to runs and models, and nothing to other users."""
 MLFLOW_CONFIG = "MLFLOW_AUTH_CONFIG_PATH"
@@ -25,13 +27,13 @@ LOGIN = "/alignflow/login"
 class Passwords(Strict):
     """Made ones. None of them is ever changed here: who wants others deletes the file."""
 
-    prefect: str
+    prefect: str = Field(min_length=SHORTEST)
     """user:password, as PREFECT_SERVER_API_AUTH_STRING has it."""
-    mlflow: str
+    mlflow: str = Field(min_length=SHORTEST)
     """Of MLflow's user USER."""
-    mlflow_admin: str
+    mlflow_admin: str = Field(min_length=SHORTEST)
     """Of MLflow's user `admin`, whom only the server itself uses."""
-    mlflow_cookies: str
+    mlflow_cookies: str = Field(min_length=SHORTEST)
     """Signs MLflow's cookies."""
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from schemas.text import show
 from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
+from stages.runtime.resources import lack_in
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5000
@@ -32,6 +34,8 @@ MLFLOW_PORT = 5000
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
+LOG_ROOM = 2**16
+"""Bytes that the end of a log may need."""
 ORPHAN_SECONDS = 3.0
 """The same when the starter has died: 5 s after that nothing is to be left."""
 RESTARTS = 5
@@ -213,8 +217,13 @@ def until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 
 def failed(server: Server) -> StageError:
-    """The end of a server's log."""
+    """The end of a server's log; or what the machine lacks, where the log says so."""
     text = tracking.without_passwords(server.log.read_text(errors="replace"))
+    full = shutil.disk_usage(server.log.parent).free < LOG_ROOM  # then the log may have been cut before it says so
+    if lack := lack_in("No space left on device" if full else "\n".join(text.splitlines()[-50:])):
+        return StageError(
+            lack.model_copy(update={"message": f"{server.name} does not run: {lack.message}"}), status="failed"
+        )
     tail = "\n".join(text.splitlines()[-15:])
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 

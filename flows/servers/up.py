@@ -6,6 +6,7 @@ in `home()`, or where the servers' own settings put it.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
 import sys
@@ -69,11 +70,16 @@ def up(
     wanted = list(dict.fromkeys(wanted))
     workspace.open_home()
     with address_file.lock_file().open("a") as lock:
-        while not taken(lock):
+        for tries in itertools.count():
+            if taken(lock):
+                break
             running = address_file.found()
             if running is not None:  # else it has only begun, or just died
                 say_where(running, wanted)
                 return
+            if tries >= 5 and address_file.file().exists():
+                message = "another version of alignflow runs its servers there."
+                raise refuse(HOME, workspace.home(), message, "end that one first, or use another home", kind="servers")
         address_file.file().unlink(missing_ok=True)
         with guards() as keep:
             bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep)

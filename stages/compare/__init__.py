@@ -6,6 +6,7 @@ gained beside baselines that cost no training (curve.py).
 
 import json
 import logging
+import math
 import tempfile
 import textwrap
 from collections.abc import Mapping
@@ -17,12 +18,12 @@ from schemas.errors import refuse
 from schemas.stage import Request
 from stages.compare import curve, frontier, head_to_head
 from stages.compare.findings import COVERS, findings, pair_lines
-from stages.compare.head_to_head import STARTING_POINTS, Ask
+from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
 from stages.compare.plots import draw
 from stages.compare.table import WIDTH, Comparison, over, render_text
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, load_all, text_of
-from stages.engine.scoring.intervals import clustered_error
+from stages.engine.scoring.intervals import Interval, clustered_error
 from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
 
@@ -33,6 +34,11 @@ BASELINES = "baselines"
 BASELINE_CONDITIONS = ("judge", "judge_model", "max_new_tokens", "seed")
 
 LOGGED = ("judge_score", "win_rate_vs_sft", "kl_to_reference")
+
+INDEPENDENT = (
+    "It is independent of the policies only in that they never train on its rows or its scores; a gold reward model "
+    "starts from the same SFT model and learns from the same source and labellers, so that they may err alike."
+)
 
 JUDGES = {
     "rule": "a rule, the demo's programmed ground truth",
@@ -51,14 +57,15 @@ def run(context: StageContext) -> dict[str, float]:
     baselines = load_all(context.input(BASELINES)) if context.has(BASELINES) else {}
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
+    chosen = str(request.params.get("chosen", ""))
     comparison = compare(
         evaluations,
         variants_of(request),
         request.log_text,
-        baselines,
-        asking(context, evaluations),
+        baselines=baselines,
+        ask=asking(context),
         score_std=std,
-        chosen=str(request.params.get("chosen", "")),
+        chosen=chosen,
     )
     log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
@@ -79,9 +86,14 @@ def run(context: StageContext) -> dict[str, float]:
     return values
 
 
-def asking(context: StageContext, evaluations: Mapping[str, Evaluation]) -> Ask | None:
-    """How a judge that only compares is asked about two models."""
-    judge = next(iter(evaluations.values())).settings["judge"] if evaluations else {}
+def asking(context: StageContext) -> Ask | None:
+    """How a judge that only compares is asked about two models; None where the request names no such judge.
+
+    It is the request's: an address in a stored evaluation has not been checked by whoever started this.
+    """
+    judge = context.request.params.get("judge")
+    if not isinstance(judge, dict):
+        return None
     return partial(
         wins_between, judge=judge, progress=lambda done, total: context.progress(done, total, "answers judged")
     )
@@ -98,9 +110,9 @@ def compare(
     evaluations: Mapping[str, Evaluation],
     variants: Mapping[str, Any] | None = None,
     log_text: bool = True,
+    *,
     baselines: Mapping[str, Evaluation] | None = None,
     ask: Ask | None = None,
-    *,
     score_std: float | None = None,
     chosen: str = "",
 ) -> Comparison:
@@ -123,17 +135,18 @@ def compare(
     evaluations = {name: evaluations[name] for name in names}
     duels = {temperature: head_to_head.matrix(evaluations, temperature, ask) for temperature in first.temperatures}
     aligned = [name for name in names if name not in STARTING_POINTS]
-    points = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
-    gains = curve.gains(evaluations, aligned, curve.hull(points)) if points else {}
+    corners = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
+    gains = curve.gains(evaluations, aligned, curve.hull(corners)) if corners else {}
     table = [row_of(name, evaluations[name], duels, gains) for name in names]
     order = head_to_head.ranked(duels[first.temperatures[0]], aligned, {r["model"]: r["judge_score"] for r in table})
     place = {name: number for number, name in enumerate([*STARTING_POINTS, *order])}
-    means: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
     if variants:
         place = {model: number for number, model in enumerate([*STARTING_POINTS, *variants])}
         table = [row | variants.get(row["model"], {}) for row in table]
-        means = frontier.points(table, evaluations, score_std, gains)
-        unseen = {model for point in means for model in point["models"][1:]}
+        table.sort(key=lambda row: place.get(row["model"], len(place)))
+        points = frontier.points(table, evaluations, score_std, gains)
+        unseen = {model for point in points for model in point["models"][1:]}
         names = [name for name in names if name not in unseen]
     table.sort(key=lambda row: place.get(row["model"], len(place)))
     shown = log_text and all(s.answer is not None for name in names for s in evaluations[name].first)
@@ -156,10 +169,11 @@ def compare(
             "at most": f"{first.settings['max_new_tokens']} new tokens",
             "seed": str(first.settings["seed"]),
         },
+        agreement=agreement_of(evaluations.get("sft")),
         duels=duels,
         gains=gains,
-        baselines=points,
-        points=means,
+        baselines=corners,
+        points=points,
         chosen=chosen,
     )
 
@@ -183,6 +197,15 @@ def row_of(
     return row
 
 
+def agreement_of(sft: Evaluation | None) -> str:
+    """How often the judge is right on held-out pairs, and what makes it independent; empty where it is not known."""
+    if sft is None or not math.isfinite(rate := sft.metrics.get("judge/accuracy", math.nan)):
+        return ""
+    low, high = (sft.metrics[f"judge/accuracy_{end}"] for end in ("low", "high"))
+    said = f"On held-out pairs the judge prefers the chosen answer in {percent(rate, Interval(low, high))}"
+    return f"{said}. {INDEPENDENT if sft.settings['judge']['judge'] == 'reward' else ''}".rstrip()
+
+
 def describe_judge(judge: Mapping[str, Any]) -> str:
     """A judge's config in words."""
     if judge["judge"] == "endpoint":
@@ -193,10 +216,11 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 def text(comparison: Comparison) -> str:
     """The table for people, over how many prompts it is, and what it says; of several seeds their means first."""
     points = comparison.points
-    finding = textwrap.fill(frontier.headline(points, comparison.chosen), WIDTH) if points else ""
-    above = f"{frontier.render_text(points)}\n{finding}\n\n" if points else ""
-    said = [] if points else [*pair_lines(comparison), *baseline_lines(comparison), *findings(comparison)]
-    below = "".join(f"\n{line}" for sentence in said for line in textwrap.wrap(sentence, WIDTH))
+    finding = frontier.headline(points, comparison.chosen) if points else ""
+    above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
+    said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
+    said += [comparison.agreement, "" if points else COVERS]
+    below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
 
 
@@ -216,6 +240,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "gains": [gain.as_json() for gain in comparison.gains.values()],
         "baselines": [{"name": p.name, "kl": p.kl, "height": p.height} for p in comparison.baselines],
         "findings": findings(comparison),
+        "judge": comparison.agreement,
         "covers": COVERS,
     }
 

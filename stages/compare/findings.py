@@ -1,12 +1,13 @@
 """What a comparison says in sentences: which model is ahead, what was gained beyond sharpening, what cannot be said."""
 
+import itertools
 from collections.abc import Sequence
 
 from stages.compare import head_to_head
 from stages.compare.head_to_head import STARTING_POINTS, Duel, percent
 from stages.compare.table import Comparison, verdict
 
-PAIRS = 6  # lines of pairs under the table of a terminal; the report has all
+PAIRS = 6  # lines of pairs under the table of a terminal
 COVERS = (
     "Intervals: 95 %, over prompts. Each model is one training run, and another seed may change the order: this is "
     "about these models, not their methods; `alignflow run --seeds 0,1,2` or a sweep compares methods."
@@ -25,12 +26,11 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def pair_lines(comparison: Comparison) -> list[str]:
-    """A line per pair of aligned models at the first temperature; where these are many, those of the first model."""
-    aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS]
-    pairs = [(one, other) for i, one in enumerate(aligned) for other in aligned[i + 1 :]]
-    shown = pairs if len(pairs) <= PAIRS else [pair for pair in pairs if pair[0] == aligned[0]]
+    """A line per pair of aligned models that the headline leaves out, where these are few; the report has all."""
+    aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS][1:]
+    pairs = list(itertools.combinations(aligned, 2))
     duels = comparison.first_duels
-    return [head_to_head.sentence(duels[pair]) for pair in shown if pair in duels]
+    return [head_to_head.sentence(duels[pair]) for pair in pairs if pair in duels] if len(pairs) <= PAIRS else []
 
 
 def _ahead(comparison: Comparison, aligned: Sequence[str]) -> list[str]:

@@ -31,6 +31,8 @@ class Comparison:
     """Where several seeds are compared: `frontier.points`."""
     chosen: str = ""
     """Where the best of the points is chosen by these numbers, a sweep: `tested` if it is measured on other prompts."""
+    agreement: str = ""
+    """How often the judge is right on held-out pairs, where that is known."""
     duels: Mapping[float, Mapping[tuple[str, str], Duel]] = field(default_factory=dict)
     """By temperature, the evaluations' first one first: (model, other) -> their duel."""
     gains: Mapping[str, Gain] = field(default_factory=dict)

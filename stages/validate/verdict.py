@@ -57,5 +57,7 @@ def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
             where = "held out" if part == "eval" else "in the test part"
             message = f"{one_line(params.path)}: {held_out} of {prompts} prompts are {where}, too few to evaluate on."
             fix = f"raise {part}_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
+            if part == "eval":
+                fix += " (and promote.gate.prompts_min, where the config has promote)"
             return refuse("evaluate.min_prompts", least, message, fix, kind="few_prompts")
     return None

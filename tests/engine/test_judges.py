@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -341,29 +342,31 @@ class Length(judges.Scoring):
         return [float(len(answer)) for answer in answers]
 
 
-def test_accuracy_counts_ties_half() -> None:
-    pairs = [
-        {"prompt": "?", "a": "xx", "b": "y", "label": "a"},  # right
-        {"prompt": "?", "a": "xx", "b": "y", "label": "b"},  # wrong
-        {"prompt": "?", "a": "x", "b": "y", "label": "b"},  # tie
-        {"prompt": "?", "a": "x", "b": "yy", "label": "b"},  # right
-    ]
-    assert judges.accuracy(Length(), pairs) == (1 + 0 + 0.5 + 1) / 4
+def test_agreement_is_with_the_chosen_and_a_tie_is_half() -> None:
+    prompt = [{"role": "user", "content": "?"}]
+    pairs = [{"prompt": prompt, "chosen": c, "rejected": r} for c, r in (("xx", "y"), ("y", "xx"), ("x", "y"))]
+    assert judges.agreement(Length(), pairs) == [1.0, 0.0, 0.5]
 
 
 def test_sentiment_and_length_against_labelled_pairs(shared: Path) -> None:
     with gzip.open(shared / "data" / "judge_pairs.jsonl.gz", "rt", encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in file]
-    flipped = [{**pair, "label": "b" if pair["label"] == "a" else "a"} for pair in pairs]
+        labelled = [json.loads(line) for line in file]
+    pairs = []
+    for row in labelled:
+        chosen, rejected = (row["a"], row["b"]) if row["label"] == "a" else (row["b"], row["a"])
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": row["source"]})
+    flipped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     for judge in (judges.SentimentJudge(), Length()):
         found = {
-            source: judges.accuracy(judge, [pair for pair in pairs if pair["source"].startswith(source)])
+            source: fmean(judges.agreement(judge, [pair for pair in pairs if pair["source"].startswith(source)]))
             for source in ("llmbar", "hhh")
         }
         print(type(judge).__name__, {name: round(value, 3) for name, value in found.items()})
         # Neither knows what the prompt asks for, and in most of LLMBar's pairs the longer answer is the wrong one.
         assert all(0.2 < value < 0.7 for value in found.values())
-        assert judges.accuracy(judge, pairs) + judges.accuracy(judge, flipped) == pytest.approx(1.0)
+        both = [fmean(judges.agreement(judge, some)) for some in (pairs, flipped)]
+        assert sum(both) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("end", ["/v1?x=", "/v1#x", "?x=/v1", "#", "/v1 ", "\\\\evil.example/v1", "/v1\n"])

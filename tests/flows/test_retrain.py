@@ -25,6 +25,7 @@ def pairs(n: int) -> list[dict[str, str]]:
 
 GATE = {"win_rate_min": 0.0, "kl_max": 1e6, "length_ratio_max": 100.0, "distinct_2_min": 0.0, "prompts_min": 4}
 GATE |= {"reference_nll_min": 0.0, "reference_nll_max": 1e6, "empty_max": 1.0}
+GATE |= {"unended_more_max": 1.0, "relevance_min": 0.0}
 
 
 def config_file(folder: Path, **more: Any) -> Path:
@@ -57,15 +58,20 @@ def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
     models.model_folder(tmp_path / "model")
     planned = loaded(config_file(tmp_path))
     first = promotion(planned, champion=False).nodes
-    assert list(first) == ["promote"]
-    evaluations = {"candidate": ("eval dpo", "evaluation"), "sft": ("eval sft", "evaluation")}
+    assert list(first) == ["gate sft", "gate dpo", "promote"]
+    evaluations = {"candidate": ("gate dpo", "evaluation"), "sft": ("gate sft", "evaluation")}
     assert first["promote"].inputs == evaluations and first["promote"].about == {"candidate": "dpo"}
     later = promotion(planned, champion=True).nodes
-    assert list(later) == ["eval champion", "promote"]
-    champion, dpo = later["eval champion"], planned.nodes["eval dpo"]
+    assert list(later) == ["gate sft", "gate dpo", "gate champion", "promote"]
+    champion, dpo, sft = (later[f"gate {name}"] for name in ("champion", "dpo", "sft"))
     assert champion.inputs == {**dpo.inputs, "model": ("champion", "model")}
-    assert (champion.params, champion.seed) == (dpo.params, dpo.seed)
-    assert later["promote"].inputs == {**evaluations, "champion": ("eval champion", "evaluation")}
+    assert dpo.inputs == {**planned.nodes["eval dpo"].inputs, "baseline": ("gate sft", "evaluation")}
+    assert champion.params == dpo.params == sft.params
+    asked = {"temperatures": [0.3], "samples_per_prompt": 2, "gate": True}  # the gate's own, not the run's
+    assert champion.params == planned.nodes["eval dpo"].params | asked
+    assert later["promote"].inputs == {**evaluations, "champion": ("gate champion", "evaluation")}
+    fresh = promotion(planned, champion=True, seed=77).nodes
+    assert {node.seed for node in fresh.values()} == {77}  # all sides answer anew, and alike
 
 
 @pytest.mark.parametrize(
@@ -74,8 +80,7 @@ def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
         (["align.kto={}"], "promote.candidate = null: align has dpo, kto. Fix: set it to one of dpo, kto"),
         (["promote.candidate=ppo"], "promote.candidate = ppo: there is no such method. Fix: set it to one of dpo"),
         (["align={}"], "promote.candidate = null: align has no method."),
-        (["promote.gate.prompts_min=5"], "promote.gate.prompts_min = 5: evaluate.min_prompts is 4, which may be too"),
-        (["evaluate.limit=3"], "promote.gate.prompts_min = 4: evaluate.limit is 3, which may be too few"),
+        (["evaluate.limit=3"], "promote.gate.prompts_min = 4: evaluate.limit is 3, which is too few"),
         (["promote.gate.tolerances.acuracy=1"], "'acuracy' is not a metric with a better direction"),
         (["promote.gate.klmax=1"], "promote.gate.klmax: unknown key. Did you mean 'kl_max'?"),
         (["align={champion: {method: dpo}}"], "align = champion: this name cannot be used"),
@@ -151,7 +156,7 @@ def test_the_life_of_a_champion(
     trained = tracking.client().get_run(champion.tags["train.run_id"]).data
     assert trained.tags["stage"] == "align" and champion.tags["stage.key"] == trained.tags["stage.key"]
     assert trained.tags["output.model"] == champion.tags["sha256"] == champion.artifact.sha256
-    assert champion.tags["decision"] == "promoted" and "win_rate_low is" in champion.tags["decision.reasons"]
+    assert champion.tags["decision"] == "promoted" and "win_rate_p is" in champion.tags["decision.reasons"]
     assert champion.tags["code.version"] == tracking.code_version()
     assert (runs_of("align"), runs_of("promote")) == (1, 1)
 
@@ -165,11 +170,11 @@ def test_the_life_of_a_champion(
     write_rows(tmp_path / "pairs.jsonl", pairs(48))
     shut = ["promote.gate.win_rate_min=0.999"]
     rejected = retrain.run(config, shut)
-    assert rejected.ending == "Rejected" and "win_rate_low is" in rejected.message
+    assert rejected.ending == "Rejected" and "win_rate_p is" in rejected.message
     assert rejected.decision is not None and rejected.decision.against == "champion"
     assert registry.aliases("assistant") == {"champion": "1"}
     second = registry.version("assistant", "2")
-    assert second.tags["decision"] == "rejected" and "must be > 0.999" in second.tags["decision.reasons"]
+    assert second.tags["decision"] == "rejected" and "true win rate of 0.999" in second.tags["decision.reasons"]
     assert second.tags["decision.against"] == "version 1" and second.tags["data.digest"] != champion.tags["data.digest"]
     evaluated = tracking.client().search_runs([tracking.experiment("trial")], "tags.model = 'champion'")
     assert [run.data.params["train.run_id"] for run in evaluated] == [champion.run_id]

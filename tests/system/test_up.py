@@ -274,14 +274,10 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ({}, "MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY"),
-        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple"}, "MLFLOW_FLASK_SERVER_SECRET_KEY"),
-        (
-            {"MLFLOW_AUTH_ADMIN_PASSWORD": "staple of stable", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"},
-            "PREFECT_SERVER_API_AUTH",
-        ),
-        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple-stab", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "PASSWORD.*too short"),
-        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "choose another"),
+        ({}, "MLFLOW_AUTH_ADMIN_PASSWORD"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple of stable"}, "PREFECT_SERVER_API_AUTH"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "staple-stab"}, "PASSWORD.*too short"),
+        ({"MLFLOW_AUTH_ADMIN_PASSWORD": "password1234"}, "choose another"),
     ],
 )
 def test_others_are_let_in_with_passwords_alone(

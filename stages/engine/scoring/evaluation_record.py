@@ -1,9 +1,9 @@
-"""What an evaluation folder holds: metrics.json, samples.jsonl, settings.json. No torch."""
+"""What an evaluation folder holds: metrics.json, samples.jsonl, settings.json, perhaps pairs.json. No torch."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Sample:
     """KL(pi || pi_sft) in nats along this answer, both at temperature 1, exact over the vocabulary at each token."""
     reward_score: float | None = None
     """By the reward model that the policy was trained on."""
+    reference_logp: float | None = None
+    """log pi_sft of this answer, in nats, at temperature 1."""
+    relevance: float | None = None
+    """How much likelier the SFT model finds the answer behind its own prompt than behind others, in nats."""
+    matched_win: float | None = None
+    """As `win`, against the SFT model at the temperature where it is as sharp as this model. For the gate."""
     temperature: float = 1.0
     """At which the answer was drawn."""
     draw: int = 0
@@ -60,6 +66,8 @@ class Evaluation:
     """In the order of the temperatures, prompts and draws."""
     settings: dict[str, Any]
     """The stage's parameters with `seed` and `judge_model` (the sha256 of a judging reward model)."""
+    pairs: list[tuple[str, float]] = field(default_factory=list)
+    """Of each held-out pair: its prompt's cluster, 1 where the chosen answer gained more probability, 1/2 for a tie."""
 
     @property
     def temperatures(self) -> list[float]:
@@ -91,11 +99,13 @@ class Evaluation:
         return [sample.prompt for sample in self.first if sample.draw == 0]
 
     def save(self, folder: Path) -> None:
-        """Write the three files into an existing folder."""
+        """Write its files into an existing folder."""
         lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in self.samples)
         _write(folder / "samples.jsonl", "".join(f"{line}\n" for line in lines))
         _write(folder / "metrics.json", json.dumps(self.metrics, indent=2))
         _write(folder / "settings.json", json.dumps(self.settings, indent=2))
+        if self.pairs:
+            _write(folder / "pairs.json", json.dumps(self.pairs))
 
     @classmethod
     def load(cls, folder: Path) -> "Evaluation":
@@ -103,17 +113,19 @@ class Evaluation:
         try:
             # Not splitlines: an answer may hold U+2028, which ends a line there and not in a file.
             lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-            known = {field.name for field in fields(Sample)}
+            known = {one.name for one in fields(Sample)}
             rows = [json.loads(line) for line in lines if line]
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             settings = _of_now(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+            pairs_file = folder / "pairs.json"
+            pairs = json.loads(pairs_file.read_text(encoding="utf-8")) if pairs_file.is_file() else []
             only = {"temperature": settings.get("temperatures", [1.0])[0]}  # where the rows do not name theirs
             samples = [Sample(**only | {k: v for k, v in row.items() if k in known}) for row in rows]
         except (OSError, ValueError, TypeError) as error:
             message = f"this is not an evaluation folder: {error}."
             fix = "give the output `evaluation` of stage evaluate"
             raise refuse("evaluation", folder, message, fix, kind="input") from error
-        return cls(metrics, samples, settings)
+        return cls(metrics, samples, settings, [(str(cluster), float(right)) for cluster, right in pairs])
 
 
 def save_all(evaluations: Mapping[str, Evaluation], folder: Path) -> None:

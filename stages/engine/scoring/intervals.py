@@ -5,14 +5,19 @@ drawn again and counted, never single answers. Shapes: N values, K rows of them,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import numpy as np
 
+from schemas.exact import upper_tail
+
 Covers = Literal["prompts", "seeds and prompts"]
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""From counts_RN, how often each value is in each resample, to a number per resample (R)."""
+
 BLOCK = 2**22  # counts in memory at once: 32 MB
 LEVEL = 0.95
 
@@ -71,11 +76,25 @@ def bootstraps(
     return [Interval(float(low), float(high)) for low, high in ends.T]
 
 
+def mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
+    """The mean of values (N)."""
+    value_N = np.asarray(values, dtype=np.float64)
+    return lambda counts_RN: counts_RN @ value_N / counts_RN.sum(1)
+
+
 def bootstrap(
-    values: Sequence[float] | np.ndarray, clusters: Sequence[str], *, resamples: int, seed: int, level: float = LEVEL
+    values: Sequence[float] | np.ndarray | Statistic,
+    clusters: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
 ) -> Interval:
-    """`bootstraps` of a single row."""
-    return bootstraps([values], clusters, resamples=resamples, seed=seed, level=level)[0]
+    """`bootstraps` of a single row, or of another statistic; resamples in which it is not finite are left out."""
+    statistic = values if callable(values) else mean_of(values)
+    found_R = np.concatenate([statistic(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
+    low, high = np.quantile(found_R[np.isfinite(found_R)], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
 
 
 def clustered_error(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> float:
@@ -125,11 +144,7 @@ def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:
 
 def two_sided(fewer: int, trials: int) -> float:
     """min(1, 2 P(X <= fewer)) for X ~ binomial(trials, 1/2)."""
-    chance = -trials * math.log(2)
-    logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + chance for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * float(np.exp(np.logaddexp.reduce(logs))))
+    return min(1.0, 2 * upper_tail(trials - fewer, trials, 0.5))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

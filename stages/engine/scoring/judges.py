@@ -123,8 +123,10 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
     return RewardJudge(context.input("judge"), progress)
 
 
-def accuracy(judge: Judge, pairs: Sequence[Mapping[str, str]]) -> float:
-    """Share of labelled pairs {prompt, a, b, label: a|b} in which the judge prefers the labelled answer, ties 1/2."""
-    prompts = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
-    won = judge.wins(prompts, [pair["a"] for pair in pairs], [pair["b"] for pair in pairs])
-    return metrics.win_rate([w if pair["label"] == "a" else 1 - w for w, pair in zip(won, pairs, strict=True)])
+def agreement(judge: Judge, pairs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Per pair {prompt: messages, chosen, rejected}, 1 where the judge prefers the chosen answer, 1/2 for a tie, or 0.
+
+    Its mean is the judge's accuracy by the labels of whoever chose.
+    """
+    prompts = [pair["prompt"] for pair in pairs]
+    return judge.wins(prompts, [pair["chosen"] for pair in pairs], [pair["rejected"] for pair in pairs])

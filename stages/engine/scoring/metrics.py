@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.engine.scoring.intervals import LEVEL, Interval, resampled
+from stages.engine.scoring.intervals import Interval, bootstrap
 
 RIDGE = 1e-6  # keeps the logistic fit finite where wins are separated; elsewhere it moves nothing one can see
 LENGTH_PRIOR = 1.0
@@ -24,17 +24,6 @@ def wins(scores: Sequence[float], baseline: Sequence[float]) -> list[float]:
 def win_rate(won: Sequence[float]) -> float:
     """mean(1[s > s_sft] + 1/2 [s = s_sft]), from the output of `wins`."""
     return float(np.mean(won))
-
-
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of the mean by the percentile bootstrap: prompts are drawn with replacement `resamples` times."""
-    value = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [value[generator.integers(0, len(value), len(value))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def length_controlled_win_rate(
@@ -62,9 +51,8 @@ def length_controlled_win_rate(
     def rates(counts_RN: np.ndarray) -> np.ndarray:
         return _sigmoid(fit_logistic(design_N2, won_N, counts_RN, precision)[:, 0])
 
-    found_R = np.concatenate([rates(counts_RN) for counts_RN in resampled(clusters, resamples, seed)])
-    low, high = np.quantile(found_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(rates(np.ones((1, len(won_N))))[0]), Interval(float(low), float(high))
+    interval = bootstrap(rates, clusters, resamples=resamples, seed=seed)
+    return float(rates(np.ones((1, len(won_N))))[0]), interval
 
 
 def fit_logistic(

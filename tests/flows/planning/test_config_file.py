@@ -320,3 +320,10 @@ def test_adapters_learn_ten_times_as_fast_unless_a_rate_is_given() -> None:
         assert given.model_validate({"lora": {}, "learning_rate": 3e-5}).learning_rate == 3e-5
         assert given.model_validate({"lora": None}).learning_rate == plain.learning_rate
         assert given.model_validate(given(lora=LoRA()).model_dump()) == given(lora=LoRA())
+
+
+def test_null_takes_a_method_out_where_it_is_set(raw: dict[str, Any]) -> None:
+    raw["align"] = {"dpo": None, "kto": {"beta": 0.3}}
+    assert load(raw).align["dpo"] == DPO()  # in a file `dpo:` alone is DPO with its defaults
+    assert list(load(raw, "align.kto=null").align) == ["dpo"]
+    assert list(load(raw, "align.ppo=null").align) == ["dpo", "kto"]

@@ -49,8 +49,14 @@ def test_pairs_feed_everything() -> None:
         baseline = ("eval sft", "evaluation")
         assert made[f"eval {name}"].inputs == {"model": (name, "model"), "baseline": baseline, **seen}
     assert made["compare"].inputs == {
-        name: (f"eval {name}", "evaluation") for name in ("base", "sft", "dpo", "kto", "ppo")
+        **{name: (f"eval {name}", "evaluation") for name in ("base", "sft", "dpo", "kto", "ppo")},
+        "baselines": ("baselines", "baselines"),
     }
+    sft = ("sft", "model")
+    assert made["baselines"].inputs == {"model": sft, "reference": sft, "data": data, "reward": ("reward", "model")}
+    # Neither changes the other's key: temperatures are the baselines' own, and evaluations know no baselines.
+    assert made["baselines"].params["temperatures"] == [0.7, 0.5, 0.3] and made["baselines"].params["best_of"]
+    assert "baselines" not in made["eval sft"].params and "temperatures" in made["eval sft"].params
     assert [node.stage for node in made.values()].count("validate") == 1
 
 

@@ -154,11 +154,10 @@ def test_all_runs_carry_the_sweeps_tag() -> None:
 
 
 def test_a_comparison_is_told_the_spread_of_the_reward_models_scores() -> None:
-    made, made_of = nodes(swept("dpo,ppo", "0.1", "0")), Artifact(uri="u", sha256="s")
+    made = nodes(swept("dpo,ppo", "0.1", "0"))
+    outputs = {output: Artifact(uri=output, sha256=output) for output in ("evaluation", "baselines")}
     results = {
-        name: Result(
-            status="done", key=name, outputs=dict.fromkeys(("evaluation", "baselines"), made_of), metrics=metrics
-        )
+        name: Result(status="done", key=name, outputs=outputs, metrics=metrics)
         for name, metrics in {**{key: {} for key in made}, "reward": {"data/score_std": 1.7}}.items()
     }
     request = requests.request_for(made["compare"], swept("dpo,ppo", "0.1", "0"), results)

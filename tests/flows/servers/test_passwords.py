@@ -92,7 +92,6 @@ def test_passwords_that_do_not_protect_are_refused_at_once(
     bare: Path, monkeypatch: pytest.MonkeyPatch, server: str, name: str, value: str, said: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "x")
     with pytest.raises(StageError, match=said) as refused:
         mlflow_prefect.check_access(server, "127.0.0.1")
     assert not value or value not in str(refused.value)
@@ -123,3 +122,11 @@ def test_an_operators_own_users_of_mlflow_leave_prefects_password_in_place(
     server = mlflow_prefect.mlflow_server(5000, made=made)
     assert server.environment["MLFLOW_AUTH_CONFIG_PATH"] == str(bare / "own.ini")
     assert "ALIGNFLOW_LOGIN" not in server.environment and "basic-auth" in server.command
+
+
+def test_a_file_of_short_passwords_is_refused(bare: Path) -> None:
+    passwords.made()
+    short = json.loads(passwords.file().read_text()) | {"mlflow": "staple"}
+    passwords.file().write_text(json.dumps(short))
+    with pytest.raises(StageError, match=r"does not hold passwords\. Fix: delete it"):
+        passwords.kept()
