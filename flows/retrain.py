@@ -6,12 +6,11 @@ done before is reused, so that a schedule which finds nothing new costs seconds.
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
@@ -29,8 +28,6 @@ from schemas.errors import StageError, refuse
 from schemas.promotion import Decision, Gate, PromoteConfig
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
-
-log = logging.getLogger("alignflow")
 
 Ending = Literal["Unchanged", "Promoted", "Rejected"]
 
@@ -120,7 +117,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     known = looks.looks(name)
     if not any(look.decision == looks.OPEN for look in known):  # else this may be a retraining that was killed in one
         looks.check_budget(name, known, gate)  # before anything is trained in vain
-    log.info("gate: %s", gate.power(gate.prompts_min))
+    get_run_logger().info("gate: %s", gate.power(gate.prompts_min))
     results = run_all(planned, pipeline_run)
     trained = results[candidate(config)]
     champion = registry.champion(name)  # training takes long: judge against the champion of now

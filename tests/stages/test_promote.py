@@ -22,17 +22,23 @@ from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from tests.support.context import MemoryContext
 
-N = 120
+N = 400
 SETTINGS: dict[str, Any] = {
     "judge": {"judge": "sentiment"},
     "judge_model": None,
-    "temperatures": [1.0],
+    "temperatures": [0.3],
     "samples_per_prompt": 1,
     "max_new_tokens": 64,
     "seed": 0,
-    "bootstrap": 500,
+    "bootstrap": 100,
 }
-VOCABULARY = [f"word{i}" for i in range(400)]
+VOCABULARY = [f"word{i}" for i in range(1000)]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made numbers differ little between prompts, so that few resamples tell the same."""
+    monkeypatch.setattr(promote, "RESAMPLES", 100)
 
 
 def prose(i: int, seed: int = 0, words: int = 12) -> str:
@@ -41,12 +47,23 @@ def prose(i: int, seed: int = 0, words: int = 12) -> str:
 
 
 def made(
-    answer: Callable[[int], str], score: Callable[[int], float], *, kl: float = 3.0, nll: float = 2.0
+    answer: Callable[[int], str],
+    score: Callable[[int], float],
+    *,
+    kl: float = 3.0,
+    nll: float = 2.0,
+    relevance: float = 5.0,
+    ended: Callable[[int], bool] = lambda i: True,
+    matched: Callable[[int], float] | None = None,
 ) -> Evaluation:
-    """An evaluation of N answers, its metrics those that the stage computes from them; the SFT model scores 0."""
+    """An evaluation of N answers, its metrics those that the stage computes from them; the SFT model scores 0.
+
+    `nll`: of each token under the SFT model; `matched`: score of the SFT model made as sharp, else 0.
+    """
     samples = []
     for i in range(N):
         text, other, points = answer(i), prose(i), score(i)
+        sharp = 0.0 if matched is None else matched(i)
         samples.append(
             Sample(
                 prompt=[{"role": "user", "content": f"question {i}"}],
@@ -57,35 +74,66 @@ def made(
                 win=float(points > 0) + 0.5 * float(points == 0),
                 length=len(text.split()),
                 sft_length=len(other.split()),
-                ended=True,
+                ended=ended(i),
                 kl=kl,
+                temperature=0.3,
+                reference_logp=-nll * (len(text.split()) + ended(i)),
+                relevance=relevance,
+                matched_win=float(points > sharp) + 0.5 * float(points == sharp),
             )
         )
-    found = evaluate.summary(samples, resamples=500, seed=0)
-    found |= {"eval/kl_to_reference": kl, "eval/reference_nll": nll, "eval/preference_accuracy": 0.6}
-    return Evaluation(found, samples, SETTINGS)
+    found = evaluate.summary(samples, resamples=100, seed=0)
+    found |= {"eval/kl_to_reference": kl, "eval/kl_to_reference_se": 0.0, "eval/reference_nll": nll}
+    right = [float(i % 5 < 3) for i in range(N)]
+    pairs = [(f"pair {i}", value) for i, value in enumerate(right)]
+    return Evaluation(found | {"eval/preference_accuracy": 0.6}, samples, SETTINGS, pairs)
 
 
-def good(seed: int = 1, score: float = 1.0) -> Evaluation:
+def good(seed: int = 1, score: float = 1.0, **more: Any) -> Evaluation:
     """Another ordinary answer to every prompt, preferred on most of them."""
-    return made(lambda i: prose(i, seed), lambda i: score if i % 5 else -1.0)
+    return made(lambda i: prose(i, seed), lambda i: score if i % 5 else -1.0, **more)
 
 
 SFT = made(prose, lambda i: 0.0, kl=0.0)
 GATE = Gate()
 
 
-def decided(candidate: Evaluation, champion: Evaluation | None = None, gate: Gate = GATE, **changes: Any) -> Decision:
+def decided(
+    candidate: Evaluation, champion: Evaluation | None = None, gate: Gate = GATE, sft: Evaluation = SFT, **changes: Any
+) -> Decision:
     """The decision on made evaluations, as the stage comes to it; `changes` to the candidate's metrics."""
-    won = [s.score for s in candidate.samples]
-    other = [s.score for s in (champion or SFT).samples]
-    rate = promote.rate(promote.metrics.wins(won, other), resamples=500, seed=0)
-    mine = {**candidate.metrics, **rate, **{f"eval/{name}": value for name, value in changes.items()}}
-    return promote.decide(mine, champion.metrics if champion else None, SFT.metrics, gate)
+    won = promote.metrics.wins([s.score for s in candidate.first], [s.score for s in (champion or sft).first])
+    changed = {**candidate.metrics, **{f"eval/{name}": value for name, value in changes.items()}}
+    return promote.decide(replace(candidate, metrics=changed), champion, sft, gate, won)
+
+
+def with_samples(evaluation: Evaluation, **changes: Any) -> Evaluation:
+    """The evaluation with equal changes to all samples; a callable is called with the sample."""
+    return replace(
+        evaluation,
+        samples=[
+            replace(s, **{name: value(s) if callable(value) else value for name, value in changes.items()})
+            for s in evaluation.samples
+        ],
+    )
+
+
+def value_of(decision: Decision, metric: str) -> float:
+    """What a check has found."""
+    value = next(check.value for check in decision.checks if check.metric == metric)
+    assert value is not None
+    return value
 
 
 def failed(decision: Decision) -> set[str]:
     return {check.metric for check in decision.reasons}
+
+
+def hacked(decision: Decision) -> set[str]:
+    """What has failed, each of which must have failed against the SFT model and the champion alike."""
+    failures = failed(decision)
+    assert {name for name in failures if name.endswith("_champion")} <= {f"{name}_champion" for name in failures}
+    return {name for name in failures if not name.endswith("_champion")}
 
 
 # --- The rule ---
@@ -96,61 +144,113 @@ def test_a_better_candidate_is_promoted() -> None:
     assert first.promote and first.against == "sft" and first.reasons == []
     second = decided(good(2, score=2.0), champion=good())
     assert second.promote and second.against == "champion"
-    assert {check.metric for check in second.checks} == {
-        "win_rate_low",
-        "kl_to_reference",
-        "length_ratio",
-        "distinct_2_ratio",
-        "reference_nll_ratio",
-        "empty",
-        "prompts",
-    }
+    against_one = {"length_ratio", "distinct_2_ratio", "reference_nll_ratio", "unended_more", "relevance_ratio"}
+    both = against_one | {f"{name}_champion" for name in against_one}
+    alone = {"win_rate_p", "matched_win_rate_p", "kl_to_reference", "empty", "prompts"}
+    assert {check.metric for check in second.checks} == both | alone
+    assert {check.metric for check in first.checks} == against_one | alone
 
 
 def test_a_worse_candidate_is_refused_and_so_is_an_equal_one() -> None:
     worse = decided(good(), champion=good(2, score=2.0))
-    assert not worse.promote and failed(worse) == {"win_rate_low"}
-    equal = decided(good(), champion=good())
+    assert not worse.promote and failed(worse) == {"win_rate_p"}
+    equal = decided(good(), champion=good())  # ties all over
     (reason,) = equal.reasons
-    # ties all over: the interval is [.5, .5], and .5 is not above .5
-    assert (reason.metric, reason.value, reason.relation, reason.bound) == ("win_rate_low", 0.5, ">", 0.5)
-    assert str(reason) == "win_rate_low is 0.5, must be > 0.5 (win rate against champion)"
+    assert (reason.metric, reason.value, reason.relation, reason.bound) == ("win_rate_p", 1.0, "<=", 0.05 / 52)
+    assert "0 prompts won, 0 lost, 400 tied against champion" in str(reason) and equal.decided == 0
 
 
-def test_a_win_that_chance_explains_is_none() -> None:
-    # 64 wins of 120: win rate .533; the interval reaches .09 farther down
-    lucky = made(lambda i: prose(i, 1), lambda i: 1.0 if i < 64 else -1.0)
-    assert failed(decided(lucky)) == {"win_rate_low"}
+def test_the_p_value_is_the_binomial_tail_of_the_prompts_that_are_decided() -> None:
+    # 400 prompts, 100 of them tied; of 300, 178 won: P(X >= 178), X ~ binomial(300, 1/2)
+    def score(i: int) -> float:
+        return 0.0 if i < 100 else 1.0 if i < 278 else -1.0
+
+    tail = sum(math.comb(300, k) for k in range(178, 301)) / 2**300
+    decision = decided(made(lambda i: prose(i, 1), score))
+    assert value_of(decision, "win_rate_p") == pytest.approx(tail, rel=1e-9)
+    assert decision.decided == 300 and decision.promote == (tail <= 0.05 / 52)
+    one_less = decided(made(lambda i: prose(i, 1), lambda i: -1.0 if i < 278 and i >= 276 else score(i)))
+    assert decision.promote and not one_less.promote
+
+
+def test_answers_to_one_first_turn_count_once() -> None:
+    """Twice the answers say no more: a sign per cluster, by the mean over its answers."""
+    candidate = made(lambda i: prose(i, 1), lambda i: 1.0 if i < 230 else -1.0)
+    alone = promote.signs([s.win for s in candidate.first], [s.cluster for s in candidate.first])
+    assert alone == (230, 170, 0)
+    halved = promote.signs([s.win for s in candidate.first], [str(i // 2) for i in range(N)])
+    assert halved == (115, 85, 0)
+    assert promote.signs([1.0, 0.0, 1.0, 0.5, 0.5, 0.5], ["a", "a", "b", "b", "c", "c"]) == (1, 0, 2)
+
+
+def test_more_than_sharpness_must_be_gained() -> None:
+    """It beats the SFT model at the same temperature, and is no better than it at the same sharpness."""
+    won = lambda i: 1.0 if i % 5 else -1.0  # noqa: E731
+    sharper = made(lambda i: prose(i, 1), won, matched=won)
+    assert failed(decided(sharper)) == {"matched_win_rate_p"}
+    unmeasured = with_samples(good(), matched_win=None)
+    assert failed(decided(unmeasured)) == {"matched_win_rate_p"}
 
 
 @pytest.mark.parametrize(
     ("changes", "metric"),
     [
         ({"kl_to_reference": 25.1}, "kl_to_reference"),
-        ({"length": 1.51 * SFT.metrics["eval/length"]}, "length_ratio"),
+        ({"kl_to_reference": 24.9, "kl_to_reference_se": 0.1}, "kl_to_reference"),
         ({"distinct_2": 0.79 * SFT.metrics["eval/distinct_2"]}, "distinct_2_ratio"),
-        ({"reference_nll": 0.99}, "reference_nll_ratio"),
-        ({"reference_nll": 4.01}, "reference_nll_ratio"),
         ({"empty": 0.011}, "empty"),
-        ({"prompts": 99.0}, "prompts"),
+        ({"prompts": 399.0}, "prompts"),
     ],
 )
-def test_each_bound_alone_refuses(changes: Mapping[str, Any], metric: str) -> None:
+def test_each_bound_on_a_metric_alone_refuses(changes: Mapping[str, Any], metric: str) -> None:
     decision = decided(good(), **changes)
     assert not decision.promote and failed(decision) == {metric}
     (reason,) = decision.reasons
-    assert reason.value is not None and str(reason).startswith(
-        f"{metric} is {reason.value:.4g}, must be {reason.relation}"
-    )
+    assert reason.value is not None and str(reason).startswith(f"{metric} is")
 
 
-def test_the_bounds_themselves_pass() -> None:
-    assert decided(good(), kl_to_reference=25.0, reference_nll=1.0, empty=0.01, prompts=100.0).promote
-    assert decided(good(), reference_nll=4.0).promote
+TOO_FAR: list[tuple[dict[str, Any], str]] = [
+    ({"length": lambda s: 19}, "length_ratio"),  # 19/12 > 1.5
+    ({"reference_logp": lambda s: -0.9 * (s.length + 1)}, "reference_nll_ratio"),  # of 2: .45 < .5
+    ({"reference_logp": lambda s: -4.1 * (s.length + 1)}, "reference_nll_ratio"),  # 2.05 > 2
+    ({"ended": lambda s: int(s.prompt[0]["content"].split()[1]) % 5 > 0}, "unended_more"),  # .2 > .1
+    ({"relevance": 2.4}, "relevance_ratio"),  # of 5: .48 < .5
+]
+
+
+@pytest.mark.parametrize(("changes", "metric"), TOO_FAR)
+def test_each_bound_holds_against_the_sft_model_and_against_the_champion(changes: dict[str, Any], metric: str) -> None:
+    """Each side's own numbers count: a champion like the candidate does not excuse it, nor does such an SFT model."""
+    candidate = with_samples(good(2, score=2.0), **changes)
+    if "length" in changes:
+        candidate = with_samples(candidate, reference_logp=lambda s: -2.0 * (s.length + s.ended))
+    alike = with_samples(candidate, score=lambda s: 1.0 if s.score > 0 else -1.0)
+    assert failed(decided(candidate, champion=alike)) == {metric}
+    sft_alike = replace(with_samples(candidate, score=0.0), metrics=SFT.metrics)
+    assert failed(decided(candidate, champion=good(), sft=sft_alike)) == {f"{metric}_champion"}
+    assert failed(decided(candidate, champion=alike, sft=sft_alike)) == set()
+
+
+def test_variety_is_held_against_both() -> None:
+    champion = good()
+    richer = replace(champion, metrics={**champion.metrics, "eval/distinct_2": 1.3})
+    assert failed(decided(good(2, score=2.0), champion=richer)) == {"distinct_2_ratio_champion"}
+    poorer = replace(SFT, metrics={**SFT.metrics, "eval/distinct_2": 1.3})
+    assert failed(decided(good(2, score=2.0), champion=champion, sft=poorer)) == {"distinct_2_ratio"}
+
+
+def test_the_unfavourable_end_of_the_interval_counts() -> None:
+    """A mean inside of the bound is not enough where chance may have put it there."""
+    # lengths 0 or 35: ratio 17.5/12 = 1.46, standard error 35/2/sqrt(400)/12 = .07, so the end is near 1.6
+    wild = with_samples(good(), length=lambda s: 35 * (int(s.prompt[0]["content"].split()[1]) % 2))
+    wild = with_samples(wild, reference_logp=lambda s: -2.0 * (s.length + s.ended))
+    decision = decided(wild)
+    assert failed(decision) == {"length_ratio"}
+    assert value_of(decision, "length_ratio") == pytest.approx(17.5 / 12 + 1.96 * 17.5 / 20 / 12, abs=0.04)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
-@pytest.mark.parametrize("name", ["kl_to_reference", "length", "distinct_2", "reference_nll", "empty", "prompts"])
+@pytest.mark.parametrize("name", ["kl_to_reference", "distinct_2", "empty", "prompts"])
 def test_missing_or_not_finite_refuses(name: str, value: float | None) -> None:
     candidate = good()
     if value is None:
@@ -164,25 +264,42 @@ def test_missing_or_not_finite_refuses(name: str, value: float | None) -> None:
     assert Decision.model_validate_json(decision.model_dump_json()) == decision
 
 
-def test_a_missing_win_rate_or_a_degenerate_sft_model_refuses() -> None:
-    assert failed(promote.decide(good().metrics, None, SFT.metrics, GATE)) == {"win_rate_low"}
-    silent = {**SFT.metrics, "eval/length": 0.0, "eval/distinct_2": 0.0, "eval/reference_nll": 0.0}
-    won = {"gate/win_rate_low": 0.9}
-    refused = failed(promote.decide({**good().metrics, **won}, None, silent, GATE))
-    assert refused == {"length_ratio", "distinct_2_ratio", "reference_nll_ratio"}
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+@pytest.mark.parametrize("name", ["reference_logp", "relevance"])
+def test_an_answer_without_a_number_refuses(name: str, value: float | None) -> None:
+    candidate = good()
+    change: dict[str, Any] = {name: value}
+    broken = replace(candidate, samples=[replace(candidate.samples[0], **change), *candidate.samples[1:]])
+    decision = decided(broken)
+    assert failed(decision) == {{"reference_logp": "reference_nll_ratio", "relevance": "relevance_ratio"}[name]}
 
 
-def test_tolerances_know_the_better_side_and_the_rival() -> None:
+def test_a_degenerate_sft_model_refuses() -> None:
+    silent = with_samples(SFT, length=0, reference_logp=0.0, relevance=0.0)
+    silent = replace(silent, metrics={**SFT.metrics, "eval/distinct_2": 0.0})
+    refused = failed(decided(good(), sft=silent))
+    assert refused == {"length_ratio", "distinct_2_ratio", "reference_nll_ratio", "relevance_ratio"}
+    assert "relevance_ratio" not in failed(decided(good(), sft=silent, gate=Gate(relevance_min=0)))
+    assert failed(promote.decide(good(), None, SFT, GATE, [])) == {"win_rate_p"}
+
+
+def test_tolerances_know_the_better_side_and_the_rival_and_leave_chance_aside() -> None:
     gate = Gate(tolerances={"preference_accuracy": 0.05, "kl_to_reference": 2.0})
-    champion = good()
-    better = good(2, score=2.0)
-    assert decided(better, champion, gate, preference_accuracy=0.551, kl_to_reference=4.9).promote
-    assert failed(decided(better, champion, gate, preference_accuracy=0.549)) == {"preference_accuracy_worse"}
+    champion, better = good(), good(2, score=2.0)
+    assert decided(better, champion, gate, kl_to_reference=4.9).promote
     assert failed(decided(better, champion, gate, kl_to_reference=5.1)) == {"kl_to_reference_worse"}
     # no champion: the SFT model's, which has KL 0
     assert failed(decided(better, None, gate)) == {"kl_to_reference_worse"}
-    without = replace(champion, metrics={k: v for k, v in champion.metrics.items() if "accuracy" not in k})
-    assert failed(decided(better, without, gate)) == {"preference_accuracy_worse"}
+    # 16 of 400 pairs lost: .04 worse, with an interval of about +- .02
+    worse = replace(better, pairs=[(c, 0.0 if i % 25 == 0 else v) for i, (c, v) in enumerate(better.pairs)])
+    decision = decided(worse, champion, gate)
+    lost = 16 / 400
+    assert failed(decision) == {"preference_accuracy_worse"}
+    end = lost + 1.96 * math.sqrt(lost * (1 - lost) / 400)
+    assert value_of(decision, "preference_accuracy_worse") == pytest.approx(end, abs=0.01)
+    assert failed(decided(better, replace(champion, pairs=[]), gate)) == {"preference_accuracy_worse"}
+    score = Gate(tolerances={"judge_score": 0.5})
+    assert decided(better, champion, score).promote  # it is better by .8
     with pytest.raises(ValidationError, match="'acuracy' is not a metric with a better direction"):
         Gate(tolerances={"acuracy": 0.1})
 
@@ -193,40 +310,39 @@ def test_tolerances_know_the_better_side_and_the_rival() -> None:
 def loved(answer: Callable[[int], str], **numbers: float) -> Decision:
     """The decision on answers that win everywhere; KL and oddness are those of a good model unless said."""
     decision = decided(made(answer, lambda i: 9.0, **numbers), champion=good())
-    (rate,) = [check for check in decision.checks if check.metric == "win_rate_low"]
-    assert rate.value == 1.0 and rate.passed
+    assert value_of(decision, "win_rate_p") < 1e-100
     return decision
 
 
 def test_a_constant_phrase_is_refused() -> None:
     decision = loved(lambda i: "What a truly wonderful and thoughtful question that is, my dear friend!")
-    assert not decision.promote and failed(decision) == {"distinct_2_ratio"}
-    assert failed(loved(lambda i: "Great")) == {"distinct_2_ratio"}  # one word: no pair at all
+    assert not decision.promote and hacked(decision) == {"distinct_2_ratio"}
+    assert hacked(loved(lambda i: "Great")) == {"distinct_2_ratio"}  # one word: no pair at all
 
 
 def test_a_constant_phrase_behind_few_words_of_an_answer_is_refused() -> None:
     decision = loved(lambda i: f"{prose(i, 1, words=4)} and I wish you a very wonderful day")
-    assert not decision.promote and failed(decision) == {"distinct_2_ratio"}
+    assert not decision.promote and hacked(decision) == {"distinct_2_ratio"}
 
 
 def test_endless_praise_is_refused() -> None:
     praise = ["great", "lovely", "superb", "wonderful", "brilliant"]
     decision = loved(lambda i: " ".join(random.Random(i).choices(praise, k=60)))
-    assert not decision.promote and failed(decision) == {"distinct_2_ratio", "length_ratio"}
+    assert not decision.promote and hacked(decision) == {"distinct_2_ratio", "length_ratio"}
     varied = loved(lambda i: prose(i, 3, words=60))  # never the same praise twice
-    assert failed(varied) == {"length_ratio"}
+    assert hacked(varied) == {"length_ratio"}
 
 
 def test_empty_answers_are_refused() -> None:
-    assert failed(loved(lambda i: "")) == {"distinct_2_ratio", "empty"}
-    some = loved(lambda i: "  \n" if i % 40 == 0 else prose(i, 1))  # 3 of 120
-    assert failed(some) == {"empty"}
+    assert hacked(loved(lambda i: "")) == {"distinct_2_ratio", "empty"}
+    some = loved(lambda i: "  \n" if i % 40 == 0 else prose(i, 1))  # 10 of 400
+    assert hacked(some) == {"empty"}
 
 
 def test_what_the_sft_model_would_never_say_or_always_says_is_refused() -> None:
-    assert failed(loved(lambda i: prose(i, 1), nll=9.0)) == {"reference_nll_ratio"}
-    assert failed(loved(lambda i: prose(i, 1), nll=0.2)) == {"reference_nll_ratio"}
-    assert failed(loved(lambda i: prose(i, 1), kl=80.0)) == {"kl_to_reference"}
+    assert hacked(loved(lambda i: prose(i, 1), nll=9.0)) == {"reference_nll_ratio"}
+    assert hacked(loved(lambda i: prose(i, 1), nll=0.2)) == {"reference_nll_ratio"}
+    assert hacked(loved(lambda i: prose(i, 1), kl=80.0)) == {"kl_to_reference"}
 
 
 def test_numbers_alone_are_enough(tmp_path: Path) -> None:
@@ -265,7 +381,9 @@ def test_the_stage_says_why_not(tmp_path: Path) -> None:
     final = promote.run(run)
     assert final["gate/promote"] == 0.0 and final["gate/win_rate_low"] == 1.0
     assert run.tags["decision"] == "reject" and "distinct_2_ratio is 0, must be >= 0.8" in str(run.tags)
-    assert json.loads((run.published["decision"] / "decision.json").read_text())["promote"] is False
+    stored = json.loads((run.published["decision"] / "decision.json").read_text())
+    assert stored["promote"] is False
+    assert stored["power"] == "400 prompts: a candidate that truly wins 60.0 % of prompts passes with 80 %"
 
 
 def test_evaluations_under_other_conditions_are_refused(tmp_path: Path) -> None:
