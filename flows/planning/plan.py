@@ -9,11 +9,11 @@ A node is planned when something needs it; what a method needs and nothing gives
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from dataclasses import field as default
+from dataclasses import replace
 from typing import Any, Literal
 
 from flows.planning import plan_checks
+from flows.planning.nodes import Node, Output, Plan, params_of, variants_of
 from schemas.config import (
     DERIVES,
     BaselinesParams,
@@ -30,10 +30,6 @@ from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import GATE_TAG, PromoteConfig
 from schemas.source import GENERATED
-from schemas.training import Training
-
-Output = tuple[str, str]
-"""A node's name and the name of one of its outputs."""
 
 # For each need, the slots of `data` that are asked for it, in this order.
 SLOTS = {
@@ -51,40 +47,6 @@ FIXES = {
 # What decides how many tokens a method sees by itself, of all methods.
 EXTENT = {"method", "epochs", "max_steps", "train_tokens", "batch_size", "max_length"}
 EXTENT |= {"iterations", "rollout_size", "ppo_epochs", "max_new_tokens"}
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage to run."""
-
-    name: str
-    """Unique in the plan, for people: `sft`, `data preference`, `dpo`, `eval dpo`."""
-    stage: str
-    field: str
-    """The part of the config that asks for it: `data.preference`, `align.dpo`."""
-    params: dict[str, Any]
-    inputs: dict[str, Output] = default(default_factory=dict)
-    seed: int = 0
-    model: str | None = None
-    """The model that it makes or evaluates, by its name in the comparison."""
-    devices: int = 1
-    tags: dict[str, str] = default(default_factory=dict)
-    about: dict[str, str] = default(default_factory=dict)
-    """For an evaluation: parameters of the training behind the model."""
-
-    @property
-    def needs(self) -> set[str]:
-        """Names of the nodes that must be done first."""
-        return {name for name, _ in self.inputs.values()}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A config and the stages that it leads to."""
-
-    config: PipelineConfig
-    nodes: dict[str, Node]
-    """By name, each after those that it needs."""
 
 
 def plan(config: PipelineConfig) -> Plan:
@@ -124,29 +86,6 @@ def last_test(before: Plan, chosen: Sequence[str]) -> Plan | None:
     for name in chosen:
         planner.evaluation(name, models, "test")
     return Plan(before.config, {name: node for name, node in planner.nodes.items() if name not in before.nodes})
-
-
-def params_of(training: Training) -> dict[str, Any]:
-    """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named."""
-    unset = {"train_tokens"} if training.train_tokens is None else set[str]()
-    return training.model_dump(mode="json", exclude={"seed"} | unset)
-
-
-def variants_of(config: PipelineConfig) -> dict[str, Any]:
-    """Name of an aligned model -> its group, whose models differ in their seeds alone, with what they have in common.
-
-    `group` is the model's name without its seed; `beta` of PPO is `kl_coef`.
-    """
-    return {
-        name: {
-            "group": name.removesuffix(seeded_name("", method.seed or 0)),
-            "method": method.method,
-            "beta": getattr(method, method.strength, None),
-            "learning_rate": method.learning_rate,
-            "seed": method.seed,
-        }
-        for name, method in config.trained.items()
-    }
 
 
 class Planner:

@@ -214,12 +214,12 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 
 
 def text(comparison: Comparison) -> str:
-    """The table for people, over how many prompts it is, and what it says; of a sweep the frontier first."""
+    """The table for people, over how many prompts it is, and what it says; of several seeds their means first."""
     points = comparison.points
     finding = frontier.headline(points, comparison.chosen) if points else ""
     above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
     said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
-    said += [comparison.agreement, COVERS] if not points else []
+    said += [comparison.agreement, "" if points else COVERS]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
 
@@ -246,7 +246,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """comparison.json, table.json, table.txt, reward_kl.png and report.html; of several seeds frontier.json too."""
+    """comparison.json, table.json, table.txt, reward_kl.png, report.html; of several seeds frontier.json too."""
     table, points = comparison.table, comparison.points
     (folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=2), encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(list(table), indent=2), encoding="utf-8")

@@ -20,9 +20,9 @@ from stages.engine.scoring.metrics import mean_and_error
 
 MEASURES = ("judge_score", "kl_to_reference", "win_rate_vs_sft")
 HEAD = ["Method", "Beta", "KL cost", "n", "Judge score", "KL to SFT", "Win rate", "Edge"]
-BARS = """Mean ± standard error over the seeds (n); in brackets: 95 % intervals over seeds and
-prompts, none for one seed. Win rate: against SFT. Edge: no other scores as high,
-nearer. KL cost: of a nat, in raw reward scores: beta; of PPO kl_coef x spread."""
+BARS = """Mean ± standard error over the seeds (n); in brackets: 95 % intervals over seeds
+and prompts, none for one seed. Win rate: against SFT. Edge: no other scores as
+high, nearer. KL cost: of a nat in raw reward scores; of PPO kl_coef x spread."""
 
 
 def points(
