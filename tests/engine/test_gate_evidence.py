@@ -1,6 +1,7 @@
 """What the gate asks of answers: whether they depend on their prompts, and how sharp their model is."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_an_answer_is_held_against_prompts_of_other_clusters() -> None:
 def test_relevance_is_the_log_prob_behind_the_own_prompt_less_the_mean_behind_others() -> None:
     prompts, clusters = [[1], [2], [3]], ["a", "b", "c"]
 
-    def logps(trees: list[Tree]) -> list[list[float]]:
+    def logps(trees: Sequence[Tree]) -> list[list[float]]:
         """An answer [t] is likely behind the prompt [t]; [9] is equally likely behind all."""
         return [
             [-1.0 if t.prompt == t.answers[0] else -5.0 - t.prompt[0]] if t.answers[0] != (9,) else [-2.0]

@@ -245,7 +245,7 @@ def test_of_several_seeds_the_first_is_the_candidate_unless_another_is_named() -
         given: dict[str, Any] = {"data": {"preference": PAIRS}, "align": {"dpo": {}}, "seeds": [5, 1]}
         config = {"name": "test", "model": {"path": "/model"}, **given, "promote": {"candidate": named}}
         judging = promotion(plan(PipelineConfig.model_validate(config)), champion=False)
-        assert judging.nodes["promote"].inputs["candidate"] == (f"eval {model}", "evaluation")
+        assert judging.nodes["promote"].inputs["candidate"] == (f"gate {model}", "evaluation")
     assert "promote.candidate = dpo-s7" in error(**{**given, "promote": {"candidate": "dpo-s7"}})
 
 
