@@ -22,6 +22,7 @@ def test_logits_divided_by_s_match_the_reference_at_the_temperature_times_s(tmp_
     reference, sharper = load_policy(folder, trainable=False), load_policy(folder, trainable=False)
     for policy in (reference, sharper):
         head = policy.plain.get_output_embeddings()
+        assert head is not None
         scale = 20.0 / (divisor if policy is sharper else 1.0)  # the tiny model alone is nearly uniform
         head.weight = nn.Parameter(head.weight.detach() * scale, requires_grad=False)
     found = matched_temperature(sharper, reference, TREES, 0.8, 4096, 0)
