@@ -1,6 +1,7 @@
 """What the gate asks of answers: whether they depend on their prompts, and how sharp their model is."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def test_logits_divided_by_s_match_the_reference_at_the_temperature_times_s(tmp_
     reference, sharper = load_policy(folder, trainable=False), load_policy(folder, trainable=False)
     for policy in (reference, sharper):
         head = policy.plain.get_output_embeddings()
+        assert head is not None
         scale = 20.0 / (divisor if policy is sharper else 1.0)  # the tiny model alone is nearly uniform
         head.weight = nn.Parameter(head.weight.detach() * scale, requires_grad=False)
     found = matched_temperature(sharper, reference, TREES, 0.8, 4096, 0)
@@ -52,7 +54,7 @@ def test_an_answer_is_held_against_prompts_of_other_clusters() -> None:
 def test_relevance_is_the_log_prob_behind_the_own_prompt_less_the_mean_behind_others() -> None:
     prompts, clusters = [[1], [2], [3]], ["a", "b", "c"]
 
-    def logps(trees: list[Tree]) -> list[list[float]]:
+    def logps(trees: Sequence[Tree]) -> list[list[float]]:
         """An answer [t] is likely behind the prompt [t]; [9] is equally likely behind all."""
         return [
             [-1.0 if t.prompt == t.answers[0] else -5.0 - t.prompt[0]] if t.answers[0] != (9,) else [-2.0]

@@ -307,7 +307,7 @@ def test_tolerances_know_the_better_side_and_the_rival_and_leave_chance_aside() 
 # --- Policies that game the reward model: the judge loves every one of these answers ---
 
 
-def loved(answer: Callable[[int], str], **numbers: float) -> Decision:
+def loved(answer: Callable[[int], str], **numbers: Any) -> Decision:
     """The decision on answers that win everywhere; KL and oddness are those of a good model unless said."""
     decision = decided(made(answer, lambda i: 9.0, **numbers), champion=good())
     assert value_of(decision, "win_rate_p") < 1e-100
