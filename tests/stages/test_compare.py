@@ -137,7 +137,7 @@ def test_the_readme_shows_the_table_as_it_is_printed() -> None:
     (block,) = re.findall(r"^```text\n(Model .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     head, _, *_, last = block.splitlines()
     more = {"t0.3/win_rate_vs_sft": 0.5, "gain": 0.1, "gain_low": 0.0, "gain_high": 0.2}  # of a run with all its stages
-    printed = render_text([row | more for row in compare.compare(evaluations()).table]).splitlines()[0]
+    printed = render_text([{**row, **more} for row in compare.compare(evaluations()).table]).splitlines()[0]
     assert " ".join(printed.split()).startswith(" ".join(head.removesuffix("...").split()))
     (prompts,) = re.findall(r"\d+(?= prompts)", last)
     assert last == over(int(prompts))
