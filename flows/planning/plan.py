@@ -362,7 +362,7 @@ class Planner:
         if name == "champion":  # who has been evaluated with its own run
             del self.nodes[node.name]
         promote = self.config.promote or PromoteConfig()
-        params = self.config.evaluate.model_dump(mode="json") | {
+        params = node.params | {
             "temperatures": [promote.temperature],
             "samples_per_prompt": promote.samples_per_prompt,
             "gate": True,
