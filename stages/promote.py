@@ -10,9 +10,9 @@ import numpy as np
 
 from schemas import exact
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
-from stages.engine.scoring import metrics
+from stages.engine.scoring import intervals, metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable
-from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, groups, mean_of
+from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, mean_of
 from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
 
@@ -68,10 +68,7 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     With one or two answers to a prompt a win rate of 1/2 gives as many prompts won as lost, whatever differs between
     prompts; with more answers the more frequent winner of each prompt counts.
     """
-    number_N, count = groups(clusters)
-    total_C = np.bincount(number_N, np.asarray(won, dtype=np.float64) - 0.5, count)
-    up, down = int(np.sum(total_C > 1e-9)), int(np.sum(total_C < -1e-9))
-    return up, down, count - up - down
+    return intervals.signs([win - 0.5 for win in won], clusters)
 
 
 def beaten(won_lost: tuple[int, int, int], against: str, gate: Gate) -> str:

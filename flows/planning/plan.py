@@ -317,9 +317,11 @@ class Planner:
         return about
 
     def baselines(self) -> Output | None:
-        """What the SFT model gives without alignment; none without aligned models, or where it is not asked for."""
+        """What the SFT model gives without alignment; none without aligned models, where it is not asked for, or where
+        nobody answers at temperature 1, at which models are held against it.
+        """
         evaluate = self.config.evaluate
-        if evaluate.baselines is None or not self.config.align:
+        if evaluate.baselines is None or not self.config.align or 1.0 not in evaluate.temperatures:
             return None
         sft = self.sft_model()
         inputs = {"model": sft, "reference": sft, "data": self.data(self.evaluation_slot())}

@@ -291,3 +291,10 @@ def test_a_plain_run_need_not_say_who_the_candidate_is_and_a_retraining_must() -
     with pytest.raises(StageError, match=r"promote\.candidate = null: align has dpo, kto, ppo"):
         promotion(planned, champion=False)
     assert "promote.candidate = dpoo" in error(**{**config, "promote": {"candidate": "dpoo"}})
+
+
+def test_models_are_held_against_baselines_at_temperature_1_alone() -> None:
+    """A config for another single temperature, as of before there were several, still leads to its comparison."""
+    for evaluate, held in (({}, True), ({"temperatures": [0.3, 1]}, True), ({"temperature": 0.7}, False)):
+        made = nodes(data={"preference": PAIRS}, evaluate=evaluate)
+        assert ("baselines" in made, "baselines" in made["compare"].inputs) == (held, held)
