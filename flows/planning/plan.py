@@ -339,10 +339,17 @@ class Planner:
         params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
         if self.config.sweep is not None:
             params["chosen"] = "tested" if self.has_test() else "by these numbers"
-        if isinstance(self.config.evaluate.judge, EndpointJudge):  # which the comparison itself asks
-            params["judge"] = self.config.evaluate.judge.model_dump(mode="json")
+        params |= self.judge_to_ask()
         inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
         return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
+
+    def judge_to_ask(self) -> dict[str, Any]:
+        """A judge that only compares, for stages that ask it about two evaluations.
+
+        Its address is the config's, which was checked, and not that of a stored evaluation.
+        """
+        judge = self.config.evaluate.judge
+        return {"judge": judge.model_dump(mode="json")} if isinstance(judge, EndpointJudge) else {}
 
     # --- promotion ---
 
@@ -353,7 +360,7 @@ class Planner:
             {"champion": "champion"} if champion else {}
         )
         inputs = {seat: self.gate_evaluation(name, models, seed) for seat, name in seats.items()}
-        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
+        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")} | self.judge_to_ask()
         about = {"candidate": seats["candidate"]}
         node = Node("promote", "promote", "promote", params, inputs, seed, about=about)
         return self.add(node, "decision")

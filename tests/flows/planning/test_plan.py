@@ -298,3 +298,15 @@ def test_models_are_held_against_baselines_at_temperature_1_alone() -> None:
     for evaluate, held in (({}, True), ({"temperatures": [0.3, 1]}, True), ({"temperature": 0.7}, False)):
         made = nodes(data={"preference": PAIRS}, evaluate=evaluate)
         assert ("baselines" in made, "baselines" in made["compare"].inputs) == (held, held)
+
+
+def test_who_asks_an_endpoint_about_two_models_has_its_address_from_the_config() -> None:
+    judge = {"judge": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    for given, asked in ((judge, True), ("rule", False)):
+        config: dict[str, Any] = {"name": "test", "model": {"path": "/model"}, "align": {"dpo": {}}}
+        config |= {"data": {"preference": PAIRS}, "evaluate": {"judge": given}}
+        planned = plan(PipelineConfig.model_validate(config))
+        promote = promotion(planned, champion=True).nodes["promote"]
+        for node in (planned.nodes["compare"], promote):
+            assert ("judge" in node.params) == asked
+            assert not asked or node.params["judge"]["url"] == judge["url"]
