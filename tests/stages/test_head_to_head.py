@@ -138,7 +138,7 @@ def test_where_most_prompts_and_the_win_rate_disagree_nobody_is_ahead() -> None:
     given = {"a": Evaluation({}, ahead, settings()), "b": Evaluation({}, level, settings())}
     duel = matrix(given, 1.0)["a", "b"]
     assert two_sided(45, 120) < 0.01  # what the signs alone would say
-    assert duel.win_rate == pytest.approx(75 * 0.75 / 120) < 0.5
+    assert duel.win_rate == pytest.approx(75 * 0.75 / 120)  # below one half
     assert duel.p == 1.0 and not duel.clear
 
 
