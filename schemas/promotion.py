@@ -1,6 +1,6 @@
 """When a candidate becomes champion: the bounds of the gate, and what it decided on a candidate and why."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -144,3 +144,5 @@ class PromoteParams(Strict):
     """Stage `promote`."""
 
     gate: Gate = Gate()
+    judge: dict[str, Any] | None = None
+    """The endpoint judge that is asked about candidate and champion; None for judges that score."""

@@ -58,12 +58,13 @@ def run(context: StageContext) -> dict[str, float]:
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
     chosen = str(request.params.get("chosen", ""))
+    variants = variants_of(request)
     comparison = compare(
         evaluations,
-        variants_of(request),
+        variants,
         request.log_text,
         baselines=baselines,
-        ask=asking(context),
+        ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
     )
@@ -135,7 +136,8 @@ def compare(
     evaluations = {name: evaluations[name] for name in names}
     duels = {temperature: head_to_head.matrix(evaluations, temperature, ask) for temperature in first.temperatures}
     aligned = [name for name in names if name not in STARTING_POINTS]
-    corners = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
+    known = baselines and "sft" in names and 1.0 in first.temperatures
+    corners = curve.points(evaluations["sft"], baselines) if baselines and known else []
     gains = curve.gains(evaluations, aligned, curve.hull(corners)) if corners else {}
     table = [row_of(name, evaluations[name], duels, gains) for name in names]
     order = head_to_head.ranked(duels[first.temperatures[0]], aligned, {r["model"]: r["judge_score"] for r in table})
