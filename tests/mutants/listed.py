@@ -1,8 +1,10 @@
 """One-line mistakes, each with the tests that are to notice it. Golden numbers are not among them: they notice any
-change, and are recorded anew where one is meant.
+change, and are recorded anew where one is meant. Those in what is concluded from numbers are in `conclusions`.
 """
 
 from dataclasses import dataclass
+
+from tests.mutants import conclusions
 
 
 @dataclass(frozen=True)
@@ -231,4 +233,9 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
 }
 """File and tests -> lines with their mistakes."""
 
-MUTANTS = [Mutant(file, old, new, tests) for (file, tests), pairs in BY_FILE.items() for old, new in pairs]
+MUTANTS = [
+    Mutant(file, old, new, tests)
+    for listed in (conclusions.BY_FILE, BY_FILE)
+    for (file, tests), pairs in listed.items()
+    for old, new in pairs
+]

@@ -28,5 +28,8 @@ def test_a_true_six_tenths_passes_one_look_at_the_default_size() -> None:
     assert gate.alpha == pytest.approx(0.05 / 52) and chance >= 0.8
     needed = exact.wins_needed(400, gate.alpha, 0.5)
     assert exact.upper_tail(needed, 400, 0.5) <= gate.alpha < exact.upper_tail(needed - 1, 400, 0.5)
+    # against another minimum the tail is that minimum's
+    needed = exact.wins_needed(100, 0.05, 0.6)
+    assert exact.upper_tail(needed, 100, 0.6) <= 0.05 < exact.upper_tail(needed - 1, 100, 0.6)
     assert exact.detectable(400, gate.alpha, 0.5) == 0.6 and exact.detectable(5, gate.alpha, 0.5) is None
     assert gate.power(400) == "400 prompts: a candidate that truly wins 60.0 % of prompts passes with 80 %"

@@ -69,15 +69,17 @@ def test_a_gain_is_the_paired_difference_to_the_mixture_at_the_models_own_distan
 
 
 def test_a_model_on_the_curve_has_gained_nothing_and_is_marked() -> None:
-    """Far above SFT, and no better than the SFT model sharpened to less than its distance."""
+    """Far above SFT, and no more than chance better than the SFT model sharpened to less than its distance."""
     noise = np.random.default_rng(0).normal(0, 1, N)
+    noise -= noise.mean() + 0.01  # a gain of .01, with a standard error of 1 / sqrt(120) = .09
     comparison = compare.compare(
         {"sft": SFT, "dpo": made([2.0] * N, kl_to_reference=5.0)}, baselines={"T=0.3": baseline(2 + noise, 3.0)}
     )
+    assert comparison.gains["dpo"].gain == pytest.approx(0.01)
     assert comparison.gains["dpo"].against == ("T=0.3",) and not comparison.gains["dpo"].clear
     said = " ".join(compare.text(comparison).split())
     assert "Nothing gained beyond sharpening SFT or selecting among its answers: dpo." in said
-    assert "]! " in said and "T=0.3 2.0" in said
+    assert "]! " in said and "T=0.3 1.99" in said
     page = compare.render_html(comparison)
     assert "Nothing gained beyond sharpening" in page and "The dashed line" in page
     assert draw(comparison.table, baselines=comparison.baselines) != draw(comparison.table)

@@ -45,6 +45,48 @@ def test_both_win_always_against_sft_and_one_beats_the_other() -> None:
     assert said[1] == "All aligned models clearly better than SFT."
 
 
+def test_the_draws_of_a_prompt_count_once_and_resamples_have_the_evaluations_seed() -> None:
+    """Two draws to each of 60 prompts: 40 prompts won and 20 lost, not 80 and 40."""
+
+    def twice(evaluation: Evaluation) -> Evaluation:
+        first = [evaluation.samples[i - i % 2] for i in range(N)]
+        samples = [
+            replace(sample, prompt=one.prompt, cluster=one.cluster, draw=i % 2)
+            for i, (sample, one) in enumerate(zip(evaluation.samples, first, strict=True))
+        ]
+        return replace(evaluation, samples=samples, settings=settings() | {"samples_per_prompt": 2, "seed": 5})
+
+    duel = matrix({"above": twice(ABOVE), "below": twice(BELOW)}, 1.0)["above", "below"]
+    assert duel.p == pytest.approx(2 * sum(math.comb(60, k) for k in range(21)) / 2**60)
+    won, clusters = [1.0] * 80 + [0.0] * 40, [str(i // 2) for i in range(N)]
+    seeded, other = (bootstrap(won, clusters, resamples=500, seed=seed) for seed in (5, 0))
+    assert duel.rate == seeded != other
+
+
+def test_who_loses_to_the_first_and_to_whom_the_first_loses_is_told_apart() -> None:
+    """c is above a and b on 76 of 120 prompts and below both on 44; a is above b on all: by mean rates a is first.
+
+    a: (44/120 + 1) / 2 = .68, c: 76/120 = .63; p of 44 of 120 is below .05 / 6.
+    """
+    a, b, c = made([2.0] * N), made([1.0] * N), made([3.0] * 76 + [0.5] * 44)
+    assert 6 * two_sided(44, N) < 0.05
+    said = findings(compare.compare({"sft": SFT, "a": a, "b": b, "c": c}))[0]
+    assert said.startswith("Head to head: a beats b 100 % [100, 100]; a loses against c 37 % [")
+
+
+def test_only_models_that_are_clearly_better_than_sft_are_counted_as_such_at_each_temperature() -> None:
+    def both(first: list[float], second: list[float]) -> Evaluation:
+        one = made(first)
+        colder = [replace(sample, temperature=0.3) for sample in made(second).samples]
+        return replace(one, samples=[*one.samples, *colder], settings=settings(temperatures=(1.0, 0.3)))
+
+    up, down, level = [1.0] * N, [-1.0] * N, [1.0, -1.0] * (N // 2)
+    given = {"sft": both([0.0] * N, [0.0] * N), "dpo": both(up, down), "kto": both(down, up), "ppo": both(level, level)}
+    assert "dpo of 3 aligned models clearly better than SFT; at temperature 0.3: kto." in findings(
+        compare.compare(given)
+    )
+
+
 def test_seen_from_the_other_side_all_is_turned() -> None:
     duels = matrix({"below": BELOW, "above": ABOVE}, 1.0)
     one, other = duels["above", "below"], duels["below", "above"]
@@ -110,6 +152,9 @@ def test_a_judge_that_compares_is_asked_about_aligned_pairs_alone() -> None:
     assert asked == [("dpo", "kto")] and duels["kto", "dpo"].win_rate == 0.0 and duels["dpo", "kto"].gap is None
     assert duels["dpo", "sft"].win_rate == 1.0 == 1 - (duels["sft", "dpo"].win_rate or 0)  # asked by the evaluation
     assert duels["base", "dpo"].win_rate is None and "not asked" in duels["base", "dpo"].reason
+    asked.clear()
+    matrix({f"m{i}": made([1.0] * N, ENDPOINT) for i in range(6)}, 1.0, ask)
+    assert len(asked) == 15  # of six, every pair
     crowd = {f"m{i}": made([1.0] * N, ENDPOINT) for i in range(7)} | {"best": made([1.0] * N, ENDPOINT)}
     crowd |= {name: made([1.0] * 60 + [-1.0] * 60, ENDPOINT) for name in crowd if name != "best"}
     asked.clear()
@@ -127,6 +172,14 @@ def test_without_texts_the_reason_stands_where_the_number_would() -> None:
     assert duel.win_rate is None and cell(duel) == "-" and "holds no answers" in sentence(duel)
     assert findings(comparison)[0] == "Which aligned model is best cannot be said: dpo's evaluation holds no answers."
     assert "eval/dpo/vs_kto/win_rate" not in logged(comparison.first_duels, first=True)
+
+    def once(names: tuple[str, str], samples: Sequence[Sample], others: Sequence[Sample]) -> list[float]:
+        return [1.0] * N if "ppo" in names else ask()
+
+    some = compare.compare({**given, "ppo": made([1.0] * N, ENDPOINT)}, ask=once)
+    known = [other for (one, other), duel in some.first_duels.items() if one == "dpo" and duel.win_rate is not None]
+    assert sorted(known) == ["ppo", "sft"]
+    assert findings(some)[0].startswith("Which aligned model is best cannot be said")
 
 
 def test_where_most_prompts_and_the_win_rate_disagree_nobody_is_ahead() -> None:

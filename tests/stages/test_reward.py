@@ -16,8 +16,11 @@ from schemas.config import RewardConfig
 from schemas.errors import StageError
 from stages import reward
 from stages.engine.data.codec import Codec
-from stages.engine.models.loading import load_scorer
+from stages.engine.data.order import order
+from stages.engine.data.trees import Tree
+from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.lora import base_of
+from stages.engine.sampling import sample, seed_of
 from tests.support import models
 from tests.support.context import MemoryContext
 
@@ -55,9 +58,13 @@ def head(method: reward.Reward) -> nn.Linear:
 
 
 def scores(method: reward.Reward, row: int) -> list[float]:
-    """A row's scores by plain transformers in float64, one sequence at a time: the score head at the last token."""
+    """A row's scores, as `scores_of`."""
+    return scores_of(method, method.trees[row])
+
+
+def scores_of(method: reward.Reward, tree: Tree) -> list[float]:
+    """Scores by plain transformers in float64, one sequence at a time: the score head at the last token."""
     plain = method.scorer.plain.double().eval()
-    tree = method.trees[row]
     found = []
     for answer in tree.answers:
         with torch.no_grad():
@@ -84,11 +91,16 @@ def test_a_ranking_weighs_its_comparisons_by_their_number_and_reads_each_answer_
         ranking(2, ["good", "green", "bad"], [(0, 2), (1, 2)]),  # the first two are tied
     ]
     method, _ = make(tmp_path, config(batch_size=3, layout=layout), rows)
-    expected = []
+    expected, right, margins = [], [], []
     for row, example in enumerate(method.examples):
         s, pairs = scores(method, row), list(zip(example.row["winners"], example.row["losers"], strict=True))
         expected.append(sum(softplus(s[loser] - s[winner]) for winner, loser in pairs) / len(pairs))
-    assert models.one_step(method)[0] == pytest.approx(fmean(expected), rel=1e-5)
+        right.append(sum(s[winner] > s[loser] for winner, loser in pairs) / len(pairs))
+        margins.append(sum(s[winner] - s[loser] for winner, loser in pairs) / len(pairs))
+    loss, metrics = models.one_step(method)
+    assert loss == pytest.approx(fmean(expected), rel=1e-5)
+    assert fmean(right) != 0.5 and float(metrics["train/accuracy"]) == pytest.approx(fmean(right))
+    assert fmean(margins) != 0 and float(metrics["train/margin"]) == pytest.approx(fmean(margins), rel=1e-3)
     assert sum(micro.batch.answers for micro in next(method.batches(0))) == 4 + 2 + 3
 
 
@@ -198,6 +210,29 @@ def test_stage_learns_and_publishes_scores_of_mean_0_and_std_1(tmp_path: Path, l
     assert fmean(normalised) == pytest.approx(0.0, abs=1e-4)
     assert pstdev(normalised) == pytest.approx(1.0, abs=1e-4)
     assert Codec.load(folder).end_id == again.codec.end_id
+
+
+def test_the_scale_is_that_of_the_reference_models_own_answers_with_one_end_each(tmp_path: Path) -> None:
+    """Sampled behind the training prompts at temperature 1, as long as the longest answer; cut ones get an end too."""
+    method, run = make(tmp_path, config(), models.rows(6, *models.RANKINGS))
+    prompts = list(dict.fromkeys(tree.prompt for tree in method.trees))
+    prompts = [prompts[i] for i in order(len(prompts), 0, epoch=0)]
+    longest = max(len(answer) - 1 for tree in method.trees for answer in tree.answers)  # without the end
+    codec = method.codec
+    answers = sample(
+        load_policy(run.input("model"), trainable=False),
+        prompts,
+        max_new_tokens=longest,
+        temperature=1.0,
+        seeds=[seed_of("reward", 0, i) for i in range(len(prompts))],
+        stop_ids=codec.stop_ids,
+        pad_id=codec.pad_id,
+    )
+    assert any(answer[-1] not in codec.stop_ids for answer in answers)
+    found = reward.reference_scores(method)
+    bodies = [answer[:-1] if answer[-1] in codec.stop_ids else answer for answer in answers]
+    trees = [Tree(prompt, ((*body, codec.end_id),)) for prompt, body in zip(prompts, bodies, strict=True)]
+    assert found == pytest.approx([scores_of(method, tree)[0] for tree in trees], abs=1e-5)
 
 
 def test_a_constant_reward_model_is_not_scaled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

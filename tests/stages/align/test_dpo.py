@@ -119,18 +119,20 @@ def test_step_against_float64_log_probs(tmp_path: Path, kind: str, lora: Any) ->
     save_policy(method.policy, method.codec, tmp_path / "moved")
     micros = next(method.batches(0))
     assert len(micros) > 1
-    losses, right, chosen = [], [], []
+    losses, right, chosen, margins = [], [], [], []
     for tree in [method.trees[row] for micro in micros for row in micro.rows]:
         policy, reference = models.logps(tmp_path / "moved", tree), models.logps(run.input("model"), tree)
         reduce = fmean if kind == "ipo_mean" else sum
         ratios = [reduce(p) - reduce(r) for p, r in zip(policy, reference, strict=True)]
         losses.append(FORMULAS[kind](ratios[0] - ratios[1]))
+        margins.append(BETA * (ratios[0] - ratios[1]))  # implicit reward of the chosen less that of the rejected answer
         right.append(ratios[0] > ratios[1])
         chosen.append(sum(policy[0]))
     loss, metrics = models.one_step(method)
     assert loss == pytest.approx(fmean(losses), rel=1e-3)
     assert float(metrics["train/accuracy"]) == pytest.approx(fmean(right))
     assert float(metrics["train/chosen_logp"]) == pytest.approx(fmean(chosen), rel=1e-4)
+    assert abs(fmean(margins)) > 1e-3 and float(metrics["train/margin"]) == pytest.approx(fmean(margins), abs=1e-4)
 
 
 def test_reference_is_computed_once_for_data_and_model(

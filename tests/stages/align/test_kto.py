@@ -121,8 +121,8 @@ def test_a_single_prompt_is_refused(tmp_path: Path, n: int) -> None:
     assert stopped.value.problem.fix
 
 
-def step_by_hand(method: KTO, run: MemoryContext, moved: Path) -> tuple[float, float]:
-    """Loss and z0 of the first step in float64, from plain transformers' log-probs."""
+def step_by_hand(method: KTO, run: MemoryContext, moved: Path) -> tuple[float, float, float]:
+    """Loss, z0 and margin of the first step in float64, from plain transformers' log-probs."""
 
     def ratio(tree: Tree) -> float:
         return sum(models.logps(moved, tree)[0]) - sum(models.logps(run.input("model"), tree)[0])
@@ -131,10 +131,13 @@ def step_by_hand(method: KTO, run: MemoryContext, moved: Path) -> tuple[float, f
     z0 = max(0.0, fmean(ratio(method.mismatched[row]) for row in rows))
     up, down = method.weights
     beta, losses = method.config.beta, []
+    rewards: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         r = ratio(method.trees[row])
+        rewards[method.up[row]].append(beta * r)
         losses.append(up * (1 - sigmoid(beta * (r - z0))) if method.up[row] else down * (1 - sigmoid(beta * (z0 - r))))
-    return fmean(losses), z0
+    liked, disliked = (fmean(some) if some else 0.0 for some in (rewards[True], rewards[False]))
+    return fmean(losses), z0, liked - disliked
 
 
 @pytest.mark.parametrize("budget", [16, 40, 4096])
@@ -145,11 +148,12 @@ def test_step_against_float64_log_probs(tmp_path: Path, budget: int, lora: Any, 
     assert method.weights == pytest.approx((12 / (2 * 9), 12 / (2 * 3)))
     models.perturb(method.model, seed, scale=0.2)
     save_policy(method.policy, method.codec, tmp_path / "moved")
-    loss, z0 = step_by_hand(method, run, tmp_path / "moved")
+    loss, z0, margin = step_by_hand(method, run, tmp_path / "moved")
     assert (z0 > 0.5) is above
     got, metrics = models.one_step(method)
     assert got == pytest.approx(loss, rel=1e-4)
     assert float(metrics["train/z0"]) == pytest.approx(z0, rel=1e-3, abs=1e-5)
+    assert abs(margin) > 1e-3 and float(metrics["train/margin"]) == pytest.approx(margin, abs=1e-4)
     raw = float(metrics["train/z0_raw"])
     assert float(metrics["train/z0_clamped"]) == (0.0 if above else 1.0)
     assert raw == pytest.approx(z0, rel=1e-3) if above else raw < 0
