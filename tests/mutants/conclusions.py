@@ -201,8 +201,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/validate/derive.py", (SPLIT,)): [
         (".when(draw >= 1 - test)", ".when(draw < held + test)"),
         ('draw = pl.col("cluster")', 'draw = pl.col("prompt_id")'),
-        ("(draw < params.others_eval_fraction) | (draw", "(draw < params.others_eval_fraction) & (draw"),
-        ("draw - held < gold * (1 - held - test)", "draw - held < gold"),
+        ("(draw < below) | (draw", "(draw < below) & (draw"),
+        ("draw - below < gold * (above - below)", "draw - below < gold"),
     ],
     ("stages/validate/table_checks.py", (SPLIT,)): [
         ('for name in ("eval", "test")]', 'for name in ("eval",)]'),
