@@ -204,7 +204,8 @@ def agreement_of(sft: Evaluation | None) -> str:
     if sft is None or not math.isfinite(rate := sft.metrics.get("judge/accuracy", math.nan)):
         return ""
     low, high = (sft.metrics[f"judge/accuracy_{end}"] for end in ("low", "high"))
-    said = f"On held-out pairs the judge prefers the chosen answer in {percent(rate, Interval(low, high))}"
+    agreed = percent(rate, Interval(low, high))
+    said = f"On held-out pairs the judge prefers the chosen answer in {agreed} (95 % interval over prompts)"
     return f"{said}. {INDEPENDENT if sft.settings['judge']['judge'] == 'reward' else ''}".rstrip()
 
 
@@ -220,8 +221,10 @@ def text(comparison: Comparison) -> str:
     points = comparison.points
     finding = frontier.headline(points, comparison.chosen) if points else ""
     above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
-    said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
-    said += [comparison.agreement, "" if points else COVERS]
+    lines = [] if points else findings(comparison)
+    said = [line for line in lines if line != COVERS]
+    said += [] if points else [*pair_lines(comparison), *baseline_lines(comparison)]
+    said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
 
