@@ -112,4 +112,6 @@ def test_the_sign_test_counts_clusters() -> None:
 def test_holm_by_hand() -> None:
     # Sorted .01 .02 .03 .6: times 4, 3, 2, 1, never below the one before.
     assert holm([0.03, 0.01, 0.6, 0.02]) == pytest.approx([0.06, 0.04, 0.6, 0.06])
+    # .024 x 1 is below .02 x 2 before it: a larger p is never adjusted to a smaller one.
+    assert holm([0.024, 0.02]) == pytest.approx([0.04, 0.04])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []

@@ -11,8 +11,9 @@ from prefect.client.orchestration import SyncPrefectClient
 from flows import retrain
 from flows.planning import config_file as planning_config_file
 from flows.planning.plan import Plan, promotion
-from flows.results import lineage, registry
+from flows.results import lineage, looks, registry
 from schemas.errors import StageError
+from schemas.stage import Artifact, Result
 from stages import tracking
 from tests.flows.test_cli import write_rows
 from tests.support import models
@@ -124,6 +125,70 @@ def test_data_settings_and_gate_count_and_places_do_not(tmp_path: Path) -> None:
     models.model_folder(tmp_path / "b" / "model", seed=5)
     after = retrain.fingerprint(loaded(there))
     assert after.data == before.data and after.config != before.config
+
+
+# --- What a look is, and what it draws ---
+
+
+def trained_of(planned: Plan) -> dict[str, Result]:
+    """Results of all nodes of a plan, as if they had run: the digest of an output is its node's and its own name."""
+    needs = {need for node in promotion(planned, champion=False).nodes.values() for need in node.inputs.values()}
+    needs |= {need for node in planned.nodes.values() for need in node.inputs.values()} | {("dpo", "model")}
+    outputs: dict[str, dict[str, Artifact]] = {}
+    for name, output in needs:
+        outputs.setdefault(name, {})[output] = Artifact(uri="", sha256=f"{name} {output}")
+    return {name: Result(status="done", key=name, run_id=name, outputs=outputs[name]) for name in outputs}
+
+
+def champion_of(sha256: str) -> registry.Version:
+    return registry.Version("assistant", "1", Artifact(uri="", sha256=sha256), "run", {})
+
+
+def test_another_candidate_champion_gate_or_held_out_set_is_another_look(tmp_path: Path) -> None:
+    """An equal one is the same look, whatever its place."""
+    models.model_folder(tmp_path / "model")
+    planned = loaded(config_file(tmp_path))
+    given = trained_of(planned)
+
+    def other(name: str, output: str) -> dict[str, Result]:
+        changed = {**given[name].outputs, output: Artifact(uri="", sha256="other")}
+        return {**given, name: given[name].model_copy(update={"outputs": changed})}
+
+    key = retrain.look_key(planned, given, champion_of("a"))
+    assert retrain.look_key(planned, given, champion_of("a")) == key
+    others = [
+        retrain.look_key(planned, given, None),
+        retrain.look_key(planned, given, champion_of("b")),
+        retrain.look_key(planned, other("dpo", "model"), champion_of("a")),
+        retrain.look_key(planned, other("data preference", "data"), champion_of("a")),
+        retrain.look_key(loaded(config_file(tmp_path), "promote.gate.kl_max=7"), given, champion_of("a")),
+        retrain.look_key(loaded(config_file(tmp_path), "promote.temperature=0.9"), given, champion_of("a")),
+    ]
+    assert len({key, *others}) == 7
+
+
+def test_both_sides_answer_anew_with_the_seed_of_their_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.model_folder(tmp_path / "model")
+    planned = loaded(config_file(tmp_path))
+    look = looks.Look(3, "2026-01-01T00:00:00+00:00", 0.01, "key", "candidate")
+    taken, judged = [], []
+
+    def take(model: str, key: str, candidate: str, gate: object) -> looks.Look:
+        taken.append((model, key, candidate))
+        return look
+
+    def run_all(judging: Plan, *more: Any) -> None:
+        judged.extend(judging.nodes.values())
+        raise StageError("enough")
+
+    monkeypatch.setattr(looks, "take", take)
+    monkeypatch.setattr(retrain, "run_all", run_all)
+    given, champion = trained_of(planned), champion_of("a")
+    with pytest.raises(StageError, match="enough"):
+        retrain.decide(planned, given, champion, retrain.Fingerprint("d", "c"), "run")
+    assert taken == [("assistant", retrain.look_key(planned, given, champion), "dpo model")]
+    assert {node.name for node in judged} == {"gate sft", "gate dpo", "gate champion", "promote"}
+    assert {node.seed for node in judged} == {looks.seed("assistant", look)} != {planned.config.seed}
 
 
 # --- From end to end ---

@@ -5,6 +5,7 @@ Shapes: T tokens, V vocabulary.
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.sampling import sample, seed_of
-from stages.engine.scoring import metrics
+from stages.engine.scoring import gate_evidence, metrics
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation
 from stages.engine.scoring.intervals import bootstrap
@@ -417,6 +418,47 @@ def test_several_temperatures_and_draws_stand_apart_and_are_paired_with_the_base
     with pytest.raises(StageError, match=r"only at 1, 0\.5") as error:
         evaluation.at(0.3)
     assert error.value.problem.field == "evaluate.temperatures"
+
+
+class Same(LongerEndpoint):
+    """A tie where both answers are the same, else a win; it keeps what it was asked."""
+
+    def wins(self, prompts: Any, answers: Sequence[str], others: Sequence[str]) -> list[float]:
+        self.others = list(others)
+        return [0.5 if a == b else 1.0 for a, b in zip(answers, others, strict=True)]
+
+
+def test_for_the_gate_a_model_meets_the_sft_model_made_as_sharp(world: World) -> None:
+    """The SFT model with its logits doubled: at half the temperature the SFT model gives the same answers."""
+    sharper = world.folder / "sharper"
+    shutil.copytree(world.sft, sharper)
+    model = AutoModelForCausalLM.from_pretrained(world.sft)
+    with torch.no_grad():
+        model.lm_head.weight *= 2
+    model.save_pretrained(sharper)
+    config = EvaluateParams(**settings(temperatures=[0.8], samples_per_prompt=2).model_dump(), gate=True)
+    inputs = {"model": sharper, "reference": world.sft, "data": world.data}
+    evaluator = evaluate.Evaluator(MemoryContext(world.folder / "gate", config, inputs, "evaluate"), config)
+    prompts = evaluator.prompts()
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    answers = evaluator.answer(prompts, 0.8)
+    samples = evaluate.put_together(asked, answers, None, [(0.0, 0.0, 0.5)] * 2 * N, [0.0] * 2 * N, None)
+    samples = [replace(row, temperature=0.8) for row in samples]
+    judge = Same(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), "evaluate.judge")
+    found, values = evaluate.for_the_gate(evaluator, judge, asked, answers, samples)
+    matched = values["eval/matched_temperature"]
+    assert matched == pytest.approx(0.4, rel=0.01)
+    draws = [sampled(world, world.sft, temperature=matched, draw=draw)[1] for draw in (0, 1)]
+    assert judge.others == [world.codec.text(draws[k][i]) for i in range(N) for k in (0, 1)]
+    tied = sum(row.matched_win == 0.5 for row in found)
+    assert tied >= 0.9 * 2 * N  # the temperature is found to .6 %
+    assert values["eval/win_rate_vs_matched_sft"] == 1 - 0.5 * tied / (2 * N)
+    # What an answer tells of its prompt: log pi_sft behind it, less the mean behind four others.
+    ids = [world.codec.prompt(prompt) for prompt in asked]
+    own = exact_logps(world.sft, ids, answers.ids)
+    others = gate_evidence.other_prompts([row.cluster for row in samples])
+    behind = [exact_logps(world.sft, [ids[k] for k in places], [answers.ids[3]] * 4) for places in others[3:4]]
+    assert found[3].relevance == pytest.approx(own[3] - sum(behind[0]) / 4, abs=1e-4)
 
 
 def test_an_evaluation_of_a_single_temperature_of_old_is_read(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -186,7 +187,14 @@ def test_two_means_alone_are_told_apart_by_t() -> None:
     assert not apart(2.79, [(1.0, 4)], 3)
     # Variances .5 and .5 with 4 each: 8 degrees of freedom, 2.306. Without any error nothing can be said.
     assert apart(2.32, [(0.5, 4), (0.5, 4)], 2) and not apart(2.29, [(0.5, 4), (0.5, 4)], 2)
+    # Unequal ones count by their squares: (.9 + .1)^2 / (.81 / 2 + .01 / 20) = 2.466, rounded down to 2.25: t = 3.88.
+    assert apart(3.9, [(0.9, 2), (0.1, 20)], 2) and not apart(3.8, [(0.9, 2), (0.1, 20)], 2)
     assert not apart(1.0, [(0.0, 4)], 2)
+    # Two points of three seeds, .1 apart: their means have errors of .1 / sqrt 3, the difference one of .0816.
+    for gap, below in ((0.24, True), (0.21, False)):
+        table = [row("dpo", 0.1, seed, 3.0 + 0.1 * seed, 1.0) for seed in (0, 1, 2)]
+        table += [row("kto", 0.1, seed, 3.0 - gap + 0.1 * seed, 1.0) for seed in (0, 1, 2)]
+        assert frontier.points(table)[1]["below"] is below, "2.776 x .0816 = .227"
 
 
 def test_what_is_said_of_a_method_covers_its_seeds() -> None:
@@ -211,3 +219,13 @@ def test_what_is_said_of_a_method_covers_its_seeds() -> None:
     assert logged[f"eval/{dpo['group']}/gain"] == dpo["gain"] and f"eval/{kto['group']}/gain_low" in logged
     assert kto["win_rate_vs_sft_low"] == 0 and kto["win_rate_vs_sft_high"] == 1, "a share has bounds"
     assert all(len(line) <= 82 for line in frontier.render_text([dpo, kto]).splitlines())
+    # A mean rate above one half, .6, is not clear where the seeds disagree by as much: .7 and .5.
+    rates = {"dpo": (7, 7), "kto": (7, 5)}
+    for r in table:
+        wins = [float(i % 10 < rates[r["method"]][r["seed"]]) for i in range(50)]
+        samples = [replace(s, win=w) for s, w in zip(given[r["model"]].samples, wins, strict=True)]
+        given[r["model"]] = Evaluation({}, samples, {})
+        r["win_rate_vs_sft"] = fmean(wins)
+    points = frontier.points(table, given)
+    assert [point["win_rate_vs_sft"] for point in points] == pytest.approx([0.7, 0.6])
+    assert "Clearly better than SFT over seeds and prompts: dpo 0.1." in frontier.headline(points)

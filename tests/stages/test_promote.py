@@ -193,6 +193,8 @@ def test_more_than_sharpness_must_be_gained() -> None:
     assert failed(decided(sharper)) == {"matched_win_rate_p"}
     unmeasured = with_samples(good(), matched_win=None)
     assert failed(decided(unmeasured)) == {"matched_win_rate_p"}
+    partly = with_samples(good(), matched_win=lambda s: None if place(s) == 7 else s.matched_win)
+    assert failed(decided(partly)) == {"matched_win_rate_p"}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,33 @@ def test_the_unfavourable_end_of_the_interval_counts() -> None:
     decision = decided(wild)
     assert failed(decision) == {"length_ratio"}
     assert value_of(decision, "length_ratio") == pytest.approx(17.5 / 12 + 1.96 * 17.5 / 20 / 12, abs=0.04)
+
+
+def place(sample: Sample) -> int:
+    """Number of a made sample's prompt."""
+    return int(sample.prompt[0]["content"].split()[1])
+
+
+WIDE: list[tuple[dict[str, Any], str, float]] = [
+    # every second answer 0, so that the mean has half of the others' number, and a standard error of mean / 20
+    ({"reference_logp": lambda s: -2.0 * 3.8 * (place(s) % 2) * 13}, "reference_nll_ratio", 1.9 * (1 + 1.96 / 20)),
+    ({"reference_logp": lambda s: -2.0 * 1.08 * (place(s) % 2) * 13}, "reference_nll_ratio", 0.54 * (1 - 1.96 / 20)),
+    ({"relevance": lambda s: 5.0 * 1.08 * (place(s) % 2)}, "relevance_ratio", 0.54 * (1 - 1.96 / 20)),
+    # 34 of 400 are cut off: .085, with a standard error of .014
+    ({"ended": lambda s: place(s) % 400 >= 34}, "unended_more", 0.085 + 1.96 * math.sqrt(0.085 * 0.915 / 400)),
+]
+
+
+@pytest.mark.parametrize(("changes", "metric", "end"), WIDE)
+def test_of_every_bound_the_end_on_its_own_side_counts(changes: dict[str, Any], metric: str, end: float) -> None:
+    """The mean is within the bound, and so is the other end."""
+    wide = with_samples(good(), **changes)
+    if "ended" in changes:
+        wide = with_samples(wide, reference_logp=lambda s: -2.0 * (s.length + s.ended))
+    decision = decided(wide)
+    assert failed(decision) == {metric}
+    (reason,) = decision.reasons
+    assert reason.value == pytest.approx(end, abs=0.02 * max(1.0, end))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])

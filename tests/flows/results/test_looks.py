@@ -11,6 +11,7 @@ from flows.results import looks
 from flows.results.looks import Look
 from schemas.errors import StageError
 from schemas.promotion import Check, Decision, Gate
+from stages import tracking
 from tests.support.gate_simulation import World, false_years, power, power_after_luck
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -59,6 +60,18 @@ def test_looks_are_kept_in_the_registry_and_taken_once(ready_home: Path) -> None
     with pytest.raises(StageError) as refused:
         looks.take("m", "third", "candidate", gate)
     assert refused.value.problem.kind == "budget" and len(looks.looks("m")) == 2
+
+
+def test_an_equal_candidate_of_more_than_a_year_ago_is_looked_at_anew(ready_home: Path) -> None:
+    """Its number is one that no look had before, also where the oldest looks are removed: those of two years ago."""
+    now = datetime.now(UTC)
+    tracking.client().create_registered_model("m")
+    for number, years in ((7, 2.1), (8, 1.1)):
+        at = (now - years * looks.YEAR).isoformat(timespec="seconds")
+        looks.write("m", Look(number, at, 0.01, "key", "candidate"))
+    assert looks.take("m", "key", "candidate", Gate()).number == 9
+    assert [one.number for one in looks.looks("m")] == [8, 9]
+    assert looks.take("m", "key", "candidate", Gate()).number == 9
 
 
 def test_a_simulated_year_errs_as_seldom_as_it_says_and_sees_what_it_says() -> None:

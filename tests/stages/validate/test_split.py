@@ -63,6 +63,8 @@ def test_prompts_that_other_data_holds_out_are_not_trained_on(tmp_path: Path) ->
         part: [int(c[:8], 16) / 2**32 for c in table(tmp_path / "out", part, "sft")["cluster"]] for part in PARTS[:3]
     }
     assert max(draws["eval"]) < 0.1
+    # The gold model's half is of what is not held out: the next .45.
+    assert max(draws["gold"]) < 0.1 + 0.5 * (1 - 0.1) <= min(draws["train"])
     assert all(0.3 <= draw < 0.8 for part in ("train", "gold") for draw in draws[part])
     assert report.notes == {"held_out_elsewhere": 200 - sum(map(len, draws.values()))}
     assert report.notes["held_out_elsewhere"] > 40
