@@ -66,8 +66,10 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     """How many clusters of prompts are won, lost and tied, by the mean over their answers.
 
     A sign per cluster: several answers to a prompt, and prompts of one first turn, are not independent of each other.
-    With one or two answers to a prompt a win rate of 1/2 gives as many prompts won as lost, whatever differs between
-    prompts; with more answers the more frequent winner of each prompt counts.
+    So what is tested is whether more prompts are won than lost. With one answer to a prompt, or two and no ties, that
+    is whether the win rate over answers is above 1/2, whatever differs between prompts. Else the two may differ: with
+    chances p, q, t to win, lose and tie, two answers win a prompt more often than they lose it by (p - q)(1 + t), so
+    that prompts with many ties weigh more; of more answers the more frequent winner counts.
     """
     return intervals.signs([win - 0.5 for win in won], clusters)
 

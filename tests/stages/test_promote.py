@@ -1,5 +1,6 @@
 """The gate: who passes, who does not and for which reason; policies that game their reward model; the stage itself."""
 
+import itertools
 import json
 import math
 import random
@@ -513,3 +514,13 @@ def test_the_run_in_mlflow_carries_the_gates_numbers(ready_home: Path, tmp_path:
     assert logged.tags["code.version"] == tracking.code_version()
     decision = json.loads((tracking.fetch(result.outputs["decision"]) / "decision.json").read_text())
     assert decision["promote"] is False and decision["against"] == "sft"
+
+
+def test_two_answers_to_a_prompt_weigh_ties_as_the_docstring_says() -> None:
+    """All outcomes of two answers by their chances: prompts won less prompts lost are (p - q)(1 + t)."""
+    chances = {1.0: 0.5, 0.0: 0.2, 0.5: 0.3}
+    ahead = 0.0
+    for first, second in itertools.product(chances, repeat=2):
+        up, down, _ = promote.signs([first, second], ["a", "a"])
+        ahead += (up - down) * chances[first] * chances[second]
+    assert ahead == pytest.approx((0.5 - 0.2) * (1 + 0.3))
