@@ -234,9 +234,31 @@ def test_one_step_of_adamw_by_hand(tmp_path: Path) -> None:
         assert context.steps(f"train/{name}") == pytest.approx([value], rel=1e-4)
 
 
-def by_hand(weights: list[Tensor]) -> Tensor:
-    """The errors of Regression's first step, without dropout."""
-    rows = ROWS[list(order.step_rows(len(ROWS), 0, 8, seed=3))]
+def test_two_steps_of_adamw_by_hand(tmp_path: Path) -> None:
+    """The second step has each gradient with its own weight: m by beta 1 and v by beta 2, both bias-corrected."""
+    b1, b2, eps = 0.7, 0.95, 0.01
+    changes = {"adam_beta1": b1, "adam_beta2": b2, "adam_eps": eps, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    found = [weights(Regression(micro=8))]
+    for steps in (1, 2):
+        method = Regression(micro=8)
+        method.training = TRAINING.model_copy(update={**changes, "schedule": "constant", "warmup": 0.0})
+        train(method, steps, memory(tmp_path / str(steps)))
+        found.append(weights(method))
+    grads, ema = [], 0.0
+    for step in (0, 1):
+        at = [p.requires_grad_() for p in found[step]]
+        loss = (by_hand(at, step) + ema).square().mean()
+        grads.append(torch.autograd.grad(loss, at))
+        ema = 0.1 * loss.item()
+    for p, g, h, after in zip(found[1], *grads, found[2], strict=True):
+        m = (1 - b1) * (b1 * g + h) / (1 - b1**2)
+        v = (1 - b2) * (b2 * g**2 + h**2) / (1 - b2**2)
+        torch.testing.assert_close(after, (p - 1e-2 * m / (v.sqrt() + eps)).detach(), rtol=1e-4, atol=1e-6)
+
+
+def by_hand(weights: list[Tensor], step: int = 0) -> Tensor:
+    """The errors of Regression's step, without dropout."""
+    rows = ROWS[list(order.step_rows(len(ROWS), step, 8, seed=3))]
     hidden = rows @ weights[0].T + weights[1]
     return (hidden @ weights[2].T + weights[3]).squeeze(-1) - rows.sum(-1)
 

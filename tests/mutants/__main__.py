@@ -17,7 +17,8 @@ from queue import SimpleQueue
 from tests.mutants.listed import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("flows", "stages", "schemas", "deploy", "tests", "pyproject.toml", "README.md", "ARCHITECTURE.md")
+PARTS = ("flows", "stages", "schemas", "deploy", "tests", "pyproject.toml", "Makefile")
+PARTS += ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")  # which tests read
 
 
 def copy(folder: Path) -> Path:

@@ -29,7 +29,7 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import gate_evidence, metrics
 from stages.engine.scoring.endpoint import EndpointJudge
-from stages.engine.scoring.evaluation_record import Evaluation
+from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.scoring.intervals import bootstrap
 from stages.engine.scoring.judges import RewardJudge, Scoring, agreement
 from stages.engine.scoring.judges import SentimentJudge as SentimentJudgeOfAnswers
@@ -86,6 +86,19 @@ def test_length_controlled_win_rate_of_opposite_lengths_takes_out_the_longer_one
     assert controlled(tied, [5] * 100 + [-5] * 100)[0] == pytest.approx(rate, abs=1e-9)
     more = controlled([1.0] * 90 + [0.0] * 10, [5] * 80 + [-5] * 10 + [0] * 10)
     assert more[0] < 0.9  # most are longer, so some of the 90 % is the length's
+
+
+def test_a_summary_controls_for_how_much_longer_an_answer_is_than_the_sft_models() -> None:
+    """Lengths of 20 to 32 of both, 5 apart: neither's own length says who wins, the difference does."""
+    won = [1.0] * 80 + [0.0] * 20 + [1.0] * 30 + [0.0] * 70
+    longer = [5] * 100 + [-5] * 100
+    samples = [
+        Sample([{"role": "user", "content": str(i)}], "a", w, "b", 0.5, w, 20 + i % 13, 20 + i % 13 - d, True, 0.0)
+        for i, (w, d) in enumerate(zip(won, longer, strict=True))
+    ]
+    found = evaluate.summary(samples, resamples=50, seed=0)
+    assert found["eval/length_controlled_win_rate"] == pytest.approx(controlled(won, longer)[0]) != 0.55
+    assert found["eval/win_rate_vs_sft"] == 0.55
 
 
 def test_where_lengths_have_shifted_together_nothing_is_said() -> None:

@@ -344,6 +344,12 @@ def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None
     assert rollout.stats["train/score"] == 20.0
     assert rollout.stats["train/ended"] == pytest.approx(1 / 3)
     assert rollout.stats["train/length"] == pytest.approx((1 + 3 + 2) / 3)
+    # gamma discounts what is to come, values and errors alike; lam the errors alone. Of an answer of two tokens, with
+    # rewards 0 and 10 and values .5: deltas .5 gamma - .5 and 9.5; the first advantage has gamma lam times the second.
+    ppo = start(kl_coef=0.0, missing_end_penalty=0.0, gamma=0.9, lam=0.6)
+    flat = [TokenStats(*(tensor([0.5, 0.5]).float() for _ in range(5)))]
+    returns = ppo.finish_rollout(Sampled(0, [0], [[9, end]]), tensor([10.0]), flat).returns_N
+    assert returns.tolist() == pytest.approx([0.5 + (0.9 * 0.5 - 0.5) + 0.9 * 0.6 * 9.5, 10.0])
 
 
 def test_the_objective_does_not_depend_on_how_a_step_is_cut(start: Callable[..., PPO]) -> None:

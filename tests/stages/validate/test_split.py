@@ -100,3 +100,6 @@ def test_no_row_is_trained_on_that_begins_like_a_prompt_of_the_evaluation(
     report = checked(file, tmp_path / "out", eval_fraction=0, gold_fraction=0.5, evaluation=tmp_path / "asked")
     assert report.reasons == {"leaks_into_evaluation": 2}
     assert [entry["row"] for entry in quarantine(tmp_path / "out")] == [3, 20]
+    # The gold judge's rows are no exception.
+    report = checked(file, tmp_path / "gold", eval_fraction=0, gold_fraction=0.999, evaluation=tmp_path / "asked")
+    assert len(table(tmp_path / "gold", "gold", "sft")) == 19 and report.reasons == {"leaks_into_evaluation": 2}
