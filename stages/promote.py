@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas import exact
 from schemas.errors import refuse
-from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
+from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams, exact
 from stages.engine.scoring import intervals, metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable
 from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, mean_of

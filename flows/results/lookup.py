@@ -177,6 +177,7 @@ def _made(name: str, run_id: str) -> Model:
         raise refuse("run", run_id, "the run made no model.", fix, kind="history")
     tags = dict(tracking.client().get_run(run_id).data.tags)
     evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
-    own = [run for run in evaluations if GATE_TAG not in run.data.tags]  # the gate's are at a temperature of its own
+    # not the gate's, at a temperature of its own, and not those on a sweep's test part
+    own = [r for r in evaluations if GATE_TAG not in r.data.tags and r.data.params.get("part", "eval") == "eval"]
     metrics = dict(own[0].data.metrics) if own else {}
     return Model(name, tracking.fetch(output), request, tags, metrics)

@@ -68,7 +68,7 @@ def test_the_plan_of_a_promotion(tmp_path: Path) -> None:
     assert champion.inputs == {**dpo.inputs, "model": ("champion", "model")}
     assert dpo.inputs == {**planned.nodes["eval dpo"].inputs, "baseline": ("gate sft", "evaluation")}
     assert champion.params == dpo.params == sft.params
-    asked = {"temperatures": [0.3], "samples_per_prompt": 2, "gate": True}  # the gate's own, not the run's
+    asked = {"temperatures": [0.3], "samples_per_prompt": 1, "gate": True}  # the gate's own, not the run's
     assert champion.params == planned.nodes["eval dpo"].params | asked
     assert later["promote"].inputs == {**evaluations, "champion": ("gate champion", "evaluation")}
     fresh = promotion(planned, champion=True, seed=77).nodes

@@ -131,7 +131,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("rival = sft if champion is None else champion", "rival = sft"),
         ("ratio(surprise, lambda s: float(s.length + s.ended))", "ratio(surprise)"),
     ],
-    ("schemas/exact.py", ("tests/schemas/test_exact.py",)): [
+    ("schemas/promotion/exact.py", ("tests/schemas/test_exact.py",)): [
         ("for k in range(successes, trials + 1)", "for k in range(successes + 1, trials + 1)"),
         ("(0 if minimum == 0.5 else tied)", "tied"),
         ("(0 if minimum == 0.5 else tied)", "0"),

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from schemas import exact
-from schemas.promotion import Gate
+from schemas.promotion import Gate, exact
 
 
 def test_the_tail_is_the_sum_of_binomial_terms() -> None:
@@ -25,7 +24,7 @@ def test_ties_are_left_out_at_one_half_and_count_as_not_won_elsewhere() -> None:
 def test_a_true_six_tenths_passes_one_look_at_the_default_size() -> None:
     gate = Gate()
     chance = exact.power(gate.prompts_min, 0.6, gate.alpha, gate.win_rate_min)
-    assert gate.alpha == pytest.approx(0.05 / 52) and chance >= 0.8
+    assert gate.alpha == pytest.approx(0.05 / 53) and chance >= 0.8
     needed = exact.wins_needed(400, gate.alpha, 0.5)
     assert exact.upper_tail(needed, 400, 0.5) <= gate.alpha < exact.upper_tail(needed - 1, 400, 0.5)
     # against another minimum the tail is that minimum's

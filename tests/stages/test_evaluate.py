@@ -556,3 +556,13 @@ def test_the_run_in_mlflow_carries_metrics_without_steps_table_and_the_trainings
     assert logged.data.params["learning_rate"] == "0.001"
     assert "eval/samples.json" in logged.data.tags["mlflow.loggedArtifacts"]
     assert len(Evaluation.load(tracking.fetch(result.outputs["evaluation"])).samples) == N
+
+
+def test_a_model_of_another_vocabulary_is_refused(world: World, tmp_path: Path) -> None:
+    other = shutil.copytree(world.aligned, tmp_path / "other")
+    wider = AutoModelForCausalLM.from_pretrained(other)
+    wider.resize_token_embeddings(wider.config.vocab_size + 3)
+    wider.save_pretrained(other)
+    with pytest.raises(StageError, match="it was trained from another base model") as refused:
+        world.evaluate(other, baseline=world.baseline())
+    assert refused.value.problem.kind == "not_comparable"

@@ -14,8 +14,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from flows.results.looks import Look, opens
-from schemas import exact
-from schemas.promotion import Gate, PromoteConfig
+from schemas.promotion import Gate, PromoteConfig, exact
 from stages.promote import signs
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

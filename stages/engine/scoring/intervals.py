@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from schemas.exact import upper_tail
+from schemas.promotion.exact import upper_tail
 
 Covers = Literal["prompts", "seeds and prompts"]
 Statistic = Callable[[np.ndarray], np.ndarray]

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from schemas import Strict, exact, no_truth
+from schemas import Strict, no_truth
+from schemas.promotion import exact
 from schemas.text import short
 
 GATE_TAG = "gate"
@@ -75,9 +76,9 @@ class Gate(Strict):
     `error`."""
     error: float = Field(default=0.05, gt=0, lt=1)
     """Chance to promote, within any 365 days, at least one candidate that is no better than the champion of its day."""
-    looks_per_year: int = Field(default=52, ge=1)
+    looks_per_year: int = Field(default=53, ge=1)
     """Each decision on a candidate (a look) spends `error` / `looks_per_year`; when all is spent the gate is closed
-    until the oldest look is a year old."""
+    until the oldest look is a year old. A weekly schedule has 53 looks in some windows of 365 days."""
     kl_max: float = Field(default=25.0, gt=0)
     """Nats per answer from the current SFT model. Picking the best of n answers costs less than log n nats, so that 25
     is more than choosing among 10^10 answers can need: beyond that is another model, not a better choice. It is a
@@ -135,10 +136,10 @@ class PromoteConfig(Strict):
     """Which of `align`; default the only one. With `seeds` it is the first seed's model, or name another: `dpo-s1`."""
     temperature: float = Field(default=0.3, gt=0)
     """At which all sides answer for the gate: that of the deployment."""
-    samples_per_prompt: int = Field(default=2, ge=1)
-    """Answers of each side to each prompt for the gate, drawn anew for every look. The second one raises the power
-    about as far as twice the prompts would. A prompt counts once, by the mean over its answers: where some prompts tie
-    far more often than others, `1` alone tests the win rate over answers itself."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Answers of each side to each prompt for the gate, drawn anew for every look. A second one raises the power about
+    as far as twice the prompts would; but a prompt counts once, by the mean over its answers, and where some prompts
+    tie far more often than others only `1` tests the win rate over answers itself."""
     gate: Gate = Gate()
 
 
