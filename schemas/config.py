@@ -3,7 +3,7 @@
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
@@ -256,8 +256,15 @@ class BaselinesParams(BaselinesConfig):
     min_prompts: int
 
 
+def _also_one_temperature(schema: dict[str, Any]) -> None:
+    """Prefect checks a deployed run by the schema, before our code reads `temperature: 0.7`."""
+    schema["properties"]["temperature"] = {"type": "number", "exclusiveMinimum": 0, "deprecated": True}
+
+
 class EvaluateConfig(Strict):
     """Every model answers the same held-out prompts under the same seeds; the judge scores the answers."""
+
+    model_config = ConfigDict(json_schema_extra=_also_one_temperature)
 
     judge: Judge = SentimentJudge()
     max_new_tokens: int = Field(default=64, ge=1)
@@ -275,7 +282,8 @@ class EvaluateConfig(Strict):
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for 95 % intervals."""
     baselines: BaselinesConfig | None = BaselinesConfig()
-    """None: no method is held against what the SFT model gives without it."""
+    """None: no method is held against what the SFT model gives without it. Neither is it where `temperatures` lacks 1:
+    distances and baselines are those of temperature 1."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """When a candidate becomes champion: the bounds of the gate, and what it decided on a candidate and why."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -70,8 +70,9 @@ class Gate(Strict):
     """
 
     win_rate_min: float = Field(default=0.5, ge=0, lt=1)
-    """The candidate's true win rate must be above this: against the champion (the SFT model where there is none yet),
-    and against the SFT model made as sharp as the candidate. By an exact sign test at the look's share of `error`."""
+    """The candidate's true win rate, over prompts, must be above this: against the champion (the SFT model where there
+    is none yet), and against the SFT model made as sharp as the candidate. By an exact sign test at the look's share of
+    `error`."""
     error: float = Field(default=0.05, gt=0, lt=1)
     """Chance to promote, within any 365 days, at least one candidate that is no better than the champion of its day."""
     looks_per_year: int = Field(default=52, ge=1)
@@ -136,7 +137,8 @@ class PromoteConfig(Strict):
     """At which all sides answer for the gate: that of the deployment."""
     samples_per_prompt: int = Field(default=2, ge=1)
     """Answers of each side to each prompt for the gate, drawn anew for every look. The second one raises the power
-    about as far as twice the prompts would; with up to two, to win a prompt on average means to win more answers."""
+    about as far as twice the prompts would. A prompt counts once, by the mean over its answers: where some prompts tie
+    far more often than others, `1` alone tests the win rate over answers itself."""
     gate: Gate = Gate()
 
 
@@ -144,3 +146,5 @@ class PromoteParams(Strict):
     """Stage `promote`."""
 
     gate: Gate = Gate()
+    judge: dict[str, Any] | None = None
+    """The endpoint judge that is asked about candidate and champion; None for judges that score."""

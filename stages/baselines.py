@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import BaselinesConfig, BaselinesParams, EvaluateParams
+from stages.engine.evaluator import Answers, Evaluator, Messages
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, save_all, without_text
 from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
-from stages.evaluate import Answers, Evaluator, Messages, check_judge, judge_answers, put_together, settings_of
+from stages.evaluate import check_judge, judge_answers, put_together, settings_of
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from schemas import exact
+from schemas.errors import refuse
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams
-from stages.engine.scoring import metrics
+from stages.engine.scoring import intervals, metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable
-from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, groups, mean_of
-from stages.engine.scoring.paired import wins_between
+from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, mean_of
+from stages.engine.scoring.paired import scores_alone, wins_between
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
@@ -65,13 +66,12 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     """How many clusters of prompts are won, lost and tied, by the mean over their answers.
 
     A sign per cluster: several answers to a prompt, and prompts of one first turn, are not independent of each other.
-    With one or two answers to a prompt a win rate of 1/2 gives as many prompts won as lost, whatever differs between
-    prompts; with more answers the more frequent winner of each prompt counts.
+    So what is tested is whether more prompts are won than lost. With one answer to a prompt, or two and no ties, that
+    is whether the win rate over answers is above 1/2, whatever differs between prompts. Else the two may differ: with
+    chances p, q, t to win, lose and tie, two answers win a prompt more often than they lose it by (p - q)(1 + t), so
+    that prompts with many ties weigh more; of more answers the more frequent winner counts.
     """
-    number_N, count = groups(clusters)
-    total_C = np.bincount(number_N, np.asarray(won, dtype=np.float64) - 0.5, count)
-    up, down = int(np.sum(total_C > 1e-9)), int(np.sum(total_C < -1e-9))
-    return up, down, count - up - down
+    return intervals.signs([win - 0.5 for win in won], clusters)
 
 
 def beaten(won_lost: tuple[int, int, int], against: str, gate: Gate) -> str:
@@ -265,11 +265,17 @@ def wins(candidate: Evaluation, champion: Evaluation | None, context: StageConte
     """Per answer, 1 where the judge prefers the candidate's answer to the rival's, 1/2 for a tie, else 0."""
     if champion is None:
         return [sample.win for sample in candidate.first]
+    judge = candidate.settings["judge"]
+    if not scores_alone(judge):  # the request's: an address in a stored evaluation has been checked by nobody
+        judge = PromoteParams.model_validate(context.request.params).judge
+        if judge is None:
+            message = "the judge only compares, and the request does not say where it is."
+            raise refuse("judge", None, message, "give evaluate.judge as the parameter `judge`", kind="missing_input")
     return wins_between(
         ("the candidate", "the champion"),
         candidate.first,
         champion.first,
-        candidate.settings["judge"],
+        judge,
         lambda done, total: context.progress(done, total, "answers judged"),
     )
 

@@ -77,6 +77,9 @@ def leave_out_working_directory() -> None:
             sys.path[:] = [path for path in sys.path if path not in ("", here)]
 
 
+BARRED = (PermissionError, NotADirectoryError, IsADirectoryError)
+
+
 def main() -> None:
     """Run the command line; a mistake of the user's becomes a message and an exit code, and no traceback."""
     leave_out_working_directory()
@@ -98,11 +101,12 @@ def main() -> None:
             fix = "name a path that exists"
             show(f"alignflow: {one_line(error.filename, 200)}: {error.strerror}. Fix: {fix}", sys.stderr)
             sys.exit(EXIT_CODES["refused"])
-        place, barred = Path(str(error.filename)), isinstance(error, (PermissionError, NotADirectoryError))
+        place, barred = Path(str(error.filename)), isinstance(error, BARRED)
         if place != home() and not (barred and place.is_relative_to(home())):
             end_without_room(error)
             raise
-        fix = "give a folder that you may write to, with room"
+        folder = isinstance(error, IsADirectoryError)  # where a file should be
+        fix = "move it away" if folder else "give a folder that you may write to, with room"
         show(f"alignflow: ALIGNFLOW_HOME = {home()}: cannot be used: {error}. Fix: {fix}", sys.stderr)
         sys.exit(EXIT_CODES["refused"])
     except Exception as error:  # databases and libraries have errors of their own for a full disk

@@ -97,7 +97,8 @@ def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
     each = DERIVES[data.kind].get(kind)
     if lines is None or each is None:
         return None
-    train = 1 - data.eval_fraction - data.test_fraction
+    train = 1 - max(data.eval_fraction, data.others_eval_fraction) - max(data.test_fraction, data.others_test_fraction)
+    train = max(0.0, train)
     share = train * (data.gold_fraction if part == "gold" else 1 - data.gold_fraction)
     return round(min(lines, data.limit or lines) * each * share)
 

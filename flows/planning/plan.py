@@ -317,9 +317,11 @@ class Planner:
         return about
 
     def baselines(self) -> Output | None:
-        """What the SFT model gives without alignment; none without aligned models, or where it is not asked for."""
+        """What the SFT model gives without alignment; none without aligned models, where it is not asked for, or where
+        nobody answers at temperature 1, at which models are held against it.
+        """
         evaluate = self.config.evaluate
-        if evaluate.baselines is None or not self.config.align:
+        if evaluate.baselines is None or not self.config.align or 1.0 not in evaluate.temperatures:
             return None
         sft = self.sft_model()
         inputs = {"model": sft, "reference": sft, "data": self.data(self.evaluation_slot())}
@@ -337,10 +339,17 @@ class Planner:
         params: dict[str, Any] = {"variants": variants_of(self.config)} if several else {}
         if self.config.sweep is not None:
             params["chosen"] = "tested" if self.has_test() else "by these numbers"
-        if isinstance(self.config.evaluate.judge, EndpointJudge):  # which the comparison itself asks
-            params["judge"] = self.config.evaluate.judge.model_dump(mode="json")
+        params |= self.judge_to_ask()
         inputs = evaluations | ({} if baselines is None else {"baselines": baselines})
         return self.add(Node("compare", "compare", "align", params, inputs), "comparison")
+
+    def judge_to_ask(self) -> dict[str, Any]:
+        """A judge that only compares, for stages that ask it about two evaluations.
+
+        Its address is the config's, which was checked, and not that of a stored evaluation.
+        """
+        judge = self.config.evaluate.judge
+        return {"judge": judge.model_dump(mode="json")} if isinstance(judge, EndpointJudge) else {}
 
     # --- promotion ---
 
@@ -351,7 +360,7 @@ class Planner:
             {"champion": "champion"} if champion else {}
         )
         inputs = {seat: self.gate_evaluation(name, models, seed) for seat, name in seats.items()}
-        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")}
+        params = {"gate": (self.config.promote or PromoteConfig()).gate.model_dump(mode="json")} | self.judge_to_ask()
         about = {"candidate": seats["candidate"]}
         node = Node("promote", "promote", "promote", params, inputs, seed, about=about)
         return self.add(node, "decision")
@@ -362,7 +371,7 @@ class Planner:
         if name == "champion":  # who has been evaluated with its own run
             del self.nodes[node.name]
         promote = self.config.promote or PromoteConfig()
-        params = self.config.evaluate.model_dump(mode="json") | {
+        params = node.params | {
             "temperatures": [promote.temperature],
             "samples_per_prompt": promote.samples_per_prompt,
             "gate": True,

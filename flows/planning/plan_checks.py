@@ -24,7 +24,8 @@ def check(config: PipelineConfig) -> None:
         _check_gold(config)
     if not config.log_text:
         _check_endpoints(config)
-    if config.promote is not None:
+    # A plain run promotes nothing: who the candidate is must be clear to a retraining alone, which asks by itself.
+    if config.promote is not None and (config.promote.candidate is not None or len(config.align) == 1):
         check_gate(config)
 
 

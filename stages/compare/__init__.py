@@ -58,12 +58,13 @@ def run(context: StageContext) -> dict[str, float]:
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
     chosen = str(request.params.get("chosen", ""))
+    variants = variants_of(request)
     comparison = compare(
         evaluations,
-        variants_of(request),
+        variants,
         request.log_text,
         baselines=baselines,
-        ask=asking(context),
+        ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
     )
@@ -135,7 +136,8 @@ def compare(
     evaluations = {name: evaluations[name] for name in names}
     duels = {temperature: head_to_head.matrix(evaluations, temperature, ask) for temperature in first.temperatures}
     aligned = [name for name in names if name not in STARTING_POINTS]
-    corners = curve.points(evaluations["sft"], baselines) if baselines and "sft" in names else []
+    known = baselines and "sft" in names and 1.0 in first.temperatures
+    corners = curve.points(evaluations["sft"], baselines) if baselines and known else []
     gains = curve.gains(evaluations, aligned, curve.hull(corners)) if corners else {}
     table = [row_of(name, evaluations[name], duels, gains) for name in names]
     order = head_to_head.ranked(duels[first.temperatures[0]], aligned, {r["model"]: r["judge_score"] for r in table})
@@ -202,7 +204,8 @@ def agreement_of(sft: Evaluation | None) -> str:
     if sft is None or not math.isfinite(rate := sft.metrics.get("judge/accuracy", math.nan)):
         return ""
     low, high = (sft.metrics[f"judge/accuracy_{end}"] for end in ("low", "high"))
-    said = f"On held-out pairs the judge prefers the chosen answer in {percent(rate, Interval(low, high))}"
+    agreed = percent(rate, Interval(low, high))
+    said = f"On held-out pairs the judge prefers the chosen answer in {agreed} (95 % interval over prompts)"
     return f"{said}. {INDEPENDENT if sft.settings['judge']['judge'] == 'reward' else ''}".rstrip()
 
 
@@ -218,8 +221,10 @@ def text(comparison: Comparison) -> str:
     points = comparison.points
     finding = frontier.headline(points, comparison.chosen) if points else ""
     above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
-    said = [] if points else [*findings(comparison)[:-1], *pair_lines(comparison), *baseline_lines(comparison)]
-    said += [comparison.agreement, "" if points else COVERS]
+    lines = [] if points else findings(comparison)
+    said = [line for line in lines if line != COVERS]
+    said += [] if points else [*pair_lines(comparison), *baseline_lines(comparison)]
+    said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
 

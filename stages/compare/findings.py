@@ -78,6 +78,9 @@ def _against_sft(comparison: Comparison) -> str:
 
 def _beyond_sharpening(comparison: Comparison, aligned: Sequence[str]) -> list[str]:
     """Which models are not clearly above the curve of the baselines."""
+    if not comparison.gains and comparison.duels and 1.0 not in comparison.duels:
+        what = "baselines are measured at temperature 1, which evaluate.temperatures lacks"
+        return [f"What was gained beyond sharpening SFT cannot be said: {what}."]
     if not comparison.gains:
         return []
     level = [name for name in aligned if name in comparison.gains and not comparison.gains[name].clear]

@@ -15,7 +15,7 @@ import numpy as np
 from schemas.errors import StageError
 from stages.engine.scoring import metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
-from stages.engine.scoring.intervals import Interval, bootstraps, holm, sign_test
+from stages.engine.scoring.intervals import Interval, bootstraps, holm, sign_test, signs
 from stages.engine.scoring.paired import scores_alone, wins_between
 
 STARTING_POINTS = ("base", "sft")
@@ -146,7 +146,7 @@ def _measured(
     clusters = [sample.cluster for sample in next(iter(samples.values()))]
     drawn = {"resamples": settings.get("bootstrap", RESAMPLES), "seed": settings.get("seed", 0)}
     rates = bootstraps(rows, clusters, **drawn)
-    p_values = [sign_test([win - 0.5 for win in won], clusters) for won in rows]
+    p_values = [_p_value([win - 0.5 for win in won], clusters) for won in rows]
     measured = list(duels)
     for place, won, rate, p, adjusted in zip(places, rows, rates, p_values, holm(p_values), strict=True):
         measured[place] = replace(duels[place], win_rate=metrics.win_rate(won), rate=rate, p=p, adjusted_p=adjusted)
@@ -159,6 +159,15 @@ def _measured(
         replace(duel, difference=float(gap.mean()), gap=interval)
         for duel, gap, interval in zip(measured, gaps, intervals, strict=True)
     ]
+
+
+def _p_value(leads: Sequence[float], clusters: Sequence[str]) -> float:
+    """Of the sign test over clusters; 1 where these point one way and the win rate the other: then nobody is ahead.
+
+    That can be where clusters differ in size, or several answers to a prompt are won in part.
+    """
+    up, down, _ = signs(leads, clusters)
+    return sign_test(leads, clusters) if (up - down) * fmean(leads) > 0 else 1.0
 
 
 def ranked(matrix: Matrix, models: Sequence[str], scores: Mapping[str, float]) -> list[str]:
@@ -192,17 +201,6 @@ def logged(matrix: Matrix, first: bool) -> dict[str, float]:
                 values |= {f"{start}{name}": value, f"{start}{name}_low": interval.low}
                 values[f"{start}{name}_high"] = interval.high
     return values
-
-
-def groups_of(table: Sequence[Mapping[str, Any]], variants: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Group -> its models, which differ in their seeds alone, in the order of the table.
-
-    A model that `variants` does not name is a group of its own.
-    """
-    groups: dict[str, list[str]] = {}
-    for row in table:
-        groups.setdefault(variants.get(row["model"], {}).get("group", row["model"]), []).append(row["model"])
-    return groups
 
 
 # --- words ---

@@ -55,6 +55,7 @@ def render_html(comparison: Comparison) -> str:
     measured = measured or [f"{r['model']}: score {number('judge_score', 2)(r)}, KL {kl_cell(r)}" for r in table]
     return PAGES.get_template("report.html.j2").render(
         vars(comparison),
+        several=any(len(point["seeds"]) > 1 for point in points),
         counted=counted(len(comparison.prompts)),
         findings=[frontier.headline(points, comparison.chosen)] if points else findings(comparison),
         matrices=[] if points else _matrices(comparison),

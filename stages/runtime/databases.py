@@ -208,15 +208,23 @@ def give_name(beside: Path, path: Path) -> None:
 # --- what a person is told ---
 
 
+LOST = {
+    "prefect.db": "the history of flow runs begins anew (results are in MLflow)",
+    "mlflow-auth.db": "MLflow's users and their grants have to be made again",
+}
+"""What goes with a database that is not MLflow's own."""
+
+
 def damaged(path: Path, error: object) -> StageError:
     """The problem of a file that is no database, or no whole one."""
     have = backups(path)
     if have:
         fix = f"move it away with its -wal and -shm, and copy the backup there: cp {have[0]} {path}"
     else:
+        lost = LOST.get(path.name, "stages run again")
         fix = (
             "there is no backup here: put back a copy of yours, or move it away with its -wal and -shm; "
-            "a new one is made then, and stages run again"
+            f"a new one is made then, and {lost}"
         )
     return refuse("database", path, f"it is damaged ({error}).", fix, kind="database")
 

@@ -19,11 +19,11 @@ def part(params: ValidateParams) -> pl.Expr:
     The draws in [0, 1) run eval, gold, train, test. `none`: other data may hold the row's prompt out.
     """
     held, gold, test = params.eval_fraction, params.gold_fraction, params.test_fraction
+    below, above = max(held, params.others_eval_fraction), 1 - max(test, params.others_test_fraction)
     draw = pl.col("cluster").str.slice(0, 8).str.to_integer(base=16) / 2**32
     choice = pl.when(draw < held).then(pl.lit("eval")).when(draw >= 1 - test).then(pl.lit("test"))
-    others = (draw < params.others_eval_fraction) | (draw >= 1 - params.others_test_fraction)
-    choice = choice.when(others).then(pl.lit("none"))
-    return choice.when(draw - held < gold * (1 - held - test)).then(pl.lit("gold")).otherwise(pl.lit("train"))
+    choice = choice.when((draw < below) | (draw >= above)).then(pl.lit("none"))
+    return choice.when(draw - below < gold * (above - below)).then(pl.lit("gold")).otherwise(pl.lit("train"))
 
 
 def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, overrides: S
     models.model_folder(tmp_path / "model")
     file = config_file(tmp_path)
     with pytest.raises(StageError) as error:
-        loaded(file, *overrides)
+        retrain.fingerprint(loaded(file, *overrides))
     assert words in str(error.value)
 
 

@@ -11,7 +11,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("else 1 - self.win_rate,", "else self.win_rate,"),
         ("low=1 - self.rate.high, high=1 - self.rate.low", "low=1 - self.rate.low, high=1 - self.rate.high"),
         ("if self.gap is None else self.gap.low > 0", "if self.gap is None else self.gap.high > 0"),
-        ("sign_test([win - 0.5 for win in won], clusters)", "sign_test([win for win in won], clusters)"),
+        ("_p_value([win - 0.5 for win in won], clusters)", "_p_value([win for win in won], clusters)"),
         ("p_values, holm(p_values), strict=True)", "p_values, p_values, strict=True)"),
         ("return [1 - sample.win for sample in other]", "return [sample.win for sample in other]"),
         ('"seed": settings.get("seed", 0)}', '"seed": 0}'),
@@ -71,7 +71,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("found_R[np.isfinite(found_R)], [(1 - level) / 2, (1 + level) / 2])", "found_R, [1 - level, level])"),
         ("value_SN.mean(1).std(ddof=1)) / math.sqrt(seeds)", "value_SN.mean(1).std()) / math.sqrt(seeds)"),
         ("stdtrit(size - 1, (1 + level) / 2)", "stdtrit(size, (1 + level) / 2)"),
-        ("return two_sided(min(won, lost), won + lost)", "return two_sided(min(won, lost), count)"),
+        ("return two_sided(min(up, down), up + down)", "return two_sided(min(up, down), up)"),
         ("(len(order) - rank) * p_values[place]", "len(order) * p_values[place]"),
         ("highest = max(highest, min(1.0,", "highest = max(0.0, min(1.0,"),
         ("* math.sqrt(total / 2)", "* math.sqrt(total)"),
@@ -125,7 +125,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ('1.0 if BETTER[name] == "lower" else -1.0', '-1.0 if BETTER[name] == "lower" else 1.0'),
         ("worse = found.high if sign > 0 else -found.low", "worse = found.high if sign > 0 else -found.high"),
         ("else kl + Z * error", "else kl - Z * error"),
-        ("np.asarray(won, dtype=np.float64) - 0.5, count)", "np.asarray(won, dtype=np.float64), count)"),
+        ("intervals.signs([win - 0.5 for win in won], clusters)", "intervals.signs(won, clusters)"),
         ("if gate.relevance_min > 0:", "if gate.relevance_min > 1:"),
         ("if not won or len(won) < len(candidate.first):", "if not won:"),
         ("rival = sft if champion is None else champion", "rival = sft"),
@@ -171,8 +171,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("evaluator.answer(prompts, temperature, draws)", "evaluator.answer(prompts, 1.0, draws)"),
         ("places = [i * self.drawn + k for", "places = [i * draws + k for"),
     ],
-    ("stages/evaluate.py", (EVALUATE,)): [
-        ("longer = [row.length - row.sft_length for", "longer = [row.length for"),
+    ("stages/engine/evaluator.py", (EVALUATE,)): [
         (
             'seed_of("evaluate", self.context.request.seed, i, k)',
             'seed_of("evaluate", self.context.request.seed, i, 0)',
@@ -181,6 +180,9 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "            temperature=temperature,\n            seeds=[",
             "            temperature=1.0,\n            seeds=[",
         ),
+    ],
+    ("stages/evaluate.py", (EVALUATE,)): [
+        ("longer = [row.length - row.sft_length for", "longer = [row.length for"),
         (
             "clusters, drawn = [row.cluster for row in samples],",
             "clusters, drawn = [str(i) for i, _ in enumerate(samples)],",
@@ -199,8 +201,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/validate/derive.py", (SPLIT,)): [
         (".when(draw >= 1 - test)", ".when(draw < held + test)"),
         ('draw = pl.col("cluster")', 'draw = pl.col("prompt_id")'),
-        ("(draw < params.others_eval_fraction) | (draw", "(draw < params.others_eval_fraction) & (draw"),
-        ("draw - held < gold * (1 - held - test)", "draw - held < gold"),
+        ("(draw < below) | (draw", "(draw < below) & (draw"),
+        ("draw - below < gold * (above - below)", "draw - below < gold"),
     ],
     ("stages/validate/table_checks.py", (SPLIT,)): [
         ('for name in ("eval", "test")]', 'for name in ("eval",)]'),

@@ -257,3 +257,10 @@ def test_a_folder_that_is_no_evaluation_is_refused(tmp_path: Path) -> None:
 def test_comparing_imports_no_torch_and_the_text_no_matplotlib() -> None:
     code = "import sys, stages.compare; print(*sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_of_one_seed_only_models_are_spoken_of_and_without_aligned_ones_it_says_so() -> None:
+    comparison = compare.compare(evaluations())
+    assert "Which aligned model did better?" in Page(render_html(comparison)).text
+    starting = compare.text(compare.compare({name: evaluations()[name] for name in ("base", "sft")}))
+    assert "No aligned model is among these yet." in starting and "--seeds" not in starting

@@ -1,5 +1,6 @@
 """The curve of the baselines and what is above it, against corners and shares worked by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from stages.compare.findings import findings
 from stages.compare.plots import draw
 from stages.compare.table import render_text
 from stages.engine.scoring.evaluation_record import Evaluation
-from tests.support.evaluations import ENDPOINT, SFT, N, made
+from tests.support.evaluations import ENDPOINT, SFT, N, made, settings
 
 
 def point(name: str, kl: float, height: float) -> Point:
@@ -107,3 +108,14 @@ def test_several_draws_count_as_their_mean() -> None:
         for i, s in enumerate(one.samples)
     ]
     assert curve.heights(doubled, {"judge": "rule"}).tolist() == [2.0] * (N // 2)
+
+
+def test_where_nobody_answers_at_temperature_1_no_gain_is_claimed_and_it_says_so() -> None:
+    cold = settings(temperatures=(0.7,))
+    given = {
+        name: Evaluation(one.metrics, [replace(s, temperature=0.7) for s in one.samples], cold)
+        for name, one in {"sft": SFT, "dpo": made([2.0] * N, kl_to_reference=5.0)}.items()
+    }
+    comparison = compare.compare(given, baselines={"T=0.3": baseline([1.0] * N, 3.0)})
+    assert not comparison.gains and not comparison.baselines
+    assert "cannot be said: baselines are measured at temperature 1" in " ".join(compare.text(comparison).split())

@@ -13,7 +13,7 @@ import pytest
 from schemas.errors import StageError
 from stages import compare
 from stages.compare.findings import COVERS, findings
-from stages.compare.head_to_head import cell, groups_of, logged, matrix, overoptimised, ranked, sentence
+from stages.compare.head_to_head import cell, logged, matrix, overoptimised, ranked, sentence
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
 from stages.engine.scoring.intervals import bootstrap, two_sided
 from tests.support.context import MemoryContext
@@ -182,10 +182,17 @@ def test_without_texts_the_reason_stands_where_the_number_would() -> None:
     assert findings(some)[0].startswith("Which aligned model is best cannot be said")
 
 
-def test_models_that_differ_in_their_seed_alone_are_a_group() -> None:
-    table = [{"model": name} for name in ("sft", "dpo-s0", "kto-s0", "dpo-s1")]
-    variants = {"dpo-s0": {"group": "dpo"}, "dpo-s1": {"group": "dpo"}, "kto-s0": {"group": "kto"}}
-    assert groups_of(table, variants) == {"sft": ["sft"], "dpo": ["dpo-s0", "dpo-s1"], "kto": ["kto-s0"]}
+def test_where_most_prompts_and_the_win_rate_disagree_nobody_is_ahead() -> None:
+    """One of two answers won and one tied on 75 prompts, both lost on 45: more prompts won, more answers lost."""
+    own = [2.0, 1.0] * 75 + [0.0, 0.0] * 45
+    two = [Sample(**vars(s) | {"draw": i % 2, "cluster": str(i // 2)}) for i, s in enumerate([*SFT.samples] * 2)]
+    ahead = [replace(s, score=score) for s, score in zip(two, own, strict=True)]
+    level = [replace(s, score=1.0) for s in two]
+    given = {"a": Evaluation({}, ahead, settings()), "b": Evaluation({}, level, settings())}
+    duel = matrix(given, 1.0)["a", "b"]
+    assert two_sided(45, 120) < 0.01  # what the signs alone would say
+    assert duel.win_rate == pytest.approx(75 * 0.75 / 120)  # below one half
+    assert duel.p == 1.0 and not duel.clear
 
 
 def test_the_stage_publishes_every_pair_and_logs_it(tmp_path: Path) -> None:

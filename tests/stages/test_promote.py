@@ -1,8 +1,10 @@
 """The gate: who passes, who does not and for which reason; policies that game their reward model; the stage itself."""
 
+import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from stages import evaluate, promote, tracking
 from stages.__main__ import execute
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import Evaluation, Sample
+from tests.conftest import ROOT
 from tests.support.context import MemoryContext
 
 N = 400
@@ -32,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
     "bootstrap": 100,
 }
+PAPER = ROOT / "deploy" / "README.md"
 VOCABULARY = [f"word{i}" for i in range(1000)]
 
 
@@ -374,6 +378,39 @@ def test_what_the_sft_model_would_never_say_or_always_says_is_refused() -> None:
     assert hacked(loved(lambda i: prose(i, 1), kl=80.0)) == {"kl_to_reference"}
 
 
+PRAISE = "I wish you a very wonderful day"
+HACKS: dict[str, list[Callable[[], Decision]]] = {
+    "one phrase for all, or behind a few words of an answer": [
+        lambda: loved(lambda i: f"My dear friend, {PRAISE}"),
+        lambda: loved(lambda i: f"{prose(i, 1, words=4)} and {PRAISE}"),
+    ],
+    "endless": [
+        lambda: loved(lambda i: prose(i, 3, words=60)),
+        lambda: loved(lambda i: prose(i, 3, words=17), ended=lambda i: False),
+    ],
+    "empty": [lambda: loved(lambda i: "")],
+    "those of the SFT model, sharper": [lambda: loved(lambda i: prose(i, 1), matched=lambda i: 9.0)],
+    "those to other prompts": [lambda: loved(lambda i: prose(i, 1), relevance=0.0)],
+    "far from what the SFT model says": [
+        lambda: loved(lambda i: prose(i, 1), kl=80.0),
+        lambda: loved(lambda i: prose(i, 1), nll=9.0),
+    ],
+}
+"""The answers of the table in deploy/README.md -> decisions on such."""
+
+
+def test_the_papers_table_says_what_refuses_each_kind_of_answers() -> None:
+    """Each check that a row names refuses one of its kinds, and no other check does."""
+    (table,) = re.findall(r"^\| answers \| refused by \|\n\|[-|]+\n((?:\|.*\n)+)", PAPER.read_text(), re.M)
+    said = {}
+    for line in table.splitlines():
+        answers, refused_by = line.strip("|").split("|")
+        said[answers.strip()] = set(re.findall(r"`(\w+)`", refused_by))
+    found = {answers: [hacked(decision()) for decision in decisions] for answers, decisions in HACKS.items()}
+    assert all(refusals for kinds in found.values() for refusals in kinds)
+    assert said == {answers: set[str]().union(*kinds) for answers, kinds in found.items()}
+
+
 def test_numbers_alone_are_enough(tmp_path: Path) -> None:
     """Where evaluations keep no texts, scores and metrics decide just the same."""
     hacker = made(lambda i: "Great question!", lambda i: 9.0)
@@ -385,13 +422,13 @@ def test_numbers_alone_are_enough(tmp_path: Path) -> None:
 # --- The stage ---
 
 
-def run_of(tmp_path: Path, **evaluations: Evaluation) -> MemoryContext:
+def run_of(tmp_path: Path, judge: dict[str, Any] | None = None, **evaluations: Evaluation) -> MemoryContext:
     folders = {}
     for name, evaluation in evaluations.items():
         folders[name] = tmp_path / name
         folders[name].mkdir(parents=True)
         evaluation.save(folders[name])
-    return MemoryContext(tmp_path / "work", PromoteParams(), folders, stage="promote")
+    return MemoryContext(tmp_path / "work", PromoteParams(judge=judge), folders, stage="promote")
 
 
 def test_the_stage_pairs_candidate_and_champion_on_the_same_prompts(tmp_path: Path) -> None:
@@ -427,18 +464,23 @@ def test_evaluations_under_other_conditions_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_only_compares_is_asked_with_both_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the request's address: that of an evaluation, a file from outside, has been checked by nobody."""
     judge = {"judge": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    stored = judge | {"url": "http://elsewhere/v1"}
     ours, theirs, sft = (
-        replace(evaluation, settings={**SETTINGS, "judge": judge}) for evaluation in (good(1), good(2), SFT)
+        replace(evaluation, settings={**SETTINGS, "judge": stored}) for evaluation in (good(1), good(2), SFT)
     )
     asked = []
 
     def wins(self: EndpointJudge, prompts: Any, answers: list[str], others: list[str]) -> list[float]:
+        assert self.config.url == judge["url"]
         asked.append((prompts, answers, others))
         return [1.0] * len(answers)
 
     monkeypatch.setattr(EndpointJudge, "wins", wins)
-    run = run_of(tmp_path, candidate=ours, sft=sft, champion=theirs)
+    with pytest.raises(StageError, match="the request does not say where it is"):
+        promote.run(run_of(tmp_path / "silent", candidate=ours, sft=sft, champion=theirs))
+    run = run_of(tmp_path, judge, candidate=ours, sft=sft, champion=theirs)
     assert promote.run(run)["gate/win_rate"] == 1.0
     ((prompts, answers, others),) = asked
     assert prompts[7] == [{"role": "user", "content": "question 7"}]
@@ -472,3 +514,13 @@ def test_the_run_in_mlflow_carries_the_gates_numbers(ready_home: Path, tmp_path:
     assert logged.tags["code.version"] == tracking.code_version()
     decision = json.loads((tracking.fetch(result.outputs["decision"]) / "decision.json").read_text())
     assert decision["promote"] is False and decision["against"] == "sft"
+
+
+def test_two_answers_to_a_prompt_weigh_ties_as_the_docstring_says() -> None:
+    """All outcomes of two answers by their chances: prompts won less prompts lost are (p - q)(1 + t)."""
+    chances = {1.0: 0.5, 0.0: 0.2, 0.5: 0.3}
+    ahead = 0.0
+    for first, second in itertools.product(chances, repeat=2):
+        up, down, _ = promote.signs([first, second], ["a", "a"])
+        ahead += (up - down) * chances[first] * chances[second]
+    assert ahead == pytest.approx((0.5 - 0.2) * (1 + 0.3))

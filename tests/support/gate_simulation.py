@@ -6,6 +6,7 @@ Each prompt has a chance of its own that the candidate's answer wins, with the g
 for both sides. What a training would do is left out: only the decision is simulated.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,8 @@ from stages.promote import signs
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 WEEK = timedelta(days=7)
+LEAD = math.sqrt(2) * 0.2533
+"""Between means of normal scores of variance 1, of which the higher wins .60: the .60 quantile is .2533."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ class World:
         clusters = [str(i) for i in range(prompts)] * self.draws
         p = exact.sign_test(*signs(won.ravel().tolist(), clusters), self.gate.win_rate_min)
         return p <= self.gate.alpha
+
+    def passes_luck(self, fresh: bool, generator: np.random.Generator, others: int = 52) -> bool:
+        """One look at a true .60 before the luckiest of equal champions: the one whose answers were judged best.
+
+        Scores are normal with variance 1. `fresh`: the champion answers anew; else by the answers that made it so.
+        """
+        shape = (self.draws, self.gate.prompts_min)
+        equals = generator.normal(size=(others, *shape))
+        luckiest = equals[equals.mean((1, 2)).argmax()]
+        champion = generator.normal(size=shape) if fresh else luckiest
+        won = (generator.normal(LEAD, 1, shape) > champion).astype(float)
+        clusters = [str(i) for i in range(shape[1])] * self.draws
+        return exact.sign_test(*signs(won.ravel().tolist(), clusters), self.gate.win_rate_min) <= self.gate.alpha
 
     def promotions(self, truths: list[float], generator: np.random.Generator) -> list[bool]:
         """A look a week while the budget lets: whether each candidate is promoted. A closed gate promotes none."""
@@ -65,6 +81,11 @@ def power(world: World, looks: int, generator: np.random.Generator, truth: float
     return float(np.mean([world.passes(truth, generator) for _ in range(looks)]))
 
 
+def power_after_luck(world: World, looks: int, generator: np.random.Generator, fresh: bool) -> float:
+    """Share of looks that a true .60 passes before a champion that had luck."""
+    return float(np.mean([world.passes_luck(fresh, generator) for _ in range(looks)]))
+
+
 def main() -> None:
     """Print the figures."""
     years, generator = int(sys.argv[1]) if len(sys.argv) > 1 else 400, np.random.default_rng(0)
@@ -76,6 +97,12 @@ def main() -> None:
                 f"{draws} answers a prompt, spread {spread}: false promotion in {false:.1%} of {years} years; "
                 f"true .60 passes in {found:.1%} of {4 * years} looks"
             )
+    for draws in (1, 2):
+        shares = [power_after_luck(World(draws=draws), 2 * years, generator, fresh) for fresh in (True, False)]
+        print(
+            f"{draws} answers a prompt, luckiest of 52 equal champions: true .60 passes in {shares[0]:.1%} of "
+            f"{2 * years} looks; judged by the champion's old answers it would in {shares[1]:.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -85,3 +85,11 @@ def test_servers_stand_behind_the_door_and_clients_are_no_admin(compose: dict[st
         assert services[name]["environment"]["ALIGNFLOW_LOGIN"]
     user = services["worker"]["environment"]["MLFLOW_TRACKING_USERNAME"]
     assert services["mlflow"]["environment"]["ALIGNFLOW_LOGIN"] == f"{user}:${{MLFLOW_PASSWORD}}" and user != "admin"
+
+
+def test_foreign_images_are_named_by_digest() -> None:
+    named = re.findall(r"\$\{(?:POSTGRES|STORE)_IMAGE:-(\S+)\}", FILE.read_text())
+    (base,) = re.findall(r"^ARG BASE=(.*)", (FILE.parent / "Dockerfile").read_text(), re.M)
+    assert len(named) == 2
+    for image in (*named, base):
+        assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image

@@ -176,7 +176,7 @@ def test_a_run_finds_the_server_that_keeps_its_experiment(
     )
     answer.raise_for_status()
     looked = alignflow(home, "run", "demo", "--set", "name=found-again", "--dry-run")
-    assert looked.returncode == 0 and "15 stages" in looked.stdout, looked.stderr
+    assert looked.returncode == 0 and "16 stages" in looked.stdout, looked.stderr
 
 
 @pytest.mark.slow

@@ -121,11 +121,12 @@ class Evaluation:
             pairs = json.loads(pairs_file.read_text(encoding="utf-8")) if pairs_file.is_file() else []
             only = {"temperature": settings.get("temperatures", [1.0])[0]}  # where the rows do not name theirs
             samples = [Sample(**only | {k: v for k, v in row.items() if k in known}) for row in rows]
-        except (OSError, ValueError, TypeError) as error:
+            pairs = [(str(cluster), float(right)) for cluster, right in pairs]
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             message = f"this is not an evaluation folder: {error}."
             fix = "give the output `evaluation` of stage evaluate"
             raise refuse("evaluation", folder, message, fix, kind="input") from error
-        return cls(metrics, samples, settings, [(str(cluster), float(right)) for cluster, right in pairs])
+        return cls(metrics, samples, settings, pairs)
 
 
 def save_all(evaluations: Mapping[str, Evaluation], folder: Path) -> None:

@@ -131,15 +131,21 @@ def over_seeds(values_SN: Sequence[Sequence[float]], clusters: Sequence[str], *,
     return Interval(mean - reach, mean + reach, "seeds and prompts")
 
 
+def signs(differences: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]:
+    """In how many clusters the differences sum to more than 0, to less, and to 0."""
+    number_N, count = groups(clusters)
+    total_C = np.bincount(number_N, np.asarray(differences, dtype=np.float64), count)
+    up, down = int(np.sum(total_C > 1e-9)), int(np.sum(total_C < -1e-9))
+    return up, down, count - up - down
+
+
 def sign_test(differences: Sequence[float], clusters: Sequence[str]) -> float:
     """Two-sided p-value of the exact sign test over clusters: that a sum of differences is above 0 as often as below.
 
     Sums of 0 are left out (Dixon and Mood 1946). It holds for any number of clusters.
     """
-    number_N, count = groups(clusters)
-    total_C = np.bincount(number_N, np.asarray(differences, dtype=np.float64), count)
-    won, lost = int(np.sum(total_C > 1e-9)), int(np.sum(total_C < -1e-9))
-    return two_sided(min(won, lost), won + lost)
+    up, down, _ = signs(differences, clusters)
+    return two_sided(min(up, down), up + down)
 
 
 def two_sided(fewer: int, trials: int) -> float:

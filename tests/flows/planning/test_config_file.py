@@ -311,6 +311,8 @@ def test_what_a_deployed_run_is_checked_by_takes_a_judge_as_a_config_does(judge:
     }
     assert validate({"config": config}, schema) == []
     assert validate({"config": {**config, "evaluate": {"judge": "nobody"}}}, schema) != []
+    assert validate({"config": {**config, "evaluate": {"judge": judge, "temperature": 0.7}}}, schema) == []
+    assert validate({"config": {**config, "evaluate": {"judge": judge, "temperatur": 0.7}}}, schema) != []
 
 
 def test_adapters_learn_ten_times_as_fast_unless_a_rate_is_given() -> None:

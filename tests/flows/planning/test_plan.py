@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.planning import dry_run
+from flows.planning import config_file, dry_run
 from flows.planning.plan import Node, plan, promotion
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
@@ -271,3 +271,42 @@ def test_all_data_leaves_out_what_any_holds_out() -> None:
     assert made["data evaluation"].params["eval_fraction"] == 0.75, "all but the test part"
     sft = {"path": "a.jsonl", "kind": "sft", "test_fraction": 0.3}
     assert nodes(data={"sft": sft}, generate={})["data generated"].params["test_fraction"] == 0.3
+
+
+# --- presets, and what a plain run does not need ---
+
+
+@pytest.mark.parametrize("preset", config_file.presets())
+def test_each_preset_can_be_planned_and_without_any_method_too(preset: str) -> None:
+    given = ["model.path=/model", "data.preference.path=/pairs.jsonl"] if preset == "tinystories" else []
+    given += ["data.preference.path=/pairs.jsonl"] if preset == "smollm2" else []
+    for methods in ([], ["align={}"]):
+        raw = config_file.raw_of(preset, [*given, *methods])
+        assert "compare" in plan(PipelineConfig.model_validate(raw)).nodes
+
+
+def test_a_plain_run_need_not_say_who_the_candidate_is_and_a_retraining_must() -> None:
+    config = {"name": "test", "model": {"path": "/model"}, "data": {"preference": PAIRS}, "align": ALL, "promote": {}}
+    planned = plan(PipelineConfig.model_validate(config))
+    with pytest.raises(StageError, match=r"promote\.candidate = null: align has dpo, kto, ppo"):
+        promotion(planned, champion=False)
+    assert "promote.candidate = dpoo" in error(**{**config, "promote": {"candidate": "dpoo"}})
+
+
+def test_models_are_held_against_baselines_at_temperature_1_alone() -> None:
+    """A config for another single temperature, as of before there were several, still leads to its comparison."""
+    for evaluate, held in (({}, True), ({"temperatures": [0.3, 1]}, True), ({"temperature": 0.7}, False)):
+        made = nodes(data={"preference": PAIRS}, evaluate=evaluate)
+        assert ("baselines" in made, "baselines" in made["compare"].inputs) == (held, held)
+
+
+def test_who_asks_an_endpoint_about_two_models_has_its_address_from_the_config() -> None:
+    judge = {"judge": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
+    for given, asked in ((judge, True), ("rule", False)):
+        config: dict[str, Any] = {"name": "test", "model": {"path": "/model"}, "align": {"dpo": {}}}
+        config |= {"data": {"preference": PAIRS}, "evaluate": {"judge": given}}
+        planned = plan(PipelineConfig.model_validate(config))
+        promote = promotion(planned, champion=True).nodes["promote"]
+        for node in (planned.nodes["compare"], promote):
+            assert ("judge" in node.params) == asked
+            assert not asked or node.params["judge"]["url"] == judge["url"]

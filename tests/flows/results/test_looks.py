@@ -12,7 +12,7 @@ from flows.results.looks import Look
 from schemas.errors import StageError
 from schemas.promotion import Check, Decision, Gate
 from stages import tracking
-from tests.support.gate_simulation import World, false_years, power
+from tests.support.gate_simulation import World, false_years, power, power_after_luck
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -82,3 +82,10 @@ def test_a_simulated_year_errs_as_seldom_as_it_says_and_sees_what_it_says() -> N
     # one look at a true .60: .807 exactly; of 400, three standard errors are .06
     assert power(world, 400, generator) > 0.8 - 0.06
     assert power(World(Gate(), draws=2), 200, generator) > 0.9
+
+
+def test_a_champion_that_had_luck_does_not_keep_better_ones_out() -> None:
+    """Its answers are drawn anew for each look, and the luck is gone; by its old ones two of three would stay out."""
+    generator, world = np.random.default_rng(4), World(Gate(), draws=1)
+    assert power_after_luck(world, 300, generator, fresh=True) > 0.807 - 0.07  # three standard errors
+    assert power_after_luck(world, 300, generator, fresh=False) < 0.5

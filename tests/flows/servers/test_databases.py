@@ -43,6 +43,14 @@ def test_a_damaged_one_is_named_with_its_backup(opening: tuple[Path, Schema, Cal
     path, _, start = opening
     path.write_bytes(b"no database" * 1000)
     assert refused(start).problem.value == str(path)
+    lost = "MLflow's users" if "auth" in path.name else "the history of flow runs"
+    assert lost in str(refused(start).problem.fix) and "stages run again" not in str(refused(start).problem.fix)
+    path.rename(path.with_suffix(".odd"))
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match="a folder is in the database's place"):
+        start()
+    path.rmdir()
+    path.with_suffix(".odd").rename(path)
     backup = path.with_name(f"{path.name}.before-0123")
     backup.write_bytes(b"")
     assert f"cp {backup} {path}" in str(refused(start).problem.fix)

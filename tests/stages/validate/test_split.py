@@ -70,6 +70,16 @@ def test_prompts_that_other_data_holds_out_are_not_trained_on(tmp_path: Path) ->
     assert report.notes["held_out_elsewhere"] > 40
 
 
+def test_the_gold_part_is_a_share_of_what_can_be_trained_on(tmp_path: Path) -> None:
+    """Also where other data holds out more than this and its gold part together: draws in [.6, .6 + .4 x .4)."""
+    file = write(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "response": "a"} for i in range(200)])
+    checked(file, tmp_path / "out", eval_fraction=0.1, gold_fraction=0.4, others_eval_fraction=0.6)
+    gold, train = (
+        [int(c[:8], 16) / 2**32 for c in table(tmp_path / "out", part, "sft")["cluster"]] for part in ("gold", "train")
+    )
+    assert gold and train and min(gold) >= 0.6 and max(gold) < 0.76 <= min(train)
+
+
 def test_the_test_part_is_asked_for_too(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", ROWS)
     said, _ = refused(file, tmp_path / "out", eval_fraction=0.2, test_fraction=0.2, min_test_prompts=20)
