@@ -67,7 +67,9 @@ def _against_sft(comparison: Comparison) -> str:
         return ""
     better = [row["model"] for row in rows if verdict(row) == "better"]
     who = f"{', '.join(better)} of {len(rows)}" if 0 < len(better) < len(rows) else ("All" if better else "None")
-    parts = [f"{who} aligned model{'s' if len(rows) > 1 else ''} clearly better than SFT"]
+    parts = [f"{who} aligned models clearly better than SFT"]
+    if len(rows) == 1:
+        parts = [f"{rows[0]['model']} is {'' if better else 'not '}clearly better than SFT"]
     for temperature, duels in list(comparison.duels.items())[1:]:
         others = [row["model"] for row in rows if (row["model"], "sft") in duels]
         above = [name for name in others if duels[name, "sft"].beats]

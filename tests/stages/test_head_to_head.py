@@ -43,6 +43,7 @@ def test_both_win_always_against_sft_and_one_beats_the_other() -> None:
     said = findings(compare.compare({"sft": SFT, "below": BELOW, "above": ABOVE}))
     assert said[0].startswith("Head to head: above beats below 67 %") and said[-1] == COVERS
     assert said[1] == "All aligned models clearly better than SFT."
+    assert "above is clearly better than SFT." in findings(compare.compare({"sft": SFT, "above": ABOVE}))
 
 
 def test_the_draws_of_a_prompt_count_once_and_resamples_have_the_evaluations_seed() -> None:
