@@ -160,7 +160,7 @@ def test_a_worse_candidate_is_refused_and_so_is_an_equal_one() -> None:
     assert not worse.promote and failed(worse) == {"win_rate_p"}
     equal = decided(good(), champion=good())  # ties all over
     (reason,) = equal.reasons
-    assert (reason.metric, reason.value, reason.relation, reason.bound) == ("win_rate_p", 1.0, "<=", 0.05 / 52)
+    assert (reason.metric, reason.value, reason.relation, reason.bound) == ("win_rate_p", 1.0, "<=", 0.05 / 53)
     assert "0 prompts won, 0 lost, 400 tied against champion" in str(reason) and equal.decided == 0
 
 
@@ -172,7 +172,7 @@ def test_the_p_value_is_the_binomial_tail_of_the_prompts_that_are_decided() -> N
     tail = sum(math.comb(300, k) for k in range(178, 301)) / 2**300
     decision = decided(made(lambda i: prose(i, 1), score))
     assert value_of(decision, "win_rate_p") == pytest.approx(tail, rel=1e-9)
-    assert decision.decided == 300 and decision.promote == (tail <= 0.05 / 52)
+    assert decision.decided == 300 and decision.promote == (tail <= 0.05 / 53)
     one_less = decided(made(lambda i: prose(i, 1), lambda i: -1.0 if i < 278 and i >= 276 else score(i)))
     assert decision.promote and not one_less.promote
 
