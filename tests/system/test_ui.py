@@ -114,7 +114,9 @@ def test_flat_runs_with_tags_and_equal_tokens(swept: Sweep) -> None:
         assert run.data.tags.keys() >= {"pipeline.run", "stage", "method", "data.version", "sweep"}
         assert "mlflow.parentRunId" not in run.data.tags
     assert len({run.data.tags["pipeline.run"] for run in [*aligned, *evaluated]}) == 1
-    assert len({frozenset(run.data.metrics) for run in evaluated}) == 1, "the same metrics for all"
+    # how right the judge is, is measured once: on the SFT model's evaluation
+    measured = [{n for n in run.data.metrics if not n.startswith("judge/accuracy")} for run in evaluated]
+    assert all(names == measured[0] for names in measured), "the same metrics for all"
 
     (limit,) = {int(run.data.params["train_tokens"]) for run in aligned}
     for run in aligned:
