@@ -68,28 +68,29 @@ def method_names(text: str) -> list[str]:
 
 def beta_values(text: str, methods: Sequence[str]) -> list[float]:
     """The list's betas. Raises StageError for one that a method cannot take."""
-    betas, fix = numbers("--beta", text, float), "give numbers such as 0.05,0.1,0.3"
-    for beta, name in itertools.product(betas, methods):
-        if why := refusal(name, CONFIGS[name].strength, beta):
-            raise refuse("--beta", f"{beta:g}", f"{name} takes no such beta: it {why}.", fix)
-        if "+" in shown(beta):
-            raise refuse("--beta", f"{beta:g}", "it must be less than 1e15.", fix)
-    if len(set(map(shown, betas))) < len(betas):
-        raise refuse("--beta", text, "two numbers differ beyond 15 digits only.", fix)
-    return betas
+    fields = {name: CONFIGS[name].strength for name in methods}
+    return settings("--beta", text, fields, "beta", "give numbers such as 0.05,0.1,0.3")
 
 
 def learning_rate_values(text: str, methods: Sequence[str]) -> list[float]:
     """The list's learning rates. Raises StageError for one that a method cannot take."""
-    rates, fix = numbers("--learning-rate", text, float), "give numbers such as 1e-6,3e-6"
-    for rate, name in itertools.product(rates, methods):
-        if why := refusal(name, "learning_rate", rate):
-            raise refuse("--learning-rate", f"{rate:g}", f"{name} takes no such rate: it {why}.", fix)
-        if "+" in shown(rate):
-            raise refuse("--learning-rate", f"{rate:g}", "it must be less than 1e15.", fix)
-    if len(set(map(shown, rates))) < len(rates):
-        raise refuse("--learning-rate", text, "two numbers differ beyond 15 digits only.", fix)
-    return rates
+    fields = dict.fromkeys(methods, "learning_rate")
+    return settings("--learning-rate", text, fields, "rate", "give numbers such as 1e-6,3e-6")
+
+
+def settings(option: str, text: str, fields: Mapping[str, str], what: str, fix: str) -> list[float]:
+    """The list's numbers, each of which goes into a field of every method and into a variant's name. `fields`: method
+    -> field. Raises StageError for one that cannot.
+    """
+    values = numbers(option, text, float)
+    for value, (name, field) in itertools.product(values, fields.items()):
+        if why := refusal(name, field, value):
+            raise refuse(option, f"{value:g}", f"{name} takes no such {what}: it {why}.", fix)
+        if "+" in shown(value):
+            raise refuse(option, f"{value:g}", "it must be less than 1e15.", fix)
+    if len(set(map(shown, values))) < len(values):
+        raise refuse(option, text, "two numbers differ beyond 15 digits only.", fix)
+    return values
 
 
 def shown(number: float) -> str:
