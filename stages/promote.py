@@ -12,13 +12,12 @@ from schemas.errors import refuse
 from schemas.promotion import BETTER, Check, Decision, Gate, PromoteParams, exact
 from stages.engine.scoring import intervals, metrics
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable
-from stages.engine.scoring.intervals import Interval, Statistic, bootstrap, mean_of
+from stages.engine.scoring.intervals import RESAMPLES, Interval, Statistic, bootstrap, mean_of
 from stages.engine.scoring.paired import scores_alone, wins_between
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
 
-RESAMPLES = 2000
 Z = 1.959964
 """Half width of a 95 % interval in standard errors."""
 

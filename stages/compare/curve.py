@@ -104,16 +104,18 @@ def gains(evaluations: Mapping[str, Evaluation], models: Sequence[str], corners:
 
     The interval takes the distances and the choice of corners as they were measured.
     """
-    found, rows, clusters, settings = [], [], [], {}
+    found, rows, clusters = [], [], []
     for name in models:
-        samples, settings = evaluations[name].at(1.0), evaluations[name].settings
+        samples = evaluations[name].at(1.0)
         kl = evaluations[name].metrics["eval/kl_to_reference"]
         shares = at(corners, kl)
-        rows.append(heights(samples, settings["judge"]) - sum(share * point.heights for share, point in shares))
+        rows.append(
+            heights(samples, evaluations[name].settings["judge"])
+            - sum(share * point.heights for share, point in shares)
+        )
         clusters = [sample.cluster for sample in samples if sample.draw == 0]
         found.append((name, kl, tuple(point.name for _, point in shares)))
-    drawn = {"resamples": settings.get("bootstrap", 2000), "seed": settings.get("seed", 0)}
-    intervals = bootstraps(rows, clusters, **drawn)
+    intervals = bootstraps(rows, clusters, **evaluations[models[0]].resampling) if models else []
     return {
         name: Gain(name, kl, fmean(row), interval, against, row)
         for (name, kl, against), row, interval in zip(found, rows, intervals, strict=True)

@@ -21,7 +21,6 @@ from stages.engine.scoring.paired import scores_alone, wins_between
 STARTING_POINTS = ("base", "sft")
 ALPHA = 0.05
 ASKED = 6  # aligned models up to which a judge that only compares is asked about each pair of them
-RESAMPLES = 2000  # where the evaluations do not say
 
 Ask = Callable[[tuple[str, str], Sequence[Sample], Sequence[Sample]], list[float]]
 """Wins of one model's samples over another's, as `wins_between` gives them."""
@@ -106,7 +105,7 @@ def matrix(
             reason = error.problem.message
         wins.append(won)
         duels.append(Duel(*pair, temperature, reason="" if won is not None else reason))
-    duels = _measured(duels, wins, samples, settings)
+    duels = _measured(duels, wins, samples, next(iter(evaluations.values())))
     return {(duel.model, duel.other): duel for both in duels for duel in (both, both.turned())}
 
 
@@ -138,19 +137,19 @@ def _measured(
     duels: Sequence[Duel],
     wins: Sequence[Sequence[float] | None],
     samples: Mapping[str, Sequence[Sample]],
-    settings: Mapping[str, Any],
+    first: Evaluation,
 ) -> list[Duel]:
     """The duels with their numbers, where they have wins."""
     places = [place for place, won in enumerate(wins) if won is not None]
     rows = [won for won in wins if won is not None]
     clusters = [sample.cluster for sample in next(iter(samples.values()))]
-    drawn = {"resamples": settings.get("bootstrap", RESAMPLES), "seed": settings.get("seed", 0)}
+    drawn = first.resampling
     rates = bootstraps(rows, clusters, **drawn)
     p_values = [_p_value([win - 0.5 for win in won], clusters) for won in rows]
     measured = list(duels)
     for place, won, rate, p, adjusted in zip(places, rows, rates, p_values, holm(p_values), strict=True):
         measured[place] = replace(duels[place], win_rate=metrics.win_rate(won), rate=rate, p=p, adjusted_p=adjusted)
-    if not scores_alone(settings["judge"]):
+    if not scores_alone(first.settings["judge"]):
         return measured
     score = {name: np.array([sample.score for sample in own]) for name, own in samples.items()}
     gaps = [score[duel.model] - score[duel.other] for duel in measured]

@@ -14,7 +14,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("_p_value([win - 0.5 for win in won], clusters)", "_p_value([win for win in won], clusters)"),
         ("p_values, holm(p_values), strict=True)", "p_values, p_values, strict=True)"),
         ("return [1 - sample.win for sample in other]", "return [sample.win for sample in other]"),
-        ('"seed": settings.get("seed", 0)}', '"seed": 0}'),
+        ("drawn = first.resampling", 'drawn = first.resampling | {"seed": 0}'),
         ("score[duel.model] - score[duel.other]", "score[duel.other] - score[duel.model]"),
         ("(-place[name], -scores[name], name)", "(-scores[name], -place[name], name)"),
         ("if len(aligned) <= ASKED:", "if len(aligned) < ASKED:"),

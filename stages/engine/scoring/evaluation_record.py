@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
+from stages.engine.scoring.intervals import RESAMPLES
 
 Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
@@ -97,6 +98,11 @@ class Evaluation:
     def prompts(self) -> list[list[dict[str, str]]]:
         """Each prompt once, in order."""
         return [sample.prompt for sample in self.first if sample.draw == 0]
+
+    @property
+    def resampling(self) -> dict[str, int]:
+        """`resamples` and `seed` of intervals over it, so that equal evaluations give equal intervals."""
+        return {"resamples": self.settings.get("bootstrap", RESAMPLES), "seed": self.settings.get("seed", 0)}
 
     def save(self, folder: Path) -> None:
         """Write its files into an existing folder."""

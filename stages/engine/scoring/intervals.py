@@ -18,6 +18,8 @@ Covers = Literal["prompts", "seeds and prompts"]
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From counts_RN, how often each value is in each resample, to a number per resample (R)."""
 
+RESAMPLES = 2000
+"""Where nobody says how many."""
 BLOCK = 2**22  # counts in memory at once: 32 MB
 LEVEL = 0.95
 
