@@ -1,9 +1,12 @@
 """The environment variables of alignflow: their names, and what each is set to now, typed and with its default."""
 
 import os
+import re
 import shlex
 import tempfile
 from pathlib import Path
+
+from schemas.errors import refuse
 
 HOME = "ALIGNFLOW_HOME"
 ROOTS = "ALIGNFLOW_ROOTS"
@@ -33,8 +36,17 @@ def python_path(*before: str) -> str:
 
 
 def home() -> Path:
-    """Folder for everything that is stored; default `.alignflow` in the working directory."""
-    return Path(os.environ.get(HOME) or ".alignflow").absolute()
+    """Folder for everything that is stored; default `.alignflow` in the working directory.
+
+    Raises:
+        StageError: its path holds a character that means something else in the addresses of databases and artifacts:
+            files would be written to another folder.
+    """
+    place = Path(os.environ.get(HOME) or ".alignflow").absolute()
+    if odd := re.search(r"[%?\x00-\x1f\x7f\udc80-\udcff]", str(place)):
+        message = f"its path holds {odd[0]!a}, which addresses of databases and artifacts give another meaning."
+        raise refuse(HOME, place, message, "set it to a folder without: ALIGNFLOW_HOME=/some/folder", kind="home")
+    return place
 
 
 def roots() -> list[Path]:

@@ -51,6 +51,10 @@ def before(context: typer.Context) -> None:
     """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in FOR_OTHERS:
         os.umask(0o077)  # stages.runtime.workspace.PRIVATE, without its imports, for which help would wait
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        from stages.tracking import answer_soon
+
+        answer_soon()
     if (
         context.invoked_subcommand in BY_THEMSELVES
         and not {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"} & os.environ.keys()

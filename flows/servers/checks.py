@@ -133,7 +133,7 @@ def check_experiment(name: str, placed: bool) -> None:
         fix = f"{START}; or set MLFLOW_TRACKING_URI to a server's address"
         message = "stages on work pools need an MLflow server."
         raise refuse("MLFLOW_TRACKING_URI", uri, message, fix, kind="server")
-    experiment = tracking.client().get_experiment_by_name(name)
+    experiment = tracking.existing_experiment(name)
     location = "" if experiment is None else str(experiment.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
         fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"

@@ -7,21 +7,22 @@ check its digest.
 
 from stages.tracking.journal import close_left
 from stages.tracking.mlflow_client import (
+    answer_soon,
     as_default,
     behind_server,
     client,
     clock,
+    existing_experiment,
     experiment,
     experiment_name,
-    not_let_in,
     plain_client,
     retrying,
     runs,
     setup,
     tracking_uri,
-    without_passwords,
 )
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.problems import not_let_in, without_passwords
 from stages.tracking.removal import (
     REMOVED,
     folder_locations,
@@ -39,6 +40,7 @@ __all__ = [
     "TAG_LENGTH",
     "StageRun",
     "acceptable_name",
+    "answer_soon",
     "as_default",
     "behind_server",
     "client",
@@ -47,6 +49,7 @@ __all__ = [
     "code_version",
     "compare_link",
     "digest",
+    "existing_experiment",
     "experiment",
     "experiment_name",
     "fetch",

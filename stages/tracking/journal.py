@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.runtime.workspace import home, lock_if_free, move_aside, work_folder, write_whole
-from stages.tracking.mlflow_client import client, first_line, plain_client, retrying, runs, value_classes
+from stages.tracking.mlflow_client import client, plain_client, retrying, runs, value_classes
 from stages.tracking.names import acceptable_name
+from stages.tracking.problems import first_line
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

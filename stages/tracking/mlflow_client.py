@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas import environment
-from schemas.errors import StageError, refuse
+from schemas.errors import StageError
 from schemas.stage import Request
 from stages.runtime import databases
 from stages.runtime.workspace import home, lock
 from stages.tracking import database
+from stages.tracking.problems import check_address, first_line, in_our_words, in_trash, is_transient
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger("alignflow")
@@ -37,12 +38,8 @@ QUIET = {
 }
 
 RETRY_SECONDS = 90.0
-
-# Errors of a locked database, and of a server that is away or busy.
-TRANSIENT = (
-    r"database (table )?is locked|error code (429|502|503|504)|too many (429|502|503|504) error|max retries exceeded"
-    r"|connection (refused|reset|aborted|timed out)|failed to establish|read timed out"
-)
+FIRST_SECONDS = 15.0
+"""How long a command at a terminal waits for a server's first answer: a wrong address stays wrong."""
 
 T = TypeVar("T")
 
@@ -64,7 +61,12 @@ class _Retrying:
     """MLflow's client, each of whose calls, and its own making, is tried again while its error is transient."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *given, **named: retrying(lambda: getattr(plain_client(), name)(*given, **named))
+        def asked(*given: Any, **named: Any) -> Any:
+            answer = retrying(lambda: getattr(plain_client(), name)(*given, **named))
+            _contact.made = True
+            return answer
+
+        return asked
 
 
 @cache
@@ -73,6 +75,7 @@ def _client_for(uri: str) -> "MlflowClient":
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
+    check_address(uri)
     from mlflow.tracking import MlflowClient  # late for the same reason as above
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -130,39 +133,6 @@ def as_default() -> Iterator[None]:
             del os.environ[name]
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether trying again can help: a locked database, a server that is away."""
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return re.search(TRANSIENT, str(error), re.IGNORECASE) is not None
-
-
-def is_missing(error: Exception) -> bool:
-    """Whether MLflow says that there is no such run, model or artifact, or that none can have this name.
-
-    Everything else, a 404 of whatever answers in MLflow's place included, says nothing about them.
-    """
-    missing = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
-    return getattr(error, "error_code", None) in missing
-
-
-def not_let_in() -> StageError:
-    """The problem of a server that refuses our user and password, or asks for some where we have none."""
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    fix = "set both to those of a user of that server (of `alignflow`: in passwords.json of its home)"
-    field = "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
-    return refuse(field, f"{user}, ***", "MLflow refuses them.", fix, kind="access")
-
-
-def without_passwords(text: str) -> str:
-    """The text with its addresses as they may be shown: credentials before `@` are stripped."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
-def first_line(error: Exception) -> str:
-    return without_passwords((str(error).splitlines() or [type(error).__name__])[0])[:200]
-
-
 @dataclass
 class _Clock:
     """Seconds that this process has waited for MLflow; the side thread's do not count."""
@@ -173,9 +143,31 @@ class _Clock:
 clock = _Clock()
 
 
+@dataclass
+class _Contact:
+    """Whether MLflow has answered this process, and how long a first answer may take."""
+
+    made: bool = False
+    patience: float = RETRY_SECONDS
+
+
+_contact = _Contact()
+
+
+def answer_soon() -> None:
+    """For a command at a terminal: do not wait long for a server that has never answered it."""
+    _contact.patience = FIRST_SECONDS
+
+
 def retrying(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
-    """The call's answer, tried again for `seconds` while its error is transient."""
+    """The call's answer, tried again for `seconds` while its error is transient.
+
+    Raises:
+        StageError: what MLflow's error means, where that is known.
+    """
     began = time.monotonic()
+    if not _contact.made and tracking_uri().startswith("http"):
+        seconds = min(seconds, _contact.patience)
     try:
         return _retrying(call, began + seconds)
     finally:
@@ -192,9 +184,9 @@ def _retrying(call: Callable[[], T], end: float) -> T:
             damage = re.search(databases.DAMAGED, str(error))
             if damage and not isinstance(error, StageError) and tracking_uri().startswith("sqlite:///"):
                 raise databases.damaged(Path(tracking_uri().removeprefix("sqlite:///")), damage[0]) from error
-            if getattr(error, "error_code", None) == "UNAUTHENTICATED":
-                raise not_let_in() from error
             if not is_transient(error) or time.monotonic() + pause > end:
+                if known := in_our_words(error, tracking_uri(), first=not _contact.made):
+                    raise known from error
                 raise
             log.warning("MLflow: %s; trying again", first_line(error))
         time.sleep(pause)
@@ -207,8 +199,8 @@ def experiment_name(request: Request) -> str:
 
 
 def experiment(name: str) -> str:
-    """Id of the experiment, made when it does not exist."""
-    existing = client().get_experiment_by_name(name)
+    """Id of the experiment, made when it does not exist. Raises StageError where it is in MLflow's trash."""
+    existing = existing_experiment(name)
     if existing is not None:
         return existing.experiment_id
     # With a server, it decides where artifacts are kept; without one, they are beside the database.
@@ -216,13 +208,25 @@ def experiment(name: str) -> str:
     try:
         return client().create_experiment(name, artifact_location=location)
     except Exception:
-        existing = client().get_experiment_by_name(name)  # another process was quicker
+        existing = existing_experiment(name)  # another process was quicker
         if existing is None:
             raise
         return existing.experiment_id
 
 
+def existing_experiment(name: str) -> "Experiment | None":
+    """MLflow's experiment of that name, None where there is none.
+
+    Raises:
+        StageError: it was deleted, and keeps its name until it is restored or purged.
+    """
+    existing = client().get_experiment_by_name(name)
+    if existing is not None and existing.lifecycle_stage != "active":
+        raise in_trash("experiment", name, existing.experiment_id)
+    return existing
+
+
 def behind_server(name: str) -> bool:
     """Whether an experiment's artifacts are kept by an MLflow server, and reached through it alone."""
-    existing = client().get_experiment_by_name(name)
+    existing = existing_experiment(name)
     return existing is not None and str(existing.artifact_location).startswith("mlflow-artifacts:")

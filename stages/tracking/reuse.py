@@ -10,8 +10,9 @@ from urllib.parse import quote, urlencode
 
 from schemas import read_stored
 from schemas.stage import Result
-from stages.tracking.mlflow_client import client, first_line, runs
+from stages.tracking.mlflow_client import client, runs
 from stages.tracking.names import TAG_LENGTH
+from stages.tracking.problems import first_line
 from stages.tracking.store import BAD, intact, local_path, location_of
 
 if TYPE_CHECKING:

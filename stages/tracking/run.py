@@ -25,12 +25,11 @@ from stages.tracking.mlflow_client import (
     client,
     experiment,
     experiment_name,
-    first_line,
     plain_client,
     value_classes,
-    without_passwords,
 )
 from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.problems import first_line, without_passwords
 from stages.tracking.reuse import runs_with
 from stages.tracking.store import arrived, digest, fetch, keep
 

@@ -16,13 +16,12 @@ from stages.tracking.mlflow_client import (
     client,
     experiment,
     experiment_name,
-    is_missing,
-    is_transient,
     pages,
     retrying,
     tracking_uri,
 )
 from stages.tracking.names import TAG_LENGTH, shortened
+from stages.tracking.problems import is_missing, is_transient
 
 log = logging.getLogger("alignflow")
 

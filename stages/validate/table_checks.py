@@ -82,7 +82,7 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     if context.evaluation is None:
         return
     files = [context.evaluation / name / "prompt.parquet" for name in ("eval", "test")]
-    held_out = [pl.read_parquet(file, columns=["cluster"])["cluster"] for file in files if file.is_file()]
+    held_out = [pl.read_parquet(file, columns=["cluster"], glob=False)["cluster"] for file in files if file.is_file()]
     clusters = pl.concat([pl.Series("cluster", [], dtype=pl.String), *held_out]).unique()
     leaking = frame.filter(side.is_in(["train", "gold"]) & pl.col("cluster").is_in(clusters.to_list()))
     for row, prompt in leaking.select("row", "prompt").iter_rows():

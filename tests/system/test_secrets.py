@@ -10,7 +10,7 @@ from flows.execution import process
 from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, StageSpec
 from stages import tracking
-from stages.tracking.mlflow_client import first_line
+from stages.tracking.problems import first_line
 from tests.flows.execution.test_process import FAKE, fake_request
 from tests.support.leak_pipeline import SECRETS as PLANTED
 from tests.support.leak_pipeline import Run, encoded

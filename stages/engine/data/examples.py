@@ -28,7 +28,7 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
         kinds = ", ".join(sorted(path.stem for path in (folder / part).glob("*.parquet"))) or "nothing"
         message = f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {kinds}."
         raise refuse(f"data.{kind}", "missing", message, _fix(part, kind), kind="data")
-    return pl.read_parquet(folder / part / f"{kind}.parquet").to_dicts()
+    return pl.read_parquet(folder / part / f"{kind}.parquet", glob=False).to_dicts()
 
 
 def read_if_there(folder: Path, part: str, kind: str) -> list[Row]:
