@@ -145,6 +145,8 @@ def transcript(value: str, column: str) -> Turns:
 _BRACKETS = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*['\"]")
 _SPOKEN = re.compile(r"['\"](?:role|from|speaker)['\"]\s*:\s*['\"](\w+)['\"]", re.IGNORECASE)
 _CUT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from)['\"]\s*:\s*['\"](?:user|human|system|assistant|gpt)['\"]\s*,")
+_HEAD = 200
+"""Characters within which a list begins: a text of white space costs no more than a short one."""
 _LITERAL_CHARACTERS = 1 << 20
 """A text longer than this is read as JSON only: Python's own parser takes a hundred times as much memory."""
 
@@ -155,7 +157,7 @@ def written_messages(value: str, column: str) -> list[Any] | None:
     Raises:
         BadRow: it begins as a list of messages and cannot be read as one.
     """
-    if not value or value[0] not in "[{a \t\r\n" or not _BRACKETS.match(value):
+    if not value or value[0] not in "[{a \t\r\n" or not _BRACKETS.match(value[:_HEAD]):
         return None
     spoken = _SPOKEN.search(value)
     if spoken is None or spoken.group(1).lower() not in ROLES.keys() | _TOOL_ROLES:
@@ -163,7 +165,7 @@ def written_messages(value: str, column: str) -> list[Any] | None:
     try:
         messages = parsed_list(value)
     except ValueError as error:
-        if _CUT.match(value):
+        if _CUT.match(value[:_HEAD]):
             raise BadRow(column, "malformed_json", value) from error
         return None
     messages = [messages] if isinstance(messages, dict) else messages

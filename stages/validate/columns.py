@@ -180,12 +180,11 @@ class Columns:
     def keys(self, row: Row) -> None:
         """List the keys of messages and answers that are not read."""
         for column, value in row.items():
-            if isinstance(value, list):
-                for message in value:
-                    if isinstance(message, dict) and not message.keys() <= KNOWN_KEYS:
-                        for key in message.keys() - KNOWN_KEYS - _ANSWER_KEYS:
-                            if message[key] not in _NOTHING:
-                                self._unread(f"{column}[].{key}", message[key])
+            for entry in value if isinstance(value, list) and column in _OF_OBJECTS else ():
+                if isinstance(entry, dict) and not entry.keys() <= _KNOWN_KEYS:
+                    for key in sorted(entry.keys() - _KNOWN_KEYS):
+                        if entry[key] not in _NOTHING:
+                            self._unread(f"{column}[].{key}", entry[key])
 
     def around(self, source: Row, parsed: Parsed) -> Parsed:
         """The parsed row with its system message and its earlier turns, where columns of their own hold them."""
@@ -205,7 +204,8 @@ class Columns:
         return parsed
 
 
-_ANSWER_KEYS = {"answer", "response", "completion", "output", "model", "rank", "score", "overall_score", "rating"}
+_OF_OBJECTS = frozenset({"prompt", "messages", "chosen", "rejected", "completion", "response", "responses"})
+_KNOWN_KEYS = KNOWN_KEYS | {"answer", "response", "completion", "model", "rank", "score"}
 
 
 def _converts(shape: Shape) -> bool:

@@ -75,6 +75,8 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     ours = set(reading.columns.ours)
     if quarantine.checks["messages", "not_a_list"] == context.read:  # a column of plain texts
         ours.discard("messages")
+    if usable and params.kind == "ranking":  # its answers carry their scores
+        ours.add("scores")
     error = other_json(params, context.first_line, broken, context.read) or wrong_format(params, context.columns)
     if error := error or wrong_columns(params, list(context.columns), prompt_missing, ours):
         raise error
@@ -158,7 +160,7 @@ class _Reading:
     ) -> pl.DataFrame:
         """Rows with our columns in the form of their kind; what has none is put aside."""
         kind, columns = self.context.params.kind, self.columns
-        restored = {} if made else self.written.restore(named, columns.say)
+        restored = {} if made else self.written.restore(named, columns.ours, columns.say)
         numbers: list[int] = []
         rows: list[Parsed] = []
         notes: list[tuple[str, int]] = []
@@ -195,8 +197,8 @@ def _judged(frame: pl.DataFrame, columns: Columns, context: Context, quarantine:
     if not counted:
         return frame.with_columns(label=pl.lit(None, pl.Boolean))
     told = meanings(context.params, dict(counted), columns.names)
-    for label, meaning in sorted(told.items()):
-        columns.say(f"label {label} as {_SAYS.get(meaning, meaning)}")
+    means = ", ".join(f"{label} as {_SAYS.get(meaning, meaning)}" for label, meaning in sorted(told.items()))
+    columns.say(f"`{columns.names.label}`: {means}")
     frame = frame.with_columns(means=pl.col("label").replace_strict(told, default=None, return_dtype=pl.String))
     sides = ("up", "down") if context.params.kind == "feedback" else ("a", "b")
     labelled, wanted = pl.col("label").is_not_null(), pl.col("means").is_in(sides).fill_null(False)
@@ -212,7 +214,7 @@ def _judged(frame: pl.DataFrame, columns: Columns, context: Context, quarantine:
 
 
 _SAYS = {"up": "thumbs up", "down": "thumbs down", "skip": "left out", None: "no label", "tie": "a tie"}
-_SAYS |= {"a": "the first answer is better", "b": "the second answer is better"}
+_SAYS |= {"a": "the first answer", "b": "the second answer"}
 _REASONS = {"tie": "tie", "skip": "skipped"}
 
 

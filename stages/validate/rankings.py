@@ -1,6 +1,6 @@
 """Rows of kind `ranking`: several answers to a prompt, and which of them is better.
 
-prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
+prompt + responses (texts, or objects with `text` and `model`, and `rank` or `score`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
 or models; winner null, 0 or "tie" is a tie). Where they are empty, nobody has ranked the answers yet: such a row is
 noted, and gives its prompt only.
@@ -17,18 +17,24 @@ from typing import Any
 from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
 
 _TIES = (None, 0, "tie", "both", "")
+_EMPTY = (None, [], "")
+_TEXTS = ("text", "content", "answer", "response", "completion", "output", "value")
+_WITHIN = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
+"""Ranking -> the keys under which answers carry it within themselves."""
 
 
 def ranking(row: Row) -> Parsed:
     """Different answers and the pairs (better, worse) of them. Raises BadRow."""
     prompt = turns(row.get("prompt"), "prompt")
-    texts, names = _responses(listed(row.get("responses"), "responses"))
+    answers = listed(row.get("responses"), "responses")
+    texts, names = _responses(answers)
+    row = _with_levels(row, answers)
     different = {answer.strip(): answer for answer in reversed(texts)}  # reversed: the first of equals stays
     places = {answer: place for place, answer in enumerate(dict.fromkeys(answer.strip() for answer in texts))}
     merged = [places[answer.strip()] for answer in texts]
     if not row.keys() & {"comparisons", *_LEVELS}:
         raise BadRow("scores", "missing")
-    by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in (None, [], "")), None)
+    by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in _EMPTY), None)
     pairs: list[tuple[int, int]] = []
     margins, notes = None, ["identical_answers"] * (len(places) < len(texts))
     if by == "comparisons":
@@ -84,9 +90,22 @@ def _responses(values: list[Any]) -> tuple[list[str], list[str | None]]:
     names: list[str | None] = []
     for value in values:
         named = isinstance(value, dict)
-        texts.append(text(value.get("text", value.get("content")) if named else value, "responses"))
+        said = next((value[key] for key in _TEXTS if value.get(key) is not None), None) if named else value
+        texts.append(text(said, "responses"))
         names.append(value.get("model") if named and isinstance(value.get("model"), str) else None)
     return texts, names
+
+
+def _with_levels(row: Row, answers: list[Any]) -> Row:
+    """The row with the ranks or scores that its answers carry, where it says nothing else of them."""
+    if any(row.get(name) not in _EMPTY for name in ("comparisons", *_LEVELS)):
+        return row
+    for name, keys in _WITHIN.items():
+        for key in keys:
+            levels = [answer.get(key) if isinstance(answer, dict) else None for answer in answers]
+            if all(level is not None for level in levels):
+                return {**row, name: levels}
+    return row
 
 
 def _place(value: object, names: Sequence[str | None], column: str) -> int:

@@ -6,7 +6,7 @@ be what a person typed, so it stays as it is and is noted.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import polars as pl
 from schemas.config import Kind
 from stages.validate.cells import ROLES, BadRow, Turns
 
-COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")
+_COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")
 """The columns that may hold such texts."""
 
 
@@ -24,37 +24,35 @@ class _Dialect(NamedTuple):
 
     mark: re.Pattern[str]
     """What begins a turn; its first group names the role."""
-    end: str = ""
-    """Pattern of what ends a turn, or stands before the first."""
     rendered: bool = True
     """Rendered with a template: its marks are no words, so fewer such texts tell what the column is."""
     preface: bool = False
     """Text before the first turn is a system message, unless it is the dialect's own."""
 
 
-_OWN_PREFACE = re.compile(r"Below is an instruction that describes a task")
-_ENDS = r"<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<end_of_turn>|<\|end\|>|<\|endoftext\|>|</s>|<｜end▁of▁sentence｜>"
-_STARTS = r"<s>|<\|begin_of_text\|>|<bos>|<｜begin▁of▁sentence｜>"
+_OWN_PREFACE = "Below is an instruction that describes a task"
+_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+_ENDS += ("<｜end▁of▁sentence｜>",)
+_STARTS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 _HEADS = "Human|User|Prompter|Instruction|Input|Assistant|Response|System"
 _SPEAKERS = "human|user|prompter|assistant|ai|bot|chatbot|system"
 _DIALECTS = {
-    "ChatML": _Dialect(re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*\n"), _ENDS),
-    "Llama 3": _Dialect(re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>"), _ENDS),
-    "Gemma": _Dialect(re.compile(r"<start_of_turn>(\w+)\n"), _ENDS),
-    "Zephyr": _Dialect(re.compile(r"<\|(system|user|assistant)\|>"), _ENDS),
-    "Llama 2": _Dialect(re.compile(r"(\[/?INST\])"), _ENDS),
-    "DeepSeek": _Dialect(re.compile(r"<｜(User|Assistant)｜>"), _ENDS),
-    "Nemotron": _Dialect(re.compile(r"<extra_id_[01]>(System|User|Assistant)\n"), _ENDS),
-    "Alpaca": _Dialect(re.compile(rf"#{{2,3}} ?({_HEADS}) ?:"), _ENDS, rendered=False, preface=True),
-    "Vicuna": _Dialect(re.compile(r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT):"), _ENDS, rendered=False, preface=True),
+    "ChatML": _Dialect(re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*\n")),
+    "Llama 3": _Dialect(re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>")),
+    "Gemma": _Dialect(re.compile(r"<start_of_turn>(\w+)\n")),
+    "Zephyr": _Dialect(re.compile(r"<\|(system|user|assistant)\|>")),
+    "Llama 2": _Dialect(re.compile(r"(\[/?INST\])")),
+    "DeepSeek": _Dialect(re.compile(r"<｜(User|Assistant)｜>")),
+    "Nemotron": _Dialect(re.compile(r"<extra_id_[01]>(System|User|Assistant)\n")),
+    "Alpaca": _Dialect(re.compile(rf"#{{2,3}} ?({_HEADS}) ?:"), rendered=False, preface=True),
+    "Vicuna": _Dialect(re.compile(r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT):"), rendered=False, preface=True),
     "speakers": _Dialect(
         re.compile(rf"(?:^|[\r\n])[ \t]*(?:\*\*)?({_SPEAKERS})(?:\*\*)?[ \t]*:(?:\*\*)?", re.IGNORECASE),
-        _ENDS,
         rendered=False,
     ),
 }
 _BEGINS = re.compile(
-    rf"\s*(?:{_STARTS})?\s*(?:"
+    rf"(?:{'|'.join(map(re.escape, _STARTS))})?\s*(?:"
     r"(?P<ChatML><\|im_start\|>)|(?P<Llama_3><\|start_header_id\|>)|(?P<Gemma><start_of_turn>)"
     r"|(?P<Zephyr><\|(?:system|user|assistant)\|>)|(?P<Llama_2>\[INST\])|(?P<DeepSeek><｜(?:User|Assistant)｜>)"
     rf"|(?P<Nemotron><extra_id_[01]>)|(?P<Alpaca>#{{2,3}} ?(?:{_HEADS}) ?:|Below is an instruction that describes)"
@@ -62,9 +60,9 @@ _BEGINS = re.compile(
     rf"|(?P<speakers>(?:\*\*)?(?:(?i:{_SPEAKERS}))(?:\*\*)?[ \t]*:))"
 )
 _FIRST_LETTERS = frozenset("<[#*HUPABSChupabsc \t\r\n")
-_END = re.compile(rf"(?:\s*(?:{_ENDS}))+\s*$")
-_TAIL = 64
-"""An end token is looked for among so many last characters."""
+_HEAD = 200
+"""Characters within which the first mark of a conversation stands, so that a long text costs no more than a short one.
+"""
 _ROLE_OF = {
     **ROLES,
     **{"instruction": "user", "input": "user", "response": "assistant", "[inst]": "user", "[/inst]": "assistant"},
@@ -76,9 +74,7 @@ _RENDERED_SHARE, _TRANSCRIPT_SHARE = 0.1, 0.5
 
 def dialect_of(value: str) -> str | None:
     """The dialect as which a text begins."""
-    if not value or value[0] not in _FIRST_LETTERS or value.startswith("\n\nHuman:"):
-        return None
-    begins = _BEGINS.match(value)
+    begins = None if value.startswith("\n\nHuman:") else _BEGINS.match(value[:_HEAD].lstrip())
     return None if begins is None or begins.lastgroup is None else begins.lastgroup.replace("_", " ")
 
 
@@ -88,7 +84,8 @@ def conversation(value: str, name: str) -> Turns | None:
     An unanswered turn of the assistant at the end is left out.
     """
     dialect = _DIALECTS[name]
-    value = re.sub(rf"^\s*(?:{_STARTS})", "", value)
+    value = value.lstrip()
+    value = value.removeprefix(next(filter(value.startswith, _STARTS), ""))
     marks = list(dialect.mark.finditer(value))
     if name == "speakers" and marks:  # a quoted line in other letters is no turn
         marks = [mark for mark in marks if _letters(mark.group(1)) == _letters(marks[0].group(1))]
@@ -97,12 +94,12 @@ def conversation(value: str, name: str) -> Turns | None:
     preface = value[: marks[0].start()].strip()
     if preface and not dialect.preface:
         return None
-    spoken = [("system", preface)] if preface and not _OWN_PREFACE.match(preface) else []
+    spoken = [("system", preface)] if preface and not preface.startswith(_OWN_PREFACE) else []
     ends = [mark.start() for mark in marks[1:]] + [len(value)]
     for mark, end in zip(marks, ends, strict=True):
         role = _ROLE_OF.get(mark.group(1).lower())
-        words = re.sub(rf"(?:\s*(?:{dialect.end}|{_STARTS}))+\s*$", "", value[mark.end() : end]).strip()
-        if role is None or re.search(dialect.end, words):
+        words = without_end(value[mark.end() : end], (*_ENDS, *_STARTS)).strip()
+        if role is None or any(token in words for token in _ENDS):
             return None
         if name == "Llama 2" and not spoken and (system := _SYSTEM.match(words)):
             spoken, words = [("system", system.group(1).strip())], words[system.end() :].strip()
@@ -115,6 +112,16 @@ def conversation(value: str, name: str) -> Turns | None:
     if spoken[0] == ("system", ""):
         spoken.pop(0)
     return tuple(spoken) if _is_whole(spoken) else None
+
+
+def without_end(value: str, tokens: tuple[str, ...] = _ENDS) -> str:
+    """The text without the tokens at its end, nor white space around them."""
+    bare = value.rstrip()
+    if not bare.endswith(tokens):
+        return value
+    while bare.endswith(tokens):
+        bare = bare.removesuffix(next(filter(bare.endswith, tokens))).rstrip()
+    return bare
 
 
 def _letters(label: str) -> tuple[bool, bool]:
@@ -140,25 +147,30 @@ class Written:
     ended: Counter[str] = field(default_factory=Counter)
     """Column -> plain texts with an end token of a template at their end."""
 
-    def restore(self, rows: list[tuple[int, Any]], says: Callable[[str], None]) -> dict[int, list[str]]:
+    def restore(
+        self, rows: list[tuple[int, Any]], ours: Collection[str], says: Callable[[str], None]
+    ) -> dict[int, list[str]]:
         """Put conversations in place of the texts that hold them, or `BadRow` in place of a row that cannot be read.
 
-        `rows` are pairs of a number and a row, and are changed in place. Returns number -> notes. `says` is told what
-        was read as what.
+        `rows` are pairs of a number and a row, and are changed in place; `ours` are the columns that they may have.
+        Returns number -> notes. `says` is told what was read as what.
         """
         marked: list[tuple[int, str, str | None]] = []
-        for place, (_, row) in enumerate(rows):
-            if isinstance(row, BadRow):
+        for column in _COLUMNS:
+            if column not in ours:
                 continue
-            for column in COLUMNS:
-                value = row.get(column)
-                if isinstance(value, str):
-                    self.texts[column] += 1
-                    if (name := dialect_of(value)) is not None:
-                        marked.append((place, column, name))
-                    elif value[-1:] in (">", "\n", " ") and _END.search(value[-_TAIL:]):
-                        self.ended[column] += 1
-                        marked.append((place, column, None))
+            texts = 0
+            for place, (_, row) in enumerate(rows):
+                value = row.get(column) if isinstance(row, dict) else None
+                if not isinstance(value, str) or not value:
+                    continue
+                texts += 1
+                if value[0] in _FIRST_LETTERS and (name := dialect_of(value)) is not None:
+                    marked.append((place, column, name))
+                elif value[-1] in "> \n" and value.rstrip().endswith(_ENDS):
+                    self.ended[column] += 1
+                    marked.append((place, column, None))
+            self.texts[column] += texts
         read = [
             None if name is None else conversation(rows[place][1][column], name) for place, column, name in marked
         ]
@@ -173,7 +185,7 @@ class Written:
             if not self._holds(column, name):
                 notes.setdefault(number, []).append("looks_rendered" if _rendered(name) else "looks_like_transcript")
             elif name is None:
-                rows[place] = number, {**row, column: _END.sub("", row[column])}
+                rows[place] = number, {**row, column: without_end(row[column])}
                 notes.setdefault(number, []).append("end_token_cut")
             elif turns is None:
                 reason = "rendered_template" if _rendered(name) else "not_a_transcript"
