@@ -77,6 +77,7 @@ class Quarantine:
         self.checks: Counter[tuple[str, str]] = Counter()
         self.notes: Counter[str] = Counter()
         self._noted: dict[str, list[int]] = {}
+        self._rows_noted: dict[str, Rows] = {}
         self._reasons: dict[str, Rows] = {}
 
     @property
@@ -98,8 +99,11 @@ class Quarantine:
         """Put a row aside, or count what is odd about one that stays."""
         row, column, reason, value, line, kept = finding
         if kept:
-            self.notes[reason] += 1
-            if self.notes[reason] <= _NOTED:
+            rows = self._rows_noted.setdefault(reason, Rows())
+            before = len(rows)
+            rows.add(row)
+            self.notes[reason] = len(rows)
+            if before < len(rows) <= _NOTED:
                 self._noted.setdefault(reason, []).append(row)
             return
         if self.listed < LISTED:
