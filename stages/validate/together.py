@@ -98,4 +98,3 @@ def opposed_thumbs(frame: pl.DataFrame) -> pl.DataFrame:
     opposed = [min(votes[key]) < max(votes[key]) for key in keys]
     net = [sum(votes[key]) for key in keys]
     return frame.select("row", net=pl.Series(net, dtype=pl.Int64)).filter(pl.Series(opposed, dtype=pl.Boolean))
-

@@ -34,9 +34,11 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
         if usable.height
         else ("nothing_left", "fix the rows or map the right columns")
     )
-    source = data_source(params.path)
-    if isinstance(source, File) and 2 * quarantine.reasons.get("not_unicode", 0) > bad:
+    source, counts_of = data_source(params.path), quarantine.reasons
+    if isinstance(source, File) and 2 * counts_of.get("not_unicode", 0) > bad:
         kind, fix = "not_utf8", how_to_convert(source.path)
+    if 2 * (counts_of.get("unknown_tokens", 0) + counts_of.get("equal_tokens", 0)) > bad:
+        fix = "take a model whose tokenizer knows these texts: it does not tell them apart"
     return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
 
 

@@ -102,7 +102,7 @@ def test_thumbs_both_up_and_down() -> None:
         ),
         (
             "ranking",
-            [{"prompt": "p", "responses": ["a", "b", more], "ranks": r} for more, r in [("c", [1, 2, 3]), ("d", [2, 1, 3])]],
+            [{"prompt": "p", "responses": ["a", "b", c], "ranks": r} for c, r in [("c", [1, 2, 3]), ("d", [2, 1, 3])]],
             {"contradictory": [0, 1]},
         ),
     ],
