@@ -32,6 +32,10 @@ class Context:
     read: int = field(default=0, init=False)
     """Rows read, the broken ones too."""
     columns: dict[str, None] = field(default_factory=dict, init=False)
+    unread: dict[str, str | None] = field(default_factory=dict, init=False)
+    """Columns, and keys of messages, that are not read -> the beginning of a value."""
+    said: dict[str, None] = field(default_factory=dict, init=False)
+    """What was read as what."""
     digest: Any = field(default_factory=hashlib.sha256, init=False)
     first_line: bytes = field(default=b"", init=False)
     """The first line, where it is not a JSON object."""

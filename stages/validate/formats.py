@@ -8,8 +8,12 @@ since a frame would have to guess them; what can be said about whole columns is 
 3. preference: prompt + chosen + rejected; chosen + rejected as conversations or transcripts that share all but their
    last turn; or answers `a` and `b` with a `label` that names the better one.
 4. ranking: prompt + responses with scores, an order, ranks or comparisons; see rankings.py.
-5. feedback: prompt + completion (or response) + label: a boolean, 0 or 1, or a word for thumbs up or down.
+5. feedback: prompt + completion (or response), or `messages`, + label: a boolean, 0 or 1, or a word for thumbs up or
+   down.
 6. prompt: prompt, or the first of `turns`, or `messages` up to the last of the user's.
+
+What the file calls its columns is for columns.py; conversations within one text for written.py. What a label means only
+its whole column tells: it stays as it is until all rows are read (labels.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +25,17 @@ from schemas.config import Kind
 from schemas.errors import refuse
 from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
 from schemas.source import Generated, data_source
-from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns
+from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
 from stages.validate.column_advice import other_json, shown, unknown_mapping, wrong_columns
+from stages.validate.columns import Columns, wrong_format
 from stages.validate.context import Context, Finding, note
+from stages.validate.labels import canonical, meanings, wrong_map
+from stages.validate.presets import Numbered
 from stages.validate.quarantine import Quarantine
 from stages.validate.rankings import generated, ranking
 from stages.validate.readers import Record, records
+from stages.validate.table_checks import ANSWERS
+from stages.validate.written import Written, cut_repeated_prompts
 
 _CHUNK = 20_000
 _CHUNK_BYTES = 32 << 20  # of short rows the first counts, of long ones this
@@ -34,8 +43,6 @@ _HOPELESS = 200_000
 """Rows without a usable one among them after which the rest is not read: it is another kind of file."""
 _COLUMNS = 10_000  # that the report lists
 _NO_OBJECT = ("malformed_json", "not_an_object")
-_UP = {"true", "1", "yes", "up", "thumbs_up", "good", "positive", "desirable", "like", "\U0001f44d"}
-_DOWN = {"false", "0", "no", "down", "thumbs_down", "bad", "negative", "undesirable", "dislike", "\U0001f44e"}
 
 
 def parse(kind: Kind, row: Row) -> Parsed:
@@ -46,27 +53,36 @@ def parse(kind: Kind, row: Row) -> Parsed:
 def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     """All rows of the source that have the form of their kind, as one frame; the others are put aside.
 
-    Raises StageError when the source cannot be read, holds no rows, or not the columns of its kind.
+    Raises StageError when the source cannot be read, holds no rows, or not the columns or labels of its kind.
     """
     params = context.params
-    if error := unknown_mapping(params):
+    if error := unknown_mapping(params) or wrong_map(params):
         raise error
     source = records(params, context.rows, context.seed)
+    reading = _Reading(context, quarantine)
     frames = [to_frame(params.kind, [], [])]
     usable = False
     while chunk := _next_chunk(source):
-        frames.append(_read_chunk(chunk, context, quarantine))
-        usable = usable or frames[-1].height > 0
+        frames.append(reading.chunk(chunk))
+        usable = usable or frames[-1].height > 0 or bool(reading.held)
         if not usable and context.read >= _HOPELESS:
             break
+    frames.append(reading.together())
     if not context.read:
         raise refuse("path", params.path, "the file holds no rows", None, kind="empty_file")
     broken = sum(quarantine.checks["", reason] for reason in _NO_OBJECT)
     prompt_missing = quarantine.checks["prompt", "missing"] == context.read
-    error = other_json(params, context.first_line, broken, context.read)
-    if error := error or wrong_columns(params, list(context.columns), prompt_missing):
+    ours = set(reading.columns.ours)
+    if quarantine.checks["messages", "not_a_list"] == context.read:  # a column of plain texts
+        ours.discard("messages")
+    error = other_json(params, context.first_line, broken, context.read) or wrong_format(params, context.columns)
+    if error := error or wrong_columns(params, list(context.columns), prompt_missing, ours):
         raise error
-    return pl.concat(frames)
+    frame = _judged(pl.concat(frames, how="diagonal"), reading.columns, context, quarantine)
+    frame, cut = cut_repeated_prompts(frame, ANSWERS[params.kind], params.kind)
+    for row in cut:
+        quarantine.add(note(row, "repeated_prompt_cut"))
+    return frame
 
 
 def _next_chunk(source: Iterator[Record]) -> list[Record]:
@@ -80,40 +96,124 @@ def _next_chunk(source: Iterator[Record]) -> list[Record]:
     return chunk
 
 
-def _read_chunk(chunk: list[Record], context: Context, quarantine: Quarantine) -> pl.DataFrame:
-    numbers: list[int] = []
-    rows: list[Parsed] = []
-    for place, record in enumerate(chunk, context.read):
-        context.digest.update(record.raw + b"\n")
-        if record.row is not None:
+class _Reading:
+    """What is known of a source while its rows are read."""
+
+    def __init__(self, context: Context, quarantine: Quarantine) -> None:
+        self.context, self.quarantine = context, quarantine
+        self.columns, self.written = Columns(context.params, context.log_text), Written()
+        self.held: list[tuple[int, Row]] = []
+        """Rows that give rows of ours only together with others."""
+        context.unread, context.said = self.columns.unread, self.columns.read
+
+    def chunk(self, chunk: list[Record]) -> pl.DataFrame:
+        """The rows of a chunk that have a form."""
+        context = self.context
+        numbers: list[int] = []
+        rows: list[Parsed] = []
+        made = isinstance(data_source(context.params.path), Generated) and context.params.kind == "ranking"
+        named: list[Numbered] = []
+        for place, record in enumerate(chunk, context.read):
+            context.digest.update(record.raw + b"\n")
+            if record.row is None:
+                if place == 0 and record.line is not None and record.reason in _NO_OBJECT:
+                    context.first_line = record.raw
+                value = record.raw.decode(errors="backslashreplace")
+                self.quarantine.add(Finding(place, "", record.reason, value, record.line))
+                continue
             names = record.row if context.log_text else shown(context.params, record.row)
             if len(context.columns) < _COLUMNS:
                 context.columns.update(dict.fromkeys(names))
-        elif place == 0 and record.line is not None and record.reason in _NO_OBJECT:
-            context.first_line = record.raw
-        try:
-            rows.append(_form(record, context))
+            if made:
+                named.append((place, record.row))
+                continue
+            try:
+                row = self.columns.row(record.row)
+            except BadRow as bad:
+                named.append((place, bad))
+                continue
+            if self.columns.whole is None:
+                named.append((place, row))
+            else:
+                self.held.append((place, row))
+        first = context.read
+        context.read += len(chunk)
+        return self._frame(named, lambda place: chunk[place - first], generated if made else None)
+
+    def together(self) -> pl.DataFrame:
+        """The rows that only all rows of the file give."""
+        whole, self.columns.whole = self.columns.whole, None
+        if whole is None:
+            return to_frame(self.context.params.kind, [], [])
+        named = list(whole(self.held, self.context.params.kind))
+        self.held = []
+        self.columns.ours.update(*(row.keys() for _, row in named if isinstance(row, dict)))
+        return self._frame(named, lambda place: None, None)
+
+    def _frame(
+        self,
+        named: list[Numbered],
+        record_of: Callable[[int], Record | None],
+        made: Callable[[Row], Parsed] | None,
+    ) -> pl.DataFrame:
+        """Rows with our columns in the form of their kind; what has none is put aside."""
+        kind, columns = self.context.params.kind, self.columns
+        restored = {} if made else self.written.restore(named, columns.say)
+        numbers: list[int] = []
+        rows: list[Parsed] = []
+        notes: list[tuple[str, int]] = []
+        for place, row in named:
+            if isinstance(row, str):
+                notes.append((row, place))
+                continue
+            record = record_of(place)
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                parsed = made(row) if made else parse(kind, row)
+                if record is not None and record.row is not None and made is None:
+                    columns.keys(row)
+                    if columns.beside:
+                        parsed = columns.around(record.row, parsed)
+            except BadRow as bad:
+                line = None if record is None else record.line
+                self.quarantine.add(Finding(place, bad.column, bad.reason, bad.value, line))
+                continue
+            rows.append(parsed)
             numbers.append(place)
-        except BadRow as bad:
-            quarantine.add(Finding(place, bad.column, bad.reason, bad.value, record.line))
-    context.read += len(chunk)
-    # By name, so that equal rows make equal reports.
-    notes = sorted((name, place) for place, row in zip(numbers, rows, strict=True) for name in row.get("notes", ()))
-    for name, place in notes:
-        quarantine.add(note(place, name))
-    return to_frame(context.params.kind, numbers, rows)
+            notes += [(name, place) for name in (*parsed.get("notes", ()), *restored.get(place, ()))]
+        for name, place in sorted(notes):  # by name, so that equal rows make equal reports
+            self.quarantine.add(note(place, name))
+        return to_frame(kind, numbers, rows)
 
 
-def _form(record: Record, context: Context) -> Parsed:
-    """The row in its kind's form. Raises BadRow."""
-    params, row = context.params, record.row
-    if row is None:
-        raise BadRow("", record.reason, record.raw.decode(errors="backslashreplace"))
-    if isinstance(data_source(params.path), Generated) and params.kind == "ranking":
-        return generated(row)
-    if params.columns:
-        row = {**row, **{ours: row.get(theirs) for ours, theirs in params.columns.items()}}
-    return parse(params.kind, row)
+def _judged(frame: pl.DataFrame, columns: Columns, context: Context, quarantine: Quarantine) -> pl.DataFrame:
+    """The frame with thumbs, or the better answer, in place of its labels. Raises StageError."""
+    if "label" not in frame.columns:
+        return frame
+    counted = frame["label"].drop_nulls().value_counts().rows()
+    if not counted:
+        return frame.with_columns(label=pl.lit(None, pl.Boolean))
+    told = meanings(context.params, dict(counted), columns.names)
+    for label, meaning in sorted(told.items()):
+        columns.say(f"label {label} as {_SAYS.get(meaning, meaning)}")
+    frame = frame.with_columns(means=pl.col("label").replace_strict(told, default=None, return_dtype=pl.String))
+    sides = ("up", "down") if context.params.kind == "feedback" else ("a", "b")
+    labelled, wanted = pl.col("label").is_not_null(), pl.col("means").is_in(sides).fill_null(False)
+    unwanted = frame.filter(labelled & ~wanted).select("row", "label", "means").rows()
+    findings = [Finding(row, "label", _REASONS.get(means, "not_a_label"), label) for row, label, means in unwanted]
+    frame = quarantine.sift(frame, findings)
+    if context.params.kind == "feedback":
+        return frame.with_columns(label=pl.col("means") == "up").drop("means")
+    second = pl.col("means").eq("b").fill_null(False)
+    sides = ("chosen", "rejected")
+    swapped = {one: pl.when(second).then(other).otherwise(one) for one, other in zip(sides, sides[::-1], strict=True)}
+    return frame.with_columns(**swapped).drop("label", "means")
+
+
+_SAYS = {"up": "thumbs up", "down": "thumbs down", "skip": "left out", None: "no label", "tie": "a tie"}
+_SAYS |= {"a": "the first answer is better", "b": "the second answer is better"}
+_REASONS = {"tie": "tie", "skip": "skipped"}
 
 
 # --- sft, prompt, feedback ---
@@ -121,23 +221,18 @@ def _form(record: Record, context: Context) -> Parsed:
 
 def _sft(row: Row) -> Parsed:
     if row.get("messages") is None or row.get("response") is not None:
-        return {"prompt": turns(row.get("prompt"), "prompt"), "response": _answer(row.get("response"), "response")}
+        given, (before, response) = _given(row), _side(row.get("response"), "response")
+        return {"prompt": _one_prompt(given, [("response", before)]), "response": response}
     prompt, response = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
     return {"prompt": prompt, "response": response}
 
 
+def _given(row: Row) -> Turns | None:
+    return None if row.get("prompt") is None else turns(row["prompt"], "prompt")
+
+
 def _messages(value: object) -> object:
     return listed(value, "messages") if isinstance(value, str) and not value.startswith("\n\nHuman:") else value
-
-
-def _answer(value: object, column: str) -> str:
-    """An answer: text, or the one message of the assistant in a list."""
-    if not isinstance(value, list):
-        return text(value, column)
-    conversation = turns(value, column)
-    if len(conversation) != 1 or conversation[0][0] != "assistant":
-        raise BadRow(column, "not_one_answer", value)
-    return conversation[0][1]
 
 
 def _last_answer(conversation: Turns, column: str) -> tuple[Turns, str]:
@@ -165,64 +260,73 @@ def _prompt(row: Row) -> Parsed:
 
 def _feedback(row: Row) -> Parsed:
     column = "completion" if "completion" in row or "response" not in row else "response"
-    return {
-        "prompt": turns(row.get("prompt"), "prompt"),
-        "completion": _answer(row.get(column), column),
-        "label": _thumb(row.get("label")),
-    }
-
-
-def _thumb(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower().replace(" ", "_") if isinstance(value, str) else value
-    if word in (0, 1):
-        return word == 1
-    if isinstance(word, str) and (word in _UP or word in _DOWN):
-        return word in _UP
-    raise BadRow("label", "missing" if value is None else "not_a_label", value)
+    if row.get(column) is None and row.get("messages") is not None:
+        prompt, completion = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
+    else:
+        before, completion = _side(row.get(column), column)
+        prompt = _one_prompt(_given(row), [(column, before)])
+    return {"prompt": prompt, "completion": completion, "label": canonical(row.get("label"))}
 
 
 # --- preference ---
 
 
 def _preference(row: Row) -> Parsed:
-    row = row if "chosen" in row or "rejected" in row or "a" not in row else _named_by_label(row)
-    chosen_prompt, chosen = _side(row.get("chosen"), "chosen")
-    rejected_prompt, rejected = _side(row.get("rejected"), "rejected")
-    given = None if row.get("prompt") is None else turns(row["prompt"], "prompt")
-    prompts = [prompt for prompt in (given, chosen_prompt, rejected_prompt) if prompt is not None]
-    if not prompts:
-        raise BadRow("prompt", "missing")
-    for other in prompts:
-        if other != prompts[0]:
-            raise BadRow("rejected" if other is rejected_prompt else "chosen", "prompts_differ", other[-1][1])
+    names, label = ("chosen", "rejected"), {}
+    if "a" in row and row.get("chosen") is None and row.get("rejected") is None:
+        names, label = ("a", "b"), {"label": canonical(row.get("label"))}
+    (chosen_prompt, chosen), (rejected_prompt, rejected) = (_side(row.get(name), name) for name in names)
+    given = _given(row)
+    befores = [(names[0], chosen_prompt), (names[1], rejected_prompt)]
     margin = None if row.get("margin") in (None, "") else number(row["margin"], "margin")
-    return {"prompt": prompts[0], "chosen": chosen, "rejected": rejected, "margin": margin}
+    prompt = _one_prompt(given, befores)
+    # Until all labels are read `chosen` is the first answer, a.
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, **label}
 
 
 def _side(value: object, column: str) -> tuple[Turns | None, str]:
-    """One of two answers, and the conversation before it where the value holds that too."""
+    """One of the answers, and the conversation before it where the value holds that too."""
     if isinstance(value, str) and not value.startswith("\n\nHuman:"):
-        return None, text(value, column)
+        messages = written_messages(value, column)
+        if messages is None:
+            return None, text(value, column)
+        value = messages
     if isinstance(value, str):
         pieces = SPEAKER.split(value)
         if pieces[-2] == "Assistant" and not pieces[-1].strip():
             raise BadRow(column, "empty", value)
-    conversation = turns(value, column)
+    conversation = turns([value] if isinstance(value, dict) else value, column)
     if len(conversation) == 1 and conversation[0][0] == "assistant":
         return None, conversation[0][1]
     return _last_answer(conversation, column)
 
 
-def _named_by_label(row: Row) -> Row:
-    """{a, b, label} as {chosen, rejected}; label is `a` or `b`, 1 or 2."""
-    label = row.get("label")
-    word = label.strip().lower() if isinstance(label, str) else label
-    if word is None or isinstance(word, bool) or word not in ("a", "b", 1, 2, "1", "2"):
-        raise BadRow("label", "missing" if label is None else "tie" if word == "tie" else "not_a_label", label)
-    better, worse = ("a", "b") if word in ("a", 1, "1") else ("b", "a")
-    return {**row, "chosen": row.get(better), "rejected": row.get(worse)}
+def _one_prompt(given: Turns | None, befores: Sequence[tuple[str, Turns | None]]) -> Turns:
+    """The prompt, told by column `prompt`, by the conversations before the answers, or by both.
+
+    Conversations count before a `prompt` that says a part of them, such as the first user turn alone.
+    """
+    prompt = None
+    for column, before in befores:
+        if before is not None and prompt is not None and before != prompt:
+            raise BadRow(column, "prompts_differ", before[-1][1])
+        prompt = prompt or before
+    if prompt is None or prompt == given:
+        if given is None:
+            raise BadRow("prompt", "missing")
+        return given
+    if given is None:
+        return prompt
+    part, whole = (_without_system([(role, said.strip()) for role, said in turns_]) for turns_ in (given, prompt))
+    if any(whole[place : place + len(part)] == part for place in range(len(whole))):
+        return given[:1] + prompt if given[0][0] == "system" and prompt[0][0] != "system" else prompt
+    if part[-len(whole) :] == whole and prompt[0][0] != "system":
+        return given
+    raise BadRow(next(column for column, before in befores if before is not None), "prompts_differ", prompt[-1][1])
+
+
+def _without_system(conversation: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return conversation[1:] if conversation[0][0] == "system" else conversation
 
 
 _PARSERS: dict[Kind, Callable[[Row], Parsed]] = {
@@ -240,14 +344,16 @@ _TYPES: dict[Kind, dict[str, pl.DataType | type[pl.DataType]]] = {
     "sft": {"response": pl.String},
     "preference": {"chosen": pl.String, "rejected": pl.String, "margin": pl.Float64},
     "ranking": {"responses": Strings, "winners": Indices, "losers": Indices, "margins": Numbers},
-    "feedback": {"completion": pl.String, "label": pl.Boolean},
+    "feedback": {"completion": pl.String, "label": pl.String},
     "prompt": {},
 }
 
 
 def to_frame(kind: Kind, numbers: Sequence[int], parsed: Sequence[Parsed]) -> pl.DataFrame:
-    """Parsed rows and their row numbers as a frame with the columns of schemas/rows.py."""
+    """Parsed rows and their row numbers as a frame with the columns of schemas/rows.py, their labels still as given."""
     columns = {name: pl.Series(name, [row[name] for row in parsed], dtype=t) for name, t in _TYPES[kind].items()}
+    if kind == "preference" and any("label" in row for row in parsed):
+        columns["label"] = pl.Series("label", [row.get("label") for row in parsed], dtype=pl.String)
     frame = pl.DataFrame({"row": pl.Series(numbers, dtype=pl.Int64), "prompt": _messages_of(parsed), **columns})
     return with_prompt_ids(frame)
 

@@ -46,6 +46,10 @@ class Report(Strict):
     """Tokens of the longest kept row; null when no tokenizer was given."""
     columns: list[str] = []
     """The file's columns."""
+    read: list[str] = []
+    """What was read as what, where it is not in our columns already."""
+    unused: dict[str, str | None] = {}
+    """Columns, and keys of messages, that were not read -> the beginning of a value."""
     sha256: str = ""
     """Digest of all rows read, in order."""
     error: str | None = None
@@ -145,6 +149,8 @@ class Quarantine:
             parts=parts,
             longest=context.longest,
             columns=list(context.columns),
+            read=list(context.said),
+            unused=dict(sorted(context.unread.items())),
             sha256=context.digest.hexdigest(),
             error=None if error is None else str(error),
         )

@@ -13,7 +13,10 @@ from stages.validate.formats import parse, to_frame
 
 def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
     """All kinds from raw rows, as `DERIVES` promises them to plans and estimates; each frame is clean."""
-    kinds = derive(kind, to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows]))
+    frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
+    if kind == "feedback":  # to_frame leaves labels as they are given, and the rows here have true and false
+        frame = frame.with_columns(label=pl.col("label") == "true")
+    kinds = derive(kind, frame)
     assert set(kinds) == set(DERIVES[kind])
     for name, frame in kinds.items():
         assert problems(name, frame).height == 0
@@ -100,5 +103,5 @@ def test_feedback_and_sft() -> None:
 @pytest.mark.parametrize("kind", ["sft", "preference", "ranking", "feedback", "prompt"])
 def test_nothing_gives_nothing(kind: Kind) -> None:
     """Frames without rows pass through."""
-    kinds = derive(kind, to_frame(kind, [], []))
-    assert all(frame.height == 0 and problems(name, frame).height == 0 for name, frame in kinds.items())
+    kinds = derived(kind)
+    assert all(frame.height == 0 for frame in kinds.values())

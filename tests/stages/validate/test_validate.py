@@ -260,9 +260,9 @@ def test_no_column_is_guessed(tmp_path: Path) -> None:
     """Chosen and rejected the wrong way round would invert every preference: only a placeholder is suggested."""
     file = write(tmp_path / "a.jsonl", [{"question": "q", "better": "b", "worse": "w"}] * 3)
     message, _ = refused(file, tmp_path / "out", "preference")
-    assert "no column `prompt` and no `chosen` and no `rejected`. It has question, better, worse." in message
-    assert "--columns prompt=YOUR_COLUMN --columns chosen=YOUR_COLUMN --columns rejected=YOUR_COLUMN`" in message
-    assert "(config: `columns: {prompt: YOUR_COLUMN, chosen: YOUR_COLUMN, rejected: YOUR_COLUMN}`)" in message
+    assert "no column `chosen` and no `rejected`. It has question, better, worse." in message
+    assert "`--columns chosen=YOUR_COLUMN --columns rejected=YOUR_COLUMN`" in message
+    assert "(config: `columns: {chosen: YOUR_COLUMN, rejected: YOUR_COLUMN}`)" in message
     near = write(tmp_path / "b.jsonl", [{"prompt": "p", "unchosen": "b", "rejectd": "w"}] * 3)
     message, _ = refused(near, tmp_path / "out", "preference")
     assert "chosen=YOUR_COLUMN" in message and "rejected=YOUR_COLUMN" in message

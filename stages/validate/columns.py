@@ -1,0 +1,263 @@
+"""Which of a file's columns are read as what: mapped by the user, of a known data set, or under their usual names.
+
+What is not read is listed with an example; a row that means something else without it is put aside.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from schemas.config import Kind, ValidateParams
+from schemas.errors import StageError, refuse
+from schemas.text import listed as shown_list
+from schemas.text import one_line
+from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text
+from stages.validate.column_advice import KNOWN
+from stages.validate.labels import Names
+from stages.validate.presets import PRESETS, Numbered, Shape, recognised
+
+_PROMPTS = ("instruction", "question", "query")
+_CONVERSATIONS = ("conversations", "conversation")
+_ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "sft": {"messages": (*_CONVERSATIONS, "text"), "response": ("completion", "output", "answer")},
+    "preference": {},
+    "feedback": {"completion": ("output", "answer"), "label": ("kto_tag",)},
+    "ranking": {"responses": ("answers", "completions", "generations", "candidates")},
+    "prompt": {"messages": _CONVERSATIONS},
+}
+"""Our column -> the names under which data sets have it, where the file has no column of ours."""
+_SYSTEMS = ("system", "system_prompt")
+_INPUTS = ("input", "context")
+"""What an instruction is about; beside an instruction only."""
+_REFUSED = {
+    **dict.fromkeys(("tools", "functions"), "tools"),
+    **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
+}
+"""Columns without which a row means something else -> the reason to put it aside."""
+_NOTHING = (None, "", [], {}, "[]", "null", "None")
+_EXAMPLE = 80
+_LISTED = 200
+"""Unread columns that are listed."""
+
+
+@dataclass
+class _Plan:
+    """How rows with one set of columns are read."""
+
+    shape: Shape | None = None
+    takes: dict[str, str] = field(default_factory=dict)
+    """Our column -> the file's."""
+    system: str | None = None
+    input: str | None = None
+    history: str | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    """Columns without an example yet."""
+    ours: frozenset[str] = frozenset()
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are in our columns as they are, and nothing stands beside them."""
+        return not (self.shape and self.shape.row or self.takes or self.refused or self.unread or self.system)
+
+
+class Columns:
+    """Reads the columns of one file."""
+
+    def __init__(self, params: ValidateParams, log_text: bool = True) -> None:
+        self.params, self.log_text = params, log_text
+        self.unread: dict[str, str | None] = {}
+        """Column, or `messages[].key` -> the beginning of a value found there."""
+        self.read: dict[str, None] = {}
+        """What was read as what, for people."""
+        self.ours: set[str] = set()
+        """Our columns that rows had."""
+        self.names = Names()
+        self.whole: Callable[[Iterable[tuple[int, Row]], Kind], Iterator[Numbered]] | None = None
+        """Set where the file's rows give rows of ours only together."""
+        self.beside = False
+        """Whether system messages or earlier turns stand in columns of their own."""
+        self._plans: dict[tuple[str, ...], _Plan] = {}
+        self._last: tuple[tuple[str, ...], _Plan] | None = None
+
+    def say(self, what: str) -> None:
+        """Note what was read as what."""
+        self.read[what] = None
+
+    def plan(self, row: Row) -> _Plan:
+        """How a row is read."""
+        names = tuple(row)
+        if self._last is not None and self._last[0] == names:
+            return self._last[1]
+        if names not in self._plans:
+            if len(self._plans) >= _LISTED:  # every row another set of columns: nothing is gained by keeping them
+                self._plans.clear()
+            self._plans[names] = self._made(names)
+        self._last = names, self._plans[names]
+        return self._plans[names]
+
+    def _made(self, names: tuple[str, ...]) -> _Plan:
+        params, plan = self.params, _Plan()
+        given = set(names)
+        if params.format or not params.columns:
+            fits = [
+                (name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds
+            ]
+            if fits:
+                name, plan.shape = fits[0]
+                if plan.shape.row or plan.shape.whole or params.format:
+                    self.say(f"{name}: {plan.shape.says}")
+        taken = set(plan.shape.needs | plan.shape.reads) if plan.shape and _converts(plan.shape) else set()
+        if self.whole is None and plan.shape is not None:
+            self.whole = plan.shape.whole
+        ours = {} if taken else {**_aliases(params.kind, given, set(params.columns))}
+        ours |= params.columns
+        for name, theirs in ours.items():
+            if name not in params.columns:
+                self.say(f"`{theirs}` as {name}")
+        plan.takes = ours
+        read = {*taken, *ours.values(), *(KNOWN[params.kind] - (ours.keys() - ours.values()))}
+        prompt = ours.get("prompt", "prompt")
+        if plan.shape is None or not taken:
+            plan.system = params.columns.get("system") or next((n for n in _SYSTEMS if n in given - read), None)
+            if prompt in _PROMPTS[:1]:
+                plan.input = params.columns.get("input") or next((n for n in _INPUTS if n in given - read), None)
+                plan.history = "history" if "history" in given - read else None
+            plan.input = plan.input or params.columns.get("input")
+            plan.history = plan.history or params.columns.get("history")
+        for what, theirs in (("the system message", plan.system), ("part of the prompt", plan.input)):
+            if theirs in given and theirs not in params.columns.values():
+                self.say(f"`{theirs}` as {what}")
+        if plan.history in given and "history" not in params.columns:
+            self.say(f"`{plan.history}` as earlier turns")
+        self.beside = self.beside or plan.system is not None or plan.history is not None
+        read |= {name for name in (plan.system, plan.input, plan.history) if name}
+        plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}
+        plan.unread = [name for name in names if name not in read and name not in plan.refused]
+        for name in plan.unread:
+            self._unread(name, None)
+        label = plan.shape.labels if plan.shape and plan.shape.labels else ("label", "a", "b")
+        sources = [params.columns.get(ours_, ours.get(ours_, theirs)) for ours_, theirs in zip(Names._fields, label)]
+        if given.issuperset(sources):
+            self.names = Names(*sources)
+        plan.ours = frozenset({*ours, *(given & KNOWN[params.kind])})
+        self.ours |= plan.ours
+        return plan
+
+    def row(self, row: Row) -> Row:
+        """The row with our columns. Raises BadRow where something stands beside them that changes what it means."""
+        plan = self.plan(row)
+        if plan.plain:
+            return row
+        for name, reason in plan.refused.items():
+            if row.get(name) not in _NOTHING:
+                raise BadRow(name, reason, row[name])
+        if plan.unread:
+            self._examples(row, plan)
+        source = row
+        if plan.shape is not None and plan.shape.row is not None:
+            row = plan.shape.row(row)
+            self.ours |= row.keys()
+        if plan.takes:
+            row = {**row, **{ours: source.get(theirs) for ours, theirs in plan.takes.items()}}
+        if plan.input is not None and source.get(plan.input) not in _NOTHING and isinstance(row.get("prompt"), str):
+            row = {**row, "prompt": f"{row['prompt']}\n{text(source[plan.input], plan.input)}"}
+        return row
+
+    def _examples(self, row: Row, plan: _Plan) -> None:
+        for name in list(plan.unread):
+            if row.get(name) not in _NOTHING:
+                self._unread(name, row[name])
+                plan.unread.remove(name)
+
+    def _unread(self, name: str, value: object) -> None:
+        """List a column, or a key, that is not read, with the first value found."""
+        if not self.log_text:
+            name, value = "(left out: log_text is false)", None
+        if self.unread.get(name) is None and (name in self.unread or len(self.unread) < _LISTED):
+            self.unread[name] = None if value is None else one_line(value, _EXAMPLE)
+
+    def keys(self, row: Row) -> None:
+        """List the keys of messages and answers that are not read."""
+        for column, value in row.items():
+            if isinstance(value, list):
+                for message in value:
+                    if isinstance(message, dict) and not message.keys() <= KNOWN_KEYS:
+                        for key in message.keys() - KNOWN_KEYS - _ANSWER_KEYS:
+                            if message[key] not in _NOTHING:
+                                self._unread(f"{column}[].{key}", message[key])
+
+    def around(self, source: Row, parsed: Parsed) -> Parsed:
+        """The parsed row with its system message and its earlier turns, where columns of their own hold them."""
+        plan = self.plan(source)
+        if plan.history is not None and source.get(plan.history) not in _NOTHING:
+            parsed["prompt"] = (*_earlier(source[plan.history], plan.history), *parsed["prompt"])
+        if plan.system is None or source.get(plan.system) in _NOTHING:
+            return parsed
+        system = text(source[plan.system], plan.system)
+        if not system.strip():
+            return parsed
+        prompt: Turns = parsed["prompt"]
+        if prompt[0][0] != "system":
+            parsed["prompt"] = (("system", system), *prompt)
+        elif prompt[0][1].strip() != system.strip():
+            raise BadRow(plan.system, "two_system_messages", system)
+        return parsed
+
+
+_ANSWER_KEYS = {"answer", "response", "completion", "output", "model", "rank", "score", "overall_score", "rating"}
+
+
+def _converts(shape: Shape) -> bool:
+    return shape.row is not None or shape.whole is not None
+
+
+def _aliases(kind: Kind, given: set[str], mapped: set[str]) -> dict[str, str]:
+    """Our columns that the file has under another usual name."""
+    have = given | mapped
+    found: dict[str, str] = {}
+    if not have & {"prompt", "messages", "turns"}:
+        names = (*_PROMPTS, *(_CONVERSATIONS if kind in ("preference", "feedback") else ()), "input")
+        prompt = next((name for name in names if name in given), None)
+        if prompt is not None and not (kind in ("sft", "prompt") and given & set(_CONVERSATIONS)):
+            found["prompt"] = prompt
+    for ours, names in _ALIASES[kind].items():
+        theirs = next((name for name in names if name in given and name not in found.values()), None)
+        if ours in have or theirs is None:
+            continue
+        # Answers with a verdict beside them are not all to be imitated; and a conversation holds its answer.
+        if kind == "sft" and ours == "response" and (given & {"label", "messages"} or "messages" in found):
+            continue
+        if ours == "messages" and (have | found.keys()) & {"prompt"}:
+            continue
+        if ours == "completion" and "response" in have:
+            continue
+        found[ours] = theirs
+    return found
+
+
+def _earlier(value: object, column: str) -> Turns:
+    """Earlier turns as pairs of what was asked and what was answered."""
+    spoken: list[tuple[str, str]] = []
+    for pair in listed(value, column):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(column, "not_a_pair_of_turns", pair)
+        spoken += [("user", text(pair[0], column)), ("assistant", text(pair[1], column))]
+    return tuple(spoken)
+
+
+def wrong_format(params: ValidateParams, columns: Mapping[str, None]) -> StageError | None:
+    """The config names a format that the file's columns, or the kind, do not fit."""
+    if params.format is None or not columns:
+        return None
+    fits = recognised(columns, params.format)
+    if any(params.kind in shape.kinds for _, shape in fits):
+        return None
+    if fits:
+        kinds = ", ".join(dict.fromkeys(kind for _, shape in fits for kind in shape.kinds))
+        message = f"{params.format} rows of these columns cannot be read as {params.kind}"
+        return refuse("kind", params.kind, message, f"use kind {kinds.replace(', ', ' or ')}", kind="wrong_columns")
+    forms = ", or ".join(" + ".join(sorted(shape.needs)) for shape in PRESETS[params.format])
+    message = f"{one_line(params.path)} has {shown_list(columns)}; {params.format} rows have {forms}"
+    fix = "leave the format out, and map the columns with --columns OURS=THEIRS"
+    return refuse("format", params.format, message, fix, kind="wrong_columns")
