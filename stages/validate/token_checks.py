@@ -1,7 +1,7 @@
 """Checks of rows that need the tokenizer: what is too long, what leaves nothing to learn, what the template refuses."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from jinja2 import TemplateError
@@ -59,8 +59,8 @@ def _answers(kind: Kind, row: dict) -> list[tuple[str, str]]:
 
 def _unknown_ids(codec: "Codec") -> frozenset[int]:
     """The token that stands for whatever the tokenizer does not know; nothing where every text has tokens."""
-    tokenizer = codec.tokenizer
-    named = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)  # type: ignore[attr-defined]
+    tokenizer: Any = codec.tokenizer
+    named = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
     ids = {tokenizer.unk_token_id, None if named is None else tokenizer.convert_tokens_to_ids(named)}
     # GPT-2 declares its end as the unknown token, and has bytes for everything.
     return frozenset(int(i) for i in ids if isinstance(i, int)) - codec.control_ids
