@@ -34,6 +34,7 @@ CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
     table_checks.too_many_characters,
     token_checks.unusable_tokens,
     table_checks.look_alikes,
+    table_checks.contradictions,
     table_checks.hidden_characters,
     token_checks.prompt_tokens_differ,
     table_checks.leaks,

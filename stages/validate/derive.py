@@ -7,9 +7,9 @@ import polars as pl
 
 from schemas.config import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
+from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
 
 PARTS = ("train", "eval", "gold", "test")
-_HEAD = ["row", "prompt", "prompt_id", "cluster"]
 _CHUNK = 20_000
 
 
@@ -46,39 +46,40 @@ def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
 
     A ranking without any comparison (all answers tied) gives its prompt only.
     """
-    kinds: dict[Kind, pl.DataFrame] = {"prompt": _distinct(frame.select(_HEAD), "prompt")}
+    kinds: dict[Kind, pl.DataFrame] = {"prompt": _distinct(frame.select(HEAD), "prompt")}
     if kind == "ranking":
-        kinds |= _from_ranking(frame.filter(pl.col("winners").list.len() > 0))
+        ranked = frame.filter(pl.col("winners").list.len() > 0)
+        kinds |= {"ranking": ranked, "preference": _distinct(_pairs(ranked)), **_liked_of("ranking", ranked)}
     elif kind == "preference":
-        kinds |= _from_preference(frame)
+        kinds |= {"preference": frame, "ranking": _as_rankings(frame), **_liked_of("preference", frame)}
     elif kind == "feedback":
-        kinds |= {"feedback": frame, "sft": _liked(frame)}
+        opposed = opposed_thumbs(frame)
+        unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
+        liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
+        kinds |= {"feedback": frame, "sft": _distinct(liked.select(*HEAD, response="completion"))}
     elif kind == "sft":
         kinds |= {"sft": frame}
     return kinds
 
 
-def _from_preference(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    ranking = frame.select(
-        *_HEAD,
-        responses=pl.concat_list("chosen", "rejected"),
-        winners=pl.concat_list(pl.lit(0, pl.Int64)),
-        losers=pl.concat_list(pl.lit(1, pl.Int64)),
-        margins=pl.when(pl.col("margin").is_not_null()).then(pl.concat_list("margin")).cast(Numbers),
-    )
-    up = frame.select(*_HEAD, completion="chosen", label=pl.lit(True))
-    down = frame.select(*_HEAD, completion="rejected", label=pl.lit(False))
-    feedback = _distinct(pl.concat([up, down]).sort("row", maintain_order=True))
-    return {"preference": frame, "ranking": ranking, "feedback": feedback, "sft": _liked(feedback)}
+def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
+    margins = pl.when(pl.col("margin").is_not_null()).then(pl.concat_list("margin")).cast(Numbers)
+    return rankings("preference", frame).with_columns(frame.select(margins=margins))
 
 
-def _from_ranking(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    return {
-        "ranking": frame,
-        "preference": _distinct(_pairs(frame)),
-        "feedback": _distinct(_thumbs(frame)),
-        "sft": _distinct(_best(frame)),
-    }
+def _liked_of(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
+    """Thumbs, and the answers to imitate. Rows of one prompt that share answers are one ranking for both."""
+    alone, joined = as_one(kind, frame)
+    if kind == "ranking":
+        feedback, sft = [_thumbs(alone)], [_best(alone)]
+    else:  # of two answers one is up and one is down
+        up = alone.select(*HEAD, completion="chosen", label=pl.lit(True))
+        feedback = [up, alone.select(*HEAD, completion="rejected", label=pl.lit(False))]
+        sft = [alone.select(*HEAD, response="chosen")]
+    if joined.height:
+        feedback, sft = [*feedback, _thumbs(joined)], [*sft, _best(joined)]
+    in_order = {"feedback": feedback, "sft": sft}
+    return {name: _distinct(pl.concat(tables).sort("row", maintain_order=True)) for name, tables in in_order.items()}
 
 
 def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
@@ -86,7 +87,7 @@ def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
     nothing = pl.col("winners").list.eval(pl.lit(None, pl.Float64))
     pairs = frame.with_columns(margins=pl.col("margins").fill_null(nothing)).explode("winners", "losers", "margins")
     return pairs.select(
-        *_HEAD,
+        *HEAD,
         chosen=pl.col("responses").list.get(pl.col("winners")),
         rejected=pl.col("responses").list.get(pl.col("losers")),
         margin="margins",
@@ -105,22 +106,18 @@ _SIGNS = (("winners", 1), ("losers", -1))
 def _thumbs(frame: pl.DataFrame) -> pl.DataFrame:
     """Thumbs up for answers that won more often than they lost, down for the reverse; none for those in the middle."""
     judged = _net_wins(frame).filter(pl.col("net") != 0).join(frame, on="row", maintain_order="left")
-    return judged.select(*_HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
+    return judged.select(*HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
 
 
 def _best(frame: pl.DataFrame) -> pl.DataFrame:
-    """The answer with the most wins less losses; of equals the first."""
-    best = _net_wins(frame).sort("row", "net", "answer", descending=[False, True, False])
+    """The answer with the most wins less losses, of equals the first; none where all have won as often as lost."""
+    best = _net_wins(frame).filter(pl.col("net") > 0).sort("row", "net", "answer", descending=[False, True, False])
     first = best.unique("row", keep="first", maintain_order=True).join(frame, on="row", maintain_order="left")
-    return first.select(*_HEAD, response=_text_of("answer"))
+    return first.select(*HEAD, response=_text_of("answer"))
 
 
 def _text_of(answer: str) -> pl.Expr:
     return pl.col("responses").list.get(pl.col(answer))
-
-
-def _liked(feedback: pl.DataFrame) -> pl.DataFrame:
-    return _distinct(feedback.filter("label").select(*_HEAD, response="completion"))
 
 
 def _distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:

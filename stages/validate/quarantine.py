@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import field_validator
 
 from schemas import Strict
 from schemas.config import Kind
 from schemas.errors import StageError
+from schemas.text import visible
 from stages.validate.context import Context, Finding
 
 LEFT_OUT = "(left out: log_text is false)"
@@ -53,6 +55,12 @@ class Report(Strict):
     error: str | None = None
     """Why the data was refused."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        """Names and texts come from outside; a lone surrogate in one cannot be encoded."""
+        return _visible(value)
+
     def metrics(self) -> dict[str, float]:
         """The counts as metrics of the stage."""
         counts = {"data/rows": self.rows, "data/kept": self.kept, "data/quarantined": self.quarantined}
@@ -73,6 +81,7 @@ class Quarantine:
         self.checks: Counter[tuple[str, str]] = Counter()
         self.notes: Counter[str] = Counter()
         self._noted: dict[str, list[int]] = {}
+        self._rows_noted: dict[str, Rows] = {}
         self._reasons: dict[str, Rows] = {}
 
     @property
@@ -94,8 +103,11 @@ class Quarantine:
         """Put a row aside, or count what is odd about one that stays."""
         row, column, reason, value, line, kept = finding
         if kept:
-            self.notes[reason] += 1
-            if self.notes[reason] <= _NOTED:
+            rows = self._rows_noted.setdefault(reason, Rows())
+            before = len(rows)
+            rows.add(row)
+            self.notes[reason] = len(rows)
+            if before < len(rows) <= _NOTED:
                 self._noted.setdefault(reason, []).append(row)
             return
         if self.listed < LISTED:
@@ -114,19 +126,23 @@ class Quarantine:
             self.add(finding)
         return frame.filter(~self.rows.of(frame["row"])) if len(self.rows) > before else frame
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason -> rows, the most frequent first."""
+        return dict(Counter({reason: len(rows) for reason, rows in self._reasons.items()}).most_common())
+
     def summary(self) -> dict[str, int]:
         """`column: reason` -> entries, the most frequent first."""
         return {f"{column}: {reason}" if column else reason: n for (column, reason), n in self.checks.most_common()}
 
     def report(self, context: Context, parts: dict[str, dict[str, int]], error: StageError | None) -> Report:
         """What came of the rows, written as report.json too."""
-        reasons = Counter({reason: len(rows) for reason, rows in self._reasons.items()})
         report = Report(
             kind=context.params.kind,
             rows=context.read,
             kept=context.read - len(self.rows),
             quarantined=len(self.rows),
-            reasons=dict(reasons.most_common()),
+            reasons=self.reasons,
             checks=self.summary(),
             notes=dict(self.notes),
             noted=self._noted,
@@ -165,6 +181,15 @@ class Rows:
         wanted = numbers.to_numpy()
         known = wanted < len(flags)
         return pl.Series(known & flags[np.where(known, wanted, 0)]) if len(flags) else pl.Series(known)
+
+
+def _visible(value: Any) -> Any:
+    """A value of the report with marks for the characters that cannot be written."""
+    if isinstance(value, dict):
+        return {_visible(key): _visible(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_visible(item) for item in value]
+    return visible(value) if isinstance(value, str) and not value.isascii() else value
 
 
 def _cut(value: object) -> str:

@@ -1,9 +1,10 @@
 """Rows of kind `ranking`: several answers to a prompt, and which of them is better.
 
-prompt + responses (texts, or objects with `text` and `model`, and `rank` or `score`), with one of `scores` (higher is better), `order`
+prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
-or models; winner null, 0 or "tie" is a tie). Where they are empty, nobody has ranked the answers yet: such a row is
-noted, and gives its prompt only.
+or models; winner null, 0 or "tie" is a tie); or answers that carry `rank` or `score` within themselves. Where they are empty, nobody has ranked the answers yet: such a row is
+noted, and gives its prompt only. Where several are filled in they must agree; against `scores`, which a judge gives,
+what people said counts, and the row is noted.
 Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
 independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
 """
@@ -34,20 +35,40 @@ def ranking(row: Row) -> Parsed:
     merged = [places[answer.strip()] for answer in texts]
     if not row.keys() & {"comparisons", *_LEVELS}:
         raise BadRow("scores", "missing")
-    by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in _EMPTY), None)
-    pairs: list[tuple[int, int]] = []
-    margins, notes = None, ["identical_answers"] * (len(places) < len(texts))
-    if by == "comparisons":
-        pairs, odd = _from_comparisons(listed(row[by], by), names, merged)
-        notes += odd
-    elif by is not None:
-        pairs, levels = _from_levels(_LEVELS[by](listed(row[by], by), names, by), merged)
-        margins = levels if by == "scores" else None
+    notes = ["identical_answers"] * (len(places) < len(texts))
+    by, pairs, margins, odd = _verdict(row, names, merged)
+    notes += odd
     if not pairs:
         notes.append("not_ranked" if by is None else "all_tied")
     sides = {"winners": [pair[0] for pair in pairs], "losers": [pair[1] for pair in pairs]}
     responses = [different[answer] for answer in places]
     return {"prompt": prompt, "responses": responses, **sides, "margins": margins, "notes": notes}
+
+
+def _verdict(
+    row: Row, names: Sequence[str | None], merged: list[int]
+) -> tuple[str | None, list[tuple[int, int]], list[float] | None, list[str]]:
+    """The column that decides, the pairs (better, worse) that it tells of, their margins, and what is odd about it."""
+    given = [name for name in ("comparisons", *_LEVELS) if row.get(name) not in _EMPTY]
+    told: dict[str, list[tuple[int, int]]] = {}
+    margins: list[float] | None = None
+    odd: list[str] = []
+    for name in given:
+        values = listed(row[name], name)
+        if name == "comparisons":
+            told[name], odd = _from_comparisons(values, names, merged)
+        else:
+            told[name], levels = _from_levels(_LEVELS[name](values, names, name), merged)
+            margins = levels if name == "scores" else margins
+    if not given:
+        return None, [], None, []
+    by = next((name for name in ("order", "ranks", "comparisons") if name in told), "scores")
+    for name in given:
+        if name != "scores" and not set(told[name]) <= set(told[by]):
+            raise BadRow(name, "verdicts_differ", row[name])
+    if "scores" in told and set(told["scores"]) != set(told[by]):
+        return by, told[by], None, [*odd, "scores_overruled"]
+    return by, told.get("scores", told[by]), margins, odd  # the margins are in the scores' order of the pairs
 
 
 def generated(row: Row) -> Parsed:

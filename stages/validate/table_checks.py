@@ -8,6 +8,8 @@ from schemas.config import Kind
 from schemas.rows import HIDING, IGNORED, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
+from stages.validate.rankings import has_cycle
+from stages.validate.together import groups, joined, opposed_thumbs, pairs
 
 ANSWERS: dict[Kind, tuple[str, ...]] = {
     "sft": ("response",),
@@ -65,6 +67,29 @@ def look_alikes(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     yield from (note(row, "look_alike") for row in frame.filter(again)["row"])
 
 
+def contradictions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Notes rows that contradict another one: of two answers each is the better, or an answer is liked and disliked.
+
+    Also those that go in a circle with others. They stay as they are; what is derived from them goes by majority.
+    """
+    kind = context.params.kind
+    if kind == "feedback":
+        yield from (note(row, "contradictory") for row in opposed_thumbs(frame)["row"])
+    if kind not in ("preference", "ranking"):
+        return
+    reverse: list[int] = []
+    circular: list[int] = []
+    for group in groups(kind, frame):
+        comparisons = pairs(group)
+        verdicts = {(better, worse) for _, better, worse in comparisons}
+        reverse += {row for row, better, worse in comparisons if (worse, better) in verdicts}
+        ranking = joined(group)
+        if has_cycle(zip(ranking["winners"], ranking["losers"], strict=True)):
+            circular += {row["row"] for row in group}
+    yield from (note(row, "contradictory") for row in sorted(reverse))
+    yield from (note(row, "cycle") for row in sorted(circular))
+
+
 def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
     contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
@@ -79,6 +104,7 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """
     side = part(context.params)
     yield from (note(row, "held_out_elsewhere") for row in frame.filter(side == "none")["row"])
+    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame.with_columns(part=side)))
     if context.evaluation is None:
         return
     files = [context.evaluation / name / "prompt.parquet" for name in ("eval", "test")]
@@ -87,6 +113,20 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     leaking = frame.filter(side.is_in(["train", "gold"]) & pl.col("cluster").is_in(clusters.to_list()))
     for row, prompt in leaking.select("row", "prompt").iter_rows():
         yield Finding(row, "prompt", "leaks_into_evaluation", prompt[-1]["content"])
+
+
+def _shared_first_turns(frame: pl.DataFrame) -> pl.Series:
+    """Rows to train on whose first user turn is held out too, under another system message.
+
+    The split goes by both: where a system message says what is asked, a first turn as `Hello` is no conversation.
+    """
+    roles, contents = (pl.col("prompt").list.eval(pl.element().struct.field(name)) for name in ("role", "content"))
+    if not frame.select(roles.list.contains("system").any()).item():
+        return pl.Series([], dtype=pl.Int64)  # then rows of one first turn are one cluster
+    first = contents.list.get((roles.list.first() == "system").cast(pl.Int64), null_on_oob=True)
+    turns = frame.select("row", "part", first=_plain(first))
+    held_out = turns.filter(pl.col("part").is_in(["eval", "test"]))["first"].unique()
+    return turns.filter(pl.col("part").is_in(["train", "gold"]) & pl.col("first").is_in(held_out.implode()))["row"]
 
 
 def _first_answer(kind: Kind) -> str:

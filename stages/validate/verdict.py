@@ -3,9 +3,11 @@
 import polars as pl
 
 from schemas.errors import StageError, refuse
+from schemas.source import File, data_source
 from schemas.text import one_line
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine
+from stages.validate.readers.files import how_to_convert
 
 
 def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> StageError | None:
@@ -32,6 +34,11 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
         if usable.height
         else ("nothing_left", "fix the rows or map the right columns")
     )
+    source, counts_of = data_source(params.path), quarantine.reasons
+    if isinstance(source, File) and 2 * counts_of.get("not_unicode", 0) > bad:
+        kind, fix = "not_utf8", how_to_convert(source.path)
+    if 2 * (counts_of.get("unknown_tokens", 0) + counts_of.get("equal_tokens", 0)) > bad:
+        fix = "take a model whose tokenizer knows these texts: it does not tell them apart"
     return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
 
 

@@ -3,45 +3,26 @@
 A line that is not a row is handed on as broken, with its reason; a file that cannot be read at all ends the stage.
 """
 
-import csv
 import difflib
-import gzip
-import io
 import itertools
 import json
 import os
-import zlib
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 import polars as pl
 
 from schemas.config import ValidateParams
-from schemas.errors import refuse
+from schemas.errors import StageError, refuse
 from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
-from schemas.text import listed
 from stages.validate.readers import bounds
+from stages.validate.readers.csv_file import from_csv
+from stages.validate.readers.files import Record, bytes_of, digestible, lines_of, text_of
 from stages.validate.readers.json_array import Array
+from stages.validate.readers.json_rows import Decoder, other_orientation
 
-Row = dict[str, Any]
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
-
-
-class Record(NamedTuple):
-    """One row as it was read."""
-
-    row: Row | None
-    """None when it is broken."""
-    raw: bytes
-    """What the content digest takes in: the line, or the row as JSON."""
-    reason: str = ""
-    """Why it is broken."""
-    line: int | None = None
-    """Line in the file, from 1."""
 
 
 def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
@@ -87,7 +68,7 @@ def _from_file(file: Path) -> Iterator[Record]:
     if kind == ".json":
         return _from_json(file)
     if kind == ".csv":
-        return _from_csv(file)
+        return from_csv(file)
     if kind in (".parquet", ".pq"):
         return _from_parquet(file)
     message = f"the format {kind or 'of a file without suffix'} is not known"
@@ -113,112 +94,63 @@ def _refuse_missing(file: Path) -> None:
     )
 
 
-@contextmanager
-def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. Errors of reading, also those met later on, name the file."""
-    try:
-        with file.open("rb") as plain:
-            packed = plain.read(2) == b"\x1f\x8b"
-            plain.seek(0)
-            if packed:
-                with gzip.open(plain) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            elif file.suffix.lower() == ".gz" and file.stat().st_size:
-                raise gzip.BadGzipFile("it does not begin like one")
-            else:
-                yield plain
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        message = f"the gzip file is broken or cut short: {error}"
-        fix = "fetch or pack it again; `gzip -t` tells whether it is whole"
-        raise refuse("path", file, message, fix, kind="broken_file") from error
-    except OSError as error:
-        raise refuse("path", file, f"the file cannot be read: {error}", None, kind="unreadable_file") from error
-
-
 def _from_jsonl(file: Path) -> Iterator[Record]:
-    with _bytes_of(file) as stream:
-        for number, line in enumerate(bounds.lines(stream, file, stream), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+    decoder = Decoder()
+    with bytes_of(file) as stream:
+        begun = False
+        for number, line in enumerate(lines_of(file, stream), 1):
             line = line.strip(b" \t\r\n")
             if line:
-                yield _parse_line(line, number)
+                record = _parse_line(line, number, decoder)
+                if not begun and (error := other_orientation(file, record.row)):
+                    raise error
+                begun = True
+                yield record
 
 
-def _parse_line(line: bytes, number: int) -> Record:
+def _parse_line(line: bytes, number: int, decoder: Decoder) -> Record:
     try:
-        row = json.loads(line.decode())
+        row = decoder.decode(line.decode())
     except UnicodeDecodeError:
         return Record(None, line, "not_unicode", number)
     except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
         return Record(None, line, "malformed_json", number)
     if not isinstance(row, dict):
         return Record(None, line, "not_an_object", number)
+    if decoder.repeated:
+        return Record(None, line, "duplicate_key", number)
     return Record(row, line, "", number)
 
 
 def _from_json(file: Path) -> Iterator[Record]:
     """One JSON array of rows; anything else is taken as JSON lines."""
-    with _bytes_of(file) as stream:
-        begins = b""
-        while not begins and (piece := stream.read(1 << 16)):
-            begins = piece.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not begins.startswith(b"["):
+    with bytes_of(file) as stream, text_of(stream) as text:
+        begins = ""
+        while not begins and (piece := text.read(1 << 16)):
+            begins = piece.lstrip("\ufeff \t\r\n")
+    if not begins.startswith("["):
+        if error := _one_object(file):
+            raise error
         yield from _from_jsonl(file)
         return
-    with _bytes_of(file) as stream:
-        for row in Array(file, stream).elements():
-            known = isinstance(row, dict)
-            yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
+    with bytes_of(file) as stream:
+        array = Array(file, stream)
+        for row in array.elements():
+            reason = "duplicate_key" if array.repeated else ""
+            reason = reason if isinstance(row, dict) else "not_an_object"
+            yield Record(None if reason else row, digestible(row), reason)
 
 
-def _from_csv(file: Path) -> Iterator[Record]:
-    """Cells stay text: what they mean depends on the kind of data. Bytes that are not UTF-8 become lone surrogates."""
-    csv.field_size_limit(bounds.LINE_BYTES)
-    with _bytes_of(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        of_row = 0
-
-        def counted() -> Iterator[str]:  # a cell in quotes goes on over lines, and a row over cells
-            nonlocal of_row
-            for line in bounds.lines(text, file, stream):
-                of_row += len(line)
-                if of_row > bounds.LINE_BYTES:
-                    raise bounds.refuse_long(file, f"the row that ends after line {reader.line_num}")
-                yield line
-
-        reader = csv.reader(counted(), strict=True)
-        try:
-            header: list[str] = []
-            for number, cells in enumerate(reader):
-                of_row = 0
-                if len(cells) > bounds.COLUMNS:
-                    message = f"the row at line {reader.line_num} has {len(cells)} cells; {bounds.COLUMNS} are allowed"
-                    raise refuse("path", file, message, "leave out the columns that no kind reads", kind="too_large")
-                if number == 0:
-                    header = cells
-                    _refuse_repeated(header, file)
-                elif cells:
-                    yield _csv_record(header, cells, reader.line_num)
-        except csv.Error as error:
-            message = f"the CSV is malformed at line {reader.line_num}: {error}"
-            fix = 'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""'
-            raise refuse("path", file, message, fix, kind="broken_file") from error
-
-
-def _refuse_repeated(header: list[str], file: Path) -> None:
-    repeated = sorted(name for name, times in Counter(header).items() if times > 1)
-    if repeated:
-        message = f"the CSV's header names {listed(repeated)} more than once"
-        fix = "give every column a name of its own"
-        raise refuse("path", file, message, fix, kind="broken_file")
-
-
-def _csv_record(header: list[str], cells: list[str], line: int) -> Record:
-    raw = _digestible(cells)
-    if len(cells) != len(header):
-        return Record(None, raw, "wrong_number_of_cells", line)
-    return Record(dict(zip(header, cells, strict=True)), raw, "", line)
+def _one_object(file: Path) -> StageError | None:
+    """Why the file, as one object over many lines, holds no rows; None where it is anything else, or too long."""
+    with bytes_of(file) as stream, text_of(stream) as text:
+        whole = text.read(bounds.LINE_BYTES)
+        if text.read(1):
+            return None
+    try:
+        return other_orientation(file, json.loads(whole.removeprefix("\ufeff")))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _from_parquet(file: Path) -> Iterator[Record]:
@@ -258,7 +190,7 @@ def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Recor
                 raise bounds.refuse_long(Path(str(file)), f"row {begin}")
             for row in piece.iter_rows(named=True):
                 begin += 1
-                yield Record(row, _digestible(row))
+                yield Record(row, digestible(row))
 
 
 def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -320,9 +252,4 @@ def _from_demo(kind: str, seed: int) -> Iterator[Record]:
     from stages.engine import demo  # brings the tokenizer library with it
 
     for row in demo.rows(kind, seed):
-        yield Record(dict(row), _digestible(row))
-
-
-def _digestible(value: object) -> bytes:
-    """JSON with sorted keys; ASCII, so that lone surrogates pass."""
-    return json.dumps(value, sort_keys=True, default=str).encode()
+        yield Record(dict(row), digestible(row))

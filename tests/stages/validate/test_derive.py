@@ -41,7 +41,7 @@ def test_preference() -> None:
         (["a", "b"], [0], [1], None),
         (["a", "c"], [0], [1], [2.0]),
     ]
-    assert said(kinds["feedback"], "row", "completion", "label") == [(0, "a", True), (0, "b", False), (1, "c", False)]
+    assert said(kinds["feedback"], "row", "completion", "label") == [(0, "a", True), (0, "b", False), (0, "c", False)]
     assert said(kinds["sft"], "row", "response") == [(0, "a")]
     assert said(kinds["prompt"], "row") == [(0,)]
 
