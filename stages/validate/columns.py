@@ -21,7 +21,7 @@ _CONVERSATIONS = ("conversations", "conversation")
 _ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "sft": {"messages": (*_CONVERSATIONS, "text"), "response": ("completion", "output", "answer")},
     "preference": {},
-    "feedback": {"completion": ("output", "answer"), "label": ("kto_tag",)},
+    "feedback": {"completion": ("output", "answer"), "messages": _CONVERSATIONS, "label": ("kto_tag",)},
     "ranking": {"responses": ("answers", "completions", "generations", "candidates")},
     "prompt": {"messages": _CONVERSATIONS},
 }
@@ -107,7 +107,8 @@ class Columns:
                 name, plan.shape = fits[0]
                 if plan.shape.row or plan.shape.whole or params.format:
                     self.say(f"{name}: {plan.shape.says}")
-        taken = set(plan.shape.needs | plan.shape.reads) if plan.shape and _converts(plan.shape) else set()
+        shape = plan.shape
+        taken = set((shape.needs | shape.reads) - shape.unread) if shape and (shape.row or shape.whole) else set()
         if self.whole is None and plan.shape is not None:
             self.whole = plan.shape.whole
         ours = {} if taken else {**_aliases(params.kind, given, set(params.columns))}
@@ -116,7 +117,8 @@ class Columns:
             if name not in params.columns:
                 self.say(f"`{theirs}` as {name}")
         plan.takes = ours
-        read = {*taken, *ours.values(), *(KNOWN[params.kind] - (ours.keys() - ours.values()))}
+        known = KNOWN[params.kind] - _idle(params.kind, given | ours.keys()) - (ours.keys() - ours.values())
+        read = {*taken, *ours.values(), *(() if taken else known)}
         prompt = ours.get("prompt", "prompt")
         if plan.shape is None or not taken:
             plan.system = params.columns.get("system") or next((n for n in _SYSTEMS if n in given - read), None)
@@ -136,10 +138,10 @@ class Columns:
         plan.unread = [name for name in names if name not in read and name not in plan.refused]
         for name in plan.unread:
             self._unread(name, None)
-        label = plan.shape.labels if plan.shape and plan.shape.labels else ("label", "a", "b")
-        sources = [params.columns.get(ours_, ours.get(ours_, theirs)) for ours_, theirs in zip(Names._fields, label)]
-        if given.issuperset(sources):
-            self.names = Names(*sources)
+        usual = shape.labels if shape and shape.labels else Names()
+        names_ = [ours.get(name, theirs) for name, theirs in zip(Names._fields, usual, strict=True)]
+        if names_[0] in given:
+            self.names = Names(*names_)
         plan.ours = frozenset({*ours, *(given & KNOWN[params.kind])})
         self.ours |= plan.ours
         return plan
@@ -204,35 +206,39 @@ class Columns:
         return parsed
 
 
-_OF_OBJECTS = frozenset({"prompt", "messages", "chosen", "rejected", "completion", "response", "responses"})
+_OF_OBJECTS = frozenset({"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"})
 _KNOWN_KEYS = KNOWN_KEYS | {"answer", "response", "completion", "model", "rank", "score"}
 
 
-def _converts(shape: Shape) -> bool:
-    return shape.row is not None or shape.whole is not None
+def _idle(kind: Kind, have: set[str]) -> set[str]:
+    """The columns of a kind that say nothing where the file has others of it, which count."""
+    if kind == "preference":
+        return {"a", "b", "label"} if have >= {"chosen", "rejected"} else set()
+    if kind == "sft":
+        return {"messages"} if "response" in have else {"prompt"} if "messages" in have else set()
+    if kind == "feedback":
+        return {"response", "messages"} if "completion" in have else {"messages"} if "response" in have else set()
+    return {"turns", "messages"} if kind == "prompt" and "prompt" in have else set()
 
 
 def _aliases(kind: Kind, given: set[str], mapped: set[str]) -> dict[str, str]:
     """Our columns that the file has under another usual name."""
     have = given | mapped
     found: dict[str, str] = {}
-    if not have & {"prompt", "messages", "turns"}:
-        names = (*_PROMPTS, *(_CONVERSATIONS if kind in ("preference", "feedback") else ()), "input")
-        prompt = next((name for name in names if name in given), None)
-        if prompt is not None and not (kind in ("sft", "prompt") and given & set(_CONVERSATIONS)):
-            found["prompt"] = prompt
+    answered = kind == "preference" or (kind == "feedback" and bool(have & {"completion", "response", "output"}))
+    prompts = (*_PROMPTS, *(_CONVERSATIONS if answered else ()), "input")
+    whole = not answered and have & {*_CONVERSATIONS, "messages"}
+    if not (have & {"prompt", "turns"} or whole):
+        found |= {"prompt": name for name in [next((name for name in prompts if name in given), None)] if name}
     for ours, names in _ALIASES[kind].items():
         theirs = next((name for name in names if name in given and name not in found.values()), None)
         if ours in have or theirs is None:
             continue
-        # Answers with a verdict beside them are not all to be imitated; and a conversation holds its answer.
-        if kind == "sft" and ours == "response" and (given & {"label", "messages"} or "messages" in found):
-            continue
-        if ours == "messages" and (have | found.keys()) & {"prompt"}:
-            continue
-        if ours == "completion" and "response" in have:
-            continue
-        found[ours] = theirs
+        spoken = ours == "messages" and (have | found.keys()) & {"prompt"}
+        # A conversation holds its answer; and answers with a verdict beside them are not all to be imitated.
+        answer = ours in ("response", "completion") and (have | found.keys()) & {"messages", "response", *_CONVERSATIONS}
+        if not (spoken or answer or (kind == "sft" and ours == "response" and "label" in given)):
+            found[ours] = theirs
     return found
 
 

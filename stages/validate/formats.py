@@ -198,7 +198,8 @@ def _judged(frame: pl.DataFrame, columns: Columns, context: Context, quarantine:
         return frame.with_columns(label=pl.lit(None, pl.Boolean))
     told = meanings(context.params, dict(counted), columns.names)
     means = ", ".join(f"{label} as {_SAYS.get(meaning, meaning)}" for label, meaning in sorted(told.items()))
-    columns.say(f"`{columns.names.label}`: {means}")
+    if columns.names.label in context.columns:
+        columns.say(f"`{columns.names.label}`: {means}")
     frame = frame.with_columns(means=pl.col("label").replace_strict(told, default=None, return_dtype=pl.String))
     sides = ("up", "down") if context.params.kind == "feedback" else ("a", "b")
     labelled, wanted = pl.col("label").is_not_null(), pl.col("means").is_in(sides).fill_null(False)

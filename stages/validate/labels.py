@@ -13,7 +13,7 @@ from typing import NamedTuple
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import one_line
-from stages.validate.cells import BadRow
+from stages.validate.cells import BadRow, text
 
 Meanings = dict[str, str | None]
 """A label as `canonical` writes it -> `up`, `down`, `a`, `b`, `tie` or `skip`; None where it is none of the labels."""
@@ -49,7 +49,7 @@ def canonical(value: object) -> str:
         return _number_text(float(value)) if abs(value) < 1e300 and math.isfinite(value) else _no_label(value)
     if not isinstance(value, str):
         raise BadRow("label", "missing" if value is None else "not_a_label", value)
-    word = re.sub(r"\s+", "_", value.strip().lower()).strip("[]\"'")
+    word = re.sub(r"\s+", "_", text(value, "label").strip().lower()).strip("[]\"'")
     if not word:
         raise BadRow("label", "missing", value)
     number = _number(word)

@@ -29,6 +29,8 @@ class Shape(NamedTuple):
     """A row with our columns; None where the names of the columns are read by themselves."""
     reads: frozenset[str] = frozenset()
     """Further columns that it reads."""
+    unread: frozenset[str] = frozenset()
+    """Those of `needs` that it does not read."""
     whole: Callable[[Iterable[tuple[int, Row]], Kind], Iterator[Numbered]] | None = None
     """Rows with our columns from all rows of the file."""
     alone: frozenset[str] = frozenset()
@@ -286,6 +288,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
             _of("prompt", "response", "helpfulness", "correctness", "coherence"),
             _RANKED,
             "rows of one prompt, ranked by `helpfulness`",
+            unread=_of("correctness", "coherence"),
             whole=_helpsteer,
         ),
         Shape(
@@ -293,6 +296,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
             ("sft",),
             "every response, whatever its `helpfulness`",
             _helpsteer_answer,
+            unread=_of("helpfulness", "correctness", "coherence"),
         ),
         Shape(
             _of("prompt", "response_1", "response_2", "preference_strength"),
@@ -322,7 +326,6 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
             _PAIRS,
             "`better_response_id` names the more helpful answer (the safer one: --columns label=safer_response_id)",
             _pku,
-            _of("safer_response_id"),
             labels=("better_response_id", "response_0", "response_1"),
         ),
     ),

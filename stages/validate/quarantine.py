@@ -21,6 +21,8 @@ LISTED = 10_000
 """Entries that quarantine.jsonl lists. All are counted."""
 _CUT = 200
 _NOTED = 20
+_UNJUDGED = {"tie", "skipped", "one_answer"}
+"""Reasons that say nothing against a row: it prefers no answer. Each is its row's only one."""
 
 
 class Report(Strict):
@@ -83,6 +85,8 @@ class Quarantine:
         self._noted: dict[str, list[int]] = {}
         self._rows_noted: dict[str, Rows] = {}
         self._reasons: dict[str, Rows] = {}
+        self.examples: dict[tuple[str, str], str] = {}
+        """Column and reason -> the beginning of the first value that was found."""
 
     @property
     def left_out(self) -> int:
@@ -115,6 +119,8 @@ class Quarantine:
             shown = _cut(value) if self.log_text else LEFT_OUT
             place = {} if line is None else {"line": line}
             self._write({"row": row, "column": column, "reason": reason, "value": shown, **place})
+        if self.log_text and value is not None:
+            self.examples.setdefault((column, reason), _cut(value))
         self.rows.add(row)
         self.checks[column, reason] += 1
         self._reasons.setdefault(reason, Rows()).add(row)
@@ -125,6 +131,11 @@ class Quarantine:
         for finding in findings:
             self.add(finding)
         return frame.filter(~self.rows.of(frame["row"])) if len(self.rows) > before else frame
+
+    @property
+    def bad(self) -> int:
+        """Rows that are put aside because something is wrong with them, not because nobody preferred an answer."""
+        return len(self.rows) - sum(len(rows) for reason, rows in self._reasons.items() if reason in _UNJUDGED)
 
     @property
     def reasons(self) -> dict[str, int]:
