@@ -15,7 +15,12 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
         ("prompt", "responses", "order"),
         ("prompt", "responses", "ranks"),
     ),
-    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "a", "b", "label"), ("a", "b", "label")),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("chosen", "rejected"),
+        ("prompt", "a", "b", "label"),
+        ("a", "b", "label"),
+    ),
     "feedback": (("prompt", "completion", "label"), ("prompt", "response", "label"), ("messages", "label")),
     "sft": (("prompt", "response"), ("messages",)),
     "prompt": (("prompt",), ("turns",), ("messages",)),
@@ -36,7 +41,7 @@ def fitting_kinds(columns: Iterable[str]) -> list[Kind]:
     names = set(columns)
     fits: list[Kind] = [kind for kind, forms in COLUMNS.items() if any(names.issuperset(form) for form in forms)]
     fits = fits[:-1] if fits[1:] and fits[-1] == "prompt" else fits
-    known = [kind for _, shape in recognised(names) if shape.row or shape.whole for kind in shape.kinds]
+    known: list[Kind] = [kind for _, shape in recognised(names) if shape.row or shape.whole for kind in shape.kinds]
     return list(dict.fromkeys((*known, *fits)))
 
 

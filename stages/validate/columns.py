@@ -5,7 +5,6 @@ What is not read is listed with an example; a row that means something else with
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
@@ -58,7 +57,7 @@ class _Plan:
     @property
     def plain(self) -> bool:
         """Whether rows are in our columns as they are, and nothing stands beside them."""
-        return not (self.shape and self.shape.row or self.takes or self.refused or self.unread or self.system)
+        return not ((self.shape and self.shape.row) or self.takes or self.refused or self.unread or self.system)
 
 
 class Columns:
@@ -100,9 +99,7 @@ class Columns:
         params, plan = self.params, _Plan()
         given = set(names)
         if params.format or not params.columns:
-            fits = [
-                (name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds
-            ]
+            fits = [(name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds]
             if fits:
                 name, plan.shape = fits[0]
                 if plan.shape.row or plan.shape.whole or params.format:
@@ -206,7 +203,9 @@ class Columns:
         return parsed
 
 
-_OF_OBJECTS = frozenset({"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"})
+_OF_OBJECTS = frozenset(
+    {"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"}
+)
 _KNOWN_KEYS = KNOWN_KEYS | {"answer", "response", "completion", "model", "rank", "score"}
 
 
@@ -229,14 +228,19 @@ def _aliases(kind: Kind, given: set[str], mapped: set[str]) -> dict[str, str]:
     prompts = (*_PROMPTS, *(_CONVERSATIONS if answered else ()), "input")
     whole = not answered and have & {*_CONVERSATIONS, "messages"}
     if not (have & {"prompt", "turns"} or whole):
-        found |= {"prompt": name for name in [next((name for name in prompts if name in given), None)] if name}
+        asked = next((name for name in prompts if name in given), None)
+        found |= {} if asked is None else {"prompt": asked}
     for ours, names in _ALIASES[kind].items():
         theirs = next((name for name in names if name in given and name not in found.values()), None)
         if ours in have or theirs is None:
             continue
         spoken = ours == "messages" and (have | found.keys()) & {"prompt"}
         # A conversation holds its answer; and answers with a verdict beside them are not all to be imitated.
-        answer = ours in ("response", "completion") and (have | found.keys()) & {"messages", "response", *_CONVERSATIONS}
+        answer = ours in ("response", "completion") and (have | found.keys()) & {
+            "messages",
+            "response",
+            *_CONVERSATIONS,
+        }
         if not (spoken or answer or (kind == "sft" and ours == "response" and "label" in given)):
             found[ours] = theirs
     return found

@@ -111,8 +111,6 @@ class _Reading:
     def chunk(self, chunk: list[Record]) -> pl.DataFrame:
         """The rows of a chunk that have a form."""
         context = self.context
-        numbers: list[int] = []
-        rows: list[Parsed] = []
         made = isinstance(data_source(context.params.path), Generated) and context.params.kind == "ranking"
         named: list[Numbered] = []
         for place, record in enumerate(chunk, context.read):
@@ -298,7 +296,7 @@ def _side(value: object, column: str) -> tuple[Turns | None, str]:
         pieces = SPEAKER.split(value)
         if pieces[-2] == "Assistant" and not pieces[-1].strip():
             raise BadRow(column, "empty", value)
-    conversation = turns([value] if isinstance(value, dict) else value, column)
+    conversation = turns([value] if isinstance(value, dict) and value.keys() & {"role", "from"} else value, column)
     if len(conversation) == 1 and conversation[0][0] == "assistant":
         return None, conversation[0][1]
     return _last_answer(conversation, column)

@@ -47,7 +47,7 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
 
 
 _ALLOWED = {
-    "unknown_role": "write one of the roles " + ", ".join(ROLES),
+    "unknown_role": f"rename the role: user, assistant, system, or another name of theirs ({', '.join(ROLES)})",
     "not_text": "give a text, or a list of messages with `role` and `content`",
     "not_a_message": 'write each message as {"role": "user", "content": "..."}',
     "not_a_list": "give a list",

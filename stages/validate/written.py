@@ -171,9 +171,7 @@ class Written:
                     self.ended[column] += 1
                     marked.append((place, column, None))
             self.texts[column] += texts
-        read = [
-            None if name is None else conversation(rows[place][1][column], name) for place, column, name in marked
-        ]
+        read = [None if name is None else conversation(rows[place][1][column], name) for place, column, name in marked]
         for (_, column, name), turns in zip(marked, read, strict=True):
             if name is not None and turns is not None:
                 self.whole[column, _DIALECTS[name].rendered] += 1
