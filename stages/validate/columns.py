@@ -10,7 +10,7 @@ from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line
-from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text
+from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text, turns
 from stages.validate.column_advice import KNOWN
 from stages.validate.labels import Names
 from stages.validate.presets import PRESETS, Numbered, Shape, recognised
@@ -26,8 +26,8 @@ _ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
 }
 """Our column -> the names under which data sets have it, where the file has no column of ours."""
 _SYSTEMS = ("system", "system_prompt")
-_INPUTS = ("input", "context")
-"""What an instruction is about; beside an instruction only."""
+_INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
+"""Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
 _REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools"),
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
@@ -48,6 +48,8 @@ class _Plan:
     """Our column -> the file's."""
     system: str | None = None
     input: str | None = None
+    before: bool = False
+    """Whether `input` stands before the prompt, as the text that a question is about does."""
     history: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
@@ -119,11 +121,10 @@ class Columns:
         prompt = ours.get("prompt", "prompt")
         if plan.shape is None or not taken:
             plan.system = params.columns.get("system") or next((n for n in _SYSTEMS if n in given - read), None)
-            if prompt in _PROMPTS[:1]:
-                plan.input = params.columns.get("input") or next((n for n in _INPUTS if n in given - read), None)
-                plan.history = "history" if "history" in given - read else None
-            plan.input = plan.input or params.columns.get("input")
-            plan.history = plan.history or params.columns.get("history")
+            about = _INPUTS.get(prompt, ())
+            plan.input = params.columns.get("input") or next((n for n in about if n in given - read), None)
+            plan.history = params.columns.get("history") or ("history" if "history" in given - read else None)
+            plan.before = prompt in _PROMPTS[1:]
         for what, theirs in (("the system message", plan.system), ("part of the prompt", plan.input)):
             if theirs in given and theirs not in params.columns.values():
                 self.say(f"`{theirs}` as {what}")
@@ -160,7 +161,8 @@ class Columns:
         if plan.takes:
             row = {**row, **{ours: source.get(theirs) for ours, theirs in plan.takes.items()}}
         if plan.input is not None and source.get(plan.input) not in _NOTHING and isinstance(row.get("prompt"), str):
-            row = {**row, "prompt": f"{row['prompt']}\n{text(source[plan.input], plan.input)}"}
+            about = text(source[plan.input], plan.input)
+            row = {**row, "prompt": f"{about}\n\n{row['prompt']}" if plan.before else f"{row['prompt']}\n{about}"}
         return row
 
     def _examples(self, row: Row, plan: _Plan) -> None:
@@ -247,9 +249,12 @@ def _aliases(kind: Kind, given: set[str], mapped: set[str]) -> dict[str, str]:
 
 
 def _earlier(value: object, column: str) -> Turns:
-    """Earlier turns as pairs of what was asked and what was answered."""
+    """Earlier turns as messages, or as pairs of what was asked and what was answered."""
     spoken: list[tuple[str, str]] = []
-    for pair in listed(value, column):
+    pairs = listed(value, column)
+    if pairs and all(isinstance(message, dict) for message in pairs):
+        return turns(pairs, column)
+    for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(column, "not_a_pair_of_turns", pair)
         spoken += [("user", text(pair[0], column)), ("assistant", text(pair[1], column))]

@@ -18,9 +18,9 @@ from stages.validate.cells import BadRow, text
 Meanings = dict[str, str | None]
 """A label as `canonical` writes it -> `up`, `down`, `a`, `b`, `tie` or `skip`; None where it is none of the labels."""
 
-_UP = "true yes y up thumbs_up thumb_up good positive desirable like liked upvote correct helpful chosen 👍"
-_DOWN = "false no n down thumbs_down thumb_down bad negative undesirable dislike disliked downvote incorrect 👎"
-_DOWN += " unhelpful rejected"
+_UP = "true yes y up thumbs_up thumb_up good positive desirable like liked upvote helpful chosen \U0001f44d"
+_DOWN = "false no n down thumbs_down thumb_down bad negative undesirable dislike disliked downvote incorrect \U0001f44e"
+_UP, _DOWN = f"{_UP} correct accepted", f"{_DOWN} unhelpful rejected"
 _THUMBS = {**dict.fromkeys(_UP.split(), "up"), **dict.fromkeys(_DOWN.split(), "down")}
 _TIES = frozenset(("tie", "tied", "draw", "both", "equal", "same", "neither", "both_good", "both_bad", "bothbad"))
 _SIDE = re.compile(r"(?:(?:model|response|answer|assistant|option|output|completion|text|conversation)_?)?([ab]|[0-9])")
