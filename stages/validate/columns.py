@@ -11,7 +11,7 @@ from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line
 from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text, turns
-from stages.validate.column_advice import KNOWN
+from stages.validate.column_advice import COLUMNS, KNOWN
 from stages.validate.labels import Names
 from stages.validate.presets import PRESETS, Numbered, Shape, recognised
 
@@ -108,6 +108,8 @@ class Columns:
                     self.say(f"{name}: {plan.shape.says}")
         shape = plan.shape
         taken = set((shape.needs | shape.reads) - shape.unread) if shape and (shape.row or shape.whole) else set()
+        if shape and shape.labels and "label" in params.columns:
+            taken.discard(shape.labels[0])
         if self.whole is None and plan.shape is not None:
             self.whole = plan.shape.whole
         ours = {} if taken else {**_aliases(params.kind, given, set(params.columns))}
@@ -141,7 +143,7 @@ class Columns:
         if names_[0] in given:
             self.names = Names(*names_)
         plan.ours = frozenset({*ours, *(given & KNOWN[params.kind])})
-        self.ours |= plan.ours
+        self.ours |= plan.ours | set(COLUMNS[params.kind][0] if taken else ())
         return plan
 
     def row(self, row: Row) -> Row:

@@ -120,7 +120,7 @@ def _sides(words: set[str], numbers: Sequence[float], names: Names) -> tuple[dic
         return told, "holds true and false, which do not say which of two answers is better"
     if not numbers and not places:
         return told, ""
-    if told.keys() - called.keys() - {word for word in told if told[word] == "tie"}:
+    if numbers and any(meaning != "tie" for meaning in told.values()):
         return told, "mixes numbers with words"
     found = {*numbers, *places.values()}
     first = _first_place(found, names)
