@@ -37,6 +37,7 @@ _NUMBER = r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?"
 _ANYTHING = rf'(?:"{_TEXT}"|{_NUMBER}|true|false|null)'
 _NOTHING = "(?:" + "|".join(re.escape(json.dumps(value)) for value in NOTHING) + ")"
 _LABEL = rf'(?:"[^"\\\x00-\x1f]*"|{_NUMBER}|true|false)'
+_MARGIN = f"(?:{_NUMBER}|null)"
 _SPACE = r"[ \t]*"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -46,43 +47,31 @@ def take(kind: Kind, chunk: Lines, names: tuple[str, ...], plan: Plan) -> tuple[
 
     `names` are the columns of the chunk's first row, and `plan` says how they are read. None where no row is plain.
     """
-    pattern = _pattern(kind, names, plan)
-    if pattern is None:
+    source = _sources(kind, names, plan)
+    if source is None:
         return None
-    lines = _decoded(chunk.lines)
-    groups = pl.Series("line", lines, dtype=pl.String).to_frame().select(pl.col("line").str.extract_groups(pattern))
-    found = groups.unnest("line").with_row_index("row").drop_nulls("prompt")
-    texts = [name for name in found.columns if name not in ("row", "margin", "label")]
-    found = found.with_columns(_unescaped(found[name]) for name in texts)
+    plain = _text(chunk.lines).str.contains(_pattern(names, source, plan))
+    places = plain.arg_true()
+    lines = chunk.lines if plain.all() else [chunk.lines[place] for place in places.to_list()]
+    types = {theirs: pl.Float64 if ours == "margin" else pl.String for ours, theirs in source.items()}
+    found = pl.read_ndjson(b"\n".join(lines), schema=types) if lines else pl.DataFrame(schema=types)
+    found = found.rename({theirs: ours for ours, theirs in source.items()}).with_columns(row=places.cast(pl.Int64))
+    texts = [name for name in source if name not in ("margin", "label")]
     found = found.filter(~pl.any_horizontal(may_be_written(pl.col(name)) for name in texts))
     columns = {"prompt": pl.concat_list(pl.struct(role=pl.lit("user"), content="prompt")).cast(Messages)}
     if kind == "feedback":
         found = found.with_columns(label=_labels(found["label"])).drop_nulls("label")
         columns |= {"completion": pl.col(texts[-1]), "label": pl.col("label")}
     elif kind == "preference":
-        margin = pl.col("margin") if "margin" in found.columns else pl.lit("null")
-        columns |= {"chosen": pl.col("chosen"), "rejected": pl.col("rejected")}
-        columns["margin"] = margin.cast(pl.Float64, strict=False)  # `null` is none
+        margin = pl.col("margin") if "margin" in source else pl.lit(None, pl.Float64)
+        columns |= {"chosen": pl.col("chosen"), "rejected": pl.col("rejected"), "margin": margin}
     elif kind == "sft":
         columns["response"] = pl.col("response")
-    taken = with_prompt_ids(found.select(pl.col("row").cast(pl.Int64), **columns))
-    others = pl.int_range(len(lines), eager=True)
+    taken = with_prompt_ids(found.select("row", **columns))
+    if taken.height == len(chunk.lines):
+        return taken, []
+    others = pl.int_range(len(chunk.lines), eager=True)
     return taken, others.filter(~others.is_in(taken["row"].implode())).to_list()
-
-
-def _decoded(lines: list[bytes]) -> list[str]:
-    """The lines as text, an empty one in the place of each that is not UTF-8."""
-    try:
-        return b"\n".join(lines).decode().split("\n")
-    except UnicodeDecodeError:
-        return [_text_or_nothing(line) for line in lines]
-
-
-def _text_or_nothing(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return ""
 
 
 def count_texts(frame: pl.DataFrame) -> dict[str, int]:
@@ -92,40 +81,43 @@ def count_texts(frame: pl.DataFrame) -> dict[str, int]:
     return {name: int((texts != "").sum()) for name, texts in columns.items()}
 
 
-def _pattern(kind: Kind, names: tuple[str, ...], plan: Plan) -> str | None:
-    """What a plain line looks like, with a group for each of our columns; None where the plan asks for more."""
+def _text(lines: list[bytes]) -> pl.Series:
+    """The lines as text, nothing in the place of those that are not UTF-8."""
+    every = pl.Series(lines, dtype=pl.Binary)
+    try:
+        return every.cast(pl.String)
+    except pl.exceptions.ComputeError:
+        return pl.Series([_decoded(line) for line in lines], dtype=pl.String)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _sources(kind: Kind, names: tuple[str, ...], plan: Plan) -> dict[str, str] | None:
+    """Our column -> the file's, where they are those of a plain row and no more; None where the plan asks for more."""
     if plan.shape is not None and (plan.shape.row or plan.shape.whole):
         return None
     source = {ours: plan.takes.get(ours, ours) for ours in (*COLUMNS, "label", "margin", "turns", *plan.takes)}
     has = {ours: theirs for ours, theirs in source.items() if theirs in names}
-    label = {"label"} if kind == "feedback" else set()
-    optional = {"margin"} if kind == "preference" else set()
-    needs = ((texts, {*texts, *label}) for texts in _TEXTS.get(kind, ()))
-    texts = next((texts for texts, least in needs if least <= has.keys() <= least | optional), None)
-    if texts is None or len(set(has.values())) < len(has) or any(map(_SURROGATE.search, names)):
-        return None
-    values = {has[name]: rf'"(?P<{name}>{_TEXT})"' for name in texts}
-    if "label" in has:
-        values[has["label"]] = f"(?P<label>{_LABEL})"
-    if "margin" in has:
-        values[has["margin"]] = f"(?P<margin>{_NUMBER}|null)"
+    label, optional = ({"label"} if kind == "feedback" else set()), ({"margin"} if kind == "preference" else set())
+    needs = ({*texts, *label} for texts in _TEXTS.get(kind, ()))
+    fits = any(least <= has.keys() <= least | optional for least in needs)
+    once = len(set(has.values())) == len(has)
+    return has if fits and once and not any(map(_SURROGATE.search, names)) else None
+
+
+def _pattern(names: tuple[str, ...], source: dict[str, str], plan: Plan) -> str:
+    """What a plain line looks like."""
     empty = {*plan.unread, *plan.refused, plan.system, plan.input, plan.history}
-    pairs = [
-        re.escape(json.dumps(name, ensure_ascii=False))
-        + f"{_SPACE}:{_SPACE}"
-        + values.get(name, _NOTHING if name in empty else _ANYTHING)
-        for name in names
-    ]
+    values = dict.fromkeys(names, _ANYTHING) | dict.fromkeys(empty.intersection(names), _NOTHING)
+    values |= dict.fromkeys(source.values(), f'"{_TEXT}"')
+    values |= {source[ours]: value for ours, value in (("label", _LABEL), ("margin", _MARGIN)) if ours in source}
+    pairs = [f"{re.escape(json.dumps(name, ensure_ascii=False))}{_SPACE}:{_SPACE}{values[name]}" for name in names]
     return rf"^\{{{_SPACE}" + f"{_SPACE},{_SPACE}".join(pairs) + rf"{_SPACE}\}}$"
-
-
-def _unescaped(texts: pl.Series) -> pl.Series:
-    """What the texts of JSON stand for."""
-    escaped = texts.str.contains("\\", literal=True)
-    if not escaped.any():
-        return texts
-    read = ('"' + texts.filter(escaped) + '"').str.json_decode(pl.String)
-    return texts.scatter(escaped.arg_true(), read)
 
 
 def _labels(written: pl.Series) -> pl.Series:
@@ -133,7 +125,7 @@ def _labels(written: pl.Series) -> pl.Series:
     read: dict[str, str] = {}
     for label in written.unique().to_list():
         try:
-            read[label] = canonical(json.loads(label))
+            read[label] = canonical(label)
         except BadRow:
             continue
     return written.replace_strict(read, default=None, return_dtype=pl.String)
