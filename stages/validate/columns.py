@@ -33,14 +33,14 @@ _REFUSED = {
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
 }
 """Columns without which a row means something else -> the reason to put it aside."""
-_NOTHING = (None, "", [], {}, "[]", "null", "None")
+NOTHING = (None, "", [], {}, "[]", "null", "None")
 _EXAMPLE = 80
 _LISTED = 200
 """Unread columns that are listed."""
 
 
 @dataclass
-class _Plan:
+class Plan:
     """How rows with one set of columns are read."""
 
     shape: Shape | None = None
@@ -78,14 +78,14 @@ class Columns:
         """Set where the file's rows give rows of ours only together."""
         self.beside = False
         """Whether system messages or earlier turns stand in columns of their own."""
-        self._plans: dict[tuple[str, ...], _Plan] = {}
-        self._last: tuple[tuple[str, ...], _Plan] | None = None
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._last: tuple[tuple[str, ...], Plan] | None = None
 
     def say(self, what: str) -> None:
         """Note what was read as what."""
         self.read[what] = None
 
-    def plan(self, row: Row) -> _Plan:
+    def plan(self, row: Row) -> Plan:
         """How a row is read."""
         names = tuple(row)
         if self._last is not None and self._last[0] == names:
@@ -97,8 +97,8 @@ class Columns:
         self._last = names, self._plans[names]
         return self._plans[names]
 
-    def _made(self, names: tuple[str, ...]) -> _Plan:
-        params, plan = self.params, _Plan()
+    def _made(self, names: tuple[str, ...]) -> Plan:
+        params, plan = self.params, Plan()
         given = set(names)
         if params.format or not params.columns:
             fits = [(name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds]
@@ -152,7 +152,7 @@ class Columns:
         if plan.plain:
             return row
         for name, reason in plan.refused.items():
-            if row.get(name) not in _NOTHING:
+            if row.get(name) not in NOTHING:
                 raise BadRow(name, reason, row[name])
         if plan.unread:
             self._examples(row, plan)
@@ -162,14 +162,14 @@ class Columns:
             self.ours |= row.keys()
         if plan.takes:
             row = {**row, **{ours: source.get(theirs) for ours, theirs in plan.takes.items()}}
-        if plan.input is not None and source.get(plan.input) not in _NOTHING and isinstance(row.get("prompt"), str):
+        if plan.input is not None and source.get(plan.input) not in NOTHING and isinstance(row.get("prompt"), str):
             about = text(source[plan.input], plan.input)
             row = {**row, "prompt": f"{about}\n\n{row['prompt']}" if plan.before else f"{row['prompt']}\n{about}"}
         return row
 
-    def _examples(self, row: Row, plan: _Plan) -> None:
+    def _examples(self, row: Row, plan: Plan) -> None:
         for name in list(plan.unread):
-            if row.get(name) not in _NOTHING:
+            if row.get(name) not in NOTHING:
                 self._unread(name, row[name])
                 plan.unread.remove(name)
 
@@ -186,15 +186,15 @@ class Columns:
             for entry in value if isinstance(value, list) and column in _OF_OBJECTS else ():
                 if isinstance(entry, dict) and not entry.keys() <= _KNOWN_KEYS:
                     for key in sorted(entry.keys() - _KNOWN_KEYS):
-                        if entry[key] not in _NOTHING:
+                        if entry[key] not in NOTHING:
                             self._unread(f"{column}[].{key}", entry[key])
 
     def around(self, source: Row, parsed: Parsed) -> Parsed:
         """The parsed row with its system message and its earlier turns, where columns of their own hold them."""
         plan = self.plan(source)
-        if plan.history is not None and source.get(plan.history) not in _NOTHING:
+        if plan.history is not None and source.get(plan.history) not in NOTHING:
             parsed["prompt"] = (*_earlier(source[plan.history], plan.history), *parsed["prompt"])
-        if plan.system is None or source.get(plan.system) in _NOTHING:
+        if plan.system is None or source.get(plan.system) in NOTHING:
             return parsed
         system = text(source[plan.system], plan.system)
         if not system.strip():

@@ -37,7 +37,7 @@ def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int
             (out / name).mkdir(exist_ok=True)
             # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
             pieces = pl.concat(tables.pop(derived).iter_slices(_CHUNK), rechunk=False)
-            pieces.write_parquet(out / name / f"{derived}.parquet")
+            pieces.write_parquet(out / name / f"{derived}.parquet", compression_level=1)
     return counts
 
 

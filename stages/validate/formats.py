@@ -16,8 +16,7 @@ What the file calls its columns is for columns.py; conversations within one text
 its whole column tells: it stays as it is until all rows are read (labels.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 
 import polars as pl
 
@@ -27,18 +26,17 @@ from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
 from schemas.source import Generated, data_source
 from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
 from stages.validate.column_advice import other_json, shown, unknown_mapping, wrong_columns
+from stages.validate.columnar import count_texts, take
 from stages.validate.columns import Columns, wrong_format
 from stages.validate.context import Context, Finding, note
 from stages.validate.labels import canonical, meanings, wrong_map
 from stages.validate.presets import Numbered
 from stages.validate.quarantine import Quarantine
 from stages.validate.rankings import generated, ranking
-from stages.validate.readers import Record, records
+from stages.validate.readers import Chunk, Lines, Record, chunks
 from stages.validate.table_checks import ANSWERS
 from stages.validate.written import Written, cut_repeated_prompts
 
-_CHUNK = 20_000
-_CHUNK_BYTES = 32 << 20  # of short rows the first counts, of long ones this
 _HOPELESS = 200_000
 """Rows without a usable one among them after which the rest is not read: it is another kind of file."""
 _COLUMNS = 10_000  # that the report lists
@@ -58,11 +56,10 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     params = context.params
     if error := unknown_mapping(params) or wrong_map(params):
         raise error
-    source = records(params, context.rows, context.seed)
     reading = _Reading(context, quarantine)
     frames = [to_frame(params.kind, [], [])]
     usable = False
-    while chunk := _next_chunk(source):
+    for chunk in chunks(params, context.rows, context.seed):
         frames.append(reading.chunk(chunk))
         usable = usable or frames[-1].height > 0 or bool(reading.held)
         if not usable and context.read >= _HOPELESS:
@@ -87,17 +84,6 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     return frame
 
 
-def _next_chunk(source: Iterator[Record]) -> list[Record]:
-    chunk: list[Record] = []
-    size = 0
-    for record in islice(source, _CHUNK):
-        chunk.append(record)
-        size += len(record.raw)
-        if size > _CHUNK_BYTES:
-            break
-    return chunk
-
-
 class _Reading:
     """What is known of a source while its rows are read."""
 
@@ -106,24 +92,60 @@ class _Reading:
         self.columns, self.written = Columns(context.params, context.log_text), Written()
         self.held: list[tuple[int, Row]] = []
         """Rows that give rows of ours only together with others."""
+        self._usual: tuple[str, ...] | None = None
+        """The columns of the chunk before, where most of its rows had them in this order."""
         context.unread, context.said = self.columns.unread, self.columns.read
 
-    def chunk(self, chunk: list[Record]) -> pl.DataFrame:
-        """The rows of a chunk that have a form."""
+    def chunk(self, chunk: Chunk) -> pl.DataFrame:
+        """The rows of a chunk that have a form: those that are plain as columns, the others one by one."""
+        first = self.context.read
+        if not isinstance(chunk, Lines):
+            for record in chunk:
+                self.context.digest.update(record.raw + b"\n")
+            self.context.read += len(chunk)
+            return self._rows(dict(enumerate(chunk, first)))
+        self.context.digest.update(b"\n".join(chunk.lines) + b"\n")
+        self.context.read += len(chunk.lines)
+        plain, others = self._plain(chunk)
+        places = (first + place for place in others)
+        rows = self._rows(dict(zip(places, chunk.records(others), strict=True)))
+        if not plain.height:
+            return rows
+        plain = plain.with_columns(pl.col("row") + first)
+        return pl.concat([plain, rows], how="diagonal").sort("row") if rows.height else plain
+
+    def _plain(self, chunk: Lines) -> tuple[pl.DataFrame, Iterable[int]]:
+        """The rows that are plain, by their places in the chunk; the places of the others."""
+        names = self._usual or next((tuple(row) for row, *_ in chunk.records() if row), None)
+        if names is not None:
+            self._saw(names)
+            plan = self.columns.plan(dict.fromkeys(names))
+            taken = None if self.columns.whole else take(self.context.params.kind, chunk, names, plan)
+            if taken is not None:
+                self._usual = names if taken[0].height > len(taken[1]) else None
+                self.written.texts.update(count_texts(taken[0]))
+                return taken
+        return pl.DataFrame(), range(len(chunk.lines))
+
+    def _saw(self, names: Iterable[str]) -> None:
+        """Note a row's columns."""
+        names = names if self.context.log_text else shown(self.context.params, names)
+        if len(self.context.columns) < _COLUMNS:
+            self.context.columns.update(dict.fromkeys(names))
+
+    def _rows(self, records: dict[int, Record]) -> pl.DataFrame:
+        """Rows one by one, by their numbers."""
         context = self.context
         made = isinstance(data_source(context.params.path), Generated) and context.params.kind == "ranking"
         named: list[Numbered] = []
-        for place, record in enumerate(chunk, context.read):
-            context.digest.update(record.raw + b"\n")
+        for place, record in records.items():
             if record.row is None:
                 if place == 0 and record.line is not None and record.reason in _NO_OBJECT:
                     context.first_line = record.raw
                 value = record.raw.decode(errors="backslashreplace")
                 self.quarantine.add(Finding(place, "", record.reason, value, record.line))
                 continue
-            names = record.row if context.log_text else shown(context.params, record.row)
-            if len(context.columns) < _COLUMNS:
-                context.columns.update(dict.fromkeys(names))
+            self._saw(record.row)
             if made:
                 named.append((place, record.row))
                 continue
@@ -136,9 +158,7 @@ class _Reading:
                 named.append((place, row))
             else:
                 self.held.append((place, row))
-        first = context.read
-        context.read += len(chunk)
-        return self._frame(named, lambda place: chunk[place - first], generated if made else None)
+        return self._frame(named, records.get, generated if made else None)
 
     def together(self) -> pl.DataFrame:
         """The rows that only all rows of the file give."""

@@ -15,7 +15,7 @@ import polars as pl
 from schemas.config import Kind
 from stages.validate.cells import ROLES, BadRow, Turns
 
-_COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")
+COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")
 """The columns that may hold such texts."""
 
 
@@ -76,6 +76,15 @@ def dialect_of(value: str) -> str | None:
     """The dialect as which a text begins."""
     begins = None if value.startswith("\n\nHuman:") else _BEGINS.match(value[:_HEAD].lstrip())
     return None if begins is None or begins.lastgroup is None else begins.lastgroup.replace("_", " ")
+
+
+def may_be_written(text: pl.Expr) -> pl.Expr:
+    """Whether a text may hold a conversation, or messages, or the end of a rendered one: at the speed of columns, true
+    for all that `dialect_of`, `Written` and stages/validate/cells.py look at more closely, and for few others."""
+    space = r"[\s\x1c-\x1f]*"
+    begins = rf"^{space}(?:{_BEGINS.pattern}|(?:array\()?{space}[\[{{]|Human:)"
+    ends = rf"(?:{'|'.join(map(re.escape, _ENDS))}){space}$"
+    return text.str.contains(begins) | text.str.contains(ends)
 
 
 def conversation(value: str, name: str) -> Turns | None:
@@ -156,7 +165,7 @@ class Written:
         Returns number -> notes. `says` is told what was read as what.
         """
         marked: list[tuple[int, str, str | None]] = []
-        for column in _COLUMNS:
+        for column in COLUMNS:
             if column not in ours:
                 continue
             texts = 0

@@ -17,36 +17,69 @@ from schemas.errors import StageError, refuse
 from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
 from stages.validate.readers import bounds
 from stages.validate.readers.csv_file import from_csv
-from stages.validate.readers.files import Record, bytes_of, digestible, lines_of, text_of
+from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
-from stages.validate.readers.json_rows import Decoder, other_orientation
+from stages.validate.readers.json_lines import Lines, lines_of
+from stages.validate.readers.json_rows import other_orientation
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
+_ROWS, _ROW_BYTES = 20_000, 32 << 20
 
 
-def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
+Chunk = Lines | list[Record]
+"""Rows that follow each other in a source."""
+
+
+def chunks(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Chunk]:
     """The rows that `params.path` names, up to `params.limit`. Raises StageError when the source cannot be read.
 
     `rows`: folder of stage `generate`, for `input:rows`. `seed` is the demo's.
     """
-    return itertools.islice(_open(params, rows, seed), params.limit)
+    left = params.limit
+    for chunk in _open(params, rows, seed):
+        size = len(chunk.lines) if isinstance(chunk, Lines) else len(chunk)
+        if left is not None and size >= left:
+            yield chunk.head(left) if isinstance(chunk, Lines) else chunk[:left]
+            return
+        yield chunk
+        left = None if left is None else left - size
 
 
-def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Record]:
+def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
+    """The same, one row after the other."""
+    for chunk in chunks(params, rows, seed):
+        yield from chunk.records() if isinstance(chunk, Lines) else chunk
+
+
+def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Chunk]:
     match data_source(params.path):
         case Demo(kind):
-            return _from_demo(kind, seed)
+            return _in_chunks(_from_demo(kind, seed), params.limit)
         case Hub(name):
-            return _from_hub(params, name)
+            return _in_chunks(_from_hub(params, name), params.limit)
         case File(file):
-            return _from_file(file)
+            return _from_file(file, params.limit)
         case Generated() if rows is not None:
-            return _from_file(rows / "rows.jsonl")
+            return _from_file(rows / "rows.jsonl", params.limit)
         case _:
             message = "the stage has no input `rows` to read"
             fix = "use input:rows after stage `generate` only; elsewhere name a file"
             raise refuse("path", params.path, message, fix, kind="missing_input")
+
+
+def _in_chunks(rows: Iterator[Record], limit: int | None) -> Iterator[list[Record]]:
+    """Of short rows their number bounds a chunk, of long ones their size. No more rows are read than the limit."""
+    chunk: list[Record] = []
+    size = 0
+    for record in itertools.islice(rows, limit):
+        chunk.append(record)
+        size += len(record.raw)
+        if len(chunk) == _ROWS or size > _ROW_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def refuse_moving(params: ValidateParams) -> None:
@@ -59,18 +92,18 @@ def refuse_moving(params: ValidateParams) -> None:
         raise refuse("revision", params.revision, message, fix, kind="no_revision")
 
 
-def _from_file(file: Path) -> Iterator[Record]:
+def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
     _refuse_missing(file)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind in (".jsonl", ".ndjson"):
-        return _from_jsonl(file)
+        return lines_of(file)
     if kind == ".json":
-        return _from_json(file)
+        return _from_json(file, limit)
     if kind == ".csv":
-        return from_csv(file)
+        return _in_chunks(from_csv(file), limit)
     if kind in (".parquet", ".pq"):
-        return _from_parquet(file)
+        return _in_chunks(_from_parquet(file), limit)
     message = f"the format {kind or 'of a file without suffix'} is not known"
     fix = f"give a file that ends in {_FORMATS}"
     raise refuse("path", file, message, fix, kind="unknown_format")
@@ -94,35 +127,7 @@ def _refuse_missing(file: Path) -> None:
     )
 
 
-def _from_jsonl(file: Path) -> Iterator[Record]:
-    decoder = Decoder()
-    with bytes_of(file) as stream:
-        begun = False
-        for number, line in enumerate(lines_of(file, stream), 1):
-            line = line.strip(b" \t\r\n")
-            if line:
-                record = _parse_line(line, number, decoder)
-                if not begun and (error := other_orientation(file, record.row)):
-                    raise error
-                begun = True
-                yield record
-
-
-def _parse_line(line: bytes, number: int, decoder: Decoder) -> Record:
-    try:
-        row = decoder.decode(line.decode())
-    except UnicodeDecodeError:
-        return Record(None, line, "not_unicode", number)
-    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        return Record(None, line, "malformed_json", number)
-    if not isinstance(row, dict):
-        return Record(None, line, "not_an_object", number)
-    if decoder.repeated:
-        return Record(None, line, "duplicate_key", number)
-    return Record(row, line, "", number)
-
-
-def _from_json(file: Path) -> Iterator[Record]:
+def _from_json(file: Path, limit: int | None) -> Iterator[Chunk]:
     """One JSON array of rows; anything else is taken as JSON lines."""
     with bytes_of(file) as stream, text_of(stream) as text:
         begins = ""
@@ -131,8 +136,12 @@ def _from_json(file: Path) -> Iterator[Record]:
     if not begins.startswith("["):
         if error := _one_object(file):
             raise error
-        yield from _from_jsonl(file)
-        return
+        yield from lines_of(file)
+    else:
+        yield from _in_chunks(_from_array(file), limit)
+
+
+def _from_array(file: Path) -> Iterator[Record]:
     with bytes_of(file) as stream:
         array = Array(file, stream)
         for row in array.elements():

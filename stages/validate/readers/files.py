@@ -17,7 +17,6 @@ from typing import IO, Any, NamedTuple
 
 from schemas.errors import StageError, refuse
 from schemas.text import one_line
-from stages.validate.readers import bounds
 
 Row = dict[str, Any]
 
@@ -95,17 +94,6 @@ def text_of(stream: IO[bytes], newline: str = "") -> Iterator[io.TextIOWrapper]:
         yield text
     finally:
         text.detach()  # the stream is its owner's to close
-
-
-def lines_of(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a stream, as UTF-8 without byte order mark. What is not UTF-8 in it stays as it is."""
-    if encoding_of(stream) == "utf-8-sig":
-        for number, line in enumerate(bounds.lines(stream, file, stream)):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-        return
-    with text_of(stream, "\n") as text:
-        for number, line in enumerate(bounds.lines(text, file, stream)):
-            yield (line if number else line.removeprefix("\ufeff")).encode(errors="surrogatepass")
 
 
 def has_bytes(text: str) -> bool:

@@ -20,7 +20,7 @@ from stages.commands import validate as command
 from stages.validate import check, formats, quarantine
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine, Rows
-from stages.validate.readers import bounds, records
+from stages.validate.readers import bounds, chunks, records
 
 KIB = 1 << 10
 
@@ -169,7 +169,7 @@ def test_a_value_is_cut_before_it_is_written(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "_HOPELESS", 50)
-    monkeypatch.setattr(formats, "_CHUNK", 10)
+    monkeypatch.setattr("stages.validate.readers.json_lines._ROWS", 10)
     (tmp_path / "a.jsonl").write_text("1\n" * 500)
     context = Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="prompt"))
     with pytest.raises(StageError, match="50 of 50 rows"):
@@ -177,11 +177,16 @@ def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path: Path, monkeypat
 
 
 def test_long_rows_are_taken_in_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_CHUNK_BYTES", 100)
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{i} {"x" * 80}"}}\n' for i in range(5)))
-    context = Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="prompt"))
-    with closing(Quarantine(tmp_path / "quarantine.jsonl")) as sink:
-        assert formats.read(context, sink)["row"].to_list() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("stages.validate.readers._ROW_BYTES", 100)
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", 100)
+    lines = [f'{{"prompt": "{i} {"x" * 80}"}}' for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text(f"[{', '.join(lines)}]")
+    for name in ("a.jsonl", "a.json"):
+        params = ValidateParams(path=str(tmp_path / name), kind="prompt")
+        assert len(list(chunks(params))) >= 3
+        with closing(Quarantine(tmp_path / "quarantine.jsonl")) as sink:
+            assert formats.read(Context(params), sink)["row"].to_list() == [0, 1, 2, 3, 4]
 
 
 def test_out_of_memory_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
