@@ -33,7 +33,6 @@ def main(command: ValidateCommand) -> int:
     report: dict[str, Any] = {"rows": 0, "kept": 0, "quarantined": 0, "reasons": {}}
     error, checked = None, False
     try:
-        records(command)  # a file that is not there costs no earlier results
         source = _source(command)
         _refuse_other_data(command, source)
         codec = None if command.model is None else _codec(command.model)
@@ -52,7 +51,8 @@ def main(command: ValidateCommand) -> int:
 def _source(command: ValidateCommand) -> dict[str, str | None]:
     """What tells one source from another: the bytes of a file, else its name and revision."""
     match data_source(command.path):
-        case File(path) if path.is_file():
+        case File(path):
+            next(records(command), None)  # one that cannot be read is named, and costs no earlier results
             with path.open("rb") as stream:
                 return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "kind": command.kind}
         case _:

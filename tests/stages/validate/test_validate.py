@@ -694,7 +694,8 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.Capture
     held, trained = report.parts["eval"]["sft"], report.parts["train"]["sft"]
     assert lines[1] == "read as   `question` as prompt" and lines[2] == "not used  id (1)"
     assert said["split"] == f"train {trained} rows of {trained} prompts, eval {held} rows of {held} prompts"
-    assert said["lengths"].startswith("median 22, 95 % at most ") and "longest 42 characters" in said["lengths"]
+    # The question `q20` and 20 letters are 23; 37 is the 0.95 * 38 = 36th after the first, and the last is 39.
+    assert said["lengths"] == "median 23, 95 % at most 40, longest 42 characters; --model counts tokens"
     assert said["files"] == f"{out}: eval, train, quarantine.jsonl, report.json"
     settings = [word for word in shlex.split(said["next"]) if word.startswith("data.")]
     assert settings == [
