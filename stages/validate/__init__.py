@@ -49,7 +49,7 @@ def check(context: Context, out: Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     for file in (out / side / f"{kind}.parquet" for side in PARTS for kind in get_args(Kind)):
         file.unlink(missing_ok=True)  # what an earlier check left
-    parts, error = {}, None
+    parts, error, left = {}, None, None
     with closing(Quarantine(out / "quarantine.jsonl", context.log_text)) as quarantine:
         try:
             frame = read(context, quarantine)
@@ -58,13 +58,13 @@ def check(context: Context, out: Path) -> Report:
             frame = frame.with_columns(part=part(context.params))
             if error := refusal(frame, context, quarantine):
                 raise error
-            parts = write(context.params.kind, frame, out)
+            parts, left = write(context.params.kind, frame, out), frame
         except StageError as refused:
             error = refused
         except MemoryError:
             message = f"memory ran out after {context.read} rows"
             error = refuse("path", context.params.path, message, "take fewer rows (`limit`), or a larger machine")
-    report = quarantine.report(context, parts, error)
+    report = quarantine.report(context, parts, error, left)
     if error:
         raise error
     return report

@@ -192,7 +192,7 @@ def parsed_list(value: str) -> Any:
             raise ValueError("neither JSON nor short enough to be tried as Python") from error
     try:
         return ast.literal_eval(_with_commas(value))
-    except (SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ValueError("neither JSON nor a Python list") from error
 
 

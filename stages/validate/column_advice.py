@@ -15,7 +15,12 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
         ("prompt", "responses", "order"),
         ("prompt", "responses", "ranks"),
     ),
-    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "a", "b", "label"), ("a", "b", "label")),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("chosen", "rejected"),
+        ("prompt", "a", "b", "label"),
+        ("a", "b", "label"),
+    ),
     "feedback": (("prompt", "completion", "label"), ("prompt", "response", "label"), ("messages", "label")),
     "sft": (("prompt", "response"), ("messages",)),
     "prompt": (("prompt",), ("turns",), ("messages",)),
@@ -36,7 +41,7 @@ def fitting_kinds(columns: Iterable[str]) -> list[Kind]:
     names = set(columns)
     fits: list[Kind] = [kind for kind, forms in COLUMNS.items() if any(names.issuperset(form) for form in forms)]
     fits = fits[:-1] if fits[1:] and fits[-1] == "prompt" else fits
-    known = [kind for _, shape in recognised(names) if shape.row or shape.whole for kind in shape.kinds]
+    known: list[Kind] = [kind for _, shape in recognised(names) if shape.row or shape.whole for kind in shape.kinds]
     return list(dict.fromkeys((*known, *fits)))
 
 
@@ -76,11 +81,11 @@ def other_json(params: ValidateParams, first_line: bytes, broken: int, rows: int
 
 
 def wrong_columns(
-    params: ValidateParams, columns: list[str], prompt_missing: bool, ours: Iterable[str] = ()
+    params: ValidateParams, columns: list[str], prompt_missing: bool, had: Iterable[str] = ()
 ) -> StageError | None:
     """The file has not the columns that the config names, or not those of its kind.
 
-    `ours`: our columns that its rows had once they were read, under whatever names.
+    `had`: our columns that its rows had once they were read, under whatever names.
     `prompt_missing`: no row has one. Chosen and rejected alone will do only as conversations that hold their prompts.
     """
     if not columns:
@@ -100,7 +105,7 @@ def wrong_columns(
                 else f"name the column that holds it: {_mapping({ours: _YOURS})}",
                 kind="missing_column",
             )
-    named = {*columns, *params.columns, *ours}
+    named = {*columns, *params.columns, *had}
     without_prompt = prompt_missing and "prompt" not in named
     forms = COLUMNS[params.kind][:1] if without_prompt else COLUMNS[params.kind]
     if not without_prompt and any(named.issuperset(form) for form in forms):

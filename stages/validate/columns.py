@@ -10,8 +10,8 @@ from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line
-from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text
-from stages.validate.column_advice import KNOWN
+from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text, turns
+from stages.validate.column_advice import COLUMNS, KNOWN
 from stages.validate.labels import Names
 from stages.validate.presets import PRESETS, Numbered, Shape, recognised
 
@@ -26,8 +26,8 @@ _ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
 }
 """Our column -> the names under which data sets have it, where the file has no column of ours."""
 _SYSTEMS = ("system", "system_prompt")
-_INPUTS = ("input", "context")
-"""What an instruction is about; beside an instruction only."""
+_INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
+"""Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
 _REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools"),
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
@@ -48,6 +48,8 @@ class Plan:
     """Our column -> the file's."""
     system: str | None = None
     input: str | None = None
+    before: bool = False
+    """Whether `input` stands before the prompt, as the text that a question is about does."""
     history: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
@@ -99,15 +101,15 @@ class Columns:
         params, plan = self.params, Plan()
         given = set(names)
         if params.format or not params.columns:
-            fits = [
-                (name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds
-            ]
+            fits = [(name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds]
             if fits:
                 name, plan.shape = fits[0]
                 if plan.shape.row or plan.shape.whole or params.format:
                     self.say(f"{name}: {plan.shape.says}")
         shape = plan.shape
         taken = set((shape.needs | shape.reads) - shape.unread) if shape and (shape.row or shape.whole) else set()
+        if shape and shape.labels and "label" in params.columns:
+            taken.discard(shape.labels[0])
         if self.whole is None and plan.shape is not None:
             self.whole = plan.shape.whole
         ours = {} if taken else {**_aliases(params.kind, given, set(params.columns))}
@@ -121,11 +123,10 @@ class Columns:
         prompt = ours.get("prompt", "prompt")
         if plan.shape is None or not taken:
             plan.system = params.columns.get("system") or next((n for n in _SYSTEMS if n in given - read), None)
-            if prompt in _PROMPTS[:1]:
-                plan.input = params.columns.get("input") or next((n for n in _INPUTS if n in given - read), None)
-                plan.history = "history" if "history" in given - read else None
-            plan.input = plan.input or params.columns.get("input")
-            plan.history = plan.history or params.columns.get("history")
+            about = _INPUTS.get(prompt, ())
+            plan.input = params.columns.get("input") or next((n for n in about if n in given - read), None)
+            plan.history = params.columns.get("history") or ("history" if "history" in given - read else None)
+            plan.before = prompt in _PROMPTS[1:]
         for what, theirs in (("the system message", plan.system), ("part of the prompt", plan.input)):
             if theirs in given and theirs not in params.columns.values():
                 self.say(f"`{theirs}` as {what}")
@@ -142,7 +143,7 @@ class Columns:
         if names_[0] in given:
             self.names = Names(*names_)
         plan.ours = frozenset({*ours, *(given & KNOWN[params.kind])})
-        self.ours |= plan.ours
+        self.ours |= plan.ours | set(COLUMNS[params.kind][0] if taken else ())
         return plan
 
     def row(self, row: Row) -> Row:
@@ -162,7 +163,8 @@ class Columns:
         if plan.takes:
             row = {**row, **{ours: source.get(theirs) for ours, theirs in plan.takes.items()}}
         if plan.input is not None and source.get(plan.input) not in NOTHING and isinstance(row.get("prompt"), str):
-            row = {**row, "prompt": f"{row['prompt']}\n{text(source[plan.input], plan.input)}"}
+            about = text(source[plan.input], plan.input)
+            row = {**row, "prompt": f"{about}\n\n{row['prompt']}" if plan.before else f"{row['prompt']}\n{about}"}
         return row
 
     def _examples(self, row: Row, plan: Plan) -> None:
@@ -205,7 +207,9 @@ class Columns:
         return parsed
 
 
-_OF_OBJECTS = frozenset({"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"})
+_OF_OBJECTS = frozenset(
+    {"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"}
+)
 _KNOWN_KEYS = KNOWN_KEYS | {"answer", "response", "completion", "model", "rank", "score"}
 
 
@@ -228,23 +232,31 @@ def _aliases(kind: Kind, given: set[str], mapped: set[str]) -> dict[str, str]:
     prompts = (*_PROMPTS, *(_CONVERSATIONS if answered else ()), "input")
     whole = not answered and have & {*_CONVERSATIONS, "messages"}
     if not (have & {"prompt", "turns"} or whole):
-        found |= {"prompt": name for name in [next((name for name in prompts if name in given), None)] if name}
+        asked = next((name for name in prompts if name in given), None)
+        found |= {} if asked is None else {"prompt": asked}
     for ours, names in _ALIASES[kind].items():
         theirs = next((name for name in names if name in given and name not in found.values()), None)
         if ours in have or theirs is None:
             continue
         spoken = ours == "messages" and (have | found.keys()) & {"prompt"}
         # A conversation holds its answer; and answers with a verdict beside them are not all to be imitated.
-        answer = ours in ("response", "completion") and (have | found.keys()) & {"messages", "response", *_CONVERSATIONS}
+        answer = ours in ("response", "completion") and (have | found.keys()) & {
+            "messages",
+            "response",
+            *_CONVERSATIONS,
+        }
         if not (spoken or answer or (kind == "sft" and ours == "response" and "label" in given)):
             found[ours] = theirs
     return found
 
 
 def _earlier(value: object, column: str) -> Turns:
-    """Earlier turns as pairs of what was asked and what was answered."""
+    """Earlier turns as messages, or as pairs of what was asked and what was answered."""
     spoken: list[tuple[str, str]] = []
-    for pair in listed(value, column):
+    pairs = listed(value, column)
+    if pairs and all(isinstance(message, dict) for message in pairs):
+        return turns(pairs, column)
+    for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(column, "not_a_pair_of_turns", pair)
         spoken += [("user", text(pair[0], column)), ("assistant", text(pair[1], column))]

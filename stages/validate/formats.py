@@ -242,8 +242,9 @@ _REASONS = {"tie": "tie", "skip": "skipped"}
 
 def _sft(row: Row) -> Parsed:
     if row.get("messages") is None or row.get("response") is not None:
-        given, (before, response) = _given(row), _side(row.get("response"), "response")
-        return {"prompt": _one_prompt(given, [("response", before)]), "response": response}
+        given, notes = _given(row), []
+        before, response = _side(row.get("response"), "response", given, notes)
+        return {"prompt": _one_prompt(given, [("response", before)]), "response": response, **_noted(notes)}
     prompt, response = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
     return {"prompt": prompt, "response": response}
 
@@ -280,13 +281,14 @@ def _prompt(row: Row) -> Parsed:
 
 
 def _feedback(row: Row) -> Parsed:
-    column = "completion" if "completion" in row or "response" not in row else "response"
+    column, notes = "completion" if "completion" in row or "response" not in row else "response", []
     if row.get(column) is None and row.get("messages") is not None:
         prompt, completion = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
     else:
-        before, completion = _side(row.get(column), column)
-        prompt = _one_prompt(_given(row), [(column, before)])
-    return {"prompt": prompt, "completion": completion, "label": canonical(row.get("label"))}
+        given = _given(row)
+        before, completion = _side(row.get(column), column, given, notes)
+        prompt = _one_prompt(given, [(column, before)])
+    return {"prompt": prompt, "completion": completion, "label": canonical(row.get("label")), **_noted(notes)}
 
 
 # --- preference ---
@@ -296,27 +298,38 @@ def _preference(row: Row) -> Parsed:
     names, label = ("chosen", "rejected"), {}
     if "a" in row and row.get("chosen") is None and row.get("rejected") is None:
         names, label = ("a", "b"), {"label": canonical(row.get("label"))}
-    (chosen_prompt, chosen), (rejected_prompt, rejected) = (_side(row.get(name), name) for name in names)
-    given = _given(row)
+    given, notes = _given(row), []
+    (chosen_prompt, chosen), (rejected_prompt, rejected) = (_side(row.get(name), name, given, notes) for name in names)
     befores = [(names[0], chosen_prompt), (names[1], rejected_prompt)]
     margin = None if row.get("margin") in (None, "") else number(row["margin"], "margin")
     prompt = _one_prompt(given, befores)
     # Until all labels are read `chosen` is the first answer, a.
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, **label}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, **label, **_noted(notes)}
 
 
-def _side(value: object, column: str) -> tuple[Turns | None, str]:
-    """One of the answers, and the conversation before it where the value holds that too."""
+def _noted(notes: list[str]) -> Parsed:
+    return {"notes": list(dict.fromkeys(notes))} if notes else {}
+
+
+def _side(value: object, column: str, given: Turns | None, notes: list[str]) -> tuple[Turns | None, str]:
+    """One of the answers, and the conversation before it where the value holds that too.
+
+    A text that spells out another conversation than the prompt's is the answer itself: an example of one, say.
+    """
     if isinstance(value, str) and not value.startswith("\n\nHuman:"):
         messages = written_messages(value, column)
         if messages is None:
             return None, text(value, column)
-        value = messages
+        before, answer = _side(messages, column, None, [])
+        if before is None or given is None or _merged(given, before) is not None:
+            return before, answer
+        notes.append("looks_like_messages")
+        return None, text(value, column)
     if isinstance(value, str):
         pieces = SPEAKER.split(value)
         if pieces[-2] == "Assistant" and not pieces[-1].strip():
             raise BadRow(column, "empty", value)
-    conversation = turns([value] if isinstance(value, dict) else value, column)
+    conversation = turns([value] if isinstance(value, dict) and value.keys() & {"role", "from"} else value, column)
     if len(conversation) == 1 and conversation[0][0] == "assistant":
         return None, conversation[0][1]
     return _last_answer(conversation, column)
@@ -338,12 +351,18 @@ def _one_prompt(given: Turns | None, befores: Sequence[tuple[str, Turns | None]]
         return given
     if given is None:
         return prompt
+    merged = _merged(given, prompt)
+    if merged is None:
+        raise BadRow(next(column for column, before in befores if before is not None), "prompts_differ", prompt[-1][1])
+    return merged
+
+
+def _merged(given: Turns, prompt: Turns) -> Turns | None:
+    """The conversation of which one says a part and the other more; None where they are different ones."""
     part, whole = (_without_system([(role, said.strip()) for role, said in turns_]) for turns_ in (given, prompt))
     if any(whole[place : place + len(part)] == part for place in range(len(whole))):
         return given[:1] + prompt if given[0][0] == "system" and prompt[0][0] != "system" else prompt
-    if part[-len(whole) :] == whole and prompt[0][0] != "system":
-        return given
-    raise BadRow(next(column for column, before in befores if before is not None), "prompts_differ", prompt[-1][1])
+    return given if part[-len(whole) :] == whole and prompt[0][0] != "system" else None
 
 
 def _without_system(conversation: list[tuple[str, str]]) -> list[tuple[str, str]]:

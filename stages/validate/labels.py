@@ -18,11 +18,11 @@ from stages.validate.cells import BadRow, text
 Meanings = dict[str, str | None]
 """A label as `canonical` writes it -> `up`, `down`, `a`, `b`, `tie` or `skip`; None where it is none of the labels."""
 
-_UP = "true yes y up thumbs_up thumb_up good positive desirable like liked upvote correct helpful chosen accepted \U0001f44d"
-_DOWN = "false no n down thumbs_down thumb_down bad negative undesirable dislike disliked downvote incorrect unhelpful"
-_DOWN += " rejected \U0001f44e"
+_UP = "true yes y up thumbs_up thumb_up good positive desirable like liked upvote helpful chosen \U0001f44d"
+_DOWN = "false no n down thumbs_down thumb_down bad negative undesirable dislike disliked downvote incorrect \U0001f44e"
+_UP, _DOWN = f"{_UP} correct accepted", f"{_DOWN} unhelpful rejected"
 _THUMBS = {**dict.fromkeys(_UP.split(), "up"), **dict.fromkeys(_DOWN.split(), "down")}
-_TIES = dict.fromkeys("tie tied draw both equal same neither none both_good both_bad bothbad".split(), "tie")
+_TIES = frozenset(("tie", "tied", "draw", "both", "equal", "same", "neither", "both_good", "both_bad", "bothbad"))
 _SIDE = re.compile(r"(?:(?:model|response|answer|assistant|option|output|completion|text|conversation)_?)?([ab]|[0-9])")
 _ORDINALS = {"first": "a", "second": "b", "left": "a", "right": "b"}
 _INDEX = re.compile(r"(?:^|_)(?:id|idx|index|choice)$")
@@ -120,13 +120,13 @@ def _sides(words: set[str], numbers: Sequence[float], names: Names) -> tuple[dic
         return told, "holds true and false, which do not say which of two answers is better"
     if not numbers and not places:
         return told, ""
-    if told.keys() - called.keys() - {word for word in told if told[word] == "tie"}:
+    if numbers and any(meaning != "tie" for meaning in told.values()):
         return told, "mixes numbers with words"
     found = {*numbers, *places.values()}
     first = _first_place(found, names)
     if first is None:
         return told, "holds numbers that do not say whether the first answer is 0 or 1"
-    sides = {first: "a", first + 1: "b"}
+    sides: dict[float, str] = {first: "a", first + 1: "b"}
     told |= {word: sides[place] for word, place in places.items() if place in sides}
     return told | {_number_text(number): sides[number] for number in numbers if number in sides}, ""
 

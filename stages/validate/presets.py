@@ -58,7 +58,7 @@ def _ultrafeedback(row: Row) -> Row:
 
 
 def _nectar(row: Row) -> Row:
-    """{"prompt": "\\n\\nHuman: Name a fruit.\\n\\nAssistant: ", "answers": [{"answer": "Kiwi.", "model": "m", "rank": 1.0}, ...]}"""
+    """{"prompt": "\\n\\nHuman: Why?\\n\\nAssistant: ", "answers": [{"answer": "So.", "model": "m", "rank": 1}, ...]}"""
     return {"prompt": row.get("prompt"), "responses": row.get("answers")}
 
 
@@ -84,7 +84,7 @@ def _webgpt(row: Row) -> Row:
 
 
 def _summarize(row: Row) -> Row:
-    """{"info": {"title": "Dog", "post": "My dog ..."}, "summaries": [{"text": "A dog."}, {"text": "Cat."}], "choice": 0}
+    """{"info": {"title": "Dog", "post": "My dog"}, "summaries": [{"text": "A."}, {"text": "B."}], "choice": 0}
 
     The prompt is the post or the article, with the title and the subreddit before it where they are given.
     """
@@ -137,7 +137,7 @@ def _one_of(row: Row, column: str, labels: Mapping[int, str]) -> str:
     """The label that a number stands for in this data set. Raises BadRow for any other value."""
     value = row.get(column)
     place = None if isinstance(value, bool) or value in (None, "") else number(value, column)
-    if place not in labels:
+    if place is None or place not in labels:
         raise BadRow(column, "missing" if value in (None, "") else "not_a_label", value)
     return labels[int(place)]
 
@@ -148,7 +148,7 @@ _STEERED = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def _steered(prompt: object) -> object:
-    """HelpSteer's prompts of several turns: "{user}\\n<extra_id_1>Assistant\\n{assistant}\\n<extra_id_1>User\\n{user}"."""
+    """HelpSteer's prompts of several turns: "Hi\\n<extra_id_1>Assistant\\nHello.\\n<extra_id_1>User\\nWho are you?"."""
     if not isinstance(prompt, str) or "<extra_id_1>" not in prompt:
         return prompt
     first, *rest = _STEERED.split(prompt)
@@ -234,7 +234,9 @@ def _replies(
     answers = [(number_, row) for number_, row in children if row.get("role") == "assistant" and not row.get("deleted")]
     ranks = [row.get("rank") for _, row in answers]
     if kind == "sft":
-        best = min(answers, key=lambda answer: (answer[1].get("rank") is None, answer[1].get("rank") or 0), default=None)
+        best = min(
+            answers, key=lambda answer: (answer[1].get("rank") is None, answer[1].get("rank") or 0), default=None
+        )
         if best is None:
             yield place, "no_answer"
         else:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -15,6 +15,7 @@ from schemas.config import Kind
 from schemas.errors import StageError
 from schemas.text import visible
 from stages.validate.context import Context, Finding
+from stages.validate.table_checks import ANSWERS
 
 LEFT_OUT = "(left out: log_text is false)"
 LISTED = 10_000
@@ -23,6 +24,35 @@ _CUT = 200
 _NOTED = 20
 _UNJUDGED = {"tie", "skipped", "one_answer"}
 """Reasons that say nothing against a row: it prefers no answer. Each is its row's only one."""
+
+
+class Lengths(Strict):
+    """Lengths of prompts, each with one of its answers."""
+
+    unit: Literal["tokens", "characters"]
+    median: int
+    p95: int
+    """So long at most are 95 %."""
+    longest: int
+
+    @classmethod
+    def of(cls, frame: pl.DataFrame | None, context: Context) -> "Lengths | None":
+        """In tokens where a tokenizer has seen the rows, else in characters; None where there are none."""
+        if context.lengths is not None:
+            sizes, unit = pl.Series(np.asarray(context.lengths, dtype=np.int64)), "tokens"
+        elif frame is None:
+            return None
+        else:
+            kind = context.params.kind
+            asked = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
+            longest = pl.col("responses").list.eval(pl.element().str.len_chars()).list.max()
+            answers = [longest if kind == "ranking" else pl.col(name).str.len_chars() for name in ANSWERS[kind]]
+            counted = [frame.select(size=asked + answer) for answer in answers or [pl.lit(0)]]
+            sizes, unit = pl.concat(counted)["size"].drop_nulls(), "characters"
+        if not len(sizes):
+            return None
+        at = {share: sizes.quantile(share, "nearest") or 0 for share in (0.5, 0.95, 1.0)}
+        return cls(unit=unit, median=int(at[0.5]), p95=int(at[0.95]), longest=int(at[1.0]))
 
 
 class Report(Strict):
@@ -46,6 +76,8 @@ class Report(Strict):
     """Part -> kind -> rows written."""
     longest: int | None = None
     """Tokens of the longest kept row; null when no tokenizer was given."""
+    lengths: Lengths | None = None
+    """How long prompts are with an answer each."""
     columns: list[str] = []
     """The file's columns."""
     read: list[str] = []
@@ -146,8 +178,15 @@ class Quarantine:
         """`column: reason` -> entries, the most frequent first."""
         return {f"{column}: {reason}" if column else reason: n for (column, reason), n in self.checks.most_common()}
 
-    def report(self, context: Context, parts: dict[str, dict[str, int]], error: StageError | None) -> Report:
-        """What came of the rows, written as report.json too."""
+    def report(
+        self,
+        context: Context,
+        parts: dict[str, dict[str, int]],
+        error: StageError | None,
+        frame: pl.DataFrame | None = None,
+    ) -> Report:
+        """What came of the rows, written as report.json too. `frame`: the rows that are left."""
+        lengths = Lengths.of(frame, context)
         report = Report(
             kind=context.params.kind,
             rows=context.read,
@@ -158,7 +197,8 @@ class Quarantine:
             notes=dict(self.notes),
             noted=self._noted,
             parts=parts,
-            longest=context.longest,
+            longest=lengths.longest if lengths and lengths.unit == "tokens" else None,
+            lengths=lengths,
             columns=list(context.columns),
             read=list(context.said),
             unused=dict(sorted(context.unread.items())),

@@ -2,9 +2,9 @@
 
 prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
-or models; winner null, 0 or "tie" is a tie); or answers that carry `rank` or `score` within themselves. Where they are empty, nobody has ranked the answers yet: such a row is
-noted, and gives its prompt only. Where several are filled in they must agree; against `scores`, which a judge gives,
-what people said counts, and the row is noted.
+or models; winner null, 0 or "tie" is a tie); or answers that carry `rank` or `score` within themselves. Where they are
+empty, nobody has ranked the answers yet: such a row is noted, and gives its prompt only. Where several are filled in
+they must agree; against `scores`, which a judge gives, what people said counts, and the row is noted.
 Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
 independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
 """

@@ -1,5 +1,6 @@
 """Checks of rows that need the tokenizer: what is too long, what leaves nothing to learn, what the template refuses."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
         yield from tokens.findings(frame.slice(start, _BATCH).to_dicts())
         if context.progress:
             context.progress(min(start + _BATCH, frame.height), frame.height, "rows tokenized")
-    context.longest = tokens.longest
+    context.lengths = tokens.lengths
 
 
 def prompt_tokens_differ(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
@@ -78,8 +79,8 @@ class _Tokens:
         self._unknown = _unknown_ids(codec)
         self._unknown_prompts: set[int] = set()
         """Rows whose prompts hold words that the tokenizer does not know, beside others."""
-        self.longest = 0
-        """Tokens of the longest row that is not too long."""
+        self.lengths = array("Q")
+        """Tokens of each prompt with each of its answers, of those that are not too long."""
 
     def findings(self, batch: list[dict]) -> Iterator[Finding]:
         """What makes the rows of a batch unusable: first its prompts, then its answers."""
@@ -90,7 +91,7 @@ class _Tokens:
             else:
                 yield Finding(row["row"], "prompt", *verdict)
         if self.kind == "prompt":
-            self.longest = max(self.longest, *lengths.values(), 0)
+            self.lengths.extend(lengths.values())
         usable = [row for row in batch if row["row"] in lengths]
         answers = [_answers(self.kind, row) for row in usable]
         encoded = iter(self._encode([text for of_row in answers for _, text in of_row]))
@@ -186,7 +187,7 @@ class _Tokens:
             return "unknown_tokens", answer
         if length > self.max_length:
             return "too_long", f"{length} tokens"
-        self.longest = max(self.longest, length)
+        self.lengths.append(length)
         return None
 
     def _encode(self, texts: list[str]) -> list[list[int] | None]:

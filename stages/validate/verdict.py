@@ -29,7 +29,7 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     else:
         message = f"{counts}, more than max_bad = {params.max_bad:.1%}"
     checks = quarantine.checks.most_common(3)
-    most = ", ".join(f"{_check(column, reason, quarantine)} ({n})" for (column, reason), n in checks)
+    most = ", ".join(_check(column, reason, n, quarantine) for (column, reason), n in checks)
     rest = f" (the first {quarantine.listed} entries)" if quarantine.left_out else ""
     failed = f"most frequent: {most}. See {quarantine.file}{rest}" if most else "no check failed"
     kind, fix = "nothing_left" if not usable.height else "bad_data", "fix the rows"
@@ -47,7 +47,7 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
 
 
 _ALLOWED = {
-    "unknown_role": "write one of the roles " + ", ".join(ROLES),
+    "unknown_role": f"rename the role: user, assistant, system, or another name of theirs ({', '.join(ROLES)})",
     "not_text": "give a text, or a list of messages with `role` and `content`",
     "not_a_message": 'write each message as {"role": "user", "content": "..."}',
     "not_a_list": "give a list",
@@ -66,9 +66,9 @@ _ELSEWHERE = ("missing", "not_text", "not_a_list", "not_a_number", "empty")
 """Reasons that another column may cure."""
 
 
-def _check(column: str, reason: str, quarantine: Quarantine) -> str:
-    """A check that failed, with the first value that it found."""
-    name = f"{column}: {reason}" if column else reason
+def _check(column: str, reason: str, count: int, quarantine: Quarantine) -> str:
+    """A check that failed, how often, and the first value that it found."""
+    name = f"{column}: {reason} ({count})" if column else f"{reason} ({count})"
     example = quarantine.examples.get((column, reason))
     return name if example is None else f"{name}, such as {short(example)}"
 

@@ -180,9 +180,7 @@ class Written:
                     self.ended[column] += 1
                     marked.append((place, column, None))
             self.texts[column] += texts
-        read = [
-            None if name is None else conversation(rows[place][1][column], name) for place, column, name in marked
-        ]
+        read = [None if name is None else _read(rows[place][1][column], column, name) for place, column, name in marked]
         for (_, column, name), turns in zip(marked, read, strict=True):
             if name is not None and turns is not None:
                 self.whole[column, _DIALECTS[name].rendered] += 1
@@ -194,13 +192,16 @@ class Written:
             if not self._holds(column, name):
                 notes.setdefault(number, []).append("looks_rendered" if _rendered(name) else "looks_like_transcript")
             elif name is None:
-                rows[place] = number, {**row, column: without_end(row[column])}
+                rows[place] = number, {**row, column: without_end(row[column]).strip()}
                 notes.setdefault(number, []).append("end_token_cut")
             elif turns is None:
                 reason = "rendered_template" if _rendered(name) else "not_a_transcript"
                 rows[place] = number, BadRow(column, reason, row[column])
             else:
-                rows[place] = number, {**row, column: [{"role": role, "content": said} for role, said in turns]}
+                row = {**row, column: [{"role": role, "content": said} for role, said in turns]}
+                if isinstance(row.get("responses"), list) and _rendered(name):
+                    row["responses"] = [_bare(answer) for answer in row["responses"]]
+                rows[place] = number, row
                 notes.setdefault(number, []).append("template_read" if _rendered(name) else "transcript_read")
                 says(f"`{column}`, rendered with {name}" if _rendered(name) else f"`{column}`, a transcript")
         return notes
@@ -215,6 +216,16 @@ class Written:
             return False
         share = self.whole[column, rendered] / self.texts[column]
         return share >= (_RENDERED_SHARE if rendered else _TRANSCRIPT_SHARE)
+
+
+def _read(value: str, column: str, name: str) -> Turns | None:
+    """The conversation in a column; in one of answers it ends with an answer."""
+    turns = conversation(value, name)
+    return None if turns and column not in ("prompt", "messages") and turns[-1][0] != "assistant" else turns
+
+
+def _bare(answer: Any) -> Any:
+    return without_end(answer).strip() if isinstance(answer, str) else answer
 
 
 def _rendered(name: str | None) -> bool:
