@@ -30,7 +30,8 @@ def ngrams(texts: pl.DataFrame, n: int) -> pl.DataFrame:
     for place in range(n):
         gram = gram * pl.lit(_BASE, pl.UInt64) + pl.col("word").shift(-place)
     whole = pl.col("row") == pl.col("row").shift(1 - n)
-    return hashed.select("row", gram=gram, whole=whole).filter("whole").select("row", "gram").unique(maintain_order=True)
+    grams = hashed.select("row", gram=gram, whole=whole).filter("whole").select("row", "gram")
+    return grams.unique(maintain_order=True)
 
 
 def near_duplicates(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
