@@ -114,6 +114,9 @@ class DataConfig(Strict):
     """Share of quarantined rows above which the flow stops."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
+    ngrams: int | None = Field(default=None, ge=2, le=50)
+    """Count prompts that are nearly an earlier one, and rows to train on that overlap with prompts of the evaluation,
+    by sequences of so many words: 13 is usual. None: neither is looked for."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "DataConfig":

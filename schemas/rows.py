@@ -246,12 +246,13 @@ def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
         messages.list.eval(pl.element().struct.field("content")).list.join("\n") for messages in (prompt, opening)
     )
     whole, first = (frame.select(texts).to_series() for texts in joined)
-    ids = text_ids(whole)
+    ids = pl.Series("prompt_id", text_ids(whole), dtype=pl.String)
     # Most conversations have one turn, and a hash costs more than to compare them.
     later = whole != first
-    openings = iter(text_ids(first.filter(later)))
-    clusters = [next(openings) if other else own for own, other in zip(ids, later.to_list(), strict=True)]
+    clusters = ids.alias("cluster")
+    if later.any():
+        clusters = clusters.scatter(later.arg_true(), text_ids(first.filter(later)))
     place = frame.columns.index("prompt") + 1
-    for offset, (name, digests) in enumerate({"prompt_id": ids, "cluster": clusters}.items()):
-        frame = frame.insert_column(place + offset, pl.Series(name, digests, dtype=pl.String))
+    for offset, digests in enumerate((ids, clusters)):
+        frame = frame.insert_column(place + offset, digests)
     return frame

@@ -44,6 +44,9 @@ def validate(
     evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
+    ngrams: Annotated[
+        int | None, typer.Option(help="Count near-duplicates and overlap with the evaluation by N words; 13 is usual.")
+    ] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="Share of prompts to keep for a last test.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,

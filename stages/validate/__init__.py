@@ -17,7 +17,7 @@ import polars as pl
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
-from stages.validate import table_checks, token_checks
+from stages.validate import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
 from stages.validate.formats import read
@@ -38,6 +38,8 @@ CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
     table_checks.hidden_characters,
     token_checks.prompt_tokens_differ,
     table_checks.leaks,
+    ngrams.near_duplicates,
+    ngrams.overlaps,
 )
 
 

@@ -42,7 +42,10 @@ _SPACE = r"[ \t]*"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def take(kind: Kind, chunk: Lines, names: tuple[str, ...], plan: Plan) -> tuple[pl.DataFrame, list[int]] | None:
+Taken = tuple[pl.DataFrame, list[int]]
+
+
+def take(kind: Kind, chunk: Lines, names: tuple[str, ...], plan: Plan) -> Taken | None:
     """(The plain rows in the form of their kind, `row` being the place in the chunk; the places of the other lines).
 
     `names` are the columns of the chunk's first row, and `plan` says how they are read. None where no row is plain.

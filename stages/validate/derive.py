@@ -1,6 +1,7 @@
 """Splits rows by how their prompts begin, derives further kinds so that one data set can feed every method
 (`DERIVES`), writes them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -28,38 +29,43 @@ def part(params: ValidateParams) -> pl.Expr:
 
 def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:
     """Write Parquet of every part and kind that has rows; returns part -> kind -> rows. `frame` has column `part`."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {name: {} for name in PARTS}
     for name in PARTS:
         rows = frame.filter(pl.col("part") == name).drop("part")
-        tables = {kind: table for kind, table in derive(kind, rows).items() if table.height}
-        counts[name] = {kind: table.height for kind, table in tables.items()}
-        for derived in list(tables):
-            (out / name).mkdir(exist_ok=True)
-            # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
-            pieces = pl.concat(tables.pop(derived).iter_slices(_CHUNK), rechunk=False)
-            pieces.write_parquet(out / name / f"{derived}.parquet", compression_level=1)
+        for derived, table in derive(kind, rows):
+            if table.height:
+                (out / name).mkdir(exist_ok=True)
+                # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
+                pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
+                pieces.write_parquet(out / name / f"{derived}.parquet", compression_level=1)
+                counts[name][derived] = table.height
     return counts
 
 
-def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    """Every kind that these rows give, the source kind too. Frames may be empty; exact repetitions are left out.
+def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
+    """Every kind that these rows give, the source kind too, one after the other: each takes as much memory as the rows.
 
-    A ranking without any comparison (all answers tied) gives its prompt only.
+    Frames may be empty; exact repetitions are left out. A ranking without any comparison (all answers tied) gives its
+    prompt only.
     """
-    kinds: dict[Kind, pl.DataFrame] = {"prompt": _distinct(frame.select(HEAD), "prompt")}
+    yield "prompt", _distinct(frame.select(HEAD), "prompt")
     if kind == "ranking":
         ranked = frame.filter(pl.col("winners").list.len() > 0)
-        kinds |= {"ranking": ranked, "preference": _distinct(_pairs(ranked)), **_liked_of("ranking", ranked)}
+        yield "ranking", ranked
+        yield "preference", _distinct(_pairs(ranked))
+        yield from _liked_of("ranking", ranked)
     elif kind == "preference":
-        kinds |= {"preference": frame, "ranking": _as_rankings(frame), **_liked_of("preference", frame)}
+        yield "preference", frame
+        yield "ranking", _as_rankings(frame)
+        yield from _liked_of("preference", frame)
     elif kind == "feedback":
         opposed = opposed_thumbs(frame)
         unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
         liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
-        kinds |= {"feedback": frame, "sft": _distinct(liked.select(*HEAD, response="completion"))}
+        yield "feedback", frame
+        yield "sft", _distinct(liked.select(*HEAD, response="completion"))
     elif kind == "sft":
-        kinds |= {"sft": frame}
-    return kinds
+        yield "sft", frame
 
 
 def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
@@ -67,19 +73,28 @@ def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
     return rankings("preference", frame).with_columns(frame.select(margins=margins))
 
 
-def _liked_of(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
+def _liked_of(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
     """Thumbs, and the answers to imitate. Rows of one prompt that share answers are one ranking for both."""
     alone, joined = as_one(kind, frame)
-    if kind == "ranking":
-        feedback, sft = [_thumbs(alone)], [_best(alone)]
-    else:  # of two answers one is up and one is down
-        up = alone.select(*HEAD, completion="chosen", label=pl.lit(True))
-        feedback = [up, alone.select(*HEAD, completion="rejected", label=pl.lit(False))]
-        sft = [alone.select(*HEAD, response="chosen")]
-    if joined.height:
-        feedback, sft = [*feedback, _thumbs(joined)], [*sft, _best(joined)]
-    in_order = {"feedback": feedback, "sft": sft}
-    return {name: _distinct(pl.concat(tables).sort("row", maintain_order=True)) for name, tables in in_order.items()}
+    yield "feedback", _in_order(_thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone), _thumbs(joined))
+    best = _best(alone) if kind == "ranking" else alone.select(*HEAD, response="chosen")
+    yield "sft", _in_order(best, _best(joined))
+
+
+def _in_order(alone: pl.DataFrame, joined: pl.DataFrame) -> pl.DataFrame:
+    return pl.concat([alone, joined]).sort("row", maintain_order=True) if joined.height else alone
+
+
+def _thumbs_of_pairs(frame: pl.DataFrame) -> pl.DataFrame:
+    """Of two answers one is up and one is down."""
+    pieces = [_both(piece) for piece in frame.iter_slices(_CHUNK)] or [_both(frame)]
+    return pl.concat(pieces, rechunk=False)
+
+
+def _both(frame: pl.DataFrame) -> pl.DataFrame:
+    up = frame.select(*HEAD, completion="chosen", label=pl.lit(True))
+    down = frame.select(*HEAD, completion="rejected", label=pl.lit(False))
+    return pl.concat([up, down]).sort("row", maintain_order=True)
 
 
 def _pairs(frame: pl.DataFrame) -> pl.DataFrame:

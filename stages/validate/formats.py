@@ -16,7 +16,9 @@ What the file calls its columns is for columns.py; conversations within one text
 its whole column tells: it stays as it is until all rows are read (labels.py).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import polars as pl
 
@@ -26,7 +28,7 @@ from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
 from schemas.source import Generated, data_source
 from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
 from stages.validate.column_advice import other_json, shown, unknown_mapping, wrong_columns
-from stages.validate.columnar import count_texts, take
+from stages.validate.columnar import Taken, count_texts, take
 from stages.validate.columns import Columns, wrong_format
 from stages.validate.context import Context, Finding, note
 from stages.validate.labels import canonical, meanings, wrong_map
@@ -39,6 +41,8 @@ from stages.validate.written import Written, cut_repeated_prompts
 
 _HOPELESS = 200_000
 """Rows without a usable one among them after which the rest is not read: it is another kind of file."""
+_AHEAD = 2
+"""Chunks that are read ahead."""
 _COLUMNS = 10_000  # that the report lists
 _NO_OBJECT = ("malformed_json", "not_an_object")
 
@@ -59,7 +63,7 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     reading = _Reading(context, quarantine)
     frames = [to_frame(params.kind, [], [])]
     usable = False
-    for chunk in chunks(params, context.rows, context.seed):
+    for chunk in reading.ahead(chunks(params, context.rows, context.seed)):
         frames.append(reading.chunk(chunk))
         usable = usable or frames[-1].height > 0 or bool(reading.held)
         if not usable and context.read >= _HOPELESS:
@@ -110,7 +114,24 @@ class _Reading:
         """Rows that give rows of ours only together with others."""
         self._usual: tuple[str, ...] | None = None
         """The columns of the chunk before, where most of its rows had them in this order."""
+        self._coming: dict[int, tuple[tuple[str, ...], Future[Taken | None]]] = {}
+        """A chunk's id -> the columns that were expected in it, and its plain rows."""
         context.unread, context.said = self.columns.unread, self.columns.read
+
+    def ahead(self, source: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks. Plain rows of the next ones are taken meanwhile: polars works outside of Python's lock."""
+        waiting: deque[Chunk] = deque()
+        with ThreadPoolExecutor(_AHEAD) as aside:
+            for chunk in source:
+                waiting.append(chunk)
+                if isinstance(chunk, Lines) and self._usual is not None:
+                    plan = self.columns.plan(dict.fromkeys(self._usual))
+                    if not plan.unread:  # else the chunk before may change how it is read
+                        work = aside.submit(take, self.context.params.kind, chunk, self._usual, plan)
+                        self._coming[id(chunk)] = self._usual, work
+                if len(waiting) > _AHEAD or self._usual is None:
+                    yield waiting.popleft()
+            yield from waiting
 
     def chunk(self, chunk: Chunk) -> pl.DataFrame:
         """The rows of a chunk that have a form: those that are plain as columns, the others one by one."""
@@ -136,7 +157,13 @@ class _Reading:
         if names is not None:
             self._saw(names)
             plan = self.columns.plan(dict.fromkeys(names))
-            taken = None if self.columns.whole else take(self.context.params.kind, chunk, names, plan)
+            expected, coming = self._coming.pop(id(chunk), (None, None))
+            if self.columns.whole is not None:
+                taken = None
+            elif coming is not None and expected == names:
+                taken = coming.result()
+            else:
+                taken = take(self.context.params.kind, chunk, names, plan)
             if taken is not None:
                 self._usual = names if taken[0].height > len(taken[1]) else None
                 self.written.texts.update(count_texts(taken[0]))

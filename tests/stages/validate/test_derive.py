@@ -16,7 +16,7 @@ def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
     frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
     if kind == "feedback":  # to_frame leaves labels as they are given, and the rows here have true and false
         frame = frame.with_columns(label=pl.col("label") == "true")
-    kinds = derive(kind, frame)
+    kinds = dict(derive(kind, frame))
     assert set(kinds) == set(DERIVES[kind])
     for name, frame in kinds.items():
         assert problems(name, frame).height == 0
@@ -83,7 +83,7 @@ def test_ranking_of_two_equals_its_pair() -> None:
     """From a pair to a ranking and back is the pair."""
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.5}
     ranking = derived("preference", pair)["ranking"]
-    assert derive("ranking", ranking)["preference"].equals(derived("preference", pair)["preference"])
+    assert dict(derive("ranking", ranking))["preference"].equals(derived("preference", pair)["preference"])
 
 
 def test_feedback_and_sft() -> None:
