@@ -14,13 +14,14 @@ import polars as pl
 
 from schemas.config import ValidateParams
 from schemas.errors import StageError, refuse
-from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
+from schemas.source import HOW_TO_PIN, Demo, File, Generated, Hub, Remote, data_source, is_commit
 from stages.validate.readers import bounds
 from stages.validate.readers.csv_file import from_csv
 from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
 from stages.validate.readers.json_lines import Lines, lines_of
 from stages.validate.readers.json_rows import other_orientation
+from stages.validate.readers.remote import fetched
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
@@ -60,6 +61,8 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Chun
             return _in_chunks(_from_hub(params, name), params.limit)
         case File(file):
             return _from_file(file, params.limit)
+        case Remote() as remote:
+            return _from_remote(remote, params)
         case Generated() if rows is not None:
             return _from_file(rows / "rows.jsonl", params.limit)
         case _:
@@ -83,8 +86,11 @@ def _in_chunks(rows: Iterator[Record], limit: int | None) -> Iterator[list[Recor
 
 
 def refuse_moving(params: ValidateParams) -> None:
-    """Raise StageError where `params.path` is a Hub dataset that no commit holds still."""
+    """Raise StageError where nothing holds still what `params.path` names: no commit of the Hub, or no digest."""
     source = data_source(params.path)
+    if isinstance(source, Remote) and params.sha256 is None:
+        message = f"what stands at {params.path} may change: its digest has to be given"
+        raise refuse("sha256", None, message, HOW_TO_PIN, kind="no_digest")
     moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
     if moves and not is_commit(params.revision):
         message = f"{params.path} changes with time: a branch or tag moves"
@@ -107,6 +113,12 @@ def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
     message = f"the format {kind or 'of a file without suffix'} is not known"
     fix = f"give a file that ends in {_FORMATS}"
     raise refuse("path", file, message, fix, kind="unknown_format")
+
+
+def _from_remote(remote: Remote, params: ValidateParams) -> Iterator[Chunk]:
+    refuse_moving(params)
+    with fetched(remote, params.sha256) as file:
+        yield from _from_file(file, params.limit)
 
 
 def _refuse_missing(file: Path) -> None:
