@@ -1,4 +1,4 @@
-"""A file at an address: fetched whole, and held against the digest that the config gives, before a row of it is read."""
+"""A file at an address: fetched whole, and held against the config's digest, before a row of it is read."""
 
 import hashlib
 import os

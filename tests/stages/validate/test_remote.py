@@ -1,4 +1,4 @@
-"""Data files at addresses: fetched from a real S3 server, or by fsspec, and refused where they are not the same file."""
+"""Data files at addresses: fetched from a real S3 server, or by fsspec; refused where they are another file."""
 
 import gzip
 import hashlib
