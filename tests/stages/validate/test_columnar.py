@@ -149,7 +149,8 @@ def test_other_files_give_the_same(
         rows.append(row | {"label": "up", "id": number} if kind == "feedback" else row | {"id": number})
     file = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":
-        pl.DataFrame([{**row, "prompt": draw.choice([None, *[row["prompt"]] * 50])} for row in rows]).write_parquet(file)
+        prompts = [draw.choice([None, *[row["prompt"]] * 50]) for row in rows]
+        pl.DataFrame(rows).with_columns(prompt=pl.Series(prompts, dtype=pl.String)).write_parquet(file)
     else:
         with file.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, rows[0])
