@@ -58,6 +58,7 @@ def turns(value: object, column: str) -> Turns:
             return transcript(value, column)
         messages = written_messages(value, column)
         return (("user", text(value, column)),) if messages is None else turns(messages, column)
+    value = rows_of(value)
     if not isinstance(value, list):
         raise BadRow(column, "missing" if value is None else "not_text", value)
     spoken: list[Turn] = []
@@ -73,6 +74,16 @@ def turns(value: object, column: str) -> Turns:
     if spoken[-1][0] == "assistant":
         _refuse_unlearned(value[-1], column)
     return tuple(spoken)
+
+
+def rows_of(value: object) -> object:
+    """An object of lists of one length as a list of objects: so `datasets` hands out its sequences of features."""
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    columns: dict[str, list[Any]] = value
+    if len({len(column) for column in columns.values()}) > 1:
+        return value
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 def _turn(message: dict[str, Any], column: str) -> Turn | None:
@@ -225,6 +236,7 @@ def listed(value: object, column: str) -> list[Any]:
             value = parsed_list(value)
         except ValueError as error:
             raise BadRow(column, "malformed_json", value) from error
+    value = rows_of(value)
     if not isinstance(value, list):
         raise BadRow(column, "missing" if value is None else "not_a_list", value)
     return value

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import polars as pl
 
 from schemas.config import Kind
-from schemas.errors import refuse
+from schemas.errors import StageError, refuse
 from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
 from schemas.source import Generated, data_source
 from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
@@ -81,11 +81,27 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
     error = other_json(params, context.first_line, broken, context.read) or wrong_format(params, context.columns)
     if error := error or wrong_columns(params, list(context.columns), prompt_missing, ours):
         raise error
+    if error := _other_winners(context, quarantine):
+        raise error
     frame = _judged(pl.concat(frames, how="diagonal"), reading.columns, context, quarantine)
     frame, cut = cut_repeated_prompts(frame, ANSWERS[params.kind], params.kind)
     for row in cut:
         quarantine.add(note(row, "repeated_prompt_cut"))
     return frame
+
+
+_STRAY_SHARE = 0.1
+
+
+def _other_winners(context: Context, quarantine: Quarantine) -> StageError | None:
+    """Many comparisons are won by a number that is neither answer's: then the other numbers mean something else too."""
+    stray = quarantine.checks["comparisons", "winner_not_compared"]
+    value = quarantine.examples.get(("comparisons", "winner_not_compared"), "a number")
+    if stray < max(1, _STRAY_SHARE * context.read) or not (value == "a number" or value.lstrip("-").isdigit()):
+        return None
+    message = f"in {stray} of {context.read} rows it names neither of the two answers, which are counted from 0"
+    fix = "write a, b or tie as the winner, or the number of the answer in `responses`, counted from 0"
+    return refuse("comparisons.winner", value, message, fix, kind="unknown_labels")
 
 
 class _Reading:

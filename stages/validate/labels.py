@@ -72,6 +72,15 @@ def _number(word: str) -> float | None:
     return number if math.isfinite(number) and "_" not in word else None
 
 
+def side_of(value: object) -> str | None:
+    """The side that a word names by itself, a, b or tie; None where it takes more than the word to tell."""
+    word = canonical(value) if isinstance(value, str) and value.strip() else ""
+    side = _SIDE.fullmatch(word)
+    if word in _ORDINALS or word.split("_(")[0] in _TIES:
+        return _ORDINALS.get(word, "tie")
+    return side.group(1) if side and side.group(1) in "ab" else None
+
+
 def meanings(params: ValidateParams, counts: Mapping[str, int], names: Names) -> Meanings:
     """What each label of the column means. Raises StageError where the column as a whole could mean several things."""
     if params.label_map:
@@ -110,10 +119,8 @@ def _sides(words: set[str], numbers: Sequence[float], names: Names) -> tuple[dic
         side = _SIDE.fullmatch(word)
         if word in called:
             told[word] = called[word]
-        elif word in _ORDINALS or word.split("_(")[0] in _TIES:
-            told[word] = _ORDINALS.get(word, "tie")
-        elif side and side.group(1) in "ab":
-            told[word] = side.group(1)
+        elif (named := side_of(word)) is not None:
+            told[word] = named
         elif side:
             places[word] = float(side.group(1))
     if words & {"true", "false"}:

@@ -16,8 +16,9 @@ from statistics import fmean
 from typing import Any
 
 from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
+from stages.validate.labels import side_of
 
-_TIES = (None, 0, "tie", "both", "")
+_TIES = (None, 0, "")
 _EMPTY = (None, [], "")
 _TEXTS = ("text", "content", "answer", "response", "completion", "output", "value")
 _WITHIN = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
@@ -206,9 +207,12 @@ def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, 
     for first, second in ((value["a"], value["b"]), ("a", "b")):
         if winner is not None and winner in (first, second):
             return (a, b) if winner == first else (b, a)
-    if winner in _TIES:
+    side = side_of(winner)
+    if winner in _TIES or side == "tie":
         return None, b
-    raise BadRow("comparisons", "winner_not_compared", value)
+    if side is not None:
+        return (a, b) if side == "a" else (b, a)
+    raise BadRow("comparisons", "winner_not_compared", winner)
 
 
 def has_cycle(pairs: Iterable[tuple[int, int]]) -> bool:

@@ -32,16 +32,20 @@ class _Dialect(NamedTuple):
 
 _OWN_PREFACE = "Below is an instruction that describes a task"
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
-_ENDS += ("<｜end▁of▁sentence｜>",)
-_STARTS = ("<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
+_ENDS += ("<｜end▁of▁sentence｜>", "<|eot|>", "<|return|>", "<|END_OF_TURN_TOKEN|>", "[/SYSTEM_PROMPT]")
+_STARTS = ("<s>", "<|begin_of_text|>", "<bos>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>")
 _HEADS = "Human|User|Prompter|Instruction|Input|Assistant|Response|System"
 _SPEAKERS = "human|user|prompter|assistant|ai|bot|chatbot|system"
 _DIALECTS = {
     "ChatML": _Dialect(re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*\n")),
     "Llama 3": _Dialect(re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>")),
     "Gemma": _Dialect(re.compile(r"<start_of_turn>(\w+)\n")),
+    "Llama 4": _Dialect(re.compile(r"<\|header_start\|>(\w+)<\|header_end\|>")),
+    "Granite": _Dialect(re.compile(r"<\|start_of_role\|>(\w+)<\|end_of_role\|>")),
+    "Harmony": _Dialect(re.compile(r"<\|start\|>(\w+)(?:<\|channel\|>final)?<\|message\|>")),
+    "Cohere": _Dialect(re.compile(r"<\|START_OF_TURN_TOKEN\|><\|(\w+)_TOKEN\|>")),
     "Zephyr": _Dialect(re.compile(r"<\|(system|user|assistant)\|>")),
-    "Llama 2": _Dialect(re.compile(r"(\[/?INST\])")),
+    "Llama 2": _Dialect(re.compile(r"(\[/?INST\]|\[SYSTEM_PROMPT\])")),
     "DeepSeek": _Dialect(re.compile(r"<｜(User|Assistant)｜>")),
     "Nemotron": _Dialect(re.compile(r"<extra_id_[01]>(System|User|Assistant)\n")),
     "Alpaca": _Dialect(re.compile(rf"#{{2,3}} ?({_HEADS}) ?:"), rendered=False, preface=True),
@@ -54,7 +58,9 @@ _DIALECTS = {
 _BEGINS = re.compile(
     rf"(?:{'|'.join(map(re.escape, _STARTS))})?\s*(?:"
     r"(?P<ChatML><\|im_start\|>)|(?P<Llama_3><\|start_header_id\|>)|(?P<Gemma><start_of_turn>)"
-    r"|(?P<Zephyr><\|(?:system|user|assistant)\|>)|(?P<Llama_2>\[INST\])|(?P<DeepSeek><｜(?:User|Assistant)｜>)"
+    r"|(?P<Llama_4><\|header_start\|>)|(?P<Granite><\|start_of_role\|>)|(?P<Harmony><\|start\|>)"
+    r"|(?P<Cohere><\|START_OF_TURN_TOKEN\|>)"
+    r"|(?P<Zephyr><\|(?:system|user|assistant)\|>)|(?P<Llama_2>\[INST\]|\[SYSTEM_PROMPT\])|(?P<DeepSeek><｜(?:User|Assistant)｜>)"
     rf"|(?P<Nemotron><extra_id_[01]>)|(?P<Alpaca>#{{2,3}} ?(?:{_HEADS}) ?:|Below is an instruction that describes)"
     r"|(?P<Vicuna>USER:|ASSISTANT:|A chat between a )"
     rf"|(?P<speakers>(?:\*\*)?(?:(?i:{_SPEAKERS}))(?:\*\*)?[ \t]*:))"
@@ -66,6 +72,7 @@ _HEAD = 200
 _ROLE_OF = {
     **ROLES,
     **{"instruction": "user", "input": "user", "response": "assistant", "[inst]": "user", "[/inst]": "assistant"},
+    **{"[system_prompt]": "system", "chatbot": "assistant"},
 }
 _SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 # The share of a column's texts from which on it is taken for one of conversations.
@@ -74,7 +81,7 @@ _RENDERED_SHARE, _TRANSCRIPT_SHARE = 0.1, 0.5
 
 def dialect_of(value: str) -> str | None:
     """The dialect as which a text begins."""
-    begins = None if value.startswith("\n\nHuman:") else _BEGINS.match(value[:_HEAD].lstrip())
+    begins = _BEGINS.match(value[:_HEAD].lstrip())
     return None if begins is None or begins.lastgroup is None else begins.lastgroup.replace("_", " ")
 
 
@@ -151,8 +158,8 @@ class Written:
 
     texts: Counter[str] = field(default_factory=Counter)
     """Column -> its texts."""
-    whole: Counter[tuple[str, bool]] = field(default_factory=Counter)
-    """Column and whether it was rendered -> texts that are whole conversations."""
+    spoken: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """Column and whether they were rendered -> texts that begin so, and of transcripts are whole ones."""
     ended: Counter[str] = field(default_factory=Counter)
     """Column -> plain texts with an end token of a template at their end."""
 
@@ -174,7 +181,9 @@ class Written:
                 if not isinstance(value, str) or not value:
                     continue
                 texts += 1
-                if value[0] in _FIRST_LETTERS and (name := dialect_of(value)) is not None:
+                if value.startswith("\n\nHuman:"):  # read as it is, and tells what the others are
+                    self.spoken[column, False] += 1
+                elif value[0] in _FIRST_LETTERS and (name := dialect_of(value)) is not None:
                     marked.append((place, column, name))
                 elif value[-1] in "> \n" and value.rstrip().endswith(_ENDS):
                     self.ended[column] += 1
@@ -182,8 +191,8 @@ class Written:
             self.texts[column] += texts
         read = [None if name is None else _read(rows[place][1][column], column, name) for place, column, name in marked]
         for (_, column, name), turns in zip(marked, read, strict=True):
-            if name is not None and turns is not None:
-                self.whole[column, _DIALECTS[name].rendered] += 1
+            if name is not None and (turns is not None or _rendered(name)):
+                self.spoken[column, _rendered(name)] += 1
         notes: dict[int, list[str]] = {}
         for (place, column, name), turns in zip(marked, read, strict=True):
             number, row = rows[place]
@@ -214,7 +223,7 @@ class Written:
         rendered = _rendered(name)
         if not self.texts[column]:
             return False
-        share = self.whole[column, rendered] / self.texts[column]
+        share = self.spoken[column, rendered] / self.texts[column]
         return share >= (_RENDERED_SHARE if rendered else _TRANSCRIPT_SHARE)
 
 

@@ -171,6 +171,16 @@ def test_messages_in_other_spellings(spoken: Rows) -> None:
     assert parse("sft", {"messages": spoken}) == {"prompt": (user("u"),), "response": "a"}
 
 
+def test_lists_within_an_object() -> None:
+    """So `datasets` hands out a sequence of features: one list for each key."""
+    spoken = {"role": ["user", "assistant"], "content": ["u", "a"]}
+    assert parse("sft", {"messages": spoken}) == {"prompt": (user("u"),), "response": "a"}
+    answers = {"text": ["x", "y"], "score": [1, 2]}
+    assert parse("ranking", {"prompt": "p", "responses": answers})["winners"] == [1]
+    with pytest.raises(BadRow, match="not_text"):
+        parse("sft", {"messages": {"role": ["user", "assistant"], "content": ["u"]}})
+
+
 def test_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "a cat"}]
     assert parse("prompt", {"prompt": [message("user", parts)]}) == {"prompt": (user("Look:\na cat"),)}

@@ -176,3 +176,24 @@ def test_sides_that_could_be_either(labels: list[Any], tmp_path: Path) -> None:
 def test_strengths_with_their_sign(tmp_path: Path) -> None:
     sides = run([-3, 0, 2], tmp_path, "preference", label_map={"<0": "a", "0": "tie", ">0": "b"})[1]
     assert sides == ["A", "B"]
+
+
+def compared(winners: list[Any], folder: Path, **more: Any) -> list[str]:
+    """The better answer of each row whose two answers were compared."""
+    rows = [
+        {"prompt": f"q{i}", "responses": ["A", "B"], "comparisons": [{"a": 0, "b": 1, "winner": winner}]}
+        for i, winner in enumerate(winners)
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check(Context(ValidateParams(path=str(file), kind="ranking", eval_fraction=0, **more)), folder / "out")
+    frame = pl.read_parquet(folder / "out" / "train" / "preference.parquet").sort("row")
+    return frame["chosen"].to_list()
+
+
+def test_winners_of_comparisons(tmp_path: Path) -> None:
+    """Words for sides and ties; where many winners are numbers of no answer, 1 is not the second answer either."""
+    assert compared(["model_a", "b", "tie (bothbad)", "Tie", "second"], tmp_path) == ["A", "B", "B"]
+    with pytest.raises(StageError, match=r"comparisons.winner = 2: in 2 of 4 rows it names neither"):
+        compared([1, 2, 1, 2], tmp_path, max_bad=1)
+    assert compared([1, 0] * 10 + [7], tmp_path) == ["B", "A"] * 10

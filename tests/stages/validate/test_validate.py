@@ -699,7 +699,7 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.Capture
     assert said["files"] == f"{out}: eval, train, quarantine.jsonl, report.json"
     settings = [word for word in shlex.split(said["next"]) if word.startswith("data.")]
     assert settings == [
-        f"data.sft.path={file}",
+        f'data.sft.path="{file}"',
         "data.sft.kind=sft",
         'data.sft.columns={"response": "answer"}',
         "data.sft.limit=39",
@@ -707,7 +707,8 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.Capture
     raw: dict[str, Any] = {}
     for setting in settings:
         config_file.apply(raw, setting)
-    assert ValidateParams.model_validate(raw["data"]["sft"]).columns == {"response": "answer"}
+    again = ValidateParams.model_validate(raw["data"]["sft"])
+    assert (again.path, again.columns) == (str(file), {"response": "answer"})
 
 
 def test_other_data_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

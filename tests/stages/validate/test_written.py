@@ -48,6 +48,10 @@ RENDERED = {
     "Zephyr": (
         "<|system|>\nBe brief.</s>\n<|user|>\nRed?</s>\n<|assistant|>\nYes.</s>\n<|user|>\nBlue?</s>\n<|assistant|>\n"
     ),
+    "Harmony": (
+        "<|start|>system<|message|>Be brief.<|end|><|start|>user<|message|>Red?<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Yes.<|return|><|start|>user<|message|>Blue?<|end|>"
+    ),
     "Vicuna": "Be brief. USER: Red? ASSISTANT: Yes.</s>USER: Blue? ASSISTANT:",
 }
 ALTERNATELY = {
@@ -68,6 +72,11 @@ ALTERNATELY = {
 @pytest.mark.parametrize("name", RENDERED)
 def test_with_a_system_message(name: str) -> None:
     assert conversation(RENDERED[name], name) == FULL
+
+
+def test_mistral_with_a_system_prompt() -> None:
+    text = "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Red?[/INST]Yes.</s>[INST]Blue?[/INST]"
+    assert dialect_of(text) == "Llama 2" and conversation(text, "Llama 2") == FULL
 
 
 @pytest.mark.parametrize("name", ALTERNATELY)
@@ -149,12 +158,13 @@ def test_one_text_among_plain_ones_stays(tmp_path: Path) -> None:
         ("Write a dialogue.", "User: Hi\nAssistant: Hello"),
         ("User: Hi\nAssistant:", "Hello"),
         ("What ends a turn?", "This: <|im_end|>"),
+        ("And what begins one?", "[INST] does."),
     ]
     rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(40)]
     rows += [{"prompt": prompt, "response": response} for prompt, response in odd]
     report, written = checked(rows, "sft", tmp_path)
     assert [(said(row), row["response"]) for row in written[40:]] == [((("user", p),), r) for p, r in odd]
-    assert report.notes == {"looks_rendered": 2, "looks_like_transcript": 2}
+    assert report.notes == {"looks_rendered": 3, "looks_like_transcript": 2}
 
 
 def test_a_broken_one_among_many_is_put_aside(tmp_path: Path) -> None:
@@ -162,6 +172,24 @@ def test_a_broken_one_among_many_is_put_aside(tmp_path: Path) -> None:
     rows.append({"prompt": "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>user\nBlue?<|im_end|>", "response": "Yes."})
     report, written = checked(rows, "sft", tmp_path)
     assert (report.checks, len(written)) == ({"prompt: rendered_template": 1}, 20)
+
+
+def test_a_column_of_broken_ones_is_refused(tmp_path: Path) -> None:
+    """Rendered with a template, and yet no conversation that can be read back: never trained on as letters."""
+    rows = [{"prompt": f"<|im_start|>tool\nRed {i}.<|im_end|>\n", "response": "Yes."} for i in range(4)]
+    with pytest.raises(StageError, match=r"prompt: rendered_template \(4\)"):
+        checked(rows, "sft", tmp_path)
+
+
+def test_transcripts_with_other_line_ends_among_plain_ones(tmp_path: Path) -> None:
+    """Those that begin as every transcript does tell what the others are."""
+    rows = [
+        {side: f"{end}Human: Red {i}?{end}Assistant: {side}" for side in ("chosen", "rejected")}
+        for i, end in enumerate(["\n\n"] * 9 + ["\r\n\r\n"])
+    ]
+    report, written = checked(rows, "preference", tmp_path)
+    assert said(written[9]) == (("user", "Red 9?"),) and written[9]["chosen"] == "chosen"
+    assert report.notes == {"transcript_read": 1}
 
 
 # --- lists as text
@@ -210,7 +238,6 @@ def test_messages_in_any_text_column(tmp_path: Path) -> None:
         '{"from": "Paris", "to": "Rome"}',
         '[{"role": "admin", "name": "Bo"}]',
         '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]',
-        "[INST] is a marker.",
         '{"role": "user"',
     ],
 )
