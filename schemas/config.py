@@ -85,9 +85,11 @@ class DataConfig(Strict):
     """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
 
     path: PathText
-    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset;
-    `demo:sft` or `demo:prompt`."""
+    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline), on this disk or at `s3://`, `gs://` or
+    `https://`; `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
     kind: Kind
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Digest of the file at an address, so that the same config means the same rows; required there."""
     revision: str | None = None
     """Commit of the Hugging Face dataset."""
     subset: str | None = None

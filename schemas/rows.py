@@ -212,7 +212,7 @@ def text_ids(texts: pl.Series) -> list[str]:
     # Of ASCII characters these are the word characters, and casefolding is lower case.
     words = plain.str.to_lowercase().str.replace_all("[^a-z0-9_]+", " ").str.strip_chars(" ")
     left = pl.select(pl.when(words == "").then(plain).otherwise(words)).to_series()
-    digests = [hashlib.sha256(word.encode()).hexdigest()[:16] for word in left.to_list()]
+    digests = [hashlib.sha256(word).hexdigest()[:16] for word in left.cast(pl.Binary).to_list()]
     if len(digests) == len(texts):
         return digests
     fast = iter(digests)

@@ -141,7 +141,7 @@ class _Reading:
                 self.context.digest.update(record.raw + b"\n")
             self.context.read += len(chunk)
             return self._rows(dict(enumerate(chunk, first)))
-        self.context.digest.update(b"\n".join(chunk.lines) + b"\n")
+        self.context.digest.update(chunk.digestible)
         self.context.read += len(chunk.lines)
         plain, others = self._plain(chunk)
         places = (first + place for place in others)

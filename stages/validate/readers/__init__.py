@@ -14,13 +14,14 @@ import polars as pl
 
 from schemas.config import ValidateParams
 from schemas.errors import StageError, refuse
-from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
+from schemas.source import HOW_TO_PIN, Demo, File, Generated, Hub, Remote, data_source, is_commit
 from stages.validate.readers import bounds
 from stages.validate.readers.csv_file import from_csv
 from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
 from stages.validate.readers.json_lines import Lines, lines_of
 from stages.validate.readers.json_rows import other_orientation
+from stages.validate.readers.remote import fetched
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
@@ -40,7 +41,7 @@ def chunks(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> I
     for chunk in _open(params, rows, seed):
         size = len(chunk.lines) if isinstance(chunk, Lines) else len(chunk)
         if left is not None and size >= left:
-            yield chunk.head(left) if isinstance(chunk, Lines) else chunk[:left]
+            yield chunk.part(0, left) if isinstance(chunk, Lines) else chunk[:left]
             return
         yield chunk
         left = None if left is None else left - size
@@ -57,9 +58,11 @@ def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Chun
         case Demo(kind):
             return _in_chunks(_from_demo(kind, seed), params.limit)
         case Hub(name):
-            return _in_chunks(_from_hub(params, name), params.limit)
+            return _from_hub(params, name)
         case File(file):
             return _from_file(file, params.limit)
+        case Remote() as remote:
+            return _from_remote(remote, params)
         case Generated() if rows is not None:
             return _from_file(rows / "rows.jsonl", params.limit)
         case _:
@@ -83,8 +86,11 @@ def _in_chunks(rows: Iterator[Record], limit: int | None) -> Iterator[list[Recor
 
 
 def refuse_moving(params: ValidateParams) -> None:
-    """Raise StageError where `params.path` is a Hub dataset that no commit holds still."""
+    """Raise StageError where nothing holds still what `params.path` names: no commit of the Hub, or no digest."""
     source = data_source(params.path)
+    if isinstance(source, Remote) and params.sha256 is None:
+        message = f"what stands at {params.path} may change: its digest has to be given"
+        raise refuse("sha256", None, message, HOW_TO_PIN, kind="no_digest")
     moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
     if moves and not is_commit(params.revision):
         message = f"{params.path} changes with time: a branch or tag moves"
@@ -101,12 +107,18 @@ def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
     if kind == ".json":
         return _from_json(file, limit)
     if kind == ".csv":
-        return _in_chunks(from_csv(file), limit)
+        return map(_as_lines, _in_chunks(from_csv(file), limit))
     if kind in (".parquet", ".pq"):
-        return _in_chunks(_from_parquet(file), limit)
+        return _from_parquet(file)
     message = f"the format {kind or 'of a file without suffix'} is not known"
     fix = f"give a file that ends in {_FORMATS}"
     raise refuse("path", file, message, fix, kind="unknown_format")
+
+
+def _from_remote(remote: Remote, params: ValidateParams) -> Iterator[Chunk]:
+    refuse_moving(params)
+    with fetched(remote, params.sha256) as file:
+        yield from _from_file(file, params.limit)
 
 
 def _refuse_missing(file: Path) -> None:
@@ -162,7 +174,7 @@ def _one_object(file: Path) -> StageError | None:
         return None
 
 
-def _from_parquet(file: Path) -> Iterator[Record]:
+def _from_parquet(file: Path) -> Iterator[Chunk]:
     """Row group by row group. A few bytes may stand for gigabytes: in a dictionary, in runs, or packed."""
     import pyarrow.parquet as pq  # takes a moment, and only this source needs it
 
@@ -191,15 +203,34 @@ def _from_parquet(file: Path) -> Iterator[Record]:
         raise refuse("path", file, message, fix, kind="broken_file") from error
 
 
-def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Record]:
-    """The rows of a frame, in which the first is row `begin` of the file."""
+def _as_lines(chunk: list[Record]) -> Chunk:
+    """Rows of CSV as lines of JSON, which can be looked at all at once; as they are where some are broken."""
+    lines = [json.dumps(record.row, ensure_ascii=False) for record in chunk if record.row is not None]
+    try:
+        encoded = [line.encode() for line in lines]
+    except UnicodeEncodeError:
+        return chunk
+    numbers = [record.line for record in chunk if record.line is not None]
+    return Lines(encoded, numbers, [record.raw for record in chunk]) if len(encoded) == len(chunk) else chunk
+
+
+_SCALARS = (pl.String, pl.Boolean, pl.Int64, pl.Int32, pl.Int16, pl.Int8, pl.UInt64, pl.UInt32, pl.UInt16, pl.UInt8)
+"""Types of columns that JSON has too, so that nothing changes on the way there and back."""
+
+
+def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Chunk]:
+    """The rows of a frame, in which the first is row `begin` of the file; as lines of JSON where that loses nothing."""
+    scalars = all(dtype in _SCALARS for dtype in frame.dtypes)
     for part in frame.iter_slices(_CHUNK):
         for piece in _small(part):
             if piece.height == 1 and piece.estimated_size() > bounds.LINE_BYTES:
                 raise bounds.refuse_long(Path(str(file)), f"row {begin}")
-            for row in piece.iter_rows(named=True):
-                begin += 1
-                yield Record(row, digestible(row))
+            if scalars:
+                lines = piece.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+                yield Lines(lines.cast(pl.Binary).to_list())
+            else:
+                yield [Record(row, digestible(row)) for row in piece.iter_rows(named=True)]
+            begin += piece.height
 
 
 def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -212,7 +243,7 @@ def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
         yield from _small(frame.slice(half))
 
 
-def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
+def _from_hub(params: ValidateParams, name: str) -> Iterator[Chunk]:
     """Rows of a Hugging Face dataset: from the Hub, its local cache, or a folder; `datasets` finds out which."""
     import datasets  # takes a second, and only this source needs it
     from datasets.exceptions import DatasetsError

@@ -2,7 +2,7 @@
 
 import codecs
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -15,21 +15,31 @@ _SPACE = b" \t\r\n"
 
 
 class Lines(NamedTuple):
-    """Lines that follow each other, without the space around them; blank ones are left out."""
+    """Rows as lines of JSON that follow each other, without the space around them; blank ones are left out."""
 
     lines: list[bytes]
-    numbers: list[int]
-    """The number of each in its file, from 1."""
+    numbers: Sequence[int] | None = None
+    """The number of each in its file, from 1; None where the file has no lines."""
+    raw: list[bytes] | None = None
+    """What the content digest takes in, where that is not the lines: they were made of other rows."""
+
+    @property
+    def digestible(self) -> bytes:
+        """What the content digest takes in."""
+        return b"\n".join(self.lines if self.raw is None else self.raw) + b"\n"
 
     def records(self, places: Iterable[int] | None = None) -> Iterator[Record]:
         """The rows of the lines, or of those at some places."""
         decoder = Decoder()
         for place in range(len(self.lines)) if places is None else places:
-            yield _parse(self.lines[place], self.numbers[place], decoder)
+            number = None if self.numbers is None else self.numbers[place]
+            record = _parse(self.lines[place], number, decoder)
+            yield record if self.raw is None else record._replace(raw=self.raw[place])
 
-    def head(self, rows: int) -> "Lines":
-        """The first lines."""
-        return Lines(self.lines[:rows], self.numbers[:rows])
+    def part(self, begin: int, rows: int) -> "Lines":
+        """Some of the lines."""
+        own = slice(begin, begin + rows)
+        return Lines(*(None if values is None else values[own] for values in self))  # type: ignore[arg-type]
 
 
 def lines_of(file: Path) -> Iterator[Lines]:
@@ -39,32 +49,31 @@ def lines_of(file: Path) -> Iterator[Lines]:
     """
     begun = False
     with bytes_of(file) as stream:
-        for numbers, lines in _split(file, stream):
-            kept = [place for place, line in enumerate(lines) if line]
-            numbers = numbers if len(kept) == len(lines) else [numbers[place] for place in kept]
-            chunk = Lines(lines if len(kept) == len(lines) else [lines[place] for place in kept], numbers)
-            if chunk.lines and not begun:
+        for first, lines in _split(file, stream):
+            numbers: Sequence[int] = range(first, first + len(lines))
+            if b"" in lines:
+                numbers = [number for number, line in zip(numbers, lines, strict=True) if line]
+                lines = [line for line in lines if line]
+            chunk = Lines(lines, numbers)
+            if lines and not begun:
                 begun = True
                 if error := other_orientation(file, next(chunk.records([0])).row):
                     raise error
-            for begin in range(0, len(chunk.lines), _ROWS):
-                part = slice(begin, begin + _ROWS)
-                yield Lines(chunk.lines[part], chunk.numbers[part])
+            yield from (chunk.part(begin, _ROWS) for begin in range(0, len(lines), _ROWS))
 
 
-def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[list[int], list[bytes]]]:
-    """(numbers, lines) of parts of the stream."""
+def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+    """Parts of the stream: the number of the first line, and the lines without the space around them."""
     first = 1
     if encoding_of(stream) == "utf-8-sig":
         for block in bounds.blocks(stream, file):
             block = block.removeprefix(codecs.BOM_UTF8) if first == 1 else block
             whole = block.split(b"\n")
             whole = whole if whole[-1] else whole[:-1]
-            numbers = list(range(first, first + len(whole)))
             if max(map(len, whole), default=0) > bounds.LINE_BYTES:
-                long = next(n for n, line in zip(numbers, whole, strict=True) if len(line) > bounds.LINE_BYTES)
-                raise bounds.refuse_long(file, f"line {long}")
-            yield numbers, [line.strip(_SPACE) for line in whole]
+                long = next(place for place, line in enumerate(whole) if len(line) > bounds.LINE_BYTES)
+                raise bounds.refuse_long(file, f"line {first + long}")
+            yield first, [line.strip(_SPACE) for line in whole] if _has_space(block) else whole
             first += len(whole)
         return
     with text_of(stream, "\n") as text:
@@ -72,11 +81,17 @@ def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[list[int], list[byte
         while texts := list(itertools.islice(every, _ROWS)):
             texts[0] = texts[0].removeprefix("\ufeff") if first == 1 else texts[0]
             lines = [line.encode(errors="surrogatepass").strip(_SPACE) for line in texts]
-            yield list(range(first, first + len(lines))), lines
+            yield first, lines
             first += len(lines)
 
 
-def _parse(line: bytes, number: int, decoder: Decoder) -> Record:
+def _has_space(block: bytes) -> bool:
+    """Whether a line may begin or end with space."""
+    borders = (b"\r", b" \n", b"\n ", b"\t\n", b"\n\t")
+    return block[:1].isspace() or block[-1:] in (b" ", b"\t") or any(border in block for border in borders)
+
+
+def _parse(line: bytes, number: int | None, decoder: Decoder) -> Record:
     try:
         row = decoder.decode(line.decode())
     except UnicodeDecodeError:

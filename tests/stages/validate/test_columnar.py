@@ -1,5 +1,6 @@
 """Plain rows are read as columns: what comes of a file is the same, byte for byte, as when each is read by itself."""
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
-from stages.validate import check, formats
+from stages.validate import check, formats, readers
 from stages.validate.columnar import take
 from stages.validate.context import Context
 from stages.validate.readers import json_lines
@@ -130,6 +131,46 @@ def test_mapped_and_usual_columns_give_the_same(
     assert bool(sum(plain)) == (columns != {"response": "prompt"})
     monkeypatch.setattr(formats, "take", lambda *_: None)
     assert outcome(file, "sft", tmp_path / "out", columns=columns) == fast
+
+
+@pytest.mark.parametrize("kind", ["preference", "sft", "feedback", "prompt"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_other_files_give_the_same(
+    tmp_path: Path, kind: str, suffix: str, plain: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CSV and Parquet of texts, numbers and words; missing values, texts of every sort, a broken row of CSV."""
+    draw = random.Random(f"{kind} {suffix}")
+    rows = []
+    for number in range(1500):
+        row: dict[str, Any] = {name: f"Say {number % 97}." for name in COLUMNS[kind]}
+        for name in row:
+            if draw.random() < 0.1:
+                row[name] = draw.choice([text for text in TEXTS if "\0" not in text or suffix == "parquet"])
+        rows.append(row | {"label": "up", "id": number} if kind == "feedback" else row | {"id": number})
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        prompts = [draw.choice([None, *[row["prompt"]] * 50]) for row in rows]
+        pl.DataFrame(rows).with_columns(prompt=pl.Series(prompts, dtype=pl.String)).write_parquet(file)
+    else:
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows[:1400])
+            stream.write("few,cells\n")
+            writer.writerows(rows[1400:])
+    monkeypatch.setattr(readers, "_ROWS", 200)
+    monkeypatch.setattr(readers, "_CHUNK", 200)
+    fast = outcome(file, kind, tmp_path / "out")
+    assert sum(plain) > 600 and json.loads(fast["report.json"])["rows"] == 1500 + (suffix == "csv")
+    monkeypatch.setattr(formats, "take", lambda *_: None)
+    assert outcome(file, kind, tmp_path / "out") == fast
+    monkeypatch.setattr(readers, "_as_lines", lambda chunk: chunk)
+    monkeypatch.setattr(readers, "_SCALARS", ())
+    by_row = outcome(file, kind, tmp_path / "out")
+    if suffix == "parquet":  # whose digest is that of other bytes
+        for outcomes in (fast, by_row):
+            outcomes["report.json"] = {**json.loads(outcomes["report.json"]), "sha256": ""}
+    assert by_row == fast
 
 
 def test_rows_that_are_alike_are_all_plain(tmp_path: Path, plain: list[int]) -> None:
