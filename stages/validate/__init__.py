@@ -1,6 +1,6 @@
 """Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and derives further kinds.
 
-    readers -> formats -> CHECKS, in order -> verdict -> derive
+    readers -> reading -> CHECKS, in order -> verdict -> derive
 
 Rows go down, findings come back: each check sees only the rows that passed the ones before (table_checks.py,
 token_checks.py), and what it finds goes to the quarantine. stages/commands/validate.py runs it without MLflow.
@@ -20,9 +20,9 @@ from schemas.errors import StageError, refuse
 from stages.validate import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
-from stages.validate.formats import read
 from stages.validate.quarantine import Quarantine, Report
 from stages.validate.readers import refuse_moving
+from stages.validate.reading import read
 from stages.validate.verdict import refusal
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 A line is plain when one regular expression of its chunk describes it whole: the keys of the chunk's first row, in that
 row's order, with texts where the kind has texts, and numbers or words beside them. No such line has a key twice, broken
 Unicode, or a value that has to be understood first, and a text that may be more than a text (a list of messages, a
-transcript, a rendered template) is not plain. All other lines go the way of every row (formats.py).
+transcript, a rendered template) is not plain. All other lines go the way of every row (reading.py).
 """
 
 import json

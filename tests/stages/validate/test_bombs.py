@@ -17,7 +17,7 @@ from schemas.commands import ValidateCommand
 from schemas.config import ValidateParams
 from schemas.errors import StageError
 from stages.commands import validate as command
-from stages.validate import check, formats, quarantine
+from stages.validate import check, quarantine, reading
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine, Rows
 from stages.validate.readers import bounds, chunks, records
@@ -168,7 +168,7 @@ def test_a_value_is_cut_before_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_HOPELESS", 50)
+    monkeypatch.setattr(reading, "_HOPELESS", 50)
     monkeypatch.setattr("stages.validate.readers.json_lines._ROWS", 10)
     (tmp_path / "a.jsonl").write_text("1\n" * 500)
     context = Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="prompt"))
@@ -186,7 +186,7 @@ def test_long_rows_are_taken_in_few_at_a_time(tmp_path: Path, monkeypatch: pytes
         params = ValidateParams(path=str(tmp_path / name), kind="prompt")
         assert len(list(chunks(params))) >= 3
         with closing(Quarantine(tmp_path / "quarantine.jsonl")) as sink:
-            assert formats.read(Context(params), sink)["row"].to_list() == [0, 1, 2, 3, 4]
+            assert reading.read(Context(params), sink)["row"].to_list() == [0, 1, 2, 3, 4]
 
 
 def test_out_of_memory_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
-from stages.validate import check, formats, readers
+from stages.validate import check, readers, reading
 from stages.validate.columnar import take
 from stages.validate.context import Context
 from stages.validate.readers import json_lines
@@ -97,7 +97,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(0 if taken is None else taken[0].height)
         return taken
 
-    monkeypatch.setattr(formats, "take", counted)
+    monkeypatch.setattr(reading, "take", counted)
     monkeypatch.setattr(json_lines, "_ROWS", 200)
     return counts
 
@@ -114,7 +114,7 @@ def test_hostile_rows_give_the_same(
     fast = outcome(file, kind, tmp_path / "out")
     if kind != "ranking" and extra in ([], ["source", "id"]):
         assert sum(plain) > 600
-    monkeypatch.setattr(formats, "take", lambda *_: None)
+    monkeypatch.setattr(reading, "take", lambda *_: None)
     assert outcome(file, kind, tmp_path / "out") == fast
 
 
@@ -129,7 +129,7 @@ def test_mapped_and_usual_columns_give_the_same(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fast = outcome(file, "sft", tmp_path / "out", columns=columns)
     assert bool(sum(plain)) == (columns != {"response": "prompt"})
-    monkeypatch.setattr(formats, "take", lambda *_: None)
+    monkeypatch.setattr(reading, "take", lambda *_: None)
     assert outcome(file, "sft", tmp_path / "out", columns=columns) == fast
 
 
@@ -162,7 +162,7 @@ def test_other_files_give_the_same(
     monkeypatch.setattr(readers, "_CHUNK", 200)
     fast = outcome(file, kind, tmp_path / "out")
     assert sum(plain) > 600 and json.loads(fast["report.json"])["rows"] == 1500 + (suffix == "csv")
-    monkeypatch.setattr(formats, "take", lambda *_: None)
+    monkeypatch.setattr(reading, "take", lambda *_: None)
     assert outcome(file, kind, tmp_path / "out") == fast
     monkeypatch.setattr(readers, "_as_lines", lambda chunk: chunk)
     monkeypatch.setattr(readers, "_SCALARS", ())
