@@ -28,6 +28,7 @@ _ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
 _SYSTEMS = ("system", "system_prompt")
 _INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
 """Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
+_SAYS = {"system": "the system message", "input": "part of the prompt", "history": "earlier turns"}
 _REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools"),
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
@@ -98,53 +99,56 @@ class Columns:
         return self._plans[names]
 
     def _made(self, names: tuple[str, ...]) -> Plan:
-        params, plan = self.params, Plan()
-        given = set(names)
-        if params.format or not params.columns:
-            fits = [(name, shape) for name, shape in recognised(names, params.format) if params.kind in shape.kinds]
-            if fits:
-                name, plan.shape = fits[0]
-                if plan.shape.row or plan.shape.whole or params.format:
-                    self.say(f"{name}: {plan.shape.says}")
-        shape = plan.shape
-        taken = set((shape.needs | shape.reads) - shape.unread) if shape and (shape.row or shape.whole) else set()
-        if shape and shape.labels and "label" in params.columns:
+        """The plan for rows with these columns; says what is read as what."""
+        params, given = self.params, set(names)
+        shape = self._shape(names)
+        converts = shape is not None and bool(shape.row or shape.whole)
+        taken = set((shape.needs | shape.reads) - shape.unread) if shape is not None and converts else set()
+        if shape is not None and shape.labels and "label" in params.columns:
             taken.discard(shape.labels[0])
-        if self.whole is None and plan.shape is not None:
-            self.whole = plan.shape.whole
-        ours = {} if taken else {**_aliases(params.kind, given, set(params.columns))}
-        ours |= params.columns
-        for name, theirs in ours.items():
-            if name not in params.columns:
-                self.say(f"`{theirs}` as {name}")
-        plan.takes = ours
+        ours = {**({} if converts else _aliases(params.kind, given, set(params.columns))), **params.columns}
         known = KNOWN[params.kind] - _idle(params.kind, given | ours.keys()) - (ours.keys() - ours.values())
-        read = {*taken, *ours.values(), *(() if taken else known)}
-        prompt = ours.get("prompt", "prompt")
-        if plan.shape is None or not taken:
-            plan.system = params.columns.get("system") or next((n for n in _SYSTEMS if n in given - read), None)
-            about = _INPUTS.get(prompt, ())
-            plan.input = params.columns.get("input") or next((n for n in about if n in given - read), None)
-            plan.history = params.columns.get("history") or ("history" if "history" in given - read else None)
+        read = {*taken, *ours.values(), *(() if converts else known)}
+        plan = Plan(shape=shape, takes=ours)
+        if not converts:
+            prompt = ours.get("prompt", "prompt")
+            around = {"system": _SYSTEMS, "input": _INPUTS.get(prompt, ()), "history": ("history",)}
+            beside = {
+                name: next((theirs for theirs in usual if theirs in given - read), None)
+                for name, usual in around.items()
+            }
+            beside |= {name: params.columns[name] for name in around if name in params.columns}
+            plan.system, plan.input, plan.history = (beside[name] for name in around)
             plan.before = prompt in _PROMPTS[1:]
-        for what, theirs in (("the system message", plan.system), ("part of the prompt", plan.input)):
-            if theirs in given and theirs not in params.columns.values():
-                self.say(f"`{theirs}` as {what}")
-        if plan.history in given and "history" not in params.columns:
-            self.say(f"`{plan.history}` as earlier turns")
-        self.beside = self.beside or plan.system is not None or plan.history is not None
+            self.beside = self.beside or plan.system is not None or plan.history is not None
+        for name, theirs in {**ours, "system": plan.system, "input": plan.input, "history": plan.history}.items():
+            if theirs in given and name not in params.columns:
+                self.say(f"`{theirs}` as {_SAYS.get(name, name)}")
         read |= {name for name in (plan.system, plan.input, plan.history) if name}
         plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}
         plan.unread = [name for name in names if name not in read and name not in plan.refused]
         for name in plan.unread:
             self._unread(name, None)
-        usual = shape.labels if shape and shape.labels else Names()
-        names_ = [ours.get(name, theirs) for name, theirs in zip(Names._fields, usual, strict=True)]
-        if names_[0] in given:
-            self.names = Names(*names_)
+        usual = shape.labels if shape is not None and shape.labels else Names()
+        sources = [ours.get(name, theirs) for name, theirs in zip(Names._fields, usual, strict=True)]
+        if sources[0] in given:
+            self.names = Names(*sources)
         plan.ours = frozenset({*ours, *(given & KNOWN[params.kind])})
-        self.ours |= plan.ours | set(COLUMNS[params.kind][0] if taken else ())
+        self.ours |= plan.ours | set(COLUMNS[params.kind][0] if converts else ())
         return plan
+
+    def _shape(self, names: tuple[str, ...]) -> Shape | None:
+        """The shape of a public data set that columns have: the one that is named, else one that is unmistakable."""
+        if self.params.columns and not self.params.format:
+            return None  # the user says what is what
+        fits = recognised(names, self.params.format)
+        name, shape = next(((name, shape) for name, shape in fits if self.params.kind in shape.kinds), ("", None))
+        if shape is None:
+            return None
+        if shape.row or shape.whole or self.params.format:
+            self.say(f"{name}: {shape.says}")
+        self.whole = self.whole or shape.whole
+        return shape
 
     def row(self, row: Row) -> Row:
         """The row with our columns. Raises BadRow where something stands beside them that changes what it means."""

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pytest
 
-from schemas.config import Kind, ValidateParams
+from schemas.config import Format, Kind, ValidateParams
 from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.validate import check
 from stages.validate.context import Context
+from stages.validate.presets import PRESETS
 from stages.validate.quarantine import Report
 from tests.support import models
 
@@ -290,6 +291,13 @@ def test_thumbs_of_conversations(tmp_path: Path) -> None:
         _, written = checked(rows, "feedback", tmp_path)
         assert [(row["completion"], row["label"]) for row in written] == [(f"yes {i}", i % 2 == 0) for i in range(4)]
         assert all(said(row) == [("user", "red one")] for row in written)
+
+
+def test_every_format_can_be_named() -> None:
+    """The config's names and the registry's are the same, and the documentation has a line for each."""
+    assert set(PRESETS) == set(get_args(Format))
+    table = (Path(__file__).parents[3] / "schemas" / "README.md").read_text()
+    assert all(f"\n| {name} |" in table for name in PRESETS)
 
 
 def test_formats_that_do_not_fit(tmp_path: Path) -> None:
