@@ -110,7 +110,7 @@ class Columns:
         known = KNOWN[params.kind] - _idle(params.kind, given | ours.keys()) - (ours.keys() - ours.values())
         read = {*taken, *ours.values(), *(() if converts else known)}
         plan = Plan(shape=shape, takes=ours)
-        if not converts:
+        if shape is None or not shape.whole:
             prompt = ours.get("prompt", "prompt")
             around = {"system": _SYSTEMS, "input": _INPUTS.get(prompt, ()), "history": ("history",)}
             beside = {
@@ -167,7 +167,7 @@ class Columns:
         if plan.takes:
             row = {**row, **{ours: source.get(theirs) for ours, theirs in plan.takes.items()}}
         if plan.input is not None and source.get(plan.input) not in NOTHING and isinstance(row.get("prompt"), str):
-            about = text(source[plan.input], plan.input)
+            about = _joined(source[plan.input], plan.input)
             row = {**row, "prompt": f"{about}\n\n{row['prompt']}" if plan.before else f"{row['prompt']}\n{about}"}
         return row
 
@@ -215,6 +215,11 @@ _OF_OBJECTS = frozenset(
     {"prompt", *_CONVERSATIONS, "messages", "chosen", "rejected", "completion", "response", "responses"}
 )
 _KNOWN_KEYS = KNOWN_KEYS | {"answer", "response", "completion", "model", "rank", "score"}
+
+
+def _joined(value: object, column: str) -> str:
+    """A text, or several, one below the other."""
+    return "\n".join(text(part, column) for part in value) if isinstance(value, list) else text(value, column)
 
 
 def _idle(kind: Kind, have: set[str]) -> set[str]:

@@ -35,11 +35,24 @@ class Shape(NamedTuple):
     """Rows with our columns from all rows of the file."""
     alone: frozenset[str] = frozenset()
     """Columns that it must have too to be recognised where no format is named."""
+    only_named: bool = False
+    """Never recognised by itself: another file with these columns would be read the wrong way round."""
     labels: tuple[str, str, str] | None = None
     """The columns that `label`, `a` and `b` come from."""
 
 
 # --- a row each ---
+
+
+def _alpaca_pair(row: Row) -> Row:
+    """{"instruction": "Double it.", "input": "4", "output": ["8", "9"]}: the first answer is the better one."""
+    answers = row.get("output")
+    if not isinstance(answers, list) or len(answers) != 2:
+        raise BadRow("output", "missing" if answers is None else "not_two_answers", answers)
+    asked = [words for words in (row.get("instruction"), row.get("input")) if words not in (None, "")]
+    if not all(isinstance(words, str) for words in asked):
+        raise BadRow("instruction", "not_text", asked)
+    return {"prompt": "\n".join(asked), "chosen": answers[0], "rejected": answers[1]}
 
 
 def _ultrafeedback(row: Row) -> Row:
@@ -277,7 +290,17 @@ def _of(*names: str) -> frozenset[str]:
 _PAIRS: tuple[Kind, ...] = ("preference",)
 _RANKED: tuple[Kind, ...] = ("ranking", "preference")
 PRESETS: dict[str, tuple[Shape, ...]] = {
-    "alpaca": (Shape(_of("instruction"), ("sft", "preference", "feedback", "prompt"), "`instruction` with `input`"),),
+    "alpaca": (
+        Shape(_of("instruction"), ("sft", "preference", "feedback", "prompt"), "`instruction` with `input`"),
+        Shape(
+            _of("instruction", "output"),
+            _PAIRS,
+            "the first of two in `output` is better",
+            _alpaca_pair,
+            _of("input"),
+            only_named=True,
+        ),
+    ),
     "sharegpt": (Shape(_of("conversations"), ("sft", "preference", "feedback", "prompt"), "`conversations`"),),
     "ultrafeedback": (
         Shape(
@@ -384,6 +407,6 @@ def recognised(names: Iterable[str], preset: str | None = None) -> list[tuple[st
         (name, shape)
         for name, shapes in among.items()
         for shape in shapes
-        if shape.needs | (frozenset() if preset else shape.alone) <= given
+        if shape.needs <= given and (preset or (shape.alone <= given and not shape.only_named))
     ]
     return sorted(fits, key=lambda fit: -len(fit[1].needs))

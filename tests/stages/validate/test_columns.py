@@ -44,6 +44,11 @@ def user(text: str) -> tuple[str, str]:
         ("sft", {"instruction": "Sing.", "input": "", "output": "La."}, [user("Sing.")]),
         ("sft", {"instruction": "Name it.", "context": "A cat.", "response": "Cat."}, [user("Name it.\nA cat.")]),
         ("sft", {"question": "Who?", "context": "Bo came.", "answer": "Bo."}, [user("Bo came.\n\nWho?")]),
+        (
+            "sft",
+            {"question": "Who?", "context": ["Al left.", "Bo came."], "answer": "Bo."},
+            [user("Al left.\nBo came.\n\nWho?")],
+        ),
         ("sft", {"prompt": "Who?", "completion": "Bo."}, [user("Who?")]),
         ("sft", {"system": "Be kind.", "prompt": "Who?", "response": "Bo."}, [("system", "Be kind."), user("Who?")]),
         ("sft", {"system_prompt": None, "question": "Who?", "response": "Bo."}, [user("Who?")]),

@@ -293,6 +293,21 @@ def test_thumbs_of_conversations(tmp_path: Path) -> None:
         assert all(said(row) == [("user", "red one")] for row in written)
 
 
+def test_two_answers_in_one_column(tmp_path: Path) -> None:
+    """Alpaca's comparisons, the better answer first: read where the format is named, and never guessed."""
+    rows = [
+        {"instruction": "Double it.", "input": str(i), "output": [f"{2 * i}", "no"], "system": "Be exact."}
+        for i in range(3)
+    ]
+    _, written = checked(rows, "preference", tmp_path, format="alpaca")
+    assert said(written[2]) == [("system", "Be exact."), ("user", "Double it.\n2")]
+    assert (written[2]["chosen"], written[2]["rejected"]) == ("4", "no")
+    with pytest.raises(StageError, match="no column `chosen`"):
+        checked(rows, "preference", tmp_path)
+    with pytest.raises(StageError, match="not_two_answers"):
+        checked([{**row, "output": ["x"]} for row in rows], "preference", tmp_path, format="alpaca")
+
+
 def test_every_format_can_be_named() -> None:
     """The config's names and the registry's are the same, and the documentation has a line for each."""
     assert set(PRESETS) == set(get_args(Format))
