@@ -17,6 +17,8 @@ class ValidateCommand(ValidateParams):
     evaluation: FilePath | None = None
     """Data folder whose evaluation prompts must not be trained on."""
     as_json: bool = False
+    force: bool = False
+    """Replace what an earlier call left in `out`, also where it was of other data."""
 
 
 class GenerateCommand(GenerateConfig):

@@ -15,6 +15,20 @@ from schemas.text import short
 from schemas.training import Training
 
 Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
+Format = Literal[
+    "alpaca",
+    "sharegpt",
+    "ultrafeedback",
+    "helpsteer",
+    "nectar",
+    "pku",
+    "shp",
+    "oasst",
+    "webgpt",
+    "summarize",
+    "arena",
+]
+"""Public data sets whose rows are read as they come (stages/validate/presets.py)."""
 DERIVES: dict[Kind, dict[str, int | None]] = {
     "preference": {"preference": 1, "ranking": 1, "feedback": 2, "sft": 1, "prompt": 1},
     "ranking": {"ranking": 1, "preference": None, "feedback": None, "sft": None, "prompt": 1},
@@ -62,13 +76,20 @@ class ModelConfig(Strict):
         return template if template is None or template_file(template) is None else could_exist(template)
 
 
+def _label_texts(value: Any) -> Any:
+    """YAML reads `1: up` and `true: up` with a number and a truth value as keys, and `up: yes` with one as a value."""
+    return {str(label): meaning for label, meaning in value.items()} if isinstance(value, dict) else value
+
+
 class DataConfig(Strict):
     """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
 
     path: PathText
-    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline); `hub:NAME` for a Hugging Face dataset;
-    `demo:sft` or `demo:prompt`."""
+    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline), on this disk or at `s3://`, `gs://` or
+    `https://`; `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
     kind: Kind
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Digest of the file at an address, so that the same config means the same rows; required there."""
     revision: str | None = None
     """Commit of the Hugging Face dataset."""
     subset: str | None = None
@@ -76,6 +97,11 @@ class DataConfig(Strict):
     split: str = "train"
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
+    format: Format | None = None
+    """The public data set whose shape the rows have; by default it is recognised where that is unmistakable."""
+    label_map: Annotated[dict[str, str], BeforeValidator(_label_texts)] = {}
+    """A value of the label column, or a bound such as `>=4` -> what it means: `up`, `down` or `skip` (feedback), `a`,
+    `b`, `tie` or `skip` (preference). Without it the column has to speak for itself."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N rows."""
     eval_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -90,6 +116,9 @@ class DataConfig(Strict):
     """Share of quarantined rows above which the flow stops."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and answer together above which a row is quarantined."""
+    ngrams: int | None = Field(default=None, ge=2, le=50)
+    """Count prompts that are nearly an earlier one, and rows to train on that overlap with prompts of the evaluation,
+    by sequences of so many words: 13 is usual. None: neither is looked for."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "DataConfig":

@@ -205,6 +205,21 @@ def text_id(text: str) -> str:
     return hashlib.sha256((normalise(text) or text).encode()).hexdigest()[:16]
 
 
+def text_ids(texts: pl.Series) -> list[str]:
+    """`text_id` of each text, at the speed of columns where all characters are ASCII."""
+    ascii_only = texts.str.len_bytes() == texts.str.len_chars()
+    plain = texts.filter(ascii_only)
+    # Of ASCII characters these are the word characters, and casefolding is lower case.
+    words = plain.str.to_lowercase().str.replace_all("[^a-z0-9_]+", " ").str.strip_chars(" ")
+    left = pl.select(pl.when(words == "").then(plain).otherwise(words)).to_series()
+    digests = [hashlib.sha256(word).hexdigest()[:16] for word in left.cast(pl.Binary).to_list()]
+    if len(digests) == len(texts):
+        return digests
+    fast = iter(digests)
+    known = zip(texts.to_list(), ascii_only.to_list(), strict=True)
+    return [next(fast) if is_ascii else text_id(text) for text, is_ascii in known]
+
+
 def prompt_id(messages: Iterable[Mapping[str, str]]) -> str:
     """`text_id` of all the messages' contents: which rows ask the same."""
     return text_id("\n".join(message["content"] for message in messages))
@@ -230,11 +245,14 @@ def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     joined = (
         messages.list.eval(pl.element().struct.field("content")).list.join("\n") for messages in (prompt, opening)
     )
-    whole, first = (frame.select(texts).to_series().to_list() for texts in joined)
-    ids = list(map(text_id, whole))
-    # Most conversations have one turn, and a hash costs more than this.
-    clusters = [own if a == b else text_id(b) for a, b, own in zip(whole, first, ids, strict=True)]
+    whole, first = (frame.select(texts).to_series() for texts in joined)
+    ids = pl.Series("prompt_id", text_ids(whole), dtype=pl.String)
+    # Most conversations have one turn, and a hash costs more than to compare them.
+    later = whole != first
+    clusters = ids.alias("cluster")
+    if later.any():
+        clusters = clusters.scatter(later.arg_true(), text_ids(first.filter(later)))
     place = frame.columns.index("prompt") + 1
-    for offset, (name, digests) in enumerate({"prompt_id": ids, "cluster": clusters}.items()):
-        frame = frame.insert_column(place + offset, pl.Series(name, digests, dtype=pl.String))
+    for offset, digests in enumerate((ids, clusters)):
+        frame = frame.insert_column(place + offset, digests)
     return frame

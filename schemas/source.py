@@ -1,6 +1,6 @@
 """Where a model or a data set comes from: written as one text in a config, parsed here and nowhere else.
 
-Everybody else matches on the type: File | Hub | Package for a model, File | Hub | Demo | Generated for data.
+Everybody else matches on the type: File | Hub | Package for a model, File | Remote | Hub | Demo | Generated for data.
 """
 
 import importlib.util
@@ -89,6 +89,22 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """A file at an address: `s3://`, `gs://` or `https://`. What it holds is told by a digest alone."""
+
+    url: str
+
+    @property
+    def scheme(self) -> str:
+        """`s3`, `gs` or `https`."""
+        return self.url.partition(":")[0]
+
+
+HOW_TO_PIN = "set it to what `sha256sum` prints for a copy of the file"
+_REMOTE = ("s3://", "gs://", "https://")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Rows that the demo makes: `sft` or `prompt`."""
 
@@ -114,10 +130,12 @@ def model_source(path: str) -> File | Hub | Package:
     return File(local)
 
 
-def data_source(path: str) -> File | Hub | Demo | Generated:
+def data_source(path: str) -> File | Remote | Hub | Demo | Generated:
     """What a data set's `path` names. Whatever has no known scheme is a file."""
     if path == GENERATED:
         return Generated()
+    if path.startswith(_REMOTE):
+        return Remote(path)
     scheme, _, rest = path.partition(":")
     if scheme == "demo":
         return Demo(rest)

@@ -146,7 +146,8 @@ def summary(items: Sequence[Generated], tokens: int, seconds: float) -> dict[str
 def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """One JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # half an emoji as JSON escapes it
 
 
 def read_prompts(folder: Path, limit: int | None) -> list[Messages]:

@@ -34,20 +34,31 @@ def validate(
     kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
     out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
     columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
+    format: Annotated[
+        str | None, typer.Option(help="Public data set whose shape the rows have, such as pku or oasst.")
+    ] = None,
+    label_map: Annotated[
+        list[str], typer.Option(metavar="VALUE=MEANING", help="What a label means: up, down, a, b, tie or skip.")
+    ] = [],
     model: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer tells what is too long.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Data folder whose held-out prompts must not leak.")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of bad rows above which the data is refused.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens above which a row is too long; with --model.")] = None,
+    ngrams: Annotated[
+        int | None, typer.Option(help="Count near-duplicates and overlap with the evaluation by N words; 13 is usual.")
+    ] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="Share of prompts to keep for a last test.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N rows.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Digest of a file at s3://, gs:// or https://.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object: rows, kept, quarantined, reasons.")
     ] = False,
+    force: Annotated[bool, typer.Option(help="Replace what the folder holds of other data.")] = False,
 ) -> None:
     """Check a data file without training anything. Exits 0, or 65 when the data is refused.
 
@@ -55,6 +66,7 @@ def validate(
 
     - alignflow validate pairs.jsonl --kind preference --out checked
     - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
+    - alignflow validate stars.csv --kind feedback --label-map '<3=down' --label-map '>=3=up' --out checked
     - alignflow validate pairs.jsonl --kind preference --out checked --json
     """
     from schemas.commands import ValidateCommand
@@ -76,7 +88,16 @@ def validate(
         if ours in theirs:
             raise refuse("--columns", pair, f"{ours} is given twice.", "give each of our names once")
         theirs[ours] = name
-    start(context, ValidateCommand, columns=theirs)
+    meanings: dict[str, str] = {}
+    for pair in label_map:
+        value, _, meaning = pair.rpartition("=")  # a bound has its own: >=4=up
+        if not (value and meaning):
+            fix = "write VALUE=MEANING, such as 5=up or '>=4=up'"
+            raise refuse("--label-map", pair, "this is not a value and what it means.", fix)
+        if value in meanings:
+            raise refuse("--label-map", pair, f"{value} is given twice.", "give each value once")
+        meanings[value] = meaning
+    start(context, ValidateCommand, columns=theirs, label_map=meanings)
 
 
 def generate(

@@ -15,7 +15,7 @@ from flows.planning.config_file import refusal
 from schemas import environment
 from schemas.config import EndpointJudge, ModelConfig, PipelineConfig, RewardJudge
 from schemas.errors import Problem, problem
-from schemas.source import File, Hub, Package, data_source, model_source, template_file
+from schemas.source import File, Hub, Package, Remote, data_source, model_source, template_file
 from schemas.stage import Request
 
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
@@ -93,6 +93,8 @@ def outside_roots(paths: Sequence[Named], roots: Sequence[Path]) -> list[Problem
 def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) -> Problem | None:
     if path is None:
         fix = "give the name with its commit in `revision`, or a folder inside the declared roots"
+        if isinstance(data_source(value), Remote):
+            fix = "fetch the file, and give the copy's path inside the declared roots"
         return problem(field, value, "this is not a name that a deployed run may load.", fix)
     if not roots:
         fix = f"set {environment.ROOTS} where the worker starts to the folders that runs may read"
@@ -185,6 +187,8 @@ def _path_of_data(field: str, path: str, revision: object) -> Iterator[Named]:
     match data_source(path):
         case File():
             yield field, path, path
+        case Remote():  # with the worker's credentials, or inside its network
+            yield field, path, None
         case Hub(name) if "://" in name:  # an address that `datasets` would follow, to a disk among others
             yield field, path, None
         case Hub(name, plain=False):

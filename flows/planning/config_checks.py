@@ -13,7 +13,7 @@ from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, Pipeli
 from schemas.errors import Problem, problem
 from schemas.methods import PPO
 from schemas.model_folder import why_unusable
-from schemas.source import File, Hub, Package, data_source, model_source, template_file
+from schemas.source import HOW_TO_PIN, File, Hub, Package, Remote, data_source, model_source, template_file
 from schemas.training import Training
 
 
@@ -92,6 +92,8 @@ def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
             yield problem(
                 f"{field}.path", data.path, "a data set of the Hub needs a revision.", f"set {field}.revision"
             )
+        case Remote() if data.sha256 is None:
+            yield problem(f"{field}.sha256", None, f"the file at {data.path} needs a digest.", HOW_TO_PIN)
         case File(file) if file.is_dir():
             yield problem(f"{field}.path", data.path, "this is a folder, not a file.", "name a file in it")
         case File(file) if not file.is_file():

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from schemas.commands import GenerateCommand
 from schemas.config import ValidateParams
@@ -15,6 +16,7 @@ from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, Sentimen
 from stages.generate import HOW_TO_RANK, Messages, Progress, answer, label, score, summary, write
 from stages.validate import formats, readers
 from stages.validate.cells import BadRow
+from stages.validate.column_advice import AROUND, KNOWN
 
 
 def judge_named(name: str) -> Judge | None:
@@ -26,9 +28,24 @@ def judge_named(name: str) -> Judge | None:
     return RewardJudge(Path(name))
 
 
-def prompts_of(path: str, limit: int | None) -> list[Messages]:
-    """The prompts of a user's file, as messages, each once. Raises StageError at the first row that holds none."""
-    prompts: dict[str, Messages] = {}
+class Asked(NamedTuple):
+    """A prompt of a user's file, and what stands beside it: ids, sources, whatever ranked rows are joined back by."""
+
+    prompt: Messages
+    beside: dict[str, Any]
+
+
+_SPOKEN = KNOWN["prompt"] | AROUND
+_WRITTEN = {"responses", "order", "scores", "comparisons", "ranks"}
+
+
+def prompts_of(path: str, limit: int | None) -> list[Asked]:
+    """The prompts of a user's file, each once, with the columns beside the first row that has it.
+
+    A column that is called like one of the rows written is kept as `prompt_NAME`. Raises StageError at the first row
+    that holds no prompt.
+    """
+    prompts: dict[str, Asked] = {}
     for number, record in enumerate(readers.records(ValidateParams(path=path, kind="prompt", limit=limit))):
         try:
             if record.row is None:
@@ -39,7 +56,12 @@ def prompts_of(path: str, limit: int | None) -> list[Messages]:
             message = f"row {number} holds no prompt: {problem}"
             raise refuse("--prompts", path, message, fix, kind="bad_data") from problem
         prompt = [{"role": role, "content": content} for role, content in turns]
-        prompts.setdefault(json.dumps(prompt), prompt)
+        beside = {
+            f"prompt_{name}" if name in _WRITTEN else name: value
+            for name, value in record.row.items()
+            if name not in _SPOKEN
+        }
+        prompts.setdefault(json.dumps(prompt), Asked(prompt, beside))
     if not prompts:
         raise refuse("--prompts", path, "the file holds no prompts", None, kind="empty_file")
     return list(prompts.values())
@@ -68,11 +90,14 @@ def alone(command: GenerateCommand) -> dict[str, float]:
         raise refuse("--out", command.out, "the file already exists.", fix, kind="file_exists")
     began = time.monotonic()
     judge = judge_named(command.judge)
-    prompts = prompts_of(command.prompts, command.limit)
+    asked = prompts_of(command.prompts, command.limit)
     policy = load_policy(command.model, trainable=False)
+    prompts = [prompt for prompt, _ in asked]
     items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr())
     items = score(items, judge)
-    write([label(item, command.noise, command.seed) for item in items], command.out)
+    beside = {json.dumps(prompt): columns for prompt, columns in asked}
+    rows = [{**label(item, command.noise, command.seed), **beside[json.dumps(item.prompt)]} for item in items]
+    write(rows, command.out)
     if judge is None:
         command.out.with_suffix(".README.txt").write_text(HOW_TO_RANK.replace("rows.jsonl", command.out.name))
     return summary(items, tokens, time.monotonic() - began)

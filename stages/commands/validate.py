@@ -1,18 +1,31 @@
 """`alignflow validate`: check a data file without MLflow."""
 
+import hashlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.commands import ValidateCommand
-from schemas.errors import EXIT_CODES, StageError
-from schemas.text import one_line, show, show_tracebacks
+from schemas.config import DataConfig
+from schemas.errors import EXIT_CODES, StageError, refuse
+from schemas.source import File, data_source
+from schemas.text import listed, one_line, show, show_tracebacks
 from stages.validate import check
 from stages.validate.context import Context
+from stages.validate.readers import records
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec
+
+_SOURCE = "source.json"
+"""Beside the rows: which data they are of. The stage writes none, since equal rows make equal folders there."""
+_PLAIN = re.compile(r"[A-Za-z_./][\w./:-]*")
+"""Text that YAML, which `--set` reads, takes for nothing else."""
+_SLOTS = {"ranking": "preference"}
+"""A kind -> its place in a config's `data`, where that has another name."""
 
 
 def main(command: ValidateCommand) -> int:
@@ -20,8 +33,12 @@ def main(command: ValidateCommand) -> int:
     report: dict[str, Any] = {"rows": 0, "kept": 0, "quarantined": 0, "reasons": {}}
     error, checked = None, False
     try:
+        source = _source(command)
+        _refuse_other_data(command, source)
         codec = None if command.model is None else _codec(command.model)
         checked = True
+        command.out.mkdir(parents=True, exist_ok=True)
+        (command.out / _SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
         check(Context(command, codec, command.evaluation), command.out)
     except StageError as refusal:
         error = refusal
@@ -29,6 +46,32 @@ def main(command: ValidateCommand) -> int:
         report |= json.loads((command.out / "report.json").read_text(encoding="utf-8"))
     _print(command, report, error)
     return 0 if error is None else EXIT_CODES[error.status]
+
+
+def _source(command: ValidateCommand) -> dict[str, str | None]:
+    """What tells one source from another: the bytes of a file, else its name and revision."""
+    match data_source(command.path):
+        case File(path):
+            next(records(command), None)  # one that cannot be read is named, and costs no earlier results
+            with path.open("rb") as stream:
+                return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "kind": command.kind}
+        case _:
+            named = {"path": command.path, "revision": command.revision, "subset": command.subset}
+            return {**named, "split": command.split, "kind": command.kind}
+
+
+def _refuse_other_data(command: ValidateCommand, source: dict[str, str | None]) -> None:
+    """Raise StageError where the folder holds something else than an earlier check of the same data."""
+    if command.force or not command.out.is_dir() or not any(command.out.iterdir()):
+        return
+    try:
+        before = json.loads((command.out / _SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if before != source:
+        what = "holds files of another origin" if before is None else "holds what an earlier call made of other data"
+        fix = "name another folder, or add --force to replace them"
+        raise refuse("--out", command.out, f"the folder {what}.", fix, kind="not_empty")
 
 
 def _codec(folder: Path) -> "Codec":
@@ -51,8 +94,42 @@ def _print(command: ValidateCommand, report: dict[str, Any], error: StageError |
     show(f"{one_line(command.path)}: {report['rows']} rows, {report['kept']} kept, {report['quarantined']} quarantined")
     for name, count in [*report.get("checks", {}).items(), *report.get("notes", {}).items()]:
         show(f"  {count:8d}  {one_line(name)}")
+    for what in report.get("read", ()):
+        show(f"read as   {one_line(what)}")
+    if report.get("unused"):
+        unused = (
+            name if value is None else f"{name} ({one_line(value, 30)})" for name, value in report["unused"].items()
+        )
+        show(f"not used  {listed(unused, 8)}")
     if error is not None:
         show(f"refused: {error}", sys.stderr)
+        return
+    parts = [f"{part} {_count(kinds, command.kind)}" for part, kinds in report["parts"].items() if kinds]
+    show(f"split     {', '.join(parts)}")
+    if lengths := report["lengths"]:
+        sizes = f"median {lengths['median']}, 95 % at most {lengths['p95']}, longest {lengths['longest']}"
+        show(f"lengths   {sizes} {lengths['unit']}" + ("" if command.model else "; --model counts tokens"))
+    show(
+        f"files     {command.out}: {listed(sorted(part for part, kinds in report['parts'].items() if kinds))}, "
+        f"quarantine.jsonl, report.json"
+    )
+    show(f"next      {_next(command)}")
+
+
+def _count(kinds: dict[str, int], kind: str) -> str:
+    """How many rows and prompts a part has."""
+    prompts = f"{kinds.get('prompt', 0)} prompts"
+    return prompts if kind == "prompt" else f"{kinds.get(kind, 0)} rows of {prompts}"
+
+
+def _next(command: ValidateCommand) -> str:
+    """The command that plans a run on this data, with every option that was given here."""
+    slot = f"data.{_SLOTS.get(command.kind, command.kind)}"
+    given = DataConfig.model_validate(command.model_dump(include=set(DataConfig.model_fields)))
+    values = given.model_dump(mode="json", exclude_defaults=True)
+    texts = {key: value if _PLAIN.fullmatch(str(value)) else json.dumps(value) for key, value in values.items()}
+    settings = (shlex.quote(f"{slot}.{key}={text}") for key, text in texts.items())
+    return "alignflow run my.yaml --dry-run " + " ".join(f"--set {setting}" for setting in settings)
 
 
 if __name__ == "__main__":

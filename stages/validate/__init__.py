@@ -1,6 +1,6 @@
 """Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and derives further kinds.
 
-    readers -> formats -> CHECKS, in order -> verdict -> derive
+    readers -> reading -> CHECKS, in order -> verdict -> derive
 
 Rows go down, findings come back: each check sees only the rows that passed the ones before (table_checks.py,
 token_checks.py), and what it finds goes to the quarantine. stages/commands/validate.py runs it without MLflow.
@@ -17,12 +17,12 @@ import polars as pl
 
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
-from stages.validate import table_checks, token_checks
+from stages.validate import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
-from stages.validate.formats import read
 from stages.validate.quarantine import Quarantine, Report
 from stages.validate.readers import refuse_moving
+from stages.validate.reading import read
 from stages.validate.verdict import refusal
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
     table_checks.too_many_characters,
     token_checks.unusable_tokens,
     table_checks.look_alikes,
+    table_checks.contradictions,
     table_checks.hidden_characters,
     token_checks.prompt_tokens_differ,
     table_checks.leaks,
+    ngrams.near_duplicates,
+    ngrams.overlaps,
 )
 
 
@@ -48,7 +51,7 @@ def check(context: Context, out: Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     for file in (out / side / f"{kind}.parquet" for side in PARTS for kind in get_args(Kind)):
         file.unlink(missing_ok=True)  # what an earlier check left
-    parts, error = {}, None
+    parts, error, left = {}, None, None
     with closing(Quarantine(out / "quarantine.jsonl", context.log_text)) as quarantine:
         try:
             frame = read(context, quarantine)
@@ -57,13 +60,13 @@ def check(context: Context, out: Path) -> Report:
             frame = frame.with_columns(part=part(context.params))
             if error := refusal(frame, context, quarantine):
                 raise error
-            parts = write(context.params.kind, frame, out)
+            parts, left = write(context.params.kind, frame, out), frame
         except StageError as refused:
             error = refused
         except MemoryError:
             message = f"memory ran out after {context.read} rows"
             error = refuse("path", context.params.path, message, "take fewer rows (`limit`), or a larger machine")
-    report = quarantine.report(context, parts, error)
+    report = quarantine.report(context, parts, error, left)
     if error:
         raise error
     return report

@@ -1,8 +1,11 @@
 """What one cell of a user's row holds: text, a conversation, a list or a number. Anything else raises `BadRow`."""
 
+import ast
+import io
 import json
 import math
 import re
+import tokenize
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +16,19 @@ Turns = tuple[Turn, ...]
 Parsed = dict[str, Any]
 """A row in its kind's form, the prompt as Turns; key `notes` names what is worth reporting about it."""
 
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bard", "bing", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+"""A role as data sets name it -> ours."""
+_TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation", "ipython"}
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_TOOL_KEYS = ("tool_calls", "function_call")
+_WEIGHT_KEYS = ("weight", "train", "training", "loss")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_PART_MEDIA = re.compile("image|video|audio|file")
 
 
 class BadRow(Exception):
@@ -35,25 +48,97 @@ def text(value: object, column: str) -> str:
     return value
 
 
+# --- conversations ---
+
+
 def turns(value: object, column: str) -> Turns:
-    """A prompt or conversation in any of its forms, as (role, content) in order."""
+    """A prompt or conversation in any of its forms, as (role, content) in order. Empty system messages are left out."""
     if isinstance(value, str):
-        return transcript(value, column) if value.startswith("\n\nHuman:") else (("user", text(value, column)),)
+        if value.startswith("\n\nHuman:"):
+            return transcript(value, column)
+        messages = written_messages(value, column)
+        return (("user", text(value, column)),) if messages is None else turns(messages, column)
+    value = rows_of(value)
     if not isinstance(value, list):
         raise BadRow(column, "missing" if value is None else "not_text", value)
-    if not value:
+    spoken: list[Turn] = []
+    for message in value:
+        if not isinstance(message, dict):
+            raise BadRow(column, "not_a_message", message)
+        if "input" in message and "output" in message and _first(message, _ROLE_KEYS) is None:
+            spoken += [("user", text(message["input"], column)), ("assistant", text(message["output"], column))]
+        elif (turn := _turn(message, column)) is not None:
+            spoken.append(turn)
+    if not spoken:
         raise BadRow(column, "empty", value)
-    return tuple(_turn(message, column) for message in value)
+    if spoken[-1][0] == "assistant":
+        _refuse_unlearned(value[-1], column)
+    return tuple(spoken)
 
 
-def _turn(message: object, column: str) -> Turn:
-    if not isinstance(message, dict):
-        raise BadRow(column, "not_a_message", message)
-    role = message.get("role", message.get("from"))
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise BadRow(column, "unknown_role", role)
-    content = message["content"] if "content" in message else message.get("value")
-    return _ROLES[role.lower()], text(content, column)
+def rows_of(value: object) -> object:
+    """An object of lists of one length as a list of objects: so `datasets` hands out its sequences of features."""
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    columns: dict[str, list[Any]] = value
+    if len({len(column) for column in columns.values()}) > 1:
+        return value
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _turn(message: dict[str, Any], column: str) -> Turn | None:
+    """The turn that a message is, or None for a system message that says nothing."""
+    role = message.get("role")
+    if role is None:
+        role = _first(message, _ROLE_KEYS)
+    content = message.get("content")
+    if content is None:
+        content = _first(message, _TEXT_KEYS)
+    if len(message) > 2:
+        for key in _TOOL_KEYS:
+            if message.get(key):
+                raise BadRow(column, "tools", message[key])
+    name = role.strip().lower() if isinstance(role, str) else ""
+    if name not in ROLES:
+        raise BadRow(column, "tools" if name in _TOOL_ROLES else "unknown_role", role)
+    if ROLES[name] == "system" and (content is None or (isinstance(content, str) and not content.strip())):
+        return None
+    return ROLES[name], _joined_parts(content, column) if isinstance(content, list) else text(content, column)
+
+
+def _first(message: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The first value that is not null: files that were merged have the keys of all, most of them null."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
+def _joined_parts(parts: list[Any], column: str) -> str:
+    """The text of a content that is given in parts. Images, sound and files have no place in a text model's row."""
+    texts: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        words = part.get("text") if isinstance(part, dict) else part
+        media = _PART_MEDIA.search(str(kind or "") or " ".join(part))
+        if media:
+            raise BadRow(column, f"has_{media.group()}", part)
+        if kind in ("tool_use", "tool_result", "tool_call"):
+            raise BadRow(column, "tools", part)
+        if kind not in (None, "text", "input_text", "output_text"):
+            raise BadRow(column, "unknown_part", part)
+        texts.append(text(words, column))
+    if not texts:
+        raise BadRow(column, "empty", parts)
+    return "\n".join(texts)
+
+
+def _refuse_unlearned(answer: dict[str, Any], column: str) -> None:
+    """The last answer is the one that is learned: a weight that says otherwise is not passed over."""
+    for key in _WEIGHT_KEYS:
+        if answer.get(key) not in (None, 1):
+            raise BadRow(column, "not_learned", {key: answer[key]})
+
+
+KNOWN_KEYS = frozenset((*_ROLE_KEYS, *_TEXT_KEYS, *_TOOL_KEYS, *_WEIGHT_KEYS, "input", "output"))
+"""The keys of a message that are read."""
 
 
 def transcript(value: str, column: str) -> Turns:
@@ -66,13 +151,92 @@ def transcript(value: str, column: str) -> Turns:
     return tuple(spoken[:-1] if spoken[-1] == ("assistant", "") and len(spoken) > 1 else spoken)
 
 
-def listed(value: object, column: str) -> list[Any]:
-    """A list; in CSV, written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+# --- lists that were written down as text ---
+
+_BRACKETS = re.compile(r"\s*(?:array\()?\s*\[?\s*\{\s*['\"]")
+_SPOKEN = re.compile(r"['\"](?:role|from|speaker)['\"]\s*:\s*['\"](\w+)['\"]", re.IGNORECASE)
+_CUT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from)['\"]\s*:\s*['\"](?:user|human|system|assistant|gpt)['\"]\s*,")
+_HEAD = 200
+"""Characters within which a list begins: a text of white space costs no more than a short one."""
+_LITERAL_CHARACTERS = 1 << 20
+"""A text longer than this is read as JSON only: Python's own parser takes a hundred times as much memory."""
+
+
+def written_messages(value: str, column: str) -> list[Any] | None:
+    """The messages that a text holds as JSON or as Python writes a list; None where it is a text like any other.
+
+    Raises:
+        BadRow: it begins as a list of messages and cannot be read as one.
+    """
+    if not value or value[0] not in "[{a \t\r\n" or not _BRACKETS.match(value[:_HEAD]):
+        return None
+    spoken = _SPOKEN.search(value)
+    if spoken is None or spoken.group(1).lower() not in ROLES.keys() | _TOOL_ROLES:
+        return None
+    try:
+        messages = parsed_list(value)
+    except ValueError as error:
+        if _CUT.match(value[:_HEAD]):
             raise BadRow(column, "malformed_json", value) from error
+        return None
+    messages = [messages] if isinstance(messages, dict) else messages
+    return messages if isinstance(messages, list) and messages and all(map(_is_message, messages)) else None
+
+
+def _is_message(value: object) -> bool:
+    """Whether this is a message for sure: with a known role, and what it says. An answer may be JSON of its own."""
+    if not isinstance(value, dict):
+        return False
+    role = _first(value, _ROLE_KEYS)
+    known = isinstance(role, str) and role.strip().lower() in ROLES.keys() | _TOOL_ROLES
+    return known and any(key in value for key in (*_TEXT_KEYS, *_TOOL_KEYS))
+
+
+def parsed_list(value: str) -> Any:
+    """The list or object that a text holds, as JSON, or as Python or NumPy writes one. Raises ValueError."""
+    try:
+        return json.loads(value)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        if len(value) > _LITERAL_CHARACTERS:
+            raise ValueError("neither JSON nor short enough to be tried as Python") from error
+    try:
+        return ast.literal_eval(_with_commas(value))
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise ValueError("neither JSON nor a Python list") from error
+
+
+def _with_commas(value: str) -> str:
+    """A list in Python's form. NumPy, and so pandas in a CSV file, writes no commas between elements."""
+    values = (tokenize.STRING, tokenize.NUMBER)
+    pieces: list[str] = []
+    ended = False
+    tokens = [
+        token
+        for token in tokenize.generate_tokens(io.StringIO(value.strip()).readline)
+        if token.type in (tokenize.OP, tokenize.NAME, *values)
+    ]
+    if tokens and tokens[0].string == "array":  # array([...], dtype=object)
+        closing = max((place for place, token in enumerate(tokens) if token.string == "]"), default=0)
+        tokens = tokens[2 : closing + 1]
+    for token in tokens:
+        begins = token.type in values or token.string in ("{", "[", "True", "False", "None")
+        if ended and begins:
+            pieces.append(",")
+        pieces.append(token.string)
+        ended = token.type in values or token.string in ("}", "]", "True", "False", "None")
+    return " ".join(pieces)
+
+
+def listed(value: object, column: str) -> list[Any]:
+    """A list; in CSV, written as JSON or as Python writes one."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "array([")):
+        try:
+            value = parsed_list(value)
+        except ValueError as error:
+            raise BadRow(column, "malformed_json", value) from error
+    value = rows_of(value)
     if not isinstance(value, list):
         raise BadRow(column, "missing" if value is None else "not_a_list", value)
     return value

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed, one_line
+from stages.validate.presets import recognised
 
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "ranking": (
@@ -14,14 +15,21 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
         ("prompt", "responses", "order"),
         ("prompt", "responses", "ranks"),
     ),
-    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "a", "b", "label")),
-    "feedback": (("prompt", "completion", "label"), ("prompt", "response", "label")),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("chosen", "rejected"),
+        ("prompt", "a", "b", "label"),
+        ("a", "b", "label"),
+    ),
+    "feedback": (("prompt", "completion", "label"), ("prompt", "response", "label"), ("messages", "label")),
     "sft": (("prompt", "response"), ("messages",)),
     "prompt": (("prompt",), ("turns",), ("messages",)),
 }
 """What a file must have to be read as a kind. The first form is the one that errors speak of."""
 KNOWN: dict[Kind, frozenset[str]] = {kind: frozenset(sum(forms, ())) for kind, forms in COLUMNS.items()}
 KNOWN["preference"] |= {"margin"}
+AROUND = frozenset({"system", "input", "history"})
+"""What may stand around a prompt in columns of its own: its system message, what it is about, the turns before it."""
 
 _SIDES = ("chosen", "rejected")
 """Never guessed: the wrong way round they invert every preference."""
@@ -32,18 +40,20 @@ def fitting_kinds(columns: Iterable[str]) -> list[Kind]:
     """The kinds as which a file with these columns can be read; the most telling first."""
     names = set(columns)
     fits: list[Kind] = [kind for kind, forms in COLUMNS.items() if any(names.issuperset(form) for form in forms)]
-    return fits[:-1] if fits[1:] and fits[-1] == "prompt" else fits
+    fits = fits[:-1] if fits[1:] and fits[-1] == "prompt" else fits
+    known: list[Kind] = [kind for _, shape in recognised(names) if shape.row or shape.whole for kind in shape.kinds]
+    return list(dict.fromkeys((*known, *fits)))
 
 
 def shown(params: ValidateParams, columns: Iterable[str]) -> list[str]:
     """The columns' names, where they are names for sure; the others by their place."""
-    known = {*KNOWN[params.kind], *params.columns.values()}
+    known = {*KNOWN[params.kind], *AROUND, *params.columns.values()}
     return [name if name in known else f"column {place}" for place, name in enumerate(columns, 1)]
 
 
 def unknown_mapping(params: ValidateParams) -> StageError | None:
     """The config maps to a column that the kind does not have."""
-    known = KNOWN[params.kind]
+    known = KNOWN[params.kind] | AROUND
     name = next((name for name in params.columns if name not in known), None)
     if name is None:
         return None
@@ -70,9 +80,12 @@ def other_json(params: ValidateParams, first_line: bytes, broken: int, rows: int
     return refuse("path", params.path, message, fix, kind="bad_data")
 
 
-def wrong_columns(params: ValidateParams, columns: list[str], prompt_missing: bool) -> StageError | None:
+def wrong_columns(
+    params: ValidateParams, columns: list[str], prompt_missing: bool, had: Iterable[str] = ()
+) -> StageError | None:
     """The file has not the columns that the config names, or not those of its kind.
 
+    `had`: our columns that its rows had once they were read, under whatever names.
     `prompt_missing`: no row has one. Chosen and rejected alone will do only as conversations that hold their prompts.
     """
     if not columns:
@@ -92,17 +105,18 @@ def wrong_columns(params: ValidateParams, columns: list[str], prompt_missing: bo
                 else f"name the column that holds it: {_mapping({ours: _YOURS})}",
                 kind="missing_column",
             )
-    named = {*columns, *params.columns}
+    named = {*columns, *params.columns, *had}
     without_prompt = prompt_missing and "prompt" not in named
     forms = COLUMNS[params.kind][:1] if without_prompt else COLUMNS[params.kind]
     if not without_prompt and any(named.issuperset(form) for form in forms):
         return None
-    return _other_kind(params, columns, forms)
+    return _other_kind(params, columns, forms, named)
 
 
-def _other_kind(params: ValidateParams, columns: list[str], forms: tuple[tuple[str, ...], ...]) -> StageError:
+def _other_kind(
+    params: ValidateParams, columns: list[str], forms: tuple[tuple[str, ...], ...], named: set[str]
+) -> StageError:
     """What is missing of the form that comes closest, the kinds that would fit, and the mapping to write."""
-    named = {*columns, *params.columns}
     begun = [form for form in forms if named.intersection(form)] or forms[:1]
     missing = min(([name for name in form if name not in named] for form in begun), key=len)
     free = [name for name in columns if name not in (*KNOWN[params.kind], *params.columns.values())]

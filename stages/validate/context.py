@@ -1,6 +1,7 @@
 """What a check of rows is asked, what it has seen so far, and what it finds."""
 
 import hashlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,15 @@ class Context:
     read: int = field(default=0, init=False)
     """Rows read, the broken ones too."""
     columns: dict[str, None] = field(default_factory=dict, init=False)
+    unread: dict[str, str | None] = field(default_factory=dict, init=False)
+    """Columns, and keys of messages, that are not read -> the beginning of a value."""
+    said: dict[str, None] = field(default_factory=dict, init=False)
+    """What was read as what."""
     digest: Any = field(default_factory=hashlib.sha256, init=False)
     first_line: bytes = field(default=b"", init=False)
     """The first line, where it is not a JSON object."""
-    longest: int | None = field(default=None, init=False)
-    """Tokens of the longest row that can be used, once a tokenizer has seen them."""
+    lengths: "array[int] | None" = field(default=None, init=False)
+    """Tokens of each prompt with each of its answers that can be used, once a tokenizer has seen them."""
 
 
 class Finding(NamedTuple):

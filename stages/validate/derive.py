@@ -1,15 +1,16 @@
 """Splits rows by how their prompts begin, derives further kinds so that one data set can feed every method
 (`DERIVES`), writes them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 
 from schemas.config import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
+from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
 
 PARTS = ("train", "eval", "gold", "test")
-_HEAD = ["row", "prompt", "prompt_id", "cluster"]
 _CHUNK = 20_000
 
 
@@ -28,57 +29,72 @@ def part(params: ValidateParams) -> pl.Expr:
 
 def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:
     """Write Parquet of every part and kind that has rows; returns part -> kind -> rows. `frame` has column `part`."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {name: {} for name in PARTS}
     for name in PARTS:
         rows = frame.filter(pl.col("part") == name).drop("part")
-        tables = {kind: table for kind, table in derive(kind, rows).items() if table.height}
-        counts[name] = {kind: table.height for kind, table in tables.items()}
-        for derived in list(tables):
-            (out / name).mkdir(exist_ok=True)
-            # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
-            pieces = pl.concat(tables.pop(derived).iter_slices(_CHUNK), rechunk=False)
-            pieces.write_parquet(out / name / f"{derived}.parquet")
+        for derived, table in derive(kind, rows):
+            if table.height:
+                (out / name).mkdir(exist_ok=True)
+                # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
+                pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
+                pieces.write_parquet(out / name / f"{derived}.parquet", compression_level=1)
+                counts[name][derived] = table.height
     return counts
 
 
-def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    """Every kind that these rows give, the source kind too. Frames may be empty; exact repetitions are left out.
+def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
+    """Every kind that these rows give, the source kind too, one after the other: each takes as much memory as the rows.
 
-    A ranking without any comparison (all answers tied) gives its prompt only.
+    Frames may be empty; exact repetitions are left out. A ranking without any comparison (all answers tied) gives its
+    prompt only.
     """
-    kinds: dict[Kind, pl.DataFrame] = {"prompt": _distinct(frame.select(_HEAD), "prompt")}
+    yield "prompt", _distinct(frame.select(HEAD), "prompt")
     if kind == "ranking":
-        kinds |= _from_ranking(frame.filter(pl.col("winners").list.len() > 0))
+        ranked = frame.filter(pl.col("winners").list.len() > 0)
+        yield "ranking", ranked
+        yield "preference", _distinct(_pairs(ranked))
+        yield from _liked_of("ranking", ranked)
     elif kind == "preference":
-        kinds |= _from_preference(frame)
+        yield "preference", frame
+        yield "ranking", _as_rankings(frame)
+        yield from _liked_of("preference", frame)
     elif kind == "feedback":
-        kinds |= {"feedback": frame, "sft": _liked(frame)}
+        opposed = opposed_thumbs(frame)
+        unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
+        liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
+        yield "feedback", frame
+        yield "sft", _distinct(liked.select(*HEAD, response="completion"))
     elif kind == "sft":
-        kinds |= {"sft": frame}
-    return kinds
+        yield "sft", frame
 
 
-def _from_preference(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    ranking = frame.select(
-        *_HEAD,
-        responses=pl.concat_list("chosen", "rejected"),
-        winners=pl.concat_list(pl.lit(0, pl.Int64)),
-        losers=pl.concat_list(pl.lit(1, pl.Int64)),
-        margins=pl.when(pl.col("margin").is_not_null()).then(pl.concat_list("margin")).cast(Numbers),
-    )
-    up = frame.select(*_HEAD, completion="chosen", label=pl.lit(True))
-    down = frame.select(*_HEAD, completion="rejected", label=pl.lit(False))
-    feedback = _distinct(pl.concat([up, down]).sort("row", maintain_order=True))
-    return {"preference": frame, "ranking": ranking, "feedback": feedback, "sft": _liked(feedback)}
+def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
+    margins = pl.when(pl.col("margin").is_not_null()).then(pl.concat_list("margin")).cast(Numbers)
+    return rankings("preference", frame).with_columns(frame.select(margins=margins))
 
 
-def _from_ranking(frame: pl.DataFrame) -> dict[Kind, pl.DataFrame]:
-    return {
-        "ranking": frame,
-        "preference": _distinct(_pairs(frame)),
-        "feedback": _distinct(_thumbs(frame)),
-        "sft": _distinct(_best(frame)),
-    }
+def _liked_of(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
+    """Thumbs, and the answers to imitate. Rows of one prompt that share answers are one ranking for both."""
+    alone, joined = as_one(kind, frame)
+    yield "feedback", _in_order(_thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone), _thumbs(joined))
+    best = _best(alone) if kind == "ranking" else alone.select(*HEAD, response="chosen")
+    yield "sft", _in_order(best, _best(joined))
+
+
+def _in_order(alone: pl.DataFrame, joined: pl.DataFrame) -> pl.DataFrame:
+    return pl.concat([alone, joined]).sort("row", maintain_order=True) if joined.height else alone
+
+
+def _thumbs_of_pairs(frame: pl.DataFrame) -> pl.DataFrame:
+    """Of two answers one is up and one is down."""
+    pieces = [_both(piece) for piece in frame.iter_slices(_CHUNK)] or [_both(frame)]
+    return pl.concat(pieces, rechunk=False)
+
+
+def _both(frame: pl.DataFrame) -> pl.DataFrame:
+    up = frame.select(*HEAD, completion="chosen", label=pl.lit(True))
+    down = frame.select(*HEAD, completion="rejected", label=pl.lit(False))
+    return pl.concat([up, down]).sort("row", maintain_order=True)
 
 
 def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
@@ -86,7 +102,7 @@ def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
     nothing = pl.col("winners").list.eval(pl.lit(None, pl.Float64))
     pairs = frame.with_columns(margins=pl.col("margins").fill_null(nothing)).explode("winners", "losers", "margins")
     return pairs.select(
-        *_HEAD,
+        *HEAD,
         chosen=pl.col("responses").list.get(pl.col("winners")),
         rejected=pl.col("responses").list.get(pl.col("losers")),
         margin="margins",
@@ -105,22 +121,18 @@ _SIGNS = (("winners", 1), ("losers", -1))
 def _thumbs(frame: pl.DataFrame) -> pl.DataFrame:
     """Thumbs up for answers that won more often than they lost, down for the reverse; none for those in the middle."""
     judged = _net_wins(frame).filter(pl.col("net") != 0).join(frame, on="row", maintain_order="left")
-    return judged.select(*_HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
+    return judged.select(*HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
 
 
 def _best(frame: pl.DataFrame) -> pl.DataFrame:
-    """The answer with the most wins less losses; of equals the first."""
-    best = _net_wins(frame).sort("row", "net", "answer", descending=[False, True, False])
+    """The answer with the most wins less losses, of equals the first; none where all have won as often as lost."""
+    best = _net_wins(frame).filter(pl.col("net") > 0).sort("row", "net", "answer", descending=[False, True, False])
     first = best.unique("row", keep="first", maintain_order=True).join(frame, on="row", maintain_order="left")
-    return first.select(*_HEAD, response=_text_of("answer"))
+    return first.select(*HEAD, response=_text_of("answer"))
 
 
 def _text_of(answer: str) -> pl.Expr:
     return pl.col("responses").list.get(pl.col(answer))
-
-
-def _liked(feedback: pl.DataFrame) -> pl.DataFrame:
-    return _distinct(feedback.filter("label").select(*_HEAD, response="completion"))
 
 
 def _distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:

@@ -4,21 +4,55 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+from pydantic import field_validator
 
 from schemas import Strict
 from schemas.config import Kind
 from schemas.errors import StageError
+from schemas.text import visible
 from stages.validate.context import Context, Finding
+from stages.validate.table_checks import ANSWERS
 
 LEFT_OUT = "(left out: log_text is false)"
 LISTED = 10_000
 """Entries that quarantine.jsonl lists. All are counted."""
 _CUT = 200
 _NOTED = 20
+_UNJUDGED = {"tie", "skipped", "one_answer"}
+"""Reasons that say nothing against a row: it prefers no answer. Each is its row's only one."""
+
+
+class Lengths(Strict):
+    """Lengths of prompts, each with one of its answers."""
+
+    unit: Literal["tokens", "characters"]
+    median: int
+    p95: int
+    """So long at most are 95 %."""
+    longest: int
+
+    @classmethod
+    def of(cls, frame: pl.DataFrame | None, context: Context) -> "Lengths | None":
+        """In tokens where a tokenizer has seen the rows, else in characters; None where there are none."""
+        if context.lengths is not None:
+            sizes, unit = pl.Series(np.asarray(context.lengths, dtype=np.int64)), "tokens"
+        elif frame is None:
+            return None
+        else:
+            kind = context.params.kind
+            asked = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
+            longest = pl.col("responses").list.eval(pl.element().str.len_chars()).list.max()
+            answers = [longest if kind == "ranking" else pl.col(name).str.len_chars() for name in ANSWERS[kind]]
+            counted = [frame.select(size=asked + answer) for answer in answers or [pl.lit(0)]]
+            sizes, unit = pl.concat(counted)["size"].drop_nulls(), "characters"
+        if not len(sizes):
+            return None
+        at = {share: sizes.quantile(share, "nearest") or 0 for share in (0.5, 0.95, 1.0)}
+        return cls(unit=unit, median=int(at[0.5]), p95=int(at[0.95]), longest=int(at[1.0]))
 
 
 class Report(Strict):
@@ -42,12 +76,24 @@ class Report(Strict):
     """Part -> kind -> rows written."""
     longest: int | None = None
     """Tokens of the longest kept row; null when no tokenizer was given."""
+    lengths: Lengths | None = None
+    """How long prompts are with an answer each."""
     columns: list[str] = []
     """The file's columns."""
+    read: list[str] = []
+    """What was read as what, where it is not in our columns already."""
+    unused: dict[str, str | None] = {}
+    """Columns, and keys of messages, that were not read -> the beginning of a value."""
     sha256: str = ""
     """Digest of all rows read, in order."""
     error: str | None = None
     """Why the data was refused."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        """Names and texts come from outside; a lone surrogate in one cannot be encoded."""
+        return _visible(value)
 
     def metrics(self) -> dict[str, float]:
         """The counts as metrics of the stage."""
@@ -69,7 +115,10 @@ class Quarantine:
         self.checks: Counter[tuple[str, str]] = Counter()
         self.notes: Counter[str] = Counter()
         self._noted: dict[str, list[int]] = {}
+        self._rows_noted: dict[str, Rows] = {}
         self._reasons: dict[str, Rows] = {}
+        self.examples: dict[tuple[str, str], str] = {}
+        """Column and reason -> the beginning of the first value that was found."""
 
     @property
     def left_out(self) -> int:
@@ -90,8 +139,11 @@ class Quarantine:
         """Put a row aside, or count what is odd about one that stays."""
         row, column, reason, value, line, kept = finding
         if kept:
-            self.notes[reason] += 1
-            if self.notes[reason] <= _NOTED:
+            rows = self._rows_noted.setdefault(reason, Rows())
+            before = len(rows)
+            rows.add(row)
+            self.notes[reason] = len(rows)
+            if before < len(rows) <= _NOTED:
                 self._noted.setdefault(reason, []).append(row)
             return
         if self.listed < LISTED:
@@ -99,6 +151,8 @@ class Quarantine:
             shown = _cut(value) if self.log_text else LEFT_OUT
             place = {} if line is None else {"line": line}
             self._write({"row": row, "column": column, "reason": reason, "value": shown, **place})
+        if self.log_text and value is not None:
+            self.examples.setdefault((column, reason), _cut(value))
         self.rows.add(row)
         self.checks[column, reason] += 1
         self._reasons.setdefault(reason, Rows()).add(row)
@@ -110,25 +164,44 @@ class Quarantine:
             self.add(finding)
         return frame.filter(~self.rows.of(frame["row"])) if len(self.rows) > before else frame
 
+    @property
+    def bad(self) -> int:
+        """Rows that are put aside because something is wrong with them, not because nobody preferred an answer."""
+        return len(self.rows) - sum(len(rows) for reason, rows in self._reasons.items() if reason in _UNJUDGED)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason -> rows, the most frequent first."""
+        return dict(Counter({reason: len(rows) for reason, rows in self._reasons.items()}).most_common())
+
     def summary(self) -> dict[str, int]:
         """`column: reason` -> entries, the most frequent first."""
         return {f"{column}: {reason}" if column else reason: n for (column, reason), n in self.checks.most_common()}
 
-    def report(self, context: Context, parts: dict[str, dict[str, int]], error: StageError | None) -> Report:
-        """What came of the rows, written as report.json too."""
-        reasons = Counter({reason: len(rows) for reason, rows in self._reasons.items()})
+    def report(
+        self,
+        context: Context,
+        parts: dict[str, dict[str, int]],
+        error: StageError | None,
+        frame: pl.DataFrame | None = None,
+    ) -> Report:
+        """What came of the rows, written as report.json too. `frame`: the rows that are left."""
+        lengths = Lengths.of(frame, context)
         report = Report(
             kind=context.params.kind,
             rows=context.read,
             kept=context.read - len(self.rows),
             quarantined=len(self.rows),
-            reasons=dict(reasons.most_common()),
+            reasons=self.reasons,
             checks=self.summary(),
             notes=dict(self.notes),
             noted=self._noted,
             parts=parts,
-            longest=context.longest,
+            longest=lengths.longest if lengths and lengths.unit == "tokens" else None,
+            lengths=lengths,
             columns=list(context.columns),
+            read=list(context.said),
+            unused=dict(sorted(context.unread.items())),
             sha256=context.digest.hexdigest(),
             error=None if error is None else str(error),
         )
@@ -159,6 +232,15 @@ class Rows:
         wanted = numbers.to_numpy()
         known = wanted < len(flags)
         return pl.Series(known & flags[np.where(known, wanted, 0)]) if len(flags) else pl.Series(known)
+
+
+def _visible(value: Any) -> Any:
+    """A value of the report with marks for the characters that cannot be written."""
+    if isinstance(value, dict):
+        return {_visible(key): _visible(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_visible(item) for item in value]
+    return visible(value) if isinstance(value, str) and not value.isascii() else value
 
 
 def _cut(value: object) -> str:

@@ -2,8 +2,9 @@
 
 prompt + responses (texts, or objects with `text` and `model`), with one of `scores` (higher is better), `order`
 (indices or models, best first; a list within is a tie), `ranks` (1 is best) or `comparisons` ({a, b, winner}: indices
-or models; winner null, 0 or "tie" is a tie). Where they are empty, nobody has ranked the answers yet: such a row is
-noted, and gives its prompt only.
+or models; winner null, 0 or "tie" is a tie); or answers that carry `rank` or `score` within themselves. Where they are
+empty, nobody has ranked the answers yet: such a row is noted, and gives its prompt only. Where several are filled in
+they must agree; against `scores`, which a judge gives, what people said counts, and the row is noted.
 Identical answers become one. Answers that contradict each other on one pair are outvoted or tie. Longer cycles stay:
 independent noisy judgements make them, and a Bradley-Terry loss over single comparisons is fit for them.
 """
@@ -15,33 +16,60 @@ from statistics import fmean
 from typing import Any
 
 from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
+from stages.validate.labels import side_of
 
-_TIES = (None, 0, "tie", "both", "")
+_TIES = (None, 0, "")
+_EMPTY = (None, [], "")
+_TEXTS = ("text", "content", "answer", "response", "completion", "output", "value")
+_WITHIN = {"ranks": ("rank",), "scores": ("score", "overall_score", "rating", "reward")}
+"""Ranking -> the keys under which answers carry it within themselves."""
 
 
 def ranking(row: Row) -> Parsed:
     """Different answers and the pairs (better, worse) of them. Raises BadRow."""
     prompt = turns(row.get("prompt"), "prompt")
-    texts, names = _responses(listed(row.get("responses"), "responses"))
+    answers = listed(row.get("responses"), "responses")
+    texts, names = _responses(answers)
+    row = _with_levels(row, answers)
     different = {answer.strip(): answer for answer in reversed(texts)}  # reversed: the first of equals stays
     places = {answer: place for place, answer in enumerate(dict.fromkeys(answer.strip() for answer in texts))}
     merged = [places[answer.strip()] for answer in texts]
     if not row.keys() & {"comparisons", *_LEVELS}:
         raise BadRow("scores", "missing")
-    by = next((name for name in ("comparisons", *_LEVELS) if row.get(name) not in (None, [], "")), None)
-    pairs: list[tuple[int, int]] = []
-    margins, notes = None, ["identical_answers"] * (len(places) < len(texts))
-    if by == "comparisons":
-        pairs, odd = _from_comparisons(listed(row[by], by), names, merged)
-        notes += odd
-    elif by is not None:
-        pairs, levels = _from_levels(_LEVELS[by](listed(row[by], by), names, by), merged)
-        margins = levels if by == "scores" else None
+    notes = ["identical_answers"] * (len(places) < len(texts))
+    by, pairs, margins, odd = _verdict(row, names, merged)
+    notes += odd
     if not pairs:
         notes.append("not_ranked" if by is None else "all_tied")
     sides = {"winners": [pair[0] for pair in pairs], "losers": [pair[1] for pair in pairs]}
     responses = [different[answer] for answer in places]
     return {"prompt": prompt, "responses": responses, **sides, "margins": margins, "notes": notes}
+
+
+def _verdict(
+    row: Row, names: Sequence[str | None], merged: list[int]
+) -> tuple[str | None, list[tuple[int, int]], list[float] | None, list[str]]:
+    """The column that decides, the pairs (better, worse) that it tells of, their margins, and what is odd about it."""
+    given = [name for name in ("comparisons", *_LEVELS) if row.get(name) not in _EMPTY]
+    told: dict[str, list[tuple[int, int]]] = {}
+    margins: list[float] | None = None
+    odd: list[str] = []
+    for name in given:
+        values = listed(row[name], name)
+        if name == "comparisons":
+            told[name], odd = _from_comparisons(values, names, merged)
+        else:
+            told[name], levels = _from_levels(_LEVELS[name](values, names, name), merged)
+            margins = levels if name == "scores" else margins
+    if not given:
+        return None, [], None, []
+    by = next((name for name in ("order", "ranks", "comparisons") if name in told), "scores")
+    for name in given:
+        if name != "scores" and not set(told[name]) <= set(told[by]):
+            raise BadRow(name, "verdicts_differ", row[name])
+    if "scores" in told and set(told["scores"]) != set(told[by]):
+        return by, told[by], None, [*odd, "scores_overruled"]
+    return by, told.get("scores", told[by]), margins, odd  # the margins are in the scores' order of the pairs
 
 
 def generated(row: Row) -> Parsed:
@@ -84,9 +112,22 @@ def _responses(values: list[Any]) -> tuple[list[str], list[str | None]]:
     names: list[str | None] = []
     for value in values:
         named = isinstance(value, dict)
-        texts.append(text(value.get("text", value.get("content")) if named else value, "responses"))
+        said = next((value[key] for key in _TEXTS if value.get(key) is not None), None) if named else value
+        texts.append(text(said, "responses"))
         names.append(value.get("model") if named and isinstance(value.get("model"), str) else None)
     return texts, names
+
+
+def _with_levels(row: Row, answers: list[Any]) -> Row:
+    """The row with the ranks or scores that its answers carry, where it says nothing else of them."""
+    if any(row.get(name) not in _EMPTY for name in ("comparisons", *_LEVELS)):
+        return row
+    for name, keys in _WITHIN.items():
+        for key in keys:
+            levels = [answer.get(key) if isinstance(answer, dict) else None for answer in answers]
+            if all(level is not None for level in levels):
+                return {**row, name: levels}
+    return row
 
 
 def _place(value: object, names: Sequence[str | None], column: str) -> int:
@@ -166,9 +207,12 @@ def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, 
     for first, second in ((value["a"], value["b"]), ("a", "b")):
         if winner is not None and winner in (first, second):
             return (a, b) if winner == first else (b, a)
-    if winner in _TIES:
+    side = side_of(winner)
+    if winner in _TIES or side == "tie":
         return None, b
-    raise BadRow("comparisons", "winner_not_compared", value)
+    if side is not None:
+        return (a, b) if side == "a" else (b, a)
+    raise BadRow("comparisons", "winner_not_compared", winner)
 
 
 def has_cycle(pairs: Iterable[tuple[int, int]]) -> bool:

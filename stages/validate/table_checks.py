@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import polars as pl
 
 from schemas.config import Kind
-from schemas.rows import HIDING, IGNORED, may_repeat, problems
+from schemas.rows import HIDING, IGNORED, Messages, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
+from stages.validate.rankings import has_cycle
+from stages.validate.together import groups, joined, opposed_thumbs, pairs
 
 ANSWERS: dict[Kind, tuple[str, ...]] = {
     "sft": ("response",),
@@ -59,16 +61,40 @@ def too_many_characters(frame: pl.DataFrame, context: Context) -> Iterator[Findi
 def look_alikes(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows that differ from an earlier one in case, marks, white space or compatible characters only."""
     labels = [name for name in ("label", "winners") if name in frame.columns]
-    content = ["prompt_id", *(_plain(answer) for answer in _answers(context.params.kind)), *labels]
+    frame = frame.filter(may_repeat(frame, ["prompt_id"]))  # few rows, and the rest costs ten times as much
+    content = ["prompt_id", *(plain_text(answer) for answer in answers_of(context.params.kind)), *labels]
     frame = frame.filter(may_repeat(frame, content))
     again = ~frame.select(content).select(pl.struct(pl.all()).is_first_distinct()).to_series()
     yield from (note(row, "look_alike") for row in frame.filter(again)["row"])
 
 
+def contradictions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Notes rows that contradict another one: of two answers each is the better, or an answer is liked and disliked.
+
+    Also those that go in a circle with others. They stay as they are; what is derived from them goes by majority.
+    """
+    kind = context.params.kind
+    if kind == "feedback":
+        yield from (note(row, "contradictory") for row in opposed_thumbs(frame)["row"])
+    if kind not in ("preference", "ranking"):
+        return
+    reverse: list[int] = []
+    circular: list[int] = []
+    for group in groups(kind, frame):
+        comparisons = pairs(group)
+        verdicts = {(better, worse) for _, better, worse in comparisons}
+        reverse += {row for row, better, worse in comparisons if (worse, better) in verdicts}
+        ranking = joined(group)
+        if has_cycle(zip(ranking["winners"], ranking["losers"], strict=True)):
+            circular += {row["row"] for row in group}
+    yield from (note(row, "contradictory") for row in sorted(reverse))
+    yield from (note(row, "cycle") for row in sorted(circular))
+
+
 def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
     contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
-    hides = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *_answers(context.params.kind)))
+    hides = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *answers_of(context.params.kind)))
     yield from (note(row, "hidden_characters") for row in frame.filter(hides)["row"])
 
 
@@ -79,26 +105,48 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """
     side = part(context.params)
     yield from (note(row, "held_out_elsewhere") for row in frame.filter(side == "none")["row"])
+    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame.with_columns(part=side)))
     if context.evaluation is None:
         return
-    files = [context.evaluation / name / "prompt.parquet" for name in ("eval", "test")]
-    held_out = [pl.read_parquet(file, columns=["cluster"], glob=False)["cluster"] for file in files if file.is_file()]
-    clusters = pl.concat([pl.Series("cluster", [], dtype=pl.String), *held_out]).unique()
+    clusters = evaluation_prompts(context, "cluster")["cluster"].unique()
     leaking = frame.filter(side.is_in(["train", "gold"]) & pl.col("cluster").is_in(clusters.to_list()))
     for row, prompt in leaking.select("row", "prompt").iter_rows():
         yield Finding(row, "prompt", "leaks_into_evaluation", prompt[-1]["content"])
+
+
+def evaluation_prompts(context: Context, column: str) -> pl.DataFrame:
+    """A column of the prompts of `context.evaluation`, held out and of its test part; no rows without one."""
+    types = {"prompt": Messages, "cluster": pl.String}
+    folders = [] if context.evaluation is None else [context.evaluation / name for name in ("eval", "test")]
+    files = [folder / "prompt.parquet" for folder in folders]
+    tables = [pl.read_parquet(file, columns=[column], glob=False) for file in files if file.is_file()]
+    return pl.concat([pl.DataFrame(schema={column: types[column]}), *tables])
+
+
+def _shared_first_turns(frame: pl.DataFrame) -> pl.Series:
+    """Rows to train on whose first user turn is held out too, under another system message.
+
+    The split goes by both: where a system message says what is asked, a first turn as `Hello` is no conversation.
+    """
+    roles, contents = (pl.col("prompt").list.eval(pl.element().struct.field(name)) for name in ("role", "content"))
+    if not frame.select(roles.list.contains("system").any()).item():
+        return pl.Series([], dtype=pl.Int64)  # then rows of one first turn are one cluster
+    first = contents.list.get((roles.list.first() == "system").cast(pl.Int64), null_on_oob=True)
+    turns = frame.select("row", "part", first=plain_text(first))
+    held_out = turns.filter(pl.col("part").is_in(["eval", "test"]))["first"].unique()
+    return turns.filter(pl.col("part").is_in(["train", "gold"]) & pl.col("first").is_in(held_out.implode()))["row"]
 
 
 def _first_answer(kind: Kind) -> str:
     return (*ANSWERS[kind], "prompt")[0]
 
 
-def _answers(kind: Kind) -> list[pl.Expr]:
+def answers_of(kind: Kind) -> list[pl.Expr]:
     """The answers' columns, each as one text per row."""
     return [pl.col(name).list.join("\n") if name == "responses" else pl.col(name) for name in ANSWERS[kind]]
 
 
-def _plain(text: pl.Expr) -> pl.Expr:
+def plain_text(text: pl.Expr) -> pl.Expr:
     """schemas.rows.normalise, near enough, at the speed of columns."""
     return (
         text.str.replace_all(IGNORED, "")

@@ -1,7 +1,8 @@
 """Checks of rows that need the tokenizer: what is too long, what leaves nothing to learn, what the template refuses."""
 
+from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from jinja2 import TemplateError
@@ -24,12 +25,13 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
         return
     kind = context.params.kind
     tokens = _Tokens(kind, context.codec, context.params.max_length)
-    frame = frame.select("row", "prompt", *ANSWERS[kind])
+    compared = ("winners", "losers") if kind == "ranking" else ()
+    frame = frame.select("row", "prompt", *ANSWERS[kind], *compared)
     for start in range(0, frame.height, _BATCH):
         yield from tokens.findings(frame.slice(start, _BATCH).to_dicts())
         if context.progress:
             context.progress(min(start + _BATCH, frame.height), frame.height, "rows tokenized")
-    context.longest = tokens.longest
+    context.lengths = tokens.lengths
 
 
 def prompt_tokens_differ(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
@@ -56,6 +58,15 @@ def _answers(kind: Kind, row: dict) -> list[tuple[str, str]]:
     return [(column, row[column]) for column in ANSWERS[kind]]
 
 
+def _unknown_ids(codec: "Codec") -> frozenset[int]:
+    """The token that stands for whatever the tokenizer does not know; nothing where every text has tokens."""
+    tokenizer: Any = codec.tokenizer
+    named = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    ids = {tokenizer.unk_token_id, None if named is None else tokenizer.convert_tokens_to_ids(named)}
+    # GPT-2 declares its end as the unknown token, and has bytes for everything.
+    return frozenset(int(i) for i in ids if isinstance(i, int)) - codec.control_ids
+
+
 class _Tokens:
     """Looks at batches of rows through a tokenizer."""
 
@@ -65,8 +76,11 @@ class _Tokens:
         # No token is longer, so that longer texts need not be tokenized to be found too long.
         self._most_characters = max_length * max(map(len, codec.tokenizer.get_vocab()))
         self._template_controls: dict[tuple[str, ...], int] = {}
-        self.longest = 0
-        """Tokens of the longest row that is not too long."""
+        self._unknown = _unknown_ids(codec)
+        self._unknown_prompts: set[int] = set()
+        """Rows whose prompts hold words that the tokenizer does not know, beside others."""
+        self.lengths = array("Q")
+        """Tokens of each prompt with each of its answers, of those that are not too long."""
 
     def findings(self, batch: list[dict]) -> Iterator[Finding]:
         """What makes the rows of a batch unusable: first its prompts, then its answers."""
@@ -77,32 +91,71 @@ class _Tokens:
             else:
                 yield Finding(row["row"], "prompt", *verdict)
         if self.kind == "prompt":
-            self.longest = max(self.longest, *lengths.values(), 0)
-        answers = [
-            (row["row"], *answer) for row in batch if row["row"] in lengths for answer in _answers(self.kind, row)
-        ]
-        for (row, column, answer), ids in zip(answers, self._encode([text for _, _, text in answers]), strict=True):
-            if problem := self._answer(lengths[row], answer, ids):
-                yield Finding(row, column, *problem)
+            self.lengths.extend(lengths.values())
+        usable = [row for row in batch if row["row"] in lengths]
+        answers = [_answers(self.kind, row) for row in usable]
+        encoded = iter(self._encode([text for of_row in answers for _, text in of_row]))
+        for row, of_row in zip(usable, answers, strict=True):
+            number = row["row"]
+            every = [next(encoded) for _ in of_row]
+            problems = [self._answer(lengths[number], text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
+            for (column, _), problem in zip(of_row, problems, strict=True):
+                if problem:
+                    yield Finding(number, column, *problem)
+            equal = None if any(problems) else self._equal_answers(row, of_row, every)
+            if equal:
+                yield equal
+            if any(problems) or (equal and not equal.kept):
+                continue
+            if number in self._unknown_prompts or any(self._unknown.intersection(ids or ()) for ids in every):
+                yield note(number, "unknown_tokens")
+
+    def _equal_answers(
+        self, row: dict, answers: list[tuple[str, str]], every: list[list[int] | None]
+    ) -> Finding | None:
+        """Answers that differ as texts and are the same tokens: a model cannot prefer one of them to the other.
+
+        The tokenizer has one token for all words that it does not know, or takes case, marks or space away.
+        """
+        if len(every) < 2:
+            return None
+        distinct = {tuple(ids or ()) for ids in every}
+        compared = list(zip(row.get("winners", [0]), row.get("losers", [1]), strict=True))
+        same = sum(every[winner] == every[loser] for winner, loser in compared)
+        if same and same == len(compared):
+            column, text = answers[compared[0][1]]
+            return Finding(row["row"], column, "equal_tokens", text)
+        return note(row["row"], "equal_tokens") if len(distinct) < len(every) else None
 
     def _prompts(self, batch: list[dict]) -> Iterator[int | tuple[str, str]]:
         """Tokens of each prompt, or (reason, value) of what is wrong with it."""
         reason = "too_long" if self.kind == "prompt" else "no_label_survives"
-        prompts = [row["prompt"] for row in batch]
-        characters = [sum(len(message["content"]) for message in prompt) for prompt in prompts]
-        short = [prompt for prompt, size in zip(prompts, characters, strict=True) if size <= self._most_characters]
+        characters = [sum(len(message["content"]) for message in row["prompt"]) for row in batch]
+        short = [row["prompt"] for row, size in zip(batch, characters, strict=True) if size <= self._most_characters]
         encoded = iter(self.codec.prompts(short))
-        for prompt, size in zip(prompts, characters, strict=True):
+        for row, size in zip(batch, characters, strict=True):
             if size > self._most_characters:
                 yield reason, f"{size} characters"
                 continue
             ids = next(encoded)
             if isinstance(ids, TemplateError):
                 yield "template_refuses", str(ids)
-            elif (forged := self._controls(ids) - self._written_by_template(prompt)) > 0:
+            elif (forged := self._controls(ids) - self._written_by_template(row["prompt"])) > 0:
                 yield "control_tokens", f"{forged} more than the template writes"
+            elif len(ids) >= self.max_length:
+                yield reason, f"{len(ids)} tokens"
+            elif self._unknown.isdisjoint(ids):
+                yield len(ids)
+            elif self._says_nothing(row["prompt"]):
+                yield "unknown_tokens", row["prompt"][-1]["content"]
             else:
-                yield (reason, f"{len(ids)} tokens") if len(ids) >= self.max_length else len(ids)
+                self._unknown_prompts.add(row["row"])
+                yield len(ids)
+
+    def _says_nothing(self, prompt: list[dict[str, str]]) -> bool:
+        """Whether all that the user says last is unknown to the tokenizer."""
+        [ids] = self.codec.encode_all([prompt[-1]["content"]], split_special_tokens=True)
+        return self._unknown.issuperset(ids)
 
     def _controls(self, ids: Sequence[int]) -> int:
         return sum(map(self.codec.control_ids.__contains__, ids))
@@ -130,9 +183,11 @@ class _Tokens:
             return "ends_midway", answer
         if self._controls(ids):
             return "control_tokens", answer
+        if self._unknown.issuperset(ids):
+            return "unknown_tokens", answer
         if length > self.max_length:
             return "too_long", f"{length} tokens"
-        self.longest = max(self.longest, length)
+        self.lengths.append(length)
         return None
 
     def _encode(self, texts: list[str]) -> list[list[int] | None]:

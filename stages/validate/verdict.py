@@ -3,14 +3,18 @@
 import polars as pl
 
 from schemas.errors import StageError, refuse
-from schemas.text import one_line
+from schemas.source import File, data_source
+from schemas.text import listed, one_line, short
+from stages.validate.cells import ROLES
+from stages.validate.column_advice import KNOWN
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine
+from stages.validate.readers.files import how_to_convert
 
 
 def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> StageError | None:
     """Why the rows, with column `part`, cannot be used; None when they can."""
-    params, bad = context.params, len(quarantine.rows)
+    params, bad = context.params, quarantine.bad
     share = bad / context.read
     usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
     if share <= params.max_bad and usable.height:
@@ -24,15 +28,58 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
         message = f"{counts}, and none of the other {frame.height} prefers one answer to another: nothing is left"
     else:
         message = f"{counts}, more than max_bad = {params.max_bad:.1%}"
-    most = ", ".join(f"{name} ({n})" for name, n in list(quarantine.summary().items())[:3])
+    checks = quarantine.checks.most_common(3)
+    most = ", ".join(_check(column, reason, n, quarantine) for (column, reason), n in checks)
     rest = f" (the first {quarantine.listed} entries)" if quarantine.left_out else ""
     failed = f"most frequent: {most}. See {quarantine.file}{rest}" if most else "no check failed"
-    kind, fix = (
-        ("bad_data", "fix the rows, map the right columns, or raise max_bad")
-        if usable.height
-        else ("nothing_left", "fix the rows or map the right columns")
-    )
+    kind, fix = "nothing_left" if not usable.height else "bad_data", "fix the rows"
+    if checks:
+        (column, reason), _ = checks[0]
+        fix = _fix(column, reason, context)
+    if usable.height:
+        fix += ", or raise max_bad: the rows that are bad are left out"
+    source, counts_of = data_source(params.path), quarantine.reasons
+    if isinstance(source, File) and 2 * counts_of.get("not_unicode", 0) > bad:
+        kind, fix = "not_utf8", how_to_convert(source.path)
+    if 2 * (counts_of.get("unknown_tokens", 0) + counts_of.get("equal_tokens", 0)) > bad:
+        fix = "take a model whose tokenizer knows these texts: it does not tell them apart"
     return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
+
+
+_ALLOWED = {
+    "unknown_role": f"rename the role: user, assistant, system, or another name of theirs ({', '.join(ROLES)})",
+    "not_text": "give a text, or a list of messages with `role` and `content`",
+    "not_a_message": 'write each message as {"role": "user", "content": "..."}',
+    "not_a_list": "give a list",
+    "malformed_json": "write the list as JSON",
+    "not_a_number": "give a number",
+    "tools": "take out the rows with tools: their calls are not read yet",
+    "has_image": "take out the rows with images: only text is read",
+    "rendered_template": "give the conversations as they were before a chat template was applied, as lists of messages",
+    "not_a_transcript": "give the conversations as lists of messages with `role` and `content`",
+    "prompts_differ": "give both answers after the same conversation; they may differ in the last turn alone",
+    "not_learned": "take out the rows whose last answer has weight 0: it is the one that is learned",
+    "two_system_messages": "keep one system message: in the conversation, or in a column of its own",
+}
+"""Reason -> what is allowed in its place."""
+_ELSEWHERE = ("missing", "not_text", "not_a_list", "not_a_number", "empty")
+"""Reasons that another column may cure."""
+
+
+def _check(column: str, reason: str, count: int, quarantine: Quarantine) -> str:
+    """A check that failed, how often, and the first value that it found."""
+    name = f"{column}: {reason} ({count})" if column else f"{reason} ({count})"
+    example = quarantine.examples.get((column, reason))
+    return name if example is None else f"{name}, such as {short(example)}"
+
+
+def _fix(column: str, reason: str, context: Context) -> str:
+    """What to do about the check that fails most often."""
+    free = [name for name in context.unread if "[]" not in name]
+    if reason in _ELSEWHERE and column in KNOWN[context.params.kind] and free:
+        mapping = f"--columns {column}=NAME"
+        return f"{_ALLOWED.get(reason, 'fix the rows')}, or map another column (`{mapping}`: {listed(free)})"
+    return _ALLOWED.get(reason, "fix the rows or map the right columns")
 
 
 def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError:

@@ -124,6 +124,9 @@ def test_validate_prints_one_json_object(tmp_path: Path) -> None:
         (["--kind", "prefrence"], "Did you mean 'preference'?"),
         (["--columns", "prompt"], "--columns = prompt: this is not a pair of column names. Fix: write OURS=THEIRS"),
         (["--columns", "prompt=a", "--columns", "prompt=b"], "--columns = prompt=b: prompt is given twice."),
+        (["--label-map", "up"], "--label-map = up: this is not a value and what it means. Fix: write VALUE=MEANING"),
+        (["--label-map", "1=a", "--label-map", "1=b"], "--label-map = 1=b: 1 is given twice."),
+        (["--format", "pku-safe"], "--format = 'pku-safe': must be 'alpaca', 'sharegpt'"),
         (["--evaluation", "nowhere"], "--evaluation = nowhere: there are no held-out prompts. Fix: name the folder"),
         (["--model", "nowhere"], "--model = nowhere: there is no such folder. Fix: give its path as seen from"),
         (["--out", "rows.jsonl"], "--out = rows.jsonl: this is not a folder."),
@@ -169,6 +172,21 @@ def test_validate_passes_refusals_and_options_through(tmp_path: Path) -> None:
     answer = alignflow("validate", file, "--kind", "sft", "--out", tmp_path / "two", "--json", *mapped)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["kept"] == 10
+
+
+def test_validate_reads_bounds_of_labels_and_keeps_other_data(tmp_path: Path) -> None:
+    """A label may begin with a dash, and a bound holds an equals sign of its own."""
+    rows = [{"prompt": f"Question {i}?", "completion": "Answer.", "label": i % 4 - 2} for i in range(20)]
+    file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    mapped = ["--label-map", "-2=down", "--label-map", ">=0=up", "--label-map", "-1=skip"]
+    command = ["validate", file, "--kind", "feedback", "--out", out, *mapped]
+    told = alignflow(*command)
+    assert told.returncode == 0, told.stderr
+    assert "20 rows, 15 kept, 5 quarantined" in told.stdout and "next      alignflow run my.yaml" in told.stdout
+    write_rows(file, rows[:10])
+    refused = alignflow(*command)
+    assert refused.returncode == EXIT_CODES["refused"] and "add --force" in refused.stderr
+    assert alignflow(*command, "--force").returncode == 0
 
 
 def test_a_stage_runs_alone_and_its_code_comes_through(ready_home: Path, tmp_path: Path) -> None:
@@ -279,7 +297,7 @@ def test_the_papers_hold_what_is_tested() -> None:
     assert len(PAPERS) == 6 and len((ROOT / "README.md").read_text().splitlines()) <= 170
     kinds = [language for language, _, _ in BLOCKS]
     counts = {language: kinds.count(language) for language in ("bash", "json", "yaml", "diff", "python")}
-    assert counts == {"bash": 22, "json": 6, "yaml": 3, "diff": 2, "python": 2}
+    assert counts == {"bash": 23, "json": 6, "yaml": 3, "diff": 2, "python": 2}
 
 
 def shell_lines() -> list[str]:

@@ -9,7 +9,18 @@ from flows.planning.config_checks import check
 from flows.planning.requests import model_file
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
-from schemas.source import Demo, File, Generated, Hub, Package, data_source, is_commit, model_source, template_file
+from schemas.source import (
+    Demo,
+    File,
+    Generated,
+    Hub,
+    Package,
+    Remote,
+    data_source,
+    is_commit,
+    model_source,
+    template_file,
+)
 from stages.base import find
 
 
@@ -39,6 +50,10 @@ def test_a_model_comes_from(path: str, source: object) -> None:
         ("input:rows", Generated()),
         ("input:/../rows", File(Path("input:/../rows"))),
         ("~/rows.csv", File(Path.home() / "rows.csv")),
+        ("s3://bucket/rows.jsonl", Remote("s3://bucket/rows.jsonl")),
+        ("https://host/rows.csv.gz", Remote("https://host/rows.csv.gz")),
+        ("http://host/rows.csv", File(Path("http://host/rows.csv"))),
+        ("s3:rows.jsonl", File(Path("s3:rows.jsonl"))),
     ],
 )
 def test_data_comes_from(path: str, source: object) -> None:

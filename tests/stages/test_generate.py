@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,40 @@ def test_alone_writes_a_file_for_people(
     assert main(command.model_copy(update={"out": scored, "judge": "rule", "limit": 1})) == 0
     assert capsys.readouterr().out == f"2 answers to 1 prompts in {scored}, scored by rule\n"
     assert len(read(scored)) == 1 and "scores" in read(scored)[0]
+
+
+def test_what_stands_beside_a_prompt_travels_with_it(model: Path, tmp_path: Path) -> None:
+    """Ids of any type, nested columns and half an emoji; a column called as one of ours gets another name, and the
+    ranked file is read as it was without them. Of a prompt given twice the first row's columns stay."""
+    file, out = tmp_path / "p.jsonl", tmp_path / "to_rank.jsonl"
+    lines = [
+        {"id": 7, "prompt": PROMPTS[0], "scores": [5], "meta": {"by": ["x"]}},
+        {"messages": [{"role": "user", "content": PROMPTS[1]}], "id": "q-8", "cut": "\ud83d"},
+        {"id": 9, "prompt": PROMPTS[0]},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(GenerateCommand(model=model, prompts=str(file), answers=2, max_new_tokens=6, out=out)) == 0
+    rows = read(out)
+    beside = [{k: v for k, v in row.items() if k not in ("prompt", "responses", "order")} for row in rows]
+    assert beside == [{"id": 7, "prompt_scores": [5], "meta": {"by": ["x"]}}, {"id": "q-8", "cut": "\ud83d"}]
+    generate.write([{**row, "responses": ["a", "b"], "order": [1, 0]} for row in rows], out)
+    params = ValidateParams(path=str(out), kind="ranking", eval_fraction=0)
+    assert check(Context(params), tmp_path / "out").kept == 2
+
+
+def test_columns_of_a_parquet_file_travel_too(model: Path, tmp_path: Path) -> None:
+    """What JSON has no form for is written as text."""
+    day = date(2026, 1, 2)
+    pl.DataFrame({"prompt": PROMPTS[:2], "day": [day, day], "source": ["a", "b"]}).write_parquet(tmp_path / "p.parquet")
+    asked = generate_command.prompts_of(str(tmp_path / "p.parquet"), None)
+    assert [beside for _, beside in asked] == [{"day": day, "source": "a"}, {"day": day, "source": "b"}]
+    names = {"prompts": str(tmp_path / "p.parquet"), "out": tmp_path / "o.jsonl"}
+    command = GenerateCommand(model=model, answers=2, max_new_tokens=6, **names)
+    assert main(command) == 0
+    assert [(row["day"], row["source"]) for row in read(tmp_path / "o.jsonl")] == [
+        ("2026-01-02", "a"),
+        ("2026-01-02", "b"),
+    ]
 
 
 @pytest.mark.parametrize("change", [{"model": Path("nowhere")}, {"prompts": "nowhere.jsonl"}, {"judge": "nowhere"}])

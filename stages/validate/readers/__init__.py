@@ -3,74 +3,94 @@
 A line that is not a row is handed on as broken, with its reason; a file that cannot be read at all ends the stage.
 """
 
-import csv
 import difflib
-import gzip
-import io
 import itertools
 import json
 import os
-import zlib
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 import polars as pl
 
 from schemas.config import ValidateParams
-from schemas.errors import refuse
-from schemas.source import Demo, File, Generated, Hub, data_source, is_commit
-from schemas.text import listed
+from schemas.errors import StageError, refuse
+from schemas.source import HOW_TO_PIN, Demo, File, Generated, Hub, Remote, data_source, is_commit
 from stages.validate.readers import bounds
+from stages.validate.readers.csv_file import from_csv
+from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
+from stages.validate.readers.json_lines import Lines, lines_of
+from stages.validate.readers.json_rows import other_orientation
+from stages.validate.readers.remote import fetched
 
-Row = dict[str, Any]
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
+_ROWS, _ROW_BYTES = 20_000, 32 << 20
 
 
-class Record(NamedTuple):
-    """One row as it was read."""
-
-    row: Row | None
-    """None when it is broken."""
-    raw: bytes
-    """What the content digest takes in: the line, or the row as JSON."""
-    reason: str = ""
-    """Why it is broken."""
-    line: int | None = None
-    """Line in the file, from 1."""
+Chunk = Lines | list[Record]
+"""Rows that follow each other in a source."""
 
 
-def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
+def chunks(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Chunk]:
     """The rows that `params.path` names, up to `params.limit`. Raises StageError when the source cannot be read.
 
     `rows`: folder of stage `generate`, for `input:rows`. `seed` is the demo's.
     """
-    return itertools.islice(_open(params, rows, seed), params.limit)
+    left = params.limit
+    for chunk in _open(params, rows, seed):
+        size = len(chunk.lines) if isinstance(chunk, Lines) else len(chunk)
+        if left is not None and size >= left:
+            yield chunk.part(0, left) if isinstance(chunk, Lines) else chunk[:left]
+            return
+        yield chunk
+        left = None if left is None else left - size
 
 
-def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Record]:
+def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> Iterator[Record]:
+    """The same, one row after the other."""
+    for chunk in chunks(params, rows, seed):
+        yield from chunk.records() if isinstance(chunk, Lines) else chunk
+
+
+def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Chunk]:
     match data_source(params.path):
         case Demo(kind):
-            return _from_demo(kind, seed)
+            return _in_chunks(_from_demo(kind, seed), params.limit)
         case Hub(name):
             return _from_hub(params, name)
         case File(file):
-            return _from_file(file)
+            return _from_file(file, params.limit)
+        case Remote() as remote:
+            return _from_remote(remote, params)
         case Generated() if rows is not None:
-            return _from_file(rows / "rows.jsonl")
+            return _from_file(rows / "rows.jsonl", params.limit)
         case _:
             message = "the stage has no input `rows` to read"
             fix = "use input:rows after stage `generate` only; elsewhere name a file"
             raise refuse("path", params.path, message, fix, kind="missing_input")
 
 
+def _in_chunks(rows: Iterator[Record], limit: int | None) -> Iterator[list[Record]]:
+    """Of short rows their number bounds a chunk, of long ones their size. No more rows are read than the limit."""
+    chunk: list[Record] = []
+    size = 0
+    for record in itertools.islice(rows, limit):
+        chunk.append(record)
+        size += len(record.raw)
+        if len(chunk) == _ROWS or size > _ROW_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def refuse_moving(params: ValidateParams) -> None:
-    """Raise StageError where `params.path` is a Hub dataset that no commit holds still."""
+    """Raise StageError where nothing holds still what `params.path` names: no commit of the Hub, or no digest."""
     source = data_source(params.path)
+    if isinstance(source, Remote) and params.sha256 is None:
+        message = f"what stands at {params.path} may change: its digest has to be given"
+        raise refuse("sha256", None, message, HOW_TO_PIN, kind="no_digest")
     moves = isinstance(source, Hub) and not Path(source.name).expanduser().exists()
     if moves and not is_commit(params.revision):
         message = f"{params.path} changes with time: a branch or tag moves"
@@ -78,21 +98,27 @@ def refuse_moving(params: ValidateParams) -> None:
         raise refuse("revision", params.revision, message, fix, kind="no_revision")
 
 
-def _from_file(file: Path) -> Iterator[Record]:
+def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
     _refuse_missing(file)
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind in (".jsonl", ".ndjson"):
-        return _from_jsonl(file)
+        return lines_of(file)
     if kind == ".json":
-        return _from_json(file)
+        return _from_json(file, limit)
     if kind == ".csv":
-        return _from_csv(file)
+        return map(_as_lines, _in_chunks(from_csv(file), limit))
     if kind in (".parquet", ".pq"):
         return _from_parquet(file)
     message = f"the format {kind or 'of a file without suffix'} is not known"
     fix = f"give a file that ends in {_FORMATS}"
     raise refuse("path", file, message, fix, kind="unknown_format")
+
+
+def _from_remote(remote: Remote, params: ValidateParams) -> Iterator[Chunk]:
+    refuse_moving(params)
+    with fetched(remote, params.sha256) as file:
+        yield from _from_file(file, params.limit)
 
 
 def _refuse_missing(file: Path) -> None:
@@ -113,115 +139,42 @@ def _refuse_missing(file: Path) -> None:
     )
 
 
-@contextmanager
-def _bytes_of(file: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. Errors of reading, also those met later on, name the file."""
-    try:
-        with file.open("rb") as plain:
-            packed = plain.read(2) == b"\x1f\x8b"
-            plain.seek(0)
-            if packed:
-                with gzip.open(plain) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            elif file.suffix.lower() == ".gz" and file.stat().st_size:
-                raise gzip.BadGzipFile("it does not begin like one")
-            else:
-                yield plain
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        message = f"the gzip file is broken or cut short: {error}"
-        fix = "fetch or pack it again; `gzip -t` tells whether it is whole"
-        raise refuse("path", file, message, fix, kind="broken_file") from error
-    except OSError as error:
-        raise refuse("path", file, f"the file cannot be read: {error}", None, kind="unreadable_file") from error
-
-
-def _from_jsonl(file: Path) -> Iterator[Record]:
-    with _bytes_of(file) as stream:
-        for number, line in enumerate(bounds.lines(stream, file, stream), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.strip(b" \t\r\n")
-            if line:
-                yield _parse_line(line, number)
-
-
-def _parse_line(line: bytes, number: int) -> Record:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return Record(None, line, "not_unicode", number)
-    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        return Record(None, line, "malformed_json", number)
-    if not isinstance(row, dict):
-        return Record(None, line, "not_an_object", number)
-    return Record(row, line, "", number)
-
-
-def _from_json(file: Path) -> Iterator[Record]:
+def _from_json(file: Path, limit: int | None) -> Iterator[Chunk]:
     """One JSON array of rows; anything else is taken as JSON lines."""
-    with _bytes_of(file) as stream:
-        begins = b""
-        while not begins and (piece := stream.read(1 << 16)):
-            begins = piece.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not begins.startswith(b"["):
-        yield from _from_jsonl(file)
-        return
-    with _bytes_of(file) as stream:
-        for row in Array(file, stream).elements():
-            known = isinstance(row, dict)
-            yield Record(row if known else None, _digestible(row), "" if known else "not_an_object")
+    with bytes_of(file) as stream, text_of(stream) as text:
+        begins = ""
+        while not begins and (piece := text.read(1 << 16)):
+            begins = piece.lstrip("\ufeff \t\r\n")
+    if not begins.startswith("["):
+        if error := _one_object(file):
+            raise error
+        yield from lines_of(file)
+    else:
+        yield from _in_chunks(_from_array(file), limit)
 
 
-def _from_csv(file: Path) -> Iterator[Record]:
-    """Cells stay text: what they mean depends on the kind of data. Bytes that are not UTF-8 become lone surrogates."""
-    csv.field_size_limit(bounds.LINE_BYTES)
-    with _bytes_of(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        of_row = 0
-
-        def counted() -> Iterator[str]:  # a cell in quotes goes on over lines, and a row over cells
-            nonlocal of_row
-            for line in bounds.lines(text, file, stream):
-                of_row += len(line)
-                if of_row > bounds.LINE_BYTES:
-                    raise bounds.refuse_long(file, f"the row that ends after line {reader.line_num}")
-                yield line
-
-        reader = csv.reader(counted(), strict=True)
-        try:
-            header: list[str] = []
-            for number, cells in enumerate(reader):
-                of_row = 0
-                if len(cells) > bounds.COLUMNS:
-                    message = f"the row at line {reader.line_num} has {len(cells)} cells; {bounds.COLUMNS} are allowed"
-                    raise refuse("path", file, message, "leave out the columns that no kind reads", kind="too_large")
-                if number == 0:
-                    header = cells
-                    _refuse_repeated(header, file)
-                elif cells:
-                    yield _csv_record(header, cells, reader.line_num)
-        except csv.Error as error:
-            message = f"the CSV is malformed at line {reader.line_num}: {error}"
-            fix = 'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""'
-            raise refuse("path", file, message, fix, kind="broken_file") from error
+def _from_array(file: Path) -> Iterator[Record]:
+    with bytes_of(file) as stream:
+        array = Array(file, stream)
+        for row in array.elements():
+            reason = "duplicate_key" if array.repeated else ""
+            reason = reason if isinstance(row, dict) else "not_an_object"
+            yield Record(None if reason else row, digestible(row), reason)
 
 
-def _refuse_repeated(header: list[str], file: Path) -> None:
-    repeated = sorted(name for name, times in Counter(header).items() if times > 1)
-    if repeated:
-        message = f"the CSV's header names {listed(repeated)} more than once"
-        fix = "give every column a name of its own"
-        raise refuse("path", file, message, fix, kind="broken_file")
+def _one_object(file: Path) -> StageError | None:
+    """Why the file, as one object over many lines, holds no rows; None where it is anything else, or too long."""
+    with bytes_of(file) as stream, text_of(stream) as text:
+        whole = text.read(bounds.LINE_BYTES)
+        if text.read(1):
+            return None
+    try:
+        return other_orientation(file, json.loads(whole.removeprefix("\ufeff")))
+    except (ValueError, RecursionError):
+        return None
 
 
-def _csv_record(header: list[str], cells: list[str], line: int) -> Record:
-    raw = _digestible(cells)
-    if len(cells) != len(header):
-        return Record(None, raw, "wrong_number_of_cells", line)
-    return Record(dict(zip(header, cells, strict=True)), raw, "", line)
-
-
-def _from_parquet(file: Path) -> Iterator[Record]:
+def _from_parquet(file: Path) -> Iterator[Chunk]:
     """Row group by row group. A few bytes may stand for gigabytes: in a dictionary, in runs, or packed."""
     import pyarrow.parquet as pq  # takes a moment, and only this source needs it
 
@@ -250,15 +203,34 @@ def _from_parquet(file: Path) -> Iterator[Record]:
         raise refuse("path", file, message, fix, kind="broken_file") from error
 
 
-def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Record]:
-    """The rows of a frame, in which the first is row `begin` of the file."""
+def _as_lines(chunk: list[Record]) -> Chunk:
+    """Rows of CSV as lines of JSON, which can be looked at all at once; as they are where some are broken."""
+    lines = [json.dumps(record.row, ensure_ascii=False) for record in chunk if record.row is not None]
+    try:
+        encoded = [line.encode() for line in lines]
+    except UnicodeEncodeError:
+        return chunk
+    numbers = [record.line for record in chunk if record.line is not None]
+    return Lines(encoded, numbers, [record.raw for record in chunk]) if len(encoded) == len(chunk) else chunk
+
+
+_SCALARS = (pl.String, pl.Boolean, pl.Int64, pl.Int32, pl.Int16, pl.Int8, pl.UInt64, pl.UInt32, pl.UInt16, pl.UInt8)
+"""Types of columns that JSON has too, so that nothing changes on the way there and back."""
+
+
+def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Chunk]:
+    """The rows of a frame, in which the first is row `begin` of the file; as lines of JSON where that loses nothing."""
+    scalars = all(dtype in _SCALARS for dtype in frame.dtypes)
     for part in frame.iter_slices(_CHUNK):
         for piece in _small(part):
             if piece.height == 1 and piece.estimated_size() > bounds.LINE_BYTES:
                 raise bounds.refuse_long(Path(str(file)), f"row {begin}")
-            for row in piece.iter_rows(named=True):
-                begin += 1
-                yield Record(row, _digestible(row))
+            if scalars:
+                lines = piece.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+                yield Lines(lines.cast(pl.Binary).to_list())
+            else:
+                yield [Record(row, digestible(row)) for row in piece.iter_rows(named=True)]
+            begin += piece.height
 
 
 def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -271,7 +243,7 @@ def _small(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
         yield from _small(frame.slice(half))
 
 
-def _from_hub(params: ValidateParams, name: str) -> Iterator[Record]:
+def _from_hub(params: ValidateParams, name: str) -> Iterator[Chunk]:
     """Rows of a Hugging Face dataset: from the Hub, its local cache, or a folder; `datasets` finds out which."""
     import datasets  # takes a second, and only this source needs it
     from datasets.exceptions import DatasetsError
@@ -320,9 +292,4 @@ def _from_demo(kind: str, seed: int) -> Iterator[Record]:
     from stages.engine import demo  # brings the tokenizer library with it
 
     for row in demo.rows(kind, seed):
-        yield Record(dict(row), _digestible(row))
-
-
-def _digestible(value: object) -> bytes:
-    """JSON with sorted keys; ASCII, so that lone surrogates pass."""
-    return json.dumps(value, sort_keys=True, default=str).encode()
+        yield Record(dict(row), digestible(row))

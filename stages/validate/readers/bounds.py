@@ -13,6 +13,10 @@ UNPACKED_BYTES = 256 << 20
 """So much a packed file may always unpack to; beyond it, `RATIO` times its own size. Text packs to a tenth or so."""
 RATIO = 64
 COLUMNS = 10_000
+BLOCK_BYTES = 4 << 20
+"""So much of a file of lines is read at once, the first time less: who takes a few rows reads no further than he must.
+"""
+_FIRST_BYTES = 64 << 10
 
 
 def refuse_long(file: Path, where: str) -> StageError:
@@ -38,6 +42,20 @@ def most_unpacked(file: Path) -> int:
 def readable(size: int) -> str:
     """A size for people."""
     return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size} bytes"
+
+
+def blocks(stream: IO[bytes], file: Path) -> Iterator[bytes]:
+    """The stream in blocks of whole lines, within the same bounds as `lines`."""
+    most = most_unpacked(file) if isinstance(stream, gzip.GzipFile) else None
+    number, size = 1, min(_FIRST_BYTES, BLOCK_BYTES, LINE_BYTES)
+    while block := stream.read(size):
+        size = min(2 * size, BLOCK_BYTES, LINE_BYTES)
+        if not block.endswith(b"\n"):
+            block += stream.readline(LINE_BYTES + 1)
+        if most is not None and stream.tell() > most:
+            raise refuse_unpacked(file, f"line {number}")
+        yield block
+        number += block.count(b"\n")
 
 
 def lines(stream: IO[AnyStr], file: Path, plain: IO[bytes]) -> Iterator[AnyStr]:

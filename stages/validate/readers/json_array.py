@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import IO, Any
 
 from schemas.errors import refuse
 from stages.validate.readers import bounds
+from stages.validate.readers.files import encoding_of, not_utf8
+from stages.validate.readers.json_rows import Decoder
 
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -20,9 +20,15 @@ class Array:
 
     def __init__(self, file: Path, stream: IO[bytes]) -> None:
         self.file, self.stream = file, stream
-        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        self._text = io.TextIOWrapper(stream, encoding=encoding_of(stream), errors="surrogatepass")
+        self._decoder = Decoder()
         self._most = bounds.most_unpacked(file) if isinstance(stream, gzip.GzipFile) else None
         self._buffer, self._at, self._number = "", 0, 0
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some object of the last element has a key twice."""
+        return self._decoder.repeated
 
     def elements(self) -> Iterator[Any]:
         """The elements, in order.
@@ -32,6 +38,8 @@ class Array:
         """
         try:
             yield from self._elements()
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.file, f"element {self._number or 1} or one after it holds other bytes") from error
         except (ValueError, RecursionError) as error:
             why = f"at element {self._number}: {error}" if self._number else str(error)
             raise refuse("path", self.file, f"the file is not JSON: {why}", None, kind="broken_file") from error
@@ -39,6 +47,8 @@ class Array:
             self._text.detach()  # the stream is its owner's to close
 
     def _elements(self) -> Iterator[Any]:
+        self._next()
+        self._at += self._buffer.startswith("\ufeff", self._at)
         self._take("[")
         if self._next() != "]":
             while True:
@@ -56,7 +66,7 @@ class Array:
         self._next()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._buffer, self._at)
+                value, end = self._decoder.decode_at(self._buffer, self._at)
             except ValueError:
                 if not self._more():
                     raise

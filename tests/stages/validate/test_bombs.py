@@ -17,10 +17,10 @@ from schemas.commands import ValidateCommand
 from schemas.config import ValidateParams
 from schemas.errors import StageError
 from stages.commands import validate as command
-from stages.validate import check, formats, quarantine
+from stages.validate import check, quarantine, reading
 from stages.validate.context import Context
 from stages.validate.quarantine import Quarantine, Rows
-from stages.validate.readers import bounds, records
+from stages.validate.readers import bounds, chunks, records
 
 KIB = 1 << 10
 
@@ -129,7 +129,7 @@ def test_a_json_array_across_the_pieces_that_are_read(tmp_path: Path) -> None:
     "text", ["[", "[1", "[1,", "[1,]", "[1 2]", "[1]x", "[1]]", "[nope]", '["a', "[\xff]", "[" * 9999]
 )
 def test_a_broken_json_array(text: str, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="the file is not JSON"):
+    with pytest.raises(StageError, match=r"the file is not (JSON|UTF-8)"):
         rows_of(tmp_path / "a.json", text.encode("latin-1"))
 
 
@@ -168,8 +168,8 @@ def test_a_value_is_cut_before_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_HOPELESS", 50)
-    monkeypatch.setattr(formats, "_CHUNK", 10)
+    monkeypatch.setattr(reading, "_HOPELESS", 50)
+    monkeypatch.setattr("stages.validate.readers.json_lines._ROWS", 10)
     (tmp_path / "a.jsonl").write_text("1\n" * 500)
     context = Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="prompt"))
     with pytest.raises(StageError, match="50 of 50 rows"):
@@ -177,11 +177,16 @@ def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path: Path, monkeypat
 
 
 def test_long_rows_are_taken_in_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_CHUNK_BYTES", 100)
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{i} {"x" * 80}"}}\n' for i in range(5)))
-    context = Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="prompt"))
-    with closing(Quarantine(tmp_path / "quarantine.jsonl")) as sink:
-        assert formats.read(context, sink)["row"].to_list() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("stages.validate.readers._ROW_BYTES", 100)
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", 100)
+    lines = [f'{{"prompt": "{i} {"x" * 80}"}}' for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text(f"[{', '.join(lines)}]")
+    for name in ("a.jsonl", "a.json"):
+        params = ValidateParams(path=str(tmp_path / name), kind="prompt")
+        assert len(list(chunks(params))) >= 3
+        with closing(Quarantine(tmp_path / "quarantine.jsonl")) as sink:
+            assert reading.read(Context(params), sink)["row"].to_list() == [0, 1, 2, 3, 4]
 
 
 def test_out_of_memory_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

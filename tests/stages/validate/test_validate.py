@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 from jinja2 import TemplateError
 from pydantic import ValidationError
 
+from flows.planning import config_file
 from schemas.commands import ValidateCommand
 from schemas.config import Kind, ValidateParams
 from schemas.errors import StageError
@@ -260,9 +262,9 @@ def test_no_column_is_guessed(tmp_path: Path) -> None:
     """Chosen and rejected the wrong way round would invert every preference: only a placeholder is suggested."""
     file = write(tmp_path / "a.jsonl", [{"question": "q", "better": "b", "worse": "w"}] * 3)
     message, _ = refused(file, tmp_path / "out", "preference")
-    assert "no column `prompt` and no `chosen` and no `rejected`. It has question, better, worse." in message
-    assert "--columns prompt=YOUR_COLUMN --columns chosen=YOUR_COLUMN --columns rejected=YOUR_COLUMN`" in message
-    assert "(config: `columns: {prompt: YOUR_COLUMN, chosen: YOUR_COLUMN, rejected: YOUR_COLUMN}`)" in message
+    assert "no column `chosen` and no `rejected`. It has question, better, worse." in message
+    assert "`--columns chosen=YOUR_COLUMN --columns rejected=YOUR_COLUMN`" in message
+    assert "(config: `columns: {chosen: YOUR_COLUMN, rejected: YOUR_COLUMN}`)" in message
     near = write(tmp_path / "b.jsonl", [{"prompt": "p", "unchosen": "b", "rejectd": "w"}] * 3)
     message, _ = refused(near, tmp_path / "out", "preference")
     assert "chosen=YOUR_COLUMN" in message and "rejected=YOUR_COLUMN" in message
@@ -677,3 +679,59 @@ def test_records_are_read_as_they_come(tmp_path: Path) -> None:
     file = tmp_path / "cut.jsonl.gz"
     file.write_bytes(packed[: len(packed) // 2])
     assert len(list(records(ValidateParams(path=str(file), kind="sft", limit=3)))) == 3
+
+
+def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was read as what, what was not, split, lengths, files, and the next command with the options of this one."""
+    rows = [{"question": f"q{i}", "answer": "a" * i, "id": i} for i in range(1, 41)]
+    file = write(tmp_path / "two words.jsonl", rows)
+    out = tmp_path / "out"
+    assert main(ValidateCommand(path=str(file), kind="sft", out=out, limit=39, columns={"response": "answer"})) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{file}: 39 rows, 39 kept, 0 quarantined"
+    said = dict(line.split(maxsplit=1) for line in lines[1:] if not line.startswith("read as"))
+    report = Report.model_validate_json((out / "report.json").read_text())
+    held, trained = report.parts["eval"]["sft"], report.parts["train"]["sft"]
+    assert lines[1] == "read as   `question` as prompt" and lines[2] == "not used  id (1)"
+    assert said["split"] == f"train {trained} rows of {trained} prompts, eval {held} rows of {held} prompts"
+    # The question `q20` and 20 letters are 23; 37 is the 0.95 * 38 = 36th after the first, and the last is 39.
+    assert said["lengths"] == "median 23, 95 % at most 40, longest 42 characters; --model counts tokens"
+    assert said["files"] == f"{out}: eval, train, quarantine.jsonl, report.json"
+    settings = [word for word in shlex.split(said["next"]) if word.startswith("data.")]
+    assert settings == [
+        f'data.sft.path="{file}"',
+        "data.sft.kind=sft",
+        'data.sft.columns={"response": "answer"}',
+        "data.sft.limit=39",
+    ]
+    raw: dict[str, Any] = {}
+    for setting in settings:
+        config_file.apply(raw, setting)
+    again = ValidateParams.model_validate(raw["data"]["sft"])
+    assert (again.path, again.columns) == (str(file), {"response": "answer"})
+
+
+def test_other_data_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rows may be checked again; other rows, another kind or files of somebody else need `force`."""
+    out = tmp_path / "out"
+    first = ValidateCommand(path=str(write(tmp_path / "a.jsonl", ROWS)), kind="sft", out=out)
+    other = first.model_copy(update={"path": str(write(tmp_path / "b.jsonl", ROWS[:9]))})
+    assert main(first) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    missing = first.model_copy(update={"path": str(tmp_path / "missing.jsonl")})
+    for command, words in (
+        (other, "made of other data"),
+        (first.model_copy(update={"kind": "prompt"}), "made of other data"),
+        (missing, "no such file"),
+    ):
+        assert main(command) == 65
+        assert words in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main(first) == 0 and main(other.model_copy(update={"force": True})) == 0
+    assert Report.model_validate_json((out / "report.json").read_text()).rows == 9
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    assert main(first.model_copy(update={"out": theirs})) == 65
+    assert "add --force" in capsys.readouterr().err and [path.name for path in theirs.iterdir()] == ["notes.txt"]
