@@ -138,5 +138,5 @@ class _Tokens:
     def _encode(self, texts: list[str]) -> list[list[int] | None]:
         """Ids of answers, as `Codec.answer` has them without its end; None where the text is too long to be tried."""
         short = [text for text in texts if len(text) <= self._most_characters]
-        ids = iter(self.codec.encode_all(short, split_special_tokens=True))
+        ids = iter(self.codec.answers(short))
         return [next(ids) if len(text) <= self._most_characters else None for text in texts]
