@@ -224,9 +224,9 @@ class RewardModel:
         """What the reward model reads; the answer always ended, as in its training."""
         if not self.same_tokens:
             text = self.policy_codec.text(answer)
-            return Tree(tuple(self.codec.prompt(row["prompt"])), (tuple(self.codec.answer(text)),))
+            return self.scorer.read(self.codec.prompt(row["prompt"]), self.codec.answer(text))
         body = answer[:-1] if answer[-1] in self.codec.stop_ids else answer
-        return Tree(tuple(prompt), ((*body, self.codec.end_id),))
+        return self.scorer.read(prompt, (*body, self.codec.end_id))
 
     def __call__(self, trees: Sequence[Tree]) -> list[float]:
         """One score per tree, at the last real token."""

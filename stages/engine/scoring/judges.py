@@ -11,7 +11,6 @@ from schemas import config as settings
 from schemas.errors import refuse
 from stages.engine import demo
 from stages.engine.data.codec import Codec, Message
-from stages.engine.data.trees import Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge
 from stages.engine.scoring import metrics
@@ -82,7 +81,7 @@ class RewardJudge(Scoring):
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
         trees = [
-            Tree(tuple(self.codec.prompt(prompt)), (tuple(self.codec.answer(answer)),))
+            self.scorer.read(self.codec.prompt(prompt), self.codec.answer(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if not trees:
