@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from schemas.architectures import why_no_policy, why_no_scorer
+
 MOST_PARTS = 100_000
 """Layers times experts of a model. The largest have some ten thousand."""
 MOST_BYTES = 512 << 20
@@ -29,11 +31,22 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
         return f"its JSON files cannot be read: {error}", "name the folder that save_pretrained wrote"
     if (folder / "adapter_config.json").is_file():
         return "it holds an adapter, which names its model elsewhere", "merge the adapter into its model and save that"
-    if problem := too_many_parts(config):
+    if problem := too_many_parts(config) or why_unreadable(folder, config):
         return problem
     if tokens is not None and isinstance(rows, int) and tokens >= rows:
         return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
-    return head or stale
+    return head or (why_no_scorer(config) if scorer else why_no_policy(config)) or stale
+
+
+def why_unreadable(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why a folder's weights cannot or must not be read, and the fix."""
+    if "quantization_config" in config:
+        return "the weights are quantized", "give the plain weights (or a GGUF file)"
+    if any(folder.glob("*.safetensors")):
+        return None
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
+    what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
+    return what, "save the model as safetensors: model.save_pretrained(folder) does"
 
 
 def listed_ends(folder: Path) -> list[int]:
@@ -126,6 +139,14 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
                 rest.append(value)
             elif isinstance(value, int) and not isinstance(value, bool):
                 yield str(name), value
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; empty where it is not there or cannot be read, which `why_unusable` tells."""
+    try:
+        return read_json(folder / "config.json")
+    except UNREADABLE:
+        return {}
 
 
 def read_json(file: Path) -> dict[str, Any]:

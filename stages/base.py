@@ -40,6 +40,7 @@ from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer
 from stages.engine.data.template import options, with_arguments, with_system_prompt
 from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
+from stages.engine.sampling import why_not_sampled
 from stages.runtime.context import StageContext
 from stages.runtime.limits import limited
 
@@ -87,6 +88,9 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
             return copy_reward_model(source, folder)
         else:
             model, tokenizer = read_folder(source)
+    if params.scratch is None and (reason := why_not_sampled(model)):
+        fix = "use a decoder-only model with a key-value cache (Llama, Mistral, Qwen, Gemma, GPT-2 and the like)"
+        raise _refuse(params.path, f"answers cannot be sampled from this model: {reason}", fix)
     write(model, set_template(tokenizer, params), folder)
     return int(model.num_parameters())
 

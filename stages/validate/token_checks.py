@@ -61,9 +61,9 @@ class _Tokens:
 
     def __init__(self, kind: Kind, codec: "Codec", max_length: int) -> None:
         self.kind: Kind = kind
-        self.codec, self.max_length = codec, max_length
+        self.codec, self.max_length = codec, min(max_length, codec.positions or max_length)
         # No token is longer, so that longer texts need not be tokenized to be found too long.
-        self._most_characters = max_length * max(map(len, codec.tokenizer.get_vocab()))
+        self._most_characters = self.max_length * max(map(len, codec.tokenizer.get_vocab()))
         self._template_controls: dict[tuple[str, ...], int] = {}
         self.longest = 0
         """Tokens of the longest row that is not too long."""

@@ -27,12 +27,22 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     most = ", ".join(f"{name} ({n})" for name, n in list(quarantine.summary().items())[:3])
     rest = f" (the first {quarantine.listed} entries)" if quarantine.left_out else ""
     failed = f"most frequent: {most}. See {quarantine.file}{rest}" if most else "no check failed"
+    if (room := _positions(context)) and "too_long" in most:
+        failed += f"; the model has {room} positions, fewer than max_length = {params.max_length}"
+        fix = f"give rows of at most {room} tokens, or a model with more positions"
+        return StageError(f"{message}; {failed}.", kind="bad_data" if usable.height else "nothing_left", fix=fix)
     kind, fix = (
         ("bad_data", "fix the rows, map the right columns, or raise max_bad")
         if usable.height
         else ("nothing_left", "fix the rows or map the right columns")
     )
     return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
+
+
+def _positions(context: Context) -> int | None:
+    """The model's positions where they, and not max_length, say what is too long."""
+    room = context.codec.positions if context.codec is not None else None
+    return room if room is not None and room < context.params.max_length else None
 
 
 def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError:

@@ -11,8 +11,9 @@ from jinja2 import TemplateError, TemplateRuntimeError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from schemas.architectures import positions
 from schemas.errors import StageError, refuse
-from schemas.model_folder import UNREADABLE, listed_ends, stale_end
+from schemas.model_folder import UNREADABLE, config_of, listed_ends, stale_end
 from schemas.text import one_line
 from stages.engine.data.template import Thought, default_template, without_clock
 from stages.runtime.limits import TooMuch, limited
@@ -32,9 +33,13 @@ _ANCHOR = 32  # characters before an answer that may decide its first token
 class Codec:
     """A tokenizer with its chat template: prompts, answers and rendered chats."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = ()):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = (), positions: int | None = None
+    ) -> None:
         """`stop_ids`: further tokens that end an answer, as the model's generation config lists them."""
         self.tokenizer = tokenizer
+        self.positions = positions
+        """Tokens that the model was made for, where its folder says so."""
         tokenizer.clean_up_tokenization_spaces = False
         if not tokenizer.chat_template:
             tokenizer.chat_template = default_template(tokenizer)
@@ -63,7 +68,7 @@ class Codec:
         try:
             if problem := stale_end(Path(folder)):
                 raise refuse("folder", folder, problem[0], problem[1], kind="model")
-            return cls(tokenizer, listed_ends(Path(folder)))
+            return cls(tokenizer, listed_ends(Path(folder)), positions(config_of(Path(folder))))
         except UNREADABLE as error:
             message = f"generation_config.json cannot be read: {one_line(error, 300)}"
             raise refuse("folder", folder, message, "fix or remove it", kind="model") from error
