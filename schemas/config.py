@@ -172,6 +172,8 @@ class EndpointJudge(Strict):
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself stands nowhere."""
     timeout: float = Field(default=60.0, gt=0)
+    max_tokens: int = Field(default=1024, ge=16)
+    """Of a reply: room to reason, and an end to rambling. One that is cut holds no verdict."""
     concurrency: int = Field(default=4, ge=1)
 
 
