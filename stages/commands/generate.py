@@ -23,7 +23,7 @@ def judge_named(name: str) -> Judge | None:
         return None
     if name in ("rule", "sentiment"):
         return RuleJudge() if name == "rule" else SentimentJudge("--judge")
-    return RewardJudge(Path(name))
+    return RewardJudge(Path(name), field="--judge")
 
 
 def prompts_of(path: str, limit: int | None) -> list[Messages]:
@@ -70,7 +70,7 @@ def alone(command: GenerateCommand) -> dict[str, float]:
     judge = judge_named(command.judge)
     prompts = prompts_of(command.prompts, command.limit)
     policy = load_policy(command.model, trainable=False)
-    items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr())
+    items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr(), judge)
     items = score(items, judge)
     write([label(item, command.noise, command.seed) for item in items], command.out)
     if judge is None:

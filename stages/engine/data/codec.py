@@ -95,6 +95,47 @@ class Codec:
             for c, is_plain in zip(conversations, plain, strict=True)
         ]
 
+    def check_prompts(self, conversations: Sequence[Sequence[Message]], new_tokens: int, field: str, who: str) -> None:
+        """Raise StageError for a prompt that the template refuses, or that leaves no room for `new_tokens`, before
+        anything long starts. `who` reads them: "the judge".
+        """
+        for number, ids in enumerate(self.check_templates(conversations, field, who)):
+            if self.positions is not None and len(ids) + new_tokens > self.positions:
+                room = self.positions - len(ids)
+                where = _which(conversations, number)
+                message = f"{who} has {self.positions} positions, and {where} takes {len(ids)} of them."
+                fix = f"set max_new_tokens to at most {room}, or " if room > 0 else ""
+                fix += f"use a model of at least {len(ids) + new_tokens} positions, or give shorter prompts"
+                raise refuse(field, f"{new_tokens} new tokens", message, fix, kind="too_long")
+
+    def check_templates(self, conversations: Sequence[Sequence[Message]], field: str, who: str) -> list[list[int]]:
+        """Ids of all prompts. Raises StageError for one that the template refuses; `who` reads them: "the judge"."""
+        encoded: list[list[int]] = []
+        for number, ids in enumerate(self.prompts(conversations)):
+            if isinstance(ids, TemplateError):
+                roles = ", ".join(dict.fromkeys(message["role"] for message in conversations[number]))
+                where = f"{_which(conversations, number)}, with the roles {roles}"
+                message = f"the chat template of {who} refuses {where}: {one_line(ids, 200)}."
+                fix = "take out what it refuses (a system message, turns that do not alternate), or use another model"
+                raise refuse(field, len(conversations), message, fix, kind="chat_template")
+            encoded.append(ids)
+        return encoded
+
+    def ended(self, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+        """A prompt and its ended answer as ids, the answer cut where both would exceed the model's positions.
+
+        Raises:
+            TemplateError: the template refuses the prompt.
+            StageError: the prompt alone leaves no room.
+        """
+        before, after = self.prompt(prompt), self.answer(answer)
+        if self.positions is None or len(before) + len(after) <= self.positions:
+            return before, after
+        if len(before) >= self.positions:
+            message = f"the model has {self.positions} positions, and a prompt alone has {len(before)} tokens."
+            raise refuse("model", f"{self.positions} positions", message, "give shorter prompts", kind="too_long")
+        return before, [*after[: self.positions - len(before) - 1], self.end_id]
+
     def encode_all(self, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:
         """Ids of texts, on all cores, without special tokens put around them."""
         backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
@@ -265,6 +306,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise refuse("folder", folder, message, fix, kind="missing_tokenizer") from error
     finally:
         quiet.setLevel(level)
+
+
+def _which(conversations: Sequence[Sequence[Message]], number: int) -> str:
+    """One of several prompts, so that a person finds it."""
+    return f"prompt {number + 1} of {len(conversations)} ({one_line(conversations[number][-1]['content'], 60)!r})"
 
 
 def _pattern_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

@@ -74,15 +74,19 @@ class SentimentJudge(Scoring):
 class RewardJudge(Scoring):
     """A reward model's score, read from its folder; it tokenizes with the tokenizer and template of its own."""
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, progress: Progress | None = None, field: str = "judge") -> None:
+        """`field`: where the config names it, for messages."""
         self.codec = Codec.load(folder)
         self.scorer = load_judge(folder).eval()
-        self.progress = progress
+        self.progress, self.field = progress, field
+
+    def check(self, prompts: Sequence[Sequence[Message]], new_tokens: int) -> None:
+        """Raise StageError for a prompt that it cannot read, or not with so many more tokens."""
+        self.codec.check_prompts(prompts, new_tokens, self.field, "the judging reward model")
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
         trees = [
-            self.scorer.read(self.codec.prompt(prompt), self.codec.answer(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
+            self.scorer.read(*self.codec.ended(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if not trees:
             return []
@@ -119,7 +123,7 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
         message = "the reward judge needs a reward model as the stage's input `judge`."
         fix = "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder"
         raise refuse(f"{field}.model", config.model, message, fix, kind="missing_input")
-    return RewardJudge(context.input("judge"), progress)
+    return RewardJudge(context.input("judge"), progress, field)
 
 
 def agreement(judge: Judge, pairs: Sequence[Mapping[str, Any]]) -> list[float]:
