@@ -5,6 +5,8 @@ import shlex
 import tempfile
 from pathlib import Path
 
+from schemas.errors import refuse
+
 HOME = "ALIGNFLOW_HOME"
 ROOTS = "ALIGNFLOW_ROOTS"
 API_KEYS = "ALIGNFLOW_API_KEYS"
@@ -35,6 +37,16 @@ def python_path(*before: str) -> str:
 def home() -> Path:
     """Folder for everything that is stored; default `.alignflow` in the working directory."""
     return Path(os.environ.get(HOME) or ".alignflow").absolute()
+
+
+def check_home() -> None:
+    """Raise StageError for a home whose path MLflow and Prefect, which make addresses of it, would read as another."""
+    for character, meaning in {"%": "a code (%2F is a slash)", "?": "the end of a path"}.items():
+        if character in str(home()):
+            message = (
+                f"its path holds {character!r}, which stands for {meaning} in addresses: files would lie elsewhere."
+            )
+            raise refuse(HOME, home(), message, f"set {HOME} to a folder whose path has no {character!r}")
 
 
 def roots() -> list[Path]:

@@ -50,6 +50,9 @@ BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
 def before(context: typer.Context) -> None:
     """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in FOR_OTHERS:
+        from schemas import environment
+
+        environment.check_home()
         os.umask(0o077)  # stages.runtime.workspace.PRIVATE, without its imports, for which help would wait
     if (
         context.invoked_subcommand in BY_THEMSELVES
@@ -111,6 +114,7 @@ def main() -> None:
         sys.exit(EXIT_CODES["refused"])
     except Exception as error:  # databases and libraries have errors of their own for a full disk
         end_without_room(error)
+        end_without_mlflow(error)
         raise
 
 
@@ -124,3 +128,17 @@ def end_without_room(error: Exception) -> None:
     if problem is not None and problem.kind == "disk":
         show(f"alignflow: {StageError(problem)}", sys.stderr)
         sys.exit(EXIT_CODES["failed"])
+
+
+def end_without_mlflow(error: Exception) -> None:
+    """Exit with a message where MLflow has been away for as long as it is asked again."""
+    from schemas.errors import EXIT_CODES, refuse
+    from schemas.text import show
+    from stages import tracking
+
+    if type(error).__module__.startswith("mlflow.") and tracking.is_transient(error):
+        message = f"MLflow does not answer ({tracking.first_line(error)})."
+        fix = "see that its server or database runs, correct MLFLOW_TRACKING_URI, or unset it; then call this again"
+        address = tracking.without_passwords(tracking.tracking_uri())
+        show(f"alignflow: {refuse('MLFLOW_TRACKING_URI', address, message, fix, kind='server')}", sys.stderr)
+        sys.exit(EXIT_CODES["preempted"])

@@ -40,6 +40,16 @@ def check_servers() -> None:
     """
     if PREFECT_API_URL.value():
         check_prefect(str(PREFECT_API_URL.value()))
+    check_tracking()
+
+
+def check_tracking() -> None:
+    """Whether the place that runs are kept in is one that can keep them, and answers where it is a server.
+
+    Raises:
+        StageError: it does not.
+    """
+    tracking.check_uri()
     if tracking.tracking_uri().startswith("http"):
         check_mlflow(tracking.tracking_uri())
 
@@ -134,6 +144,8 @@ def check_experiment(name: str, placed: bool) -> None:
         message = "stages on work pools need an MLflow server."
         raise refuse("MLFLOW_TRACKING_URI", uri, message, fix, kind="server")
     experiment = tracking.client().get_experiment_by_name(name)
+    if experiment is not None:
+        tracking.check_active(experiment)
     location = "" if experiment is None else str(experiment.artifact_location)
     if placed and location.startswith(("/", "file:", "./")):
         fix = "give the config another `name`, so that MLflow makes an experiment whose artifacts go through the server"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from schemas.environment import home, keep_work
+from schemas.environment import check_home, home, keep_work
 
 log = logging.getLogger("alignflow")
 
@@ -27,6 +27,7 @@ PRIVATE = 0o077
 
 def open_home() -> Path:
     """The home folder, made where it is missing and closed to others, as one of an older version is too."""
+    check_home()
     place = home()
     place.mkdir(mode=0o777 & ~PRIVATE, parents=True, exist_ok=True)
     for part in (place, *place.glob("mlflow-auth.*")):

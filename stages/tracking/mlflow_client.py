@@ -67,9 +67,24 @@ class _Retrying:
         return lambda *given, **named: retrying(lambda: getattr(plain_client(), name)(*given, **named))
 
 
+def check_uri() -> None:
+    """Raise StageError for a tracking address of a kind that runs cannot be kept in."""
+    uri, fix = tracking_uri(), f"unset it, then runs are kept in {home()}; or set it to an MLflow server's address"
+    if re.match(r"(sqlite:///|https?://|postgresql|mysql|mssql)", uri):
+        return
+    if uri.startswith("databricks"):
+        what = "Databricks keeps runs and models in its own way, which alignflow does not speak."
+    elif re.match(r"file:|[^:]*$", uri):
+        what = "this is a folder of files (./mlruns), which MLflow no longer keeps runs in."
+    else:
+        what = "this is neither a database nor an http(s) address."
+    raise refuse("MLFLOW_TRACKING_URI", without_passwords(uri), what, fix, kind="server")
+
+
 @cache
 def _client_for(uri: str) -> "MlflowClient":
     """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
+    check_uri()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
@@ -210,6 +225,7 @@ def experiment(name: str) -> str:
     """Id of the experiment, made when it does not exist."""
     existing = client().get_experiment_by_name(name)
     if existing is not None:
+        check_active(existing)
         return existing.experiment_id
     # With a server, it decides where artifacts are kept; without one, they are beside the database.
     location = str(home() / "artifacts") if tracking_uri().startswith("sqlite:") else None
@@ -220,6 +236,15 @@ def experiment(name: str) -> str:
         if existing is None:
             raise
         return existing.experiment_id
+
+
+def check_active(existing: Any) -> None:
+    """Raise StageError for an experiment that somebody has put into MLflow's trash."""
+    if existing.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {existing.experiment_id}"
+        fix = f"restore it (MLFLOW_TRACKING_URI={without_passwords(tracking_uri())} {restore}), or give another `name`"
+        message = "this MLflow experiment is in the trash, where no run can be added."
+        raise refuse("name", existing.name, message, fix, kind="experiment")
 
 
 def behind_server(name: str) -> bool:
