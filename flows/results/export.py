@@ -106,8 +106,8 @@ def origin(chosen: Model) -> str:
         base = chosen.request.inputs["model"]
         lines.append(
             f"- `adapter/` is the LoRA adapter alone. Its base is `{base.uri}` (sha256 `{base.sha256[:12]}`, which "
-            "stands in the adapter's `base_model_name_or_path`): export that, load it with the class above, and put the "
-            "adapter on with `PeftModel.from_pretrained(model, folder)`; `AutoPeftModel` finds no base by a digest"
+            "stands in the adapter's `base_model_name_or_path`): export that, load it with the class above, and put "
+            "the adapter on with `PeftModel.from_pretrained(model, folder)`; `AutoPeftModel` finds no base by a digest"
         )
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
