@@ -5,7 +5,6 @@ temperatures. What each number means stands in stages/engine/scoring/metrics.py.
 """
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ def run(context: StageContext) -> dict[str, float]:
 
     draws = config.samples_per_prompt
     asked = [prompt for prompt in prompts for _ in range(draws)]
-    reward = RewardJudge(context.input("reward"), field="reward_model") if context.has("reward") else None
+    reward = RewardJudge(context.input("reward")) if context.has("reward") else None
     for reader in (judge, reward):
         if isinstance(reader, RewardJudge):
             reader.check(prompts, config.max_new_tokens)
@@ -178,7 +177,7 @@ def read_baseline(
 def judge_answers(
     judge: Judge, prompts: Sequence[Messages], answers: Sequence[str], baseline: Sequence[Sample] | None
 ) -> list[tuple[float, float, float]]:
-    """(score, the baseline's score, win) per answer. Raises StageError when a score is not a number.
+    """(score, the baseline's score, win) per answer.
 
     A judge that only compares gives the win as score, and its complement to the baseline. Without a baseline the model
     is its own: every answer is a tie, of which such a judge is not asked.
@@ -186,24 +185,13 @@ def judge_answers(
     if baseline is None and isinstance(judge, EndpointJudge):
         return [(0.5, 0.5, 0.5)] * len(answers)
     if baseline is None:
-        scores = _finite(judge.score(prompts, answers))
+        scores = judge.score(prompts, answers)
         return list(zip(scores, scores, metrics.wins(scores, scores), strict=True))
     if isinstance(judge, EndpointJudge):
         won = judge.wins(prompts, answers, texts(baseline, "the SFT model"))
         return [(win, 1 - win, win) for win in won]
-    scores, others = _finite(judge.score(prompts, answers)), [row.score for row in baseline]
+    scores, others = judge.score(prompts, answers), [row.score for row in baseline]
     return list(zip(scores, others, metrics.wins(scores, others), strict=True))
-
-
-def _finite(scores: list[float]) -> list[float]:
-    bad = sum(not math.isfinite(score) for score in scores)
-    if bad:
-        message = f"the judge gave {bad} of {len(scores)} answers no finite score."
-        fix = "look at the training of the judging reward model: it may have diverged"
-        raise refuse(
-            "evaluate.judge", next(score for score in scores if not math.isfinite(score)), message, fix, kind="judge"
-        )
-    return scores
 
 
 def put_together(

@@ -164,6 +164,17 @@ def test_reward_judge_scores_answers_at_their_last_token(reward_folder: Path, mo
     assert len(set(expected)) == 4
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_stops_whoever_asked(
+    reward_folder: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = judges.RewardJudge(reward_folder, field="evaluate.judge.model")
+    monkeypatch.setattr(judges, "over_trees", lambda *args: [{0: [0.5], 1: [value]}])
+    with pytest.raises(StageError, match="1 of 2 answers no finite score") as error:
+        judge.score([user("a b c"), user("d")], ["yes", "no"])
+    assert error.value.problem.field == "evaluate.judge.model"
+
+
 def test_reward_judge_reads_the_stages_input(reward_folder: Path, tmp_path: Path) -> None:
     config = settings.RewardJudge()
     run = MemoryContext(work=tmp_path / "w", params=config, inputs={"judge": reward_folder}, stage="evaluate")

@@ -3,6 +3,7 @@
 A judge scores answers by themselves (`Scoring`) or compares two (`EndpointJudge`); both kinds have `score` and `wins`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,10 +73,12 @@ class SentimentJudge(Scoring):
 
 
 class RewardJudge(Scoring):
-    """A reward model's score, read from its folder; it tokenizes with the tokenizer and template of its own."""
+    """A reward model's score, read from its folder; it tokenizes with the tokenizer and template of its own.
 
-    def __init__(self, folder: Path, progress: Progress | None = None, field: str = "judge") -> None:
-        """`field`: where the config names it, for messages."""
+    `field` names the reward model in messages.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None = None, field: str = "reward") -> None:
         self.codec = Codec.load(folder)
         self.scorer = load_judge(folder).eval()
         self.progress, self.field = progress, field
@@ -85,6 +88,7 @@ class RewardJudge(Scoring):
         self.codec.check_prompts(prompts, new_tokens, self.field, "the judging reward model")
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
+        """Raises StageError when a score is NaN or infinite: it would make every choice and comparison arbitrary."""
         trees = [
             self.scorer.read(*self.codec.ended(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
@@ -96,7 +100,13 @@ class RewardJudge(Scoring):
             scores |= batch
             if self.progress is not None:
                 self.progress(len(scores), len(trees))
-        return [scores[i][0] for i in range(len(trees))]
+        found = [scores[i][0] for i in range(len(trees))]
+        bad = [score for score in found if not math.isfinite(score)]
+        if bad:
+            message = f"the reward model gave {len(bad)} of {len(found)} answers no finite score."
+            fix = "look at its training, which may have diverged"
+            raise refuse(self.field, bad[0], message, fix, kind="judge")
+        return found
 
 
 def judge_for(config: settings.Judge, context: StageContext) -> Judge:
@@ -123,7 +133,7 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
         message = "the reward judge needs a reward model as the stage's input `judge`."
         fix = "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder"
         raise refuse(f"{field}.model", config.model, message, fix, kind="missing_input")
-    return RewardJudge(context.input("judge"), progress, field)
+    return RewardJudge(context.input("judge"), progress, f"{field}.model")
 
 
 def agreement(judge: Judge, pairs: Sequence[Mapping[str, Any]]) -> list[float]:
