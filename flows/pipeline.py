@@ -206,6 +206,7 @@ def run_locally(call: Callable[[], T]) -> T:
     """
     supervisor.interrupt_on_sigterm()
     try:
+        checks.check_tracking()
         with ThreadPoolExecutor(1) as aside:
             database = aside.submit(tracking.setup)  # MLflow takes seconds to import: while Prefect's server starts
             with local_prefect():

@@ -1,9 +1,10 @@
 """The config of a pipeline run: one YAML file, checked whole before anything starts."""
 
 import itertools
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
@@ -57,6 +58,10 @@ class Scratch(Strict):
         return self
 
 
+_NOT_FOR_TEMPLATES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+"""What each conversation, or the tokenizer, tells the template."""
+
+
 class ModelConfig(Strict):
     """The base model: a local folder, a Hub name, a GGUF file, or `scratch`. Stage `base` publishes it."""
 
@@ -67,8 +72,22 @@ class ModelConfig(Strict):
     scratch: Scratch | None = None
     chat_template: str | None = None
     """Jinja text or a file of it; default is the tokenizer's own, else the messages' text, one after the other."""
+    template_args: dict[str, JsonValue] = {}
+    """What the chat template is told: {enable_thinking: false}, for example. It is written into the template."""
     system_prompt: str | None = None
     """Put before prompts that bring no system message."""
+
+    @field_validator("template_args")
+    @classmethod
+    def _names_of_variables(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in arguments:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name in _NOT_FOR_TEMPLATES:
+                raise PydanticCustomError(
+                    "no_variable",
+                    "{name} cannot be set. Fix: give names that the template reads, such as enable_thinking",
+                    {"name": short(name)},
+                )
+        return arguments
 
     @field_validator("chat_template")
     @classmethod
@@ -182,6 +201,8 @@ class EndpointJudge(Strict):
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself stands nowhere."""
     timeout: float = Field(default=60.0, gt=0)
+    max_tokens: int = Field(default=1024, ge=16)
+    """Of a reply: room to reason, and an end to rambling. One that is cut holds no verdict."""
     concurrency: int = Field(default=4, ge=1)
 
 

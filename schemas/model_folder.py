@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from schemas.architectures import why_no_policy, why_no_scorer
+
 MOST_PARTS = 100_000
 """Layers times experts of a model. The largest have some ten thousand."""
 MOST_BYTES = 512 << 20
@@ -24,15 +26,73 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
         tokens = last_token(read_json(folder / "tokenizer.json"))
         rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
         head = _why_head_unusable(config, scorer)
+        stale = stale_end(folder)
     except UNREADABLE as error:
         return f"its JSON files cannot be read: {error}", "name the folder that save_pretrained wrote"
     if (folder / "adapter_config.json").is_file():
         return "it holds an adapter, which names its model elsewhere", "merge the adapter into its model and save that"
-    if problem := too_many_parts(config):
+    if problem := too_many_parts(config) or why_unreadable(folder, config):
         return problem
     if tokens is not None and isinstance(rows, int) and tokens >= rows:
         return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
-    return head
+    return head or (why_no_scorer(config) if scorer else why_no_policy(config)) or stale
+
+
+def why_unreadable(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why a folder's weights cannot or must not be read, and the fix."""
+    if "quantization_config" in config:
+        return "the weights are quantized", "give the plain weights (or a GGUF file)"
+    if any(folder.glob("*.safetensors")):
+        return None
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
+    what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
+    return what, "save the model as safetensors: model.save_pretrained(folder) does"
+
+
+def listed_ends(folder: Path) -> list[int]:
+    """The tokens that end an answer by generation_config.json. Raises one of `UNREADABLE`."""
+    listed = read_json(folder / "generation_config.json").get("eos_token_id")
+    return [] if listed is None else [int(i) for i in (listed if isinstance(listed, list) else [listed])]
+
+
+def stale_end(folder: Path) -> tuple[str, str] | None:
+    """Where generation_config.json ends answers at an ordinary word of the tokenizer, and the fix; else None.
+
+    That is so where the file is of another tokenizer: every sampled answer would stop at its first full stop, say.
+    Raises one of `UNREADABLE`.
+    """
+    ends = listed_ends(folder)
+    tokenizer = read_json(folder / "tokenizer.json") if ends else {}
+    if not tokenizer:
+        return None
+    added = {token["id"] for token in tokenizer.get("added_tokens") or []}
+    named = set(map(_spelling, read_json(folder / "tokenizer_config.json").values()))
+    named |= set(map(_spelling, read_json(folder / "special_tokens_map.json").values()))
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    items = vocabulary.items() if isinstance(vocabulary, dict) else ((v[0], i) for i, v in enumerate(vocabulary))
+    words = {i: word for word, i in items if i in ends and i not in added and word not in named}
+    for end in ends:
+        if end in words:
+            good = [i for i in ends if i not in words]
+            what = (
+                f"generation_config.eos_token_id = {ends if len(ends) > 1 else end} ends every answer at token {end}, "
+            )
+            what += f"which is the ordinary word {words[end]!r} in tokenizer.json"
+            fix = (
+                f"set eos_token_id in generation_config.json to {good}"
+                if good
+                else (
+                    "take eos_token_id out of generation_config.json, or set it to the id of the tokenizer's end token"
+                )
+            )
+            return what, fix
+    return None
+
+
+def _spelling(token: Any) -> str | None:
+    """A special token's text as the tokenizer's files hold it: plain, or with its settings."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def is_reward_model(config: Mapping[str, Any]) -> bool:
@@ -79,6 +139,14 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
                 rest.append(value)
             elif isinstance(value, int) and not isinstance(value, bool):
                 yield str(name), value
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; empty where it is not there or cannot be read, which `why_unusable` tells."""
+    try:
+        return read_json(folder / "config.json")
+    except UNREADABLE:
+        return {}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -26,11 +26,11 @@ class StageSpec:
 
 
 STAGES = {
-    "base": StageSpec(1, makes="model"),
+    "base": StageSpec(2, makes="model"),
     "validate": StageSpec(5, makes="data", shows_text=True),
     "sft": StageSpec(1, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
-    "reward": StageSpec(2, makes="model", needs_device=True),
+    "reward": StageSpec(3, makes="model", needs_device=True),
     "budget": StageSpec(1),
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
@@ -40,7 +40,7 @@ STAGES = {
 }
 """Every stage: a file or folder of that name in `stages/`."""
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """To be raised when training changes for equal requests."""
 
 # Parameters that change no result: how often to save and to log, and when to give up.

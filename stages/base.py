@@ -6,9 +6,13 @@ transformers, need nothing but the folder. No pickle is read and no code from a 
 """
 
 import importlib.util
+import logging
+import re
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -33,10 +37,14 @@ from schemas.model_folder import is_reward_model, why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, read_template, template_file
 from schemas.text import one_line
 from stages.engine import demo
-from stages.engine.data.codec import Codec, load_tokenizer, with_system_prompt
+from stages.engine.data.codec import Codec, load_tokenizer
+from stages.engine.data.template import options, with_arguments, with_system_prompt
 from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
+from stages.engine.sampling import why_not_sampled
 from stages.runtime.context import StageContext
 from stages.runtime.limits import limited
+
+log = logging.getLogger("alignflow")
 
 # What a model is made of. Everything else in a folder (pickles, code, training states) stays behind.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -44,8 +52,6 @@ GGUF_SECONDS = 120.0
 GGUF_BYTES = 8 << 30
 """What reading a GGUF file's head may take, beside the file itself. A large vocabulary takes seconds."""
 _GREETING = [{"role": "user", "content": "hello"}]
-
-
 FIELD = "model.path"
 _refuse = partial(refuse, FIELD, kind="model")
 
@@ -82,6 +88,9 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
             return copy_reward_model(source, folder)
         else:
             model, tokenizer = read_folder(source)
+    if params.scratch is None and (reason := why_not_sampled(model)):
+        fix = "use a decoder-only model with a key-value cache (Llama, Mistral, Qwen, Gemma, GPT-2 and the like)"
+        raise _refuse(params.path, f"answers cannot be sampled from this model: {reason}", fix)
     write(model, set_template(tokenizer, params), folder)
     return int(model.num_parameters())
 
@@ -229,6 +238,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
     if params.chat_template is not None:
         tokenizer.chat_template = template_text(params.chat_template)
     codec = _try(tokenizer, params.chat_template)
+    if params.template_args:
+        tokenizer.chat_template = with_template_args(str(tokenizer.chat_template), params.template_args)
+        codec = _try(tokenizer, params.chat_template)
     if params.system_prompt is None:
         return codec
     tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), params.system_prompt)
@@ -237,6 +249,17 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
         fix = "set model.chat_template to one that writes system messages"
         raise refuse("model.system_prompt", params.system_prompt, message, fix, kind="chat_template")
     return Codec(tokenizer)
+
+
+def with_template_args(template: str, arguments: Mapping[str, Any]) -> str:
+    """The template with these set. Raises StageError for one that it does not read: it would change nothing."""
+    for name, value in arguments.items():
+        if not re.search(rf"\b{name}\b", template):
+            names = ", ".join(options(template)) or "none by `is defined`"
+            fix = f"take it out, or use a name that the template reads ({names})"
+            message = "the chat template does not read it"
+            raise refuse(f"model.template_args.{name}", value, message, fix, kind="chat_template")
+    return with_arguments(template, arguments)
 
 
 def template_text(given: str) -> str:
@@ -275,7 +298,12 @@ def generation_config(model: PreTrainedModel, codec: Codec) -> GenerationConfig:
         config = GenerationConfig(do_sample=True)
     own = config.eos_token_id
     listed = own if isinstance(own, list) else [] if own is None else [own]
-    ends = list(dict.fromkeys([codec.end_id, *listed]))
+    # A folder whose generation_config.json says so was refused; config.json may hold the default of its class.
+    if words := [i for i in listed if codec.is_word(i)]:
+        spelled = codec.tokenizer.convert_ids_to_tokens(words)
+        log.warning("eos_token_id %s of the model's config is left out: an ordinary word, %s", words, spelled)
+    ends = list(dict.fromkeys([codec.end_id, *(i for i in listed if i not in words)]))
+    log.info("an answer ends with %r; sampling stops at %s", codec.end, codec.tokenizer.convert_ids_to_tokens(ends))
     config.eos_token_id = ends if len(ends) > 1 else ends[0]
     config.pad_token_id = codec.pad_id
     return config

@@ -56,6 +56,8 @@ def run(context: StageContext) -> dict[str, float]:
     config = EvaluateParams(**conditions, baselines=None)
     evaluator = Evaluator(context, config)
     prompts = evaluator.prompts()
+    if isinstance(judge, RewardJudge):
+        judge.check(prompts, params.max_new_tokens)
     picks = params.best_of if context.has("reward") else []
     if params.best_of and not picks:
         log.warning("there is no reward model to pick by: the best of n answers is left out of the baselines")

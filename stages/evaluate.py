@@ -53,6 +53,9 @@ def run(context: StageContext) -> dict[str, float]:
     draws = config.samples_per_prompt
     asked = [prompt for prompt in prompts for _ in range(draws)]
     reward = RewardJudge(context.input("reward")) if context.has("reward") else None
+    for reader in (judge, reward):
+        if isinstance(reader, RewardJudge):
+            reader.check(prompts, config.max_new_tokens)
     samples: list[Sample] = []
     final: dict[str, float] = {}
     distances: dict[float, list[float]] = {}

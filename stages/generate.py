@@ -31,7 +31,7 @@ from stages.engine.data.examples import has, read
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, context_length
 from stages.engine.sampling import sample, seed_of, uniforms
-from stages.engine.scoring.judges import Judge, judge_for
+from stages.engine.scoring.judges import Judge, RewardJudge, judge_for
 from stages.runtime.context import StageContext
 
 log = logging.getLogger("alignflow")
@@ -89,17 +89,26 @@ def win_probability(score: float, other: float, noise: float) -> float:
 
 
 def answer(
-    policy: Policy, codec: Codec, prompts: Sequence[Messages], config: GenerateConfig, seed: int, progress: Progress
+    policy: Policy,
+    codec: Codec,
+    prompts: Sequence[Messages],
+    config: GenerateConfig,
+    seed: int,
+    progress: Progress,
+    judge: Judge | None = None,
 ) -> tuple[list[Generated], int]:
-    """K answers to each prompt that leaves room for one, and the tokens sampled.
+    """K answers to each prompt that leaves room for one, and the tokens sampled. `judge` is asked whether it can read
+    them, before any is sampled.
 
     Answer k's randomness is a function of (seed, prompt, k), so neither `limit` nor a larger K changes the others.
     """
     room = (context_length(policy.plain) or sys.maxsize) - config.max_new_tokens
-    encoded = [(prompt, codec.prompt(prompt)) for prompt in prompts]
+    encoded = list(zip(prompts, codec.check_templates(prompts, "prompts", "the model"), strict=True))
     fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
     if len(fitting) < len(prompts):
         log.warning("%d of %d prompts leave no room for an answer: left out", len(prompts) - len(fitting), len(prompts))
+    if isinstance(judge, RewardJudge):
+        judge.check([prompt for prompt, _ in fitting], config.max_new_tokens)
     if not fitting:
         message = f"there is no prompt to answer: of {len(prompts)} none leaves room for an answer"
         fix = "lower it, or give shorter prompts"
@@ -173,7 +182,7 @@ def run(context: StageContext) -> dict[str, float]:
         context.progress(done, total, "answers")
 
     items, tokens = answer(
-        load_policy(model, trainable=False), Codec.load(model), prompts, config, request.seed, progress
+        load_policy(model, trainable=False), Codec.load(model), prompts, config, request.seed, progress, judge
     )
     items = score(items, judge)
     folder = context.work / "rows"

@@ -9,10 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flows.planning.explain import closest_match
-from schemas.config import DataConfig, EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardJudge, SentimentJudge
+from schemas.architectures import positions, why_none_trained
+from schemas.config import (
+    DataConfig,
+    EndpointJudge,
+    Judge,
+    ModelConfig,
+    PipelineConfig,
+    RewardConfig,
+    RewardJudge,
+    SentimentJudge,
+)
 from schemas.errors import Problem, problem
 from schemas.methods import PPO
-from schemas.model_folder import why_unusable
+from schemas.model_folder import config_of, why_unusable
 from schemas.source import HOW_TO_PIN, File, Hub, Package, Remote, data_source, model_source, template_file
 from schemas.training import Training
 
@@ -29,6 +39,39 @@ def check(config: PipelineConfig) -> Iterator[Problem]:
     yield from _check_judge("evaluate.judge", config.evaluate.judge)
     yield from _check_judge("generate.judge", config.generate.judge if config.generate else None)
     yield from _check_training(config)
+    yield from _check_uses(config)
+
+
+def _check_uses(config: PipelineConfig) -> Iterator[Problem]:
+    """Whether the model, where it is a folder of this machine, can do what the config asks of it."""
+    source = model_source(config.model.path) if config.model.path else None
+    model = config_of(source.path) if isinstance(source, File) else {}
+    for field, one in _trained_reward_models(config).items():
+        uses = ", ".join(f"align.{name}" for name, method in config.align.items() if "reward" in method.needs) or None
+        if one is not None and (lacking := why_none_trained(model, uses if field == "reward" else "the gold judge")):
+            yield problem(field, "set", f"{lacking[0]}.", lacking[1])
+    room = positions(model)
+    wanted = {"evaluate.max_new_tokens": config.evaluate.max_new_tokens}
+    if config.generate is not None:
+        wanted["generate.max_new_tokens"] = config.generate.max_new_tokens
+    wanted |= {
+        f"align.{name}.max_new_tokens": m.max_new_tokens for name, m in config.align.items() if isinstance(m, PPO)
+    }
+    for field, tokens in wanted.items():
+        if room is not None and tokens >= room:
+            message = f"the model in model.path has {room} positions, which leaves a prompt no room."
+            yield problem(field, tokens, message, f"set it below {room}, or use a model with more positions")
+
+
+def _trained_reward_models(config: PipelineConfig) -> dict[str, RewardConfig | None]:
+    """The reward models that a run trains from the base model's type, by their field."""
+    preferences = config.data.preference is not None or config.generate is not None
+    judge = config.evaluate.judge
+    gold = isinstance(judge, RewardJudge) and judge.model == "gold"
+    return {
+        "reward": config.reward if preferences and config.reward_model is None else None,
+        "gold": config.gold if gold else None,
+    }
 
 
 def _check_model(model: ModelConfig) -> Iterator[Problem]:

@@ -34,6 +34,7 @@ class Outlook:
 def outlook(plan: Plan) -> str:
     """What a run would do as text, one line per stage."""
     config = plan.config
+    checks.check_tracking()
     checks.check_experiment(config.name, placed=bool(config.pools))
     outlooks = dry_run(plan)
     memory = planning_memory.memory(config)

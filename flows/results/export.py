@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
-from schemas.model_folder import is_reward_model
+from schemas.model_folder import is_reward_model, read_json
 from stages.runtime import workspace
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,7 +28,8 @@ REWARD_MODEL = """from transformers import AutoModelForSequenceClassification, A
 model = AutoModelForSequenceClassification.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 prompt = [{{"role": "user", "content": "Hello!"}}]
-text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) + "Hello to you." + {end!r}
+text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+text += {lead}"Hello to you." + {end!r}
 print(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits)
 """
 
@@ -71,7 +72,9 @@ def write(chosen: Model, out: Path) -> None:
 def card(chosen: Model, out: Path) -> ModelCard:
     """The model card: how to load it, what it was trained with, and how it did."""
     scores = is_reward_model(json.loads((chosen.folder / "config.json").read_text()))
-    code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, end=end_of_turn(chosen.folder))
+    lead, end = around_answer(chosen.folder)
+    before = f"{lead!r} + " if lead else ""
+    code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, lead=before, end=end)
     metrics = {name: value for name, value in sorted((chosen.metrics or {}).items()) if name.startswith("eval/")}
     task = "text-classification" if scores else "text-generation"
     result = partial(EvalResult, task, dataset_type="prompts", dataset_name="held-out prompts")
@@ -99,6 +102,13 @@ def origin(chosen: Model) -> str:
     method = tags.get("method", chosen.request.stage)
     lines = [f"Made by alignflow, stage `{chosen.request.stage}`, method `{method}`. Weights in full, adapters merged."]
     lines += [f"- {title}: `{tags[name]}`" for title, name in ORIGIN.items() if name in tags]
+    if (chosen.folder / "adapter" / "adapter_config.json").is_file():
+        base = chosen.request.inputs["model"]
+        lines.append(
+            f"- `adapter/` is the LoRA adapter alone. Its base is `{base.uri}` (sha256 `{base.sha256[:12]}`, which "
+            "stands in the adapter's `base_model_name_or_path`): export that, load it with the class above, and put "
+            "the adapter on with `PeftModel.from_pretrained(model, folder)`; `AutoPeftModel` finds no base by a digest"
+        )
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
@@ -123,8 +133,12 @@ def cell(value: Any) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def end_of_turn(folder: Path) -> str:
-    """The text that ends an answer, at which a reward model gives its score."""
-    settings = folder / "tokenizer_config.json"
-    token = json.loads(settings.read_text()).get("eos_token") if settings.is_file() else None
-    return token["content"] if isinstance(token, dict) else token or ""
+def around_answer(folder: Path) -> tuple[str, str]:
+    """The text before an answer that the generation prompt leaves out, and the one that ends it, at which a reward
+    model gives its score: as they were saved, else nothing and the tokenizer's end.
+    """
+    saved = read_json(folder / "config.json").get("alignflow_answer") or {}
+    if "end" in saved:
+        return str(saved.get("lead") or ""), str(saved["end"])
+    token = read_json(folder / "tokenizer_config.json").get("eos_token")
+    return "", token["content"] if isinstance(token, dict) else token or ""

@@ -27,6 +27,7 @@ MAKERS = {name for name, spec in STAGES.items() if spec.makes in ("model", "data
 NOT_SEEN = {"evaluation"}
 """Inputs that leave no trace in what is made: held-out prompts, which are kept out of training data."""
 SHORT = 12
+FINISHED = "attributes.status = 'FINISHED' and tags.`stage.key` != ''"
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,18 @@ class Graph:
     """All finished stages that MLflow knows, joined by digests."""
 
     def __init__(self) -> None:
-        self.steps = [
-            step_of(run) for run in tracking.runs("attributes.status = 'FINISHED' and tags.`stage.key` != ''")
-        ]
+        self.steps = [step_of(run) for run in tracking.runs(FINISHED)]
 
     @cached_property
     def makers(self) -> dict[str, Step]:
         """Digest -> the step that made it; the newest, where several made the same."""
         return {sha256: step for step in reversed(self.steps) for sha256 in step.outputs.values()}
+
+    @cached_property
+    def trashed(self) -> dict[str, Step]:
+        """Digest -> the step that made it, of runs that somebody has deleted in MLflow."""
+        steps = [step_of(run) for run in tracking.runs(FINISHED, trashed=True)]
+        return {sha256: step for step in reversed(steps) for sha256 in step.outputs.values()}
 
     @cached_property
     def users(self) -> dict[str, list[tuple[str, Step]]]:
@@ -190,6 +195,9 @@ def backward(graph: Graph, sha256: str, what: str) -> Item:
 def origin(graph: Graph, name: str, sha256: str, seen: set[str]) -> Item:
     """An input of that name: the step that made it and what that took; a file from outside where no step did."""
     step = graph.makers.get(sha256)
+    if step is None and (deleted := graph.trashed.get(sha256)):
+        restore = f"mlflow runs restore --run-id {deleted.run_id}"
+        return Item(f"{name}: made by {deleted.label}, whose run is in MLflow's trash ({restore})", {"sha256": sha256})
     if step is None:
         return Item(f"{name}: from outside", {"sha256": sha256})
     if step.run_id in seen:

@@ -40,6 +40,15 @@ def check_servers() -> None:
     """
     if PREFECT_API_URL.value():
         check_prefect(str(PREFECT_API_URL.value()))
+    check_tracking()
+
+
+def check_tracking() -> None:
+    """Whether the place that runs are kept in is one that can keep them, and answers where it is a server.
+
+    Raises:
+        StageError: it does not.
+    """
     if tracking.tracking_uri().startswith("http"):
         check_mlflow(tracking.tracking_uri())
 

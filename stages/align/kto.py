@@ -91,6 +91,10 @@ class KTO(OfflineAlignment):
         self.config = config
         self.up = [bool(example.row["label"]) for example in self.examples]
         ups = sum(self.up)
+        if ups in (0, len(self.up)):
+            log.warning(
+                "all %d rows have a thumb %s: KTO learns from both kinds", len(self.up), "up" if ups else "down"
+            )
         given = (config.desirable_weight, config.undesirable_weight)
         self.weights = class_weights(ups, len(self.up) - ups, *given)
         context.metrics(dict(zip(("data/desirable_weight", "data/undesirable_weight"), self.weights, strict=True)))

@@ -224,9 +224,9 @@ class RewardModel:
         """What the reward model reads; the answer always ended, as in its training."""
         if not self.same_tokens:
             text = self.policy_codec.text(answer)
-            return Tree(tuple(self.codec.prompt(row["prompt"])), (tuple(self.codec.answer(text)),))
+            return self.scorer.read(*self.codec.ended(row["prompt"], text))
         body = answer[:-1] if answer[-1] in self.codec.stop_ids else answer
-        return Tree(tuple(prompt), ((*body, self.codec.end_id),))
+        return self.scorer.read(prompt, (*body, self.codec.end_id))
 
     def __call__(self, trees: Sequence[Tree]) -> list[float]:
         """One score per tree, at the last real token."""
@@ -279,6 +279,9 @@ class PPO:
         self.model: nn.Module = ActorCritic(policy, self.critic)
         self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
         self.rows, self.prompts = self.fitting(read(context.input("data"), "train", "prompt"))
+        if not self.reward_model.same_tokens:
+            asked = [row["prompt"] for row in self.rows]
+            self.reward_model.codec.check_prompts(asked, config.max_new_tokens, "reward_model", "the reward model")
         self.layout: Layout = self.choose_layout()
         context.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)

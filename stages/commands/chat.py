@@ -4,6 +4,7 @@ Reads one message per line; /reset forgets the conversation, /quit (or the end o
 history.
 """
 
+import io
 import json
 import shutil
 import sys
@@ -13,8 +14,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
+from jinja2 import TemplateError
+
 from schemas.commands import ChatCommand
-from schemas.errors import EXIT_CODES, StageError
+from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import one_line, show, show_tracebacks, visible
 from stages import tracking
 from stages.engine.data.codec import Codec
@@ -49,9 +52,12 @@ class Talker:
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._fitting_prompt(None if limit is None else limit - max_new_tokens)
-        except StageError:
+        except (StageError, TemplateError) as error:
             self.messages.pop()
-            raise
+            if isinstance(error, StageError):
+                raise
+            fix = "/reset, or leave out --system"
+            raise StageError(f"the chat template refuses it: {error}", kind="chat_template", fix=fix) from error
         ids = sample(
             self.policy,
             [prompt],
@@ -83,7 +89,14 @@ def load(uri: str, system: str | None, name: str | None = None) -> Talker:
     folder = tracking.locate(uri)
     policy = load_policy(folder, trainable=False)
     policy.eval()
-    return Talker(name or uri, policy, Codec.load(folder), system)
+    codec = Codec.load(folder)
+    if system is not None:
+        try:
+            codec.prompt([{"role": "system", "content": system}, {"role": "user", "content": "hello"}])
+        except TemplateError as error:
+            message, fix = f"the chat template of {one_line(uri)} refuses it: {error}.", "leave it out"
+            raise refuse("--system", system, message, fix, kind="chat_template") from error
+    return Talker(name or uri, policy, codec, system)
 
 
 def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCommand) -> None:
@@ -95,6 +108,9 @@ def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCom
             print("> ", end="", flush=True, file=out)
         line = lines.readline()
         text = line.strip()
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            show("(this line is not UTF-8 text and was not sent. Fix: set the terminal to UTF-8)", out)
+            continue
         if not line or text == "/quit":
             return
         if text == "/reset":
@@ -140,6 +156,8 @@ def main(command: ChatCommand) -> int:
     try:
         asked = [(command.model, command.name), (command.versus, command.versus_name)]
         talkers = [load(uri, command.system, name) for uri, name in asked if uri is not None]
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused by the line
+            sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
             show(HELP)
         converse(talkers, sys.stdin, sys.stdout, command)

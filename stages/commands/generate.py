@@ -25,7 +25,7 @@ def judge_named(name: str) -> Judge | None:
         return None
     if name in ("rule", "sentiment"):
         return RuleJudge() if name == "rule" else SentimentJudge("--judge")
-    return RewardJudge(Path(name))
+    return RewardJudge(Path(name), field="--judge")
 
 
 class Asked(NamedTuple):
@@ -93,7 +93,7 @@ def alone(command: GenerateCommand) -> dict[str, float]:
     asked = prompts_of(command.prompts, command.limit)
     policy = load_policy(command.model, trainable=False)
     prompts = [prompt for prompt, _ in asked]
-    items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr())
+    items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr(), judge)
     items = score(items, judge)
     beside = {json.dumps(prompt): columns for prompt, columns in asked}
     rows = [{**label(item, command.noise, command.seed), **beside[json.dumps(item.prompt)]} for item in items]

@@ -178,7 +178,7 @@ class Evaluator:
             return []
         examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
         limit = context_length(self.policy.hf)
-        examples = examples if limit is None else fitting(examples, limit)
+        examples = examples if limit is None else fitting(examples, limit, limit)
         policy, reference = self.logps([example.tree for example in examples])
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
         right = metrics.wins([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from schemas.text import one_line
 from stages.engine.models.policy import Policy, context_length
+
+_SEES_AHEAD = 1e-3
+"""Share of the largest logit by which a token's logits may move with the one behind it: rounding in half precision."""
 
 Progress = Callable[[int, int], None]
 """Called with (answers finished, answers in all)."""
@@ -81,7 +85,7 @@ class _Decoder:
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows, from the cache too."""
         self.ids_BT, self.mask_BT = self.ids_BT[rows], self.mask_BT[rows]
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # takes fewer rows too; layers without keys, as in hybrids, have no other way
 
 
 def _sample_batch(
@@ -118,6 +122,39 @@ def _check(hf: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
         )
+
+
+@torch.no_grad()
+def why_not_sampled(model: PreTrainedModel) -> str | None:
+    """Why `sample` cannot run a model, tried on a few tokens; None where it can.
+
+    A token that sees what follows it gives other logits when that changes: so do encoders, and those that attend to a
+    whole prompt both ways.
+    """
+    rows: int = next(model.get_input_embeddings().parameters()).shape[0]
+    prompt = [token % rows for token in (3, 4, 5, 6)]
+    was_training = model.training
+    model.eval()
+    try:
+        texts = [torch.tensor([[*prompt, last]], device=model.device) for last in (7 % rows, 8 % rows)]
+        one_TV, other_TV = (model(input_ids=ids_1T, use_cache=False).logits[0].float() for ids_1T in texts)
+        difference_T = (one_TV - other_TV).abs().amax(-1)
+        if difference_T[:-1].max() > _SEES_AHEAD * one_TV.abs().max():
+            return "its tokens see what follows them"
+        # The short one ends first, so that the cache is tried without it.
+        for stop in (-1, *(ids[0] for ids in _tried(model, prompt, -1))):
+            _tried(model, prompt, stop)
+    except Exception as error:  # whatever a model without such a cache raises
+        return f"{type(error).__name__}: {one_line(error, 200)}"
+    finally:
+        model.train(was_training)
+    return None
+
+
+def _tried(model: PreTrainedModel, prompt: Sequence[int], stop: int) -> list[list[int]]:
+    """Two answers of two tokens, to prompts of unequal length."""
+    settings: dict[str, Any] = {"max_new_tokens": 2, "temperature": 0, "seeds": [0, 0], "pad_id": 0}
+    return sample(model, [prompt, prompt[:2]], stop_ids=[stop], **settings)
 
 
 @torch.no_grad()

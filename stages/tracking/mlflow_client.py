@@ -97,11 +97,22 @@ def client() -> "MlflowClient":
     return cast("MlflowClient", _Retrying())
 
 
-def runs(condition: str) -> "Iterator[Run]":
-    """All runs, of all experiments, that meet a condition in MLflow's query language; newest first."""
-    newest = ["attributes.start_time DESC"]
-    experiments = [one.experiment_id for one in pages(lambda token: client().search_experiments(page_token=token))]
-    yield from pages(lambda token: client().search_runs(experiments, condition, order_by=newest, page_token=token))
+def runs(condition: str, trashed: bool = False) -> "Iterator[Run]":
+    """All runs, of all experiments, that meet a condition in MLflow's query language; newest first.
+
+    `trashed`: those that somebody has deleted instead, which MLflow keeps until they are purged.
+    """
+    newest, views = ["attributes.start_time DESC"], value_classes().ViewType
+    kept = {"view_type": views.ALL if trashed else views.ACTIVE_ONLY}
+    experiments = [
+        one.experiment_id for one in pages(lambda token: client().search_experiments(page_token=token, **kept))
+    ]
+    view = views.DELETED_ONLY if trashed else views.ACTIVE_ONLY
+    yield from pages(
+        lambda token: client().search_runs(
+            experiments, condition, run_view_type=view, order_by=newest, page_token=token
+        )
+    )
 
 
 def pages(search: Callable[[str | None], Any]) -> Iterator[Any]:

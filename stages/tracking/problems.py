@@ -41,8 +41,13 @@ def check_address(uri: str) -> None:
     """Raise StageError for a store that alignflow does not use: MLflow's folders of files, and Databricks."""
     if re.match(_ADDRESSES, uri):
         return
-    fix = "name a server (http://HOST:5000) or a database (sqlite:///FILE, postgresql://...); or unset it"
-    message = "runs are kept by an MLflow server or database alone."
+    if uri.startswith("databricks"):
+        message = "Databricks keeps runs and models in its own way, which alignflow does not speak."
+    elif re.match(r"file:|[^:]*$", uri):
+        message = "this is a folder of files (./mlruns), in which MLflow no longer keeps runs."
+    else:
+        message = "this is neither a database nor an http(s) address."
+    fix = "unset it, then runs are kept in the home folder; or name an MLflow server (http://HOST:5000)"
     raise refuse(URI, without_passwords(uri), message, fix, kind="server")
 
 

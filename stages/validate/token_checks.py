@@ -72,9 +72,9 @@ class _Tokens:
 
     def __init__(self, kind: Kind, codec: "Codec", max_length: int) -> None:
         self.kind: Kind = kind
-        self.codec, self.max_length = codec, max_length
+        self.codec, self.max_length = codec, min(max_length, codec.positions or max_length)
         # No token is longer, so that longer texts need not be tokenized to be found too long.
-        self._most_characters = max_length * max(map(len, codec.tokenizer.get_vocab()))
+        self._most_characters = self.max_length * max(map(len, codec.tokenizer.get_vocab()))
         self._template_controls: dict[tuple[str, ...], int] = {}
         self._unknown = _unknown_ids(codec)
         self._unknown_prompts: set[int] = set()
@@ -193,5 +193,5 @@ class _Tokens:
     def _encode(self, texts: list[str]) -> list[list[int] | None]:
         """Ids of answers, as `Codec.answer` has them without its end; None where the text is too long to be tried."""
         short = [text for text in texts if len(text) <= self._most_characters]
-        ids = iter(self.codec.encode_all(short, split_special_tokens=True))
+        ids = iter(self.codec.answers(short))
         return [next(ids) if len(text) <= self._most_characters else None for text in texts]

@@ -12,7 +12,8 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from schemas.errors import StageError
-from stages.engine.data.codec import Codec, with_system_prompt
+from stages.engine.data.codec import Codec
+from stages.engine.data.template import with_system_prompt
 
 # Three ways to write a chat, as families of models do it.
 IM = (

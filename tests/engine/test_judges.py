@@ -320,6 +320,102 @@ def test_questions_run_side_by_side_within_the_bound(server: Server) -> None:
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
+def said(content: Any, finish: str = "stop", **message: Any) -> Reply:
+    choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    return 200, json.dumps({"choices": [choice]})
+
+
+def better(body: Body) -> str:
+    first, second = map(len, answers_in(body))
+    return "[[A]]" if first > second else "[[B]]"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda verdict: said(f"<think>[[TIE]] or [[A]]? No, [[B]].</think>\n{verdict}"),
+        lambda verdict: said(f"Is it [[TIE]]? Hm.\n</think>\n\n{verdict}"),  # opened by the server's template
+        lambda verdict: said(f"{verdict}\n<think>or rather [[TIE]]"),
+        lambda verdict: said(f"[THINK]It is [[TIE]].[/THINK]{verdict}"),
+        lambda verdict: said(verdict, reasoning_content="At first sight a [[TIE]]."),
+        lambda verdict: said([{"type": "text", "text": "So:\n"}, {"type": "text", "text": verdict}]),
+        lambda verdict: said([{"type": "thinking", "thinking": "[[TIE]]"}, {"type": "text", "text": verdict}]),
+    ],
+)
+def test_a_verdict_is_what_stands_outside_of_thoughts(server: Server, reply: Callable[[str], Reply]) -> None:
+    server.reply = lambda body: reply(better(body))
+    judge = server.judge()
+    assert judge.wins([user("?")] * 2, ["xx", "x"], ["y", "yy"]) == [1.0, 0.0]
+    assert judge.unreadable == 0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        said("<think>It has to be [[A]]. Let me", "length"),
+        said("Answer A is good: [[A]]. Answer B", "length"),
+        said("<think>[[A]], I would say"),
+        said(None, "length", reasoning_content="Well, [[A]]"),
+        said(None, reasoning_content="Well, [[A]]"),
+        said(None, refusal="I cannot judge this."),
+    ],
+)
+def test_a_reply_that_was_cut_or_only_thought_holds_no_verdict(server: Server, reply: Reply) -> None:
+    server.reply = lambda body: reply
+    judge = server.judge(concurrency=1)
+    assert judge.compare(user("?"), "xx", "y") == 0.5
+    assert judge.unreadable == 2 and len(server.asked) == 2
+    with pytest.raises(StageError, match="hold no verdict"):
+        server.judge().wins([user("?")] * 8, ["x"] * 8, ["y"] * 8)
+
+
+def test_the_fix_of_cut_replies_names_their_length_which_is_sent(server: Server) -> None:
+    server.reply = lambda body: said("<think>Let me see", "length")
+    with pytest.raises(StageError, match=r"was cut.*Let me see.*Fix: raise judge.max_tokens \(it is 77\)"):
+        server.judge(max_tokens=77).wins([user("?")] * 8, ["x"] * 8, ["y"] * 8)
+    assert {body["max_tokens"] for _, _, body in server.asked} == {77}
+
+
+def test_a_model_that_refuses_max_tokens_and_temperature_is_asked_in_its_words(server: Server) -> None:
+    def reply(body: Body) -> Reply:
+        if "max_tokens" in body:
+            fault = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        elif "temperature" in body:
+            fault = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is."
+        else:
+            return longer_wins(body)
+        return 400, json.dumps({"error": {"message": fault}})
+
+    server.reply = reply
+    judge = server.judge(concurrency=1)
+    assert judge.wins([user("?")] * 3, ["xx", "x", "xx"], ["y", "yy", "y"]) == [1.0, 0.0, 1.0]
+    assert len(server.asked) == 2 + 6  # refused twice in all, then one per order
+    assert server.asked[-1][2]["max_completion_tokens"] == endpoint.THINKING_TOKENS
+
+
+def test_a_model_that_refuses_max_tokens_alone_keeps_its_temperature(server: Server) -> None:
+    fault = (400, "max_tokens is not supported, use max_completion_tokens")
+    server.reply = lambda body: fault if "max_tokens" in body else longer_wins(body)
+    assert server.judge(concurrency=1, max_tokens=9000).compare(user("?"), "xx", "y") == 1.0
+    assert server.asked[-1][2]["temperature"] == 0 and server.asked[-1][2]["max_completion_tokens"] == 9000
+
+
+@pytest.mark.parametrize("status", [402, 429])
+def test_an_empty_quota_is_told_in_the_servers_words_at_once(server: Server, status: int) -> None:
+    fault = {"message": "You exceeded your current quota, please check your plan.", "code": "insufficient_quota"}
+    server.reply = lambda body: (status, json.dumps({"error": fault}))
+    with pytest.raises(StageError, match=r"exceeded your current quota.*Fix: raise the quota"):
+        server.judge(concurrency=1).compare(user("?"), "x", "y")
+    assert len(server.asked) == 1
+
+
+def test_a_busy_servers_words_are_told(server: Server) -> None:
+    server.reply = lambda body: (429, "Rate limit reached for requests per day")
+    with pytest.raises(StageError, match="HTTP 429: 'Rate limit reached"):
+        server.judge(concurrency=1).compare(user("?"), "x", "y")
+    assert len(server.asked) == endpoint.TRIES
+
+
 @pytest.mark.parametrize("url", ["ftp://h/v1", "localhost:8000", "http://me:secret@h/v1", "http://", "http://h /v1"])
 def test_an_address_that_is_none_or_holds_a_key_is_refused(url: str) -> None:
     with pytest.raises(StageError) as error:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from schemas.config import BaseParams
 from schemas.errors import StageError
-from schemas.stage import Request, Result
+from schemas.stage import STAGES, Request, Result
 from stages import base, tracking
 from stages.engine import demo
 from stages.engine.data.codec import Codec
@@ -222,7 +222,7 @@ def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> No
 
 def test_the_stage_publishes_the_model(home: Path, tmp_path: Path) -> None:
     params = BaseParams.model_validate({"scratch": SMALL}).model_dump(mode="json")
-    request = Request(stage="base", version=1, params=params, seed=1)
+    request = Request(stage="base", version=STAGES["base"].version, params=params, seed=1)
     (tmp_path / "request.json").write_text(request.model_dump_json())
     command = [sys.executable, "-m", "stages", "base", str(tmp_path / "request.json")]
     subprocess.run(command, check=True, cwd=ROOT, env=dict(os.environ))

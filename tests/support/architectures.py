@@ -76,7 +76,10 @@ def random_trees(
 class NoTokenizer:
     """Stands where a model is saved without a tokenizer."""
 
-    pad_id = 2
+    lead, end = "", "</s>"
+
+    def pad_apart(self) -> int:
+        return 2
 
     def save(self, folder: Path) -> None:
         pass

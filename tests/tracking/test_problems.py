@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flows.servers import checks
 from schemas import environment
 from schemas.errors import StageError
 from stages import tracking
@@ -25,13 +26,25 @@ def _new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "address", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns", "databricks", "ftp://host", "http"]
+    ("address", "says"),
+    [
+        ("./mlruns", "folder of files"),
+        ("file:///tmp/mlruns", "folder of files"),
+        ("/tmp/mlruns", "folder of files"),
+        ("databricks", "Databricks keeps"),
+        ("databricks://profile", "Databricks keeps"),
+        ("uc:something", "neither a database nor"),
+    ],
 )
-def test_an_address_that_cannot_keep_runs_is_refused(home: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_cannot_keep_runs_is_refused(
+    home: Path, address: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(URI, address)
-    with pytest.raises(StageError, match=f"{URI} = {address}: runs are kept by an MLflow server or database") as error:
-        tracking.setup()
-    assert error.value.status == "refused"
+    asks: list[Callable[[], Any]] = [tracking.setup, lambda: tracking.behind_server("demo")]
+    for ask in asks:
+        with pytest.raises(StageError, match=f"{URI} = {address}: .*{says}.* Fix: unset it") as error:
+            ask()
+        assert error.value.status == "refused"
 
 
 @pytest.mark.parametrize(
@@ -130,3 +143,21 @@ def test_a_home_that_addresses_would_misread_is_refused(
         environment.home()
     monkeypatch.setenv(environment.HOME, str(tmp_path / "a;b#c ü'd\"e\\f&g:h,i$j{k}[l]*@=+!~"))
     assert environment.home().parent == tmp_path
+
+
+def test_other_homes_keep_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "two h\u00e4user a#b it's [x]*"
+    monkeypatch.setenv(environment.HOME, str(tmp_path / name))
+    tracking.setup()
+    run = tracking.client().create_run(tracking.experiment("x"))
+    (tmp_path / "file.txt").write_text("kept")
+    tracking.client().log_artifact(run.info.run_id, str(tmp_path / "file.txt"))
+    (kept,) = (tmp_path / name).rglob("file.txt")
+    assert kept.read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {name, "file.txt"}
+
+
+def test_a_run_asks_its_server_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URI, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(StageError, match=r"there is no answer .*Fix: start it"):
+        checks.check_tracking()

@@ -65,14 +65,22 @@ def longest(tree: Tree) -> int:
     return len(tree.prompt) + max(map(len, tree.answers))
 
 
-def fitting(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """The examples of at most `max_length` tokens. Raises StageError when none is left."""
+def fitting(examples: Sequence[Example], max_length: int, positions: int | None = None) -> list[Example]:
+    """The examples of at most `max_length` tokens. Raises StageError when none is left.
+
+    `positions`: of the model; where they are no more than `max_length` it is they that say what is too long.
+    """
+    if positions is not None and positions <= max_length:
+        max_length = positions
     kept = [example for example in examples if longest(example.tree) <= max_length]
     if left_out := len(examples) - len(kept):
         log.warning("%d of %d rows are longer than %d tokens: left out", left_out, len(examples), max_length)
     if not kept:
         shortest = min((longest(example.tree) for example in examples), default=0)
         message = f"no row is left: all {len(examples)} are too long; the shortest has {shortest} tokens."
+        if max_length == positions:
+            fix = f"give rows of at most {positions} tokens, or a model with at least {shortest} positions"
+            raise refuse("model", f"a model of {positions} positions", message, fix, kind="data")
         fix = f"set max_length to at least {shortest}, or give shorter rows"
         raise refuse("max_length", max_length, message, fix, kind="data")
     return kept

@@ -22,8 +22,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from schemas.architectures import why_no_policy, why_no_scorer
 from schemas.errors import StageError, refuse
-from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts
+from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts, why_unreadable
 from schemas.text import one_line
 from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
@@ -95,9 +96,10 @@ def _load(
     folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), **kwargs: Any
 ) -> PreTrainedModel:
     """The model in float32, dropouts 0, every weight from the folder except those that are to be `fresh`."""
-    raw = check_folder(folder, names)
-    if raw.get("is_encoder_decoder"):
-        raise _unusable(folder, f"model type {raw['model_type']!r} is an encoder-decoder", "use a decoder-only model")
+    raw = read_config(folder)
+    if problem := (why_no_policy if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else why_no_scorer)(raw):
+        raise _unusable(folder, problem[0], problem[1])
+    check_folder(folder, names)
     if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and is_reward_model(raw):
         raise _unusable(folder, "it is a reward model, not a language model", "give it as `reward_model`")
     try:
@@ -122,12 +124,8 @@ def check_folder(folder: Path, names: Mapping[str, Any], field: str = "model") -
     if not isinstance(kind, str) or kind not in names:
         why = "needs code from its folder, which is never run" if "auto_map" in config else "is unknown to transformers"
         raise _unusable(folder, f"the model type {kind!r} {why}", "give a model of a type that transformers has", field)
-    if "quantization_config" in config:
-        raise _unusable(folder, "the weights are quantized", "give the plain weights (or a GGUF file)", field)
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
-        what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
-        raise _unusable(folder, what, "save the model as safetensors: model.save_pretrained(folder) does", field)
+    if problem := why_unreadable(folder, config):
+        raise _unusable(folder, problem[0], problem[1], field)
     return config
 
 

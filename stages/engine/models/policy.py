@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.engine.data.trees import Batch
+from stages.engine.data.trees import Batch, Tree
 from stages.engine.models import cpu, lora
 from stages.engine.models.logprobs import Rows, linear_log_probs, linear_logps
 from stages.engine.models.tree_attention import TREE_TYPES, why_padded
@@ -141,6 +141,21 @@ class Scorer(_Trunk):
         super().__init__(hf, precision)
         scale = getattr(self.plain.config, "alignflow_score", None) or {"mean": 0.0, "std": 1.0}
         self.mean, self.std = float(scale["mean"]), float(scale["std"])
+        own = getattr(self.plain.config, "alignflow_score", None) is not None
+        self.skipped: int | None = None if own else self.plain.config.get_text_config().pad_token_id
+        """The padding of a model from outside, which its own code never reads a score at, be it an answer's end."""
+
+    def read(self, prompt: Sequence[int], answer: Sequence[int]) -> Tree:
+        """An ended answer behind its prompt, up to the token at which the model's own code reads the score.
+
+        transformers reads at the last token that is not the padding. Where an answer's end is the padding too, that is
+        the token before it; what comes behind has no effect on a causal model, so it is left out.
+        """
+        whole = (*prompt, *answer)
+        last = next((i for i in reversed(range(len(whole))) if whole[i] != self.skipped), len(whole) - 1)
+        length = max(last + 1, 2)
+        begins = min(len(prompt), length - 1)  # an empty answer leaves the prompt's last token
+        return Tree(whole[:begins], (whole[begins:length],))
 
     def forward(self, batch: Batch, *, every: bool = False) -> Tensor:
         """scores_A at each answer's last token, float32; with `every` instead values_N where each token is predicted.

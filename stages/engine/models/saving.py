@@ -15,7 +15,10 @@ class SavesTokenizer(Protocol):
     """A tokenizer with its template, as far as saving a model needs it."""
 
     @property
-    def pad_id(self) -> int: ...
+    def end(self) -> str: ...
+    @property
+    def lead(self) -> str: ...
+    def pad_apart(self) -> int | None: ...
     def save(self, folder: Path) -> None: ...
 
 
@@ -35,7 +38,11 @@ def save_scorer(
     std: float = 1.0,
     base: str | None = None,
 ) -> None:
-    """Write a plain transformers folder of the reward model: raw scores, and `alignflow_score` in its config.
+    """Write a plain transformers folder of the reward model: raw scores, and in its config `alignflow_score`,
+    and what stands before and after an answer.
+
+    transformers reads a score at the last token that is not the padding, so the padding is a token other than the end.
+    Where the tokenizer has no other there is none: transformers then reads the last token, of one text at a time.
 
     mean, std: of the raw scores on samples of the reference policy. A loaded scorer gives (raw - mean) / std.
     `base` as in `save_policy`.
@@ -43,8 +50,9 @@ def save_scorer(
     if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
         raise ValueError(f"scores cannot be normalised by mean {mean} and std {std}")
     config = scorer.plain.config
-    config.pad_token_id = codec.pad_id
+    config.get_text_config().pad_token_id = codec.pad_apart()
     config.alignflow_score = {"mean": mean, "std": std}
+    config.alignflow_answer = {"lead": codec.lead, "end": codec.end}
     _save(scorer, codec, Path(folder), base)
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,13 @@ from stages.engine.data.codec import Message
 TRIES = 4
 PAUSE = 1.0  # seconds before the second try; doubles with each further one
 LONGEST_PAUSE = 30.0  # seconds; bounds a server's Retry-After too
-MAX_TOKENS = 1024  # of the judge's reply: room to reason, and an end to rambling
+THINKING_TOKENS = 8192  # at least, of a reply in which the server counts the model's thoughts
 UNREADABLE = 0.1  # share of replies without a verdict above which the judge is given up; two are always borne
+QUOTA = re.compile(
+    r"insufficient_quota|quota_exceeded|exceeded your current quota|billing|out of credit", re.IGNORECASE
+)
+_NOT = r"(unsupported|not support|not allowed|only the default)"
+NO_TEMPERATURE = re.compile(rf"{_NOT}.{{0,80}}temperature|temperature.{{0,80}}{_NOT}", re.IGNORECASE | re.DOTALL)
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later try may fix
 
 INSTRUCTION = (
@@ -29,7 +35,18 @@ INSTRUCTION = (
     "then end with your verdict on a line of its own: [[A]] if answer A is better, [[B]] if answer B is better, "
     "[[TIE]] if they are equally good."
 )
+_TAGS = [("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[think]", "[/think]")]
+_TAGS += [("<reasoning>", "</reasoning>"), ("<|begin_of_thought|>", "<|end_of_thought|>")]
 VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5, "C": 0.5}  # C is the tie of a widespread prompt (Zheng et al. 2023)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge said."""
+
+    text: str
+    cut: bool
+    """It reached the length that it was allowed."""
 
 
 class EndpointJudge:
@@ -52,6 +69,8 @@ class EndpointJudge:
         """Comparisons whose two orders disagreed."""
         self.unreadable = 0
         """Replies without a verdict; each counts as a tie."""
+        self._length_name, self._temperature = "max_tokens", True
+        """What the server takes: the name under which it limits a reply, and whether it takes a temperature."""
 
     def compare(self, prompt: Sequence[Message], a: str, b: str) -> float:
         """1 when `a` is better, 0 when `b` is, 1/2 for a tie."""
@@ -109,25 +128,33 @@ class EndpointJudge:
 
     def _ask(self, client: httpx.Client, prompt: Sequence[Message], a: str, b: str) -> float:
         """One question: 1 when the first answer is called better, 0 the second, 1/2 a tie or no verdict."""
-        reply = self._post(client, _question(self.config.model, prompt, a, b))
-        verdict = read_verdict(reply)
+        reply = self._post(client, _question(prompt, a, b))
+        verdict = None if reply.cut else read_verdict(without_thoughts(reply.text))
         if verdict is not None:
             return verdict
         self.unreadable += 1
         if self.unreadable > max(2, UNREADABLE * self.questions):
+            what = (
+                f"was cut at its length and begins: {_cut(reply.text)!r}"
+                if reply.cut
+                else f"says: {_cut(reply.text)!r}"
+            )
+            longer = f"raise judge.max_tokens (it is {self.config.max_tokens}), or use a model that thinks less"
             raise self._error(
-                f"{self.unreadable} replies hold no verdict; the last one says: {_cut(reply)!r}.",
-                fix="use a model that follows the instruction to end with [[A]], [[B]] or [[TIE]]",
+                f"{self.unreadable} replies hold no verdict; the last one {what}.",
+                fix=longer
+                if reply.cut
+                else "use a model that follows the instruction to end with [[A]], [[B]] or [[TIE]]",
             )
         return 0.5
 
-    def _post(self, client: httpx.Client, body: dict[str, Any]) -> str:
-        """The reply's text. Tries again on what may pass: time-outs, busy servers, replies cut short."""
+    def _post(self, client: httpx.Client, messages: list[dict[str, str]]) -> Reply:
+        """The reply. Tries again on what may pass: time-outs, busy servers, replies cut short."""
         trouble = ""
         for attempt in range(TRIES):
-            text, trouble, wait = self._try(client, body)
-            if text is not None:
-                return text
+            reply, trouble, wait = self._try(client, messages)
+            if reply is not None:
+                return reply
             if attempt < TRIES - 1:
                 time.sleep(min(max(self.pause * 2**attempt, wait), LONGEST_PAUSE))
         raise self._error(
@@ -135,18 +162,50 @@ class EndpointJudge:
             fix="see that the server runs and speaks OpenAI's chat completions; raise judge.timeout if it is slow",
         )
 
-    def _try(self, client: httpx.Client, body: dict[str, Any]) -> tuple[str | None, str, float]:
-        """(the reply's text, "", 0), or (None, what is wrong, seconds to wait) where another try may help."""
+    def _try(self, client: httpx.Client, messages: list[dict[str, str]]) -> tuple[Reply | None, str, float]:
+        """(the reply, "", 0), or (None, what is wrong, seconds to wait) where another try may help."""
+        body = self._body(messages)
         try:
             response = client.post(self.url, json=body)
+            while response.status_code == 400 and self._adapts(response, body):
+                body = self._body(messages)
+                response = client.post(self.url, json=body)
         except httpx.HTTPError as error:
             return None, f"{type(error).__name__}: {error}", 0.0
+        if response.status_code == 402 or (response.status_code == 429 and QUOTA.search(response.text)):
+            said = f"HTTP {response.status_code}: {_cut(response.text)!r}"
+            fix = "raise the quota or the credit there, and run again: what is finished is reused"
+            raise self._error(f"{self.url} refuses for want of quota ({said}).", fix=fix)
         if response.status_code in AGAIN:
-            return None, f"HTTP {response.status_code}", _retry_after(response)
+            said = f": {_cut(response.text)!r}" if response.text.strip() else ""
+            return None, f"HTTP {response.status_code}{said}", _retry_after(response)
         if response.status_code != 200:
             raise self._refusal(response)
-        text = read_content(response)
-        return text, "" if text is not None else f"no chat completion: {_cut(response.text)!r}", 0.0
+        reply = read_reply(response)
+        return reply, "" if reply is not None else f"no chat completion: {_cut(response.text)!r}", 0.0
+
+    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """The request, in the words that this server takes."""
+        length = self.config.max_tokens
+        if self._length_name != "max_tokens":
+            length = max(length, THINKING_TOKENS)
+        temperature = {"temperature": 0} if self._temperature else {}
+        return {"model": self.config.model, "messages": messages, **temperature, self._length_name: length}
+
+    def _adapts(self, response: httpx.Response, body: dict[str, Any]) -> bool:
+        """Whether the request is to be asked in other words, which all later ones are then: reasoning models refuse
+        `max_tokens` and any temperature but their own.
+        """
+        said = response.text
+        if "max_tokens" in body and (
+            "max_completion_tokens" in said or re.search(r"max_tokens.{0,40}not supported", said)
+        ):
+            self._length_name = "max_completion_tokens"
+            return True
+        if "temperature" in body and (NO_TEMPERATURE.search(said) or "max_completion_tokens" in said):
+            self._temperature = False
+            return True
+        return False
 
     def _refusal(self, response: httpx.Response) -> StageError:
         code = response.status_code
@@ -174,21 +233,42 @@ def read_verdict(reply: str) -> float | None:
     return VERDICTS.get(word)
 
 
-def read_content(response: httpx.Response) -> str | None:
-    """The first choice's text; None when the body is not a chat completion."""
+def read_reply(response: httpx.Response) -> Reply | None:
+    """The first choice's text, whatever its form; None when the body is not a chat completion.
+
+    A text may come in parts, and be null where all that was said was thought or a refusal.
+    """
     try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+        choice = response.json()["choices"][0]
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+        if content is None and (
+            cut or any(message.get(name) for name in ("reasoning_content", "reasoning", "refusal"))
+        ):
+            content = message.get("refusal") or ""
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    return content if isinstance(content, str) else None
+    return Reply(content, cut) if isinstance(content, str) else None
 
 
-def _question(model: str, prompt: Sequence[Message], a: str, b: str) -> dict[str, Any]:
+def without_thoughts(reply: str) -> str:
+    """The reply without what the model thought before: `<think>...</think>`, closed, left open, or opened unseen."""
+    for opening, closing in _TAGS:
+        _, closed, after = reply.lower().rpartition(closing)
+        if closed:
+            reply = reply[len(reply) - len(after) :]
+        begins = reply.lower().find(opening)
+        reply = reply if begins < 0 else reply[:begins]
+    return reply
+
+
+def _question(prompt: Sequence[Message], a: str, b: str) -> list[dict[str, str]]:
     conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     parts = {"conversation": conversation, "answer_A": a, "answer_B": b}
     text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
-    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
-    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
 
 
 def _completions_url(url: str, field: str) -> str:

@@ -12,7 +12,6 @@ from schemas import config as settings
 from schemas.errors import refuse
 from stages.engine import demo
 from stages.engine.data.codec import Codec, Message
-from stages.engine.data.trees import Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge
 from stages.engine.scoring import metrics
@@ -80,16 +79,18 @@ class RewardJudge(Scoring):
     """
 
     def __init__(self, folder: Path, progress: Progress | None = None, field: str = "reward") -> None:
-        self.field = field
         self.codec = Codec.load(folder)
         self.scorer = load_judge(folder).eval()
-        self.progress = progress
+        self.progress, self.field = progress, field
+
+    def check(self, prompts: Sequence[Sequence[Message]], new_tokens: int) -> None:
+        """Raise StageError for a prompt that it cannot read, or not with so many more tokens."""
+        self.codec.check_prompts(prompts, new_tokens, self.field, "the judging reward model")
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
         """Raises StageError when a score is NaN or infinite: it would make every choice and comparison arbitrary."""
         trees = [
-            Tree(tuple(self.codec.prompt(prompt)), (tuple(self.codec.answer(answer)),))
-            for prompt, answer in zip(prompts, answers, strict=True)
+            self.scorer.read(*self.codec.ended(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if not trees:
             return []

@@ -64,7 +64,7 @@ class OfflineMethod(ABC):
         self.model: nn.Module = model
         self.codec, self.training, self.context, self.seed = codec, training, context, context.request.seed
         self.limit = min(training.max_length, context_length(model.plain) or training.max_length)
-        self.examples = fitting(examples, self.limit)
+        self.examples = fitting(examples, training.max_length, context_length(model.plain))
         context.metrics({"data/rows": len(self.examples), "data/too_long": len(examples) - len(self.examples)})
         data = context.request.inputs["data"]
         context.dataset("data", data.uri, data.sha256, len(self.examples))

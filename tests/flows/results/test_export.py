@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.results import export, lookup
 from schemas.errors import StageError
 from schemas.stage import Request, Result
+from schemas.training import Training
 from stages import tracking
 from stages.engine.data.codec import Codec
-from stages.engine.models.loading import load_scorer
-from stages.engine.models.saving import save_scorer
+from stages.engine.models.loading import load_policy, load_scorer
+from stages.engine.models.saving import save_policy, save_scorer
 from stages.tracking import StageRun
-from tests.support.models import model_folder
+from tests.support.models import LORA, model_folder
 
 
 def finish(outputs: dict[str, Path], metrics: dict[str, float] | None = None, **request: Any) -> Result:
@@ -98,6 +99,17 @@ def test_a_reward_model_is_exported_with_code_that_scores_as_we_do(
     ids = codec.prompt([{"role": "user", "content": "Hello!"}]) + codec.answer("Hello to you.")
     assert names["tokenizer"](names["text"], add_special_tokens=False)["input_ids"] == ids
     assert "tensor" in capsys.readouterr().out
+
+
+def test_the_card_tells_the_adapters_base(ready_home: Path, tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    (made,) = finish({"model": base}, stage="base", name="base", params={}).outputs.values()
+    policy = load_policy(base, Training(lora=LORA))
+    save_policy(policy, Codec.load(base), tmp_path / "model", base=made.sha256)
+    finish({"model": tmp_path / "model"}, stage="sft", name="sft", params={}, inputs={"model": made})
+    card = (export.export("sft", tmp_path / "exported") / "README.md").read_text()
+    assert f"Its base is `{made.uri}` (sha256 `{made.sha256[:12]}`" in card
+    assert "adapter" not in (export.export("base", tmp_path / "plain") / "README.md").read_text().partition("merged")[2]
 
 
 def test_the_cards_metadata_tell_the_hub_what_it_is_and_how_it_did(aligned: Result, tmp_path: Path) -> None:

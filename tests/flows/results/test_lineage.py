@@ -106,6 +106,17 @@ def test_a_run_without_the_tags_is_followed_by_its_files(ready_home: Path, tmp_p
     assert (titles(lineage.lineage(world.files["pairs"].uri)), titles(lineage.lineage("dpo"))) == before
 
 
+def test_what_a_deleted_run_made_is_not_from_outside(ready_home: Path, tmp_path: Path) -> None:
+    World(tmp_path)
+    before = titles(lineage.lineage("dpo"))
+    (run,) = [run for run in tracking.runs("tags.`stage.key` != ''") if run.data.tags["stage"] == "base"]
+    tracking.client().delete_run(run.info.run_id)
+    told = next(title for title in titles(lineage.lineage("dpo")) if "trash" in title)
+    assert told.endswith(f"whose run is in MLflow's trash (mlflow runs restore --run-id {run.info.run_id})")
+    tracking.client().restore_run(run.info.run_id)  # what that command does
+    assert titles(lineage.lineage("dpo")) == before
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -101,6 +101,17 @@ def make(
     return KTO(training, run), run
 
 
+@pytest.mark.parametrize(("label", "word"), [(True, "thumb up"), (False, "thumb down")])
+def test_thumbs_of_one_kind_are_told(label: bool, word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = models.rows(6, {"completion": "yes good one", "label": label})
+    with caplog.at_level("WARNING", "alignflow"):
+        make(tmp_path / "one", config(), rows)
+        assert f"all 6 rows have a {word}: KTO learns from both kinds" in caplog.text
+        caplog.clear()
+        make(tmp_path / "both", config())
+        assert "KTO learns from both kinds" not in caplog.text
+
+
 def test_partners_have_another_prompt_whatever_the_order() -> None:
     prompts = ["a", "a", "a", "b", "a", "c", "a", "a", "b", "a"]
     for seed in range(20):

@@ -537,7 +537,7 @@ def test_prompts_tokenized_together(tinystories: Path) -> None:
     assert isinstance(found[-1], TemplateError) and str(found[-1]) == "no system"
     assert codec.prompts(chats) == found[:-1]
     assert codec.prompts([]) == []
-    assert codec.encode_all(said, split_special_tokens=True) == [codec.answer(text)[:-1] for text in said]
+    assert codec.answers(said) == [codec.answer(text)[:-1] for text in said]
 
 
 def test_template_that_refuses(tmp_path: Path, tinystories: Path) -> None:
