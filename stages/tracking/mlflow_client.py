@@ -191,9 +191,11 @@ def _retrying(call: Callable[[], T], end: float) -> T:
     while True:
         try:
             return call()
+        except StageError:  # said already, and no other try helps
+            raise
         except Exception as error:
             damage = re.search(databases.DAMAGED, str(error))
-            if damage and not isinstance(error, StageError) and tracking_uri().startswith("sqlite:///"):
+            if damage and tracking_uri().startswith("sqlite:///"):
                 raise databases.damaged(Path(tracking_uri().removeprefix("sqlite:///")), damage[0]) from error
             if not is_transient(error) or time.monotonic() + pause > end:
                 if known := in_our_words(error, tracking_uri(), first=not _contact.made):

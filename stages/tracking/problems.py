@@ -57,8 +57,6 @@ def in_our_words(error: Exception, uri: str, first: bool) -> StageError | None:
     `first`: the server has not answered this process before, so that nothing is lost and the address may be wrong.
     """
     code, text = getattr(error, "error_code", None), str(error)
-    if isinstance(error, StageError):
-        return None
     if code == "UNAUTHENTICATED":
         return not_let_in()
     if code == "PERMISSION_DENIED":
