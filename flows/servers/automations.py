@@ -1,19 +1,21 @@
 """The automations of deploy/automations.yaml on the Prefect server: made, or brought up to date, by their names."""
 
-import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
 from prefect.automations import Automation
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.events.filters import EventFilter
 from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Crashed
 
-AUTOMATION = "alignflow reschedule"
+AUTOMATION, STUCK, ZOMBIES = "alignflow reschedule", "alignflow stuck", "alignflow zombies"
 AFTER = timedelta(minutes=2)
 """After so long the automation has had its chance."""
 WITHIN = timedelta(days=1)
@@ -51,21 +53,79 @@ def read(name: str) -> Automation | None:
         return None
 
 
-def start_crashed_again() -> None:
-    """Schedule crashed runs again that the automation has missed, where it is in force: an event is lost when a server
-    dies with it, and a run that waits for its turn again may be taken for dead a second time. While the server is away
-    nothing happens: the next call comes.
+class RunWatch:
+    """Does what the automations have missed, where they are in force: an event is lost when a server dies with it.
+
+    A run that is Pending, or silent, for longer than its automation waits becomes Crashed, and a crashed one is
+    scheduled again. To be called every half minute or so; while the server is away nothing happens.
     """
-    with contextlib.suppress(httpx.HTTPError, PrefectException, OSError):
-        automation = read(AUTOMATION)
-        if automation is None or not automation.enabled:
-            return
+
+    def __init__(self) -> None:
+        self._answering_since: datetime | None = None
+
+    def __call__(self) -> None:
+        """Look once."""
         now = datetime.now(UTC)
-        crashed = FlowRunFilter.model_validate({"state": {"type": {"any_": ["CRASHED"]}}})
-        flows = FlowFilter.model_validate({"name": {"any_": ["pipeline", "retrain"]}})
-        with get_client(sync_client=True) as client:
-            for run in client.read_flow_runs(flow_filter=flows, flow_run_filter=crashed, limit=200):
-                since = now - run.state.timestamp if run.state is not None else AFTER
-                if run.deployment_id is not None and run.run_count < STARTS and AFTER < since < WITHIN:
-                    message = "It crashed. Started again, it resumes where it was."
-                    client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)
+        try:
+            with get_client(sync_client=True) as client:
+                self._mark_dead(client, now)
+                start_crashed_again(client, now)
+        except (httpx.HTTPError, PrefectException, OSError):
+            self._answering_since = None
+        else:
+            self._answering_since = self._answering_since or now
+
+    def _mark_dead(self, client: SyncPrefectClient, now: datetime) -> None:
+        """Runs that are Pending or silent for too long."""
+        waits = {state: patience(name) for state, name in (("PENDING", STUCK), ("RUNNING", ZOMBIES))}
+        for run in runs_in(client, [state for state, wait in waits.items() if wait], ["pipeline", "retrain", "stage"]):
+            wait = waits[run.state.type.value]
+            if wait is None or now - run.state.timestamp < wait:
+                continue
+            if run.state.is_running() and (self._silence(now) < wait or was_heard(client, run, now - wait)):
+                continue
+            minutes = (now - run.state.timestamp).total_seconds() / 60
+            message = f"{run.state.name} for {minutes:.0f} minutes and not heard of, so what ran it has died."
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+
+    def _silence(self, now: datetime) -> timedelta:
+        """For how long the server has answered without a break: a run could not be heard of before."""
+        return now - (self._answering_since or now)
+
+
+def patience(name: str) -> timedelta | None:
+    """How long a run is waited for: as long as the automation of that name does, and a while; None where it is off."""
+    automation = read(name)
+    if automation is None or not automation.enabled:
+        return None
+    return getattr(automation.trigger, "within", timedelta()) + AFTER
+
+
+def runs_in(client: SyncPrefectClient, states: Sequence[str], flows: Sequence[str]) -> Iterator[Any]:
+    """The runs of deployments of these flows that are in these states."""
+    if not states:
+        return
+    within = FlowRunFilter.model_validate({"state": {"type": {"any_": list(states)}}})
+    of = FlowFilter.model_validate({"name": {"any_": list(flows)}})
+    for run in client.read_flow_runs(flow_filter=of, flow_run_filter=within, limit=200):
+        if run.deployment_id is not None and run.state is not None:
+            yield run
+
+
+def was_heard(client: SyncPrefectClient, run: Any, since: datetime) -> bool:
+    """Whether a run has sent an event, as it does every 30 s while it lives, since then."""
+    resource = {"id": [f"prefect.flow-run.{run.id}"]}
+    sent = EventFilter.model_validate({"occurred": {"since": since}, "resource": resource})
+    return bool(client.read_events(filter=sent, limit=1).events)
+
+
+def start_crashed_again(client: SyncPrefectClient, now: datetime) -> None:
+    """Schedule crashed runs again that the automation has missed: a run that waits for its turn again may be taken for
+    dead a second time."""
+    automation = read(AUTOMATION)
+    if automation is None or not automation.enabled:
+        return
+    for run in runs_in(client, ["CRASHED"], ["pipeline", "retrain"]):
+        if run.run_count < STARTS and AFTER < now - run.state.timestamp < WITHIN:
+            message = "It crashed. Started again, it resumes where it was."
+            client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)

@@ -146,7 +146,7 @@ def bring_up(
         with supervisor.running(workers, keep) as at_work:
             publish_addresses(where)
             say_all(where, elsewhere, limit)
-            supervisor.watch([*servers, *at_work], automations.start_crashed_again if wanted else None)
+            supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None)
             say("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 

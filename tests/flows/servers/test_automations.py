@@ -1,37 +1,73 @@
-"""A crashed run that the server's automation has missed is started again, and no other."""
+"""What the server's automations have missed is made up for, and nothing else is touched."""
 
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from prefect.states import AwaitingRetry, Crashed
+import yaml
+from prefect.automations import Automation
+from prefect.states import AwaitingRetry, Crashed, Pending, Running, State
 
 from flows.servers import automations
 
 LONG = automations.AFTER + timedelta(seconds=10)
+RESTARTED, DEAD = AwaitingRetry().name, Crashed().name
 
 
 class Client:
-    """A server with one crashed run."""
+    """A server with one run, that was heard of at some time."""
 
-    def __init__(self, run: Any) -> None:
-        self.run, self.changed = run, []
+    def __init__(self, run: Any, heard: datetime | None = None) -> None:
+        self.run, self.heard, self.changed = run, heard, []
+        self.away = False
 
     def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def read_flow_runs(self, **_: object) -> list[Any]:
-        return [self.run]
+    def read_flow_runs(self, flow_run_filter: Any, **_: object) -> list[Any]:
+        if self.away:
+            raise httpx.ConnectError("away")
+        wanted = flow_run_filter.state.type.any_
+        return [self.run] if self.run.state.type in wanted else []
+
+    def read_events(self, filter: Any, limit: int) -> Any:
+        assert filter.resource.id == ["prefect.flow-run.r"]
+        return SimpleNamespace(events=[1] if self.heard and self.heard >= filter.occurred.since else [])
 
     def set_flow_run_state(self, flow_run_id: Any, state: Any, force: bool) -> None:
         self.changed.append((flow_run_id, state.name, force))
 
 
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Automation]:
+    """The automations that come with alignflow, as the server has them."""
+    raw = yaml.safe_load(automations.automations_file().read_text(encoding="utf-8"))["automations"]
+    found = {one["name"]: Automation(**one) for one in raw}
+    monkeypatch.setattr(automations, "read", found.get)
+    return found
+
+
+def looked(client: Client, monkeypatch: pytest.MonkeyPatch, watch: automations.RunWatch | None = None) -> list[Any]:
+    """What a look has changed."""
+    monkeypatch.setattr(automations, "get_client", lambda sync_client: client)
+    (watch or automations.RunWatch())()
+    return client.changed
+
+
+def a_run(state: State[Any], starts: int = 1, deployment: str | None = "d") -> Any:
+    return SimpleNamespace(id="r", state=state, run_count=starts, deployment_id=deployment)
+
+
+def ago(minutes: float) -> datetime:
+    return datetime.now(UTC) - timedelta(minutes=minutes)
+
+
 @pytest.mark.parametrize(
-    ("ago", "starts", "deployment", "enabled", "again"),
+    ("since", "starts", "deployment", "enabled", "again"),
     [
         (LONG, 1, "d", True, True),
         (timedelta(seconds=30), 1, "d", True, False),  # the automation may still come
@@ -42,11 +78,71 @@ class Client:
     ],
 )
 def test_which_runs_are_started_again(
-    ago: timedelta, starts: int, deployment: str | None, enabled: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+    since: timedelta,
+    starts: int,
+    deployment: str | None,
+    enabled: bool,
+    again: bool,
+    shipped: dict[str, Automation],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = Crashed(timestamp=datetime.now(UTC) - ago)
-    client = Client(SimpleNamespace(id="r", state=state, run_count=starts, deployment_id=deployment))
-    monkeypatch.setattr(automations, "read", lambda name: SimpleNamespace(enabled=enabled))
-    monkeypatch.setattr(automations, "get_client", lambda sync_client: client)
-    automations.start_crashed_again()
-    assert client.changed == ([("r", AwaitingRetry().name, True)] if again else [])
+    shipped[automations.AUTOMATION].enabled = enabled
+    client = Client(a_run(Crashed(timestamp=datetime.now(UTC) - since), starts, deployment))
+    assert looked(client, monkeypatch) == ([("r", RESTARTED, True)] if again else [])
+
+
+@pytest.mark.parametrize(
+    ("minutes", "deployment", "enabled", "dead"),
+    [
+        (12.5, "d", True, True),  # `alignflow stuck` waits for ten
+        (11, "d", True, False),
+        (12.5, None, True, False),
+        (12.5, "d", False, False),
+    ],
+)
+def test_a_run_whose_worker_died_before_it_began(
+    minutes: float,
+    deployment: str | None,
+    enabled: bool,
+    dead: bool,
+    shipped: dict[str, Automation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shipped[automations.STUCK].enabled = enabled
+    client = Client(a_run(Pending(timestamp=ago(minutes)), 0, deployment))
+    assert looked(client, monkeypatch) == ([("r", DEAD, True)] if dead else [])
+
+
+@pytest.mark.parametrize(
+    ("heard", "answering", "dead"),
+    [
+        (10, 10, True),  # `alignflow zombies` waits for 90 s
+        (None, 10, True),
+        (1, 10, False),
+        (10, 1, False),  # the server was away: the run could not be heard
+        (10, None, False),
+    ],
+)
+def test_a_silent_run_is_dead_only_where_it_could_be_heard(
+    heard: float | None,
+    answering: float | None,
+    dead: bool,
+    shipped: dict[str, Automation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = automations.RunWatch()
+    watch._answering_since = None if answering is None else ago(answering)
+    client = Client(a_run(Running(timestamp=ago(20))), None if heard is None else ago(heard))
+    assert looked(client, monkeypatch, watch) == ([("r", DEAD, True)] if dead else [])
+
+
+def test_while_the_server_is_away_nothing_happens_and_its_silence_is_forgotten(
+    shipped: dict[str, Automation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = automations.RunWatch()
+    watch._answering_since = ago(60)
+    client = Client(a_run(Running(timestamp=ago(20))))
+    client.away = True
+    assert looked(client, monkeypatch, watch) == [] and watch._answering_since is None
+    client.away = False
+    assert looked(client, monkeypatch, watch) == [] and watch._answering_since is not None
