@@ -259,8 +259,8 @@ def cut_repeated_prompts(frame: pl.DataFrame, answers: Sequence[str], kind: Kind
     texts = [pl.col(name) for name in answers]
     if kind == "ranking":
         begins = pl.col("responses").list.len() > 1
-        heads = frame.select("row", "responses", asked=asked).explode("responses")
-        repeated = heads.group_by("row", maintain_order=True).agg(
+        heads = frame.with_row_index("place").select("place", "responses", asked=asked).explode("responses")
+        repeated = heads.group_by("place", maintain_order=True).agg(
             pl.col("responses").str.starts_with(pl.col("asked").str.strip_chars_end()).all().alias("all")
         )
         repeats = frame.select(begins).to_series() & repeated["all"]
@@ -272,9 +272,9 @@ def cut_repeated_prompts(frame: pl.DataFrame, answers: Sequence[str], kind: Kind
         return frame, []
     longest = asked.str.strip_chars_end().str.len_chars()
     if kind == "ranking":
-        cut = frame.select("row", "responses", n=longest).explode("responses")
+        cut = frame.with_row_index("place").select("place", "responses", n=longest).explode("responses")
         cut = cut.with_columns(pl.col("responses").str.slice(pl.col("n")).str.strip_chars_start())
-        lists = cut.group_by("row", maintain_order=True).agg("responses")["responses"]
+        lists = cut.group_by("place", maintain_order=True).agg("responses")["responses"]
         changed = frame.with_columns(responses=lists)
     else:
         changed = frame.with_columns(text.str.slice(longest).str.strip_chars_start() for text in texts)

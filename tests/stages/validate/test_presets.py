@@ -263,6 +263,52 @@ def test_a_tree_of_messages(tmp_path: Path) -> None:
         checked(round_, "ranking", tmp_path, max_bad=0.5)
 
 
+def test_what_is_derived_of_pairs_that_stand_in_one_row(tmp_path: Path) -> None:
+    """Net wins of the answers rated 3, 4 and 1 are 0, 2 and -2; two of their three pairs come of the first row."""
+    rows: Rows = [
+        {"prompt": "Why?", "response": f"r{score}", "helpfulness": score, "correctness": 1, "coherence": 1}
+        for score in (3, 4, 1)
+    ]
+    report, written = checked(rows, "preference", tmp_path)
+    assert [row["row"] for row in written] == [0, 0, 1]
+    assert report.parts["train"] == {"prompt": 1, "preference": 3, "ranking": 3, "feedback": 2, "sft": 1}
+    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    assert thumbs.select("completion", "label").rows() == [("r4", True), ("r1", False)]
+    assert imitated["response"].to_list() == ["r4"]
+
+
+def test_what_is_derived_of_rankings_that_stand_in_one_row(tmp_path: Path, codec: Codec) -> None:
+    """A tree's two rankings, after prompts of different lengths, each keep their own answers and their own length."""
+    later = {
+        "text": "please say the word blue",
+        "role": "prompter",
+        "replies": [
+            {"text": f"please say the word blue {text}", "role": "assistant", "rank": rank}
+            for rank, text in ((1, "good"), (0, "red"))
+        ],
+    }
+    tree = {
+        "text": "please say the word red",
+        "role": "prompter",
+        "replies": [
+            {"text": f"please say the word red {text}", "role": "assistant", "rank": rank, "replies": replies}
+            for rank, text, replies in ((1, "no", []), (0, "yes", [later]), (2, "bad", []))
+        ],
+    }
+    rows: Rows = [{"message_tree_id": "1", "prompt": tree}]
+    report, written = checked(rows, "ranking", tmp_path)
+    assert report.notes == {"repeated_prompt_cut": 1}
+    assert [(row["row"], row["responses"]) for row in written] == [(0, ["no", "yes", "bad"]), (0, ["good", "red"])]
+    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    expected = [("yes", True), ("bad", False), ("good", False), ("red", True)]
+    assert thumbs.select("completion", "label").rows() == expected
+    assert imitated["response"].to_list() == ["yes", "red"]
+    short, long = (len(codec.prompt(row["prompt"])) for row in written)
+    report, _ = checked(rows, "ranking", tmp_path, codec)
+    assert report.lengths is not None  # each answer is one token and its end
+    assert (report.lengths.median, report.lengths.longest) == (short + 2, long + 2)
+
+
 def test_conversations_beside_their_first_turn(tmp_path: Path) -> None:
     """Capybara: several turns in both answers, and `prompt` is one of them."""
     rows = [
