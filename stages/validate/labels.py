@@ -146,7 +146,7 @@ def _first_place(found: set[float], names: Names) -> int | None:
             return first if found <= {first, first + 1} else None
     if found == {1, 2} or found == {2}:
         return 1
-    return 0 if found <= {0, 1} and _INDEX.search(names.label.lower()) else None
+    return 0 if 0 in found and found <= {0, 1} and _INDEX.search(names.label.lower()) else None
 
 
 # --- what the user says of it ---

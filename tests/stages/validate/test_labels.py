@@ -173,6 +173,14 @@ def test_sides_that_could_be_either(labels: list[Any], tmp_path: Path) -> None:
     assert "max_bad" not in told
 
 
+def test_an_index_of_1_alone_could_be_either(tmp_path: Path) -> None:
+    """It is the second answer beside 0 and the first beside 2, whatever the column is called."""
+    names = {"label": "choice"}
+    assert "whether the first answer is 0 or 1" in refusal([1, 1], tmp_path, "preference", names=names)
+    assert run([1, 2], tmp_path, "preference", names=names)[1] == ["A", "B"]
+    assert run([0, 0], tmp_path, "preference", names=names)[1] == ["A", "A"]
+
+
 def test_strengths_with_their_sign(tmp_path: Path) -> None:
     sides = run([-3, 0, 2], tmp_path, "preference", label_map={"<0": "a", "0": "tie", ">0": "b"})[1]
     assert sides == ["A", "B"]
