@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from schemas.config import Kind
-from stages.validate.cells import BadRow, Row, number
+from stages.validate.cells import BadRow, Row, number, text
 
 Numbered = tuple[int, Row | BadRow | str]
 """A row, what is wrong with it, or a note on why it gives none, and the number of its source row."""
@@ -187,23 +187,28 @@ def _helpsteer(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Numbered
 def _ranked(
     places: list[int], prompt: object, texts: list[Any], levels: list[Any], by: str, kind: Kind
 ) -> Iterator[Numbered]:
-    """The answers to one prompt as one ranking, or as all pairs of different levels. One answer alone gives none."""
-    if len(texts) < 2:
-        yield from ((place, BadRow("prompt", "one_answer", prompt)) for place in places)
-    elif kind == "ranking":
-        yield places[0], {"prompt": prompt, "responses": texts, by: levels}
-    else:
+    """The answers to one prompt as one ranking, or as all pairs of different levels. One answer alone gives none.
+
+    An answer without a text or a level is put aside by itself.
+    """
+    judged: list[tuple[int, str, float]] = []
+    for place, answer, level in zip(places, texts, levels, strict=True):
         try:
-            heights = [number(level, by) * (1 if by == "scores" else -1) for level in levels]
+            judged.append((place, text(answer, "response"), number(level, by)))
         except BadRow as bad:
-            yield places[0], bad
-            return
-        for i, j in combinations(range(len(texts)), 2):
-            if heights[i] != heights[j]:
-                label = "a" if heights[i] > heights[j] else "b"
-                yield places[i], {"prompt": prompt, "a": texts[i], "b": texts[j], "label": label}
-        if len(set(heights)) == 1:
-            yield places[0], BadRow(by, "tie", levels)
+            yield place, bad
+    heights = [level if by == "scores" else -level for _, _, level in judged]
+    if len(judged) < 2:
+        yield from ((place, BadRow("prompt", "one_answer", prompt)) for place, _, _ in judged)
+    elif kind == "ranking":
+        answers = [answer for _, answer, _ in judged]
+        yield judged[0][0], {"prompt": prompt, "responses": answers, by: [level for _, _, level in judged]}
+    elif len(set(heights)) == 1:
+        yield from ((place, BadRow(by, "tie", level)) for place, _, level in judged)
+    else:
+        for (height, (place, a, _)), (other, (_, b, _)) in combinations(zip(heights, judged, strict=True), 2):
+            if height != other:
+                yield place, {"prompt": prompt, "a": a, "b": b, "label": "a" if height > other else "b"}
 
 
 _DEEPEST = 1000

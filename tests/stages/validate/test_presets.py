@@ -234,6 +234,29 @@ def test_answers_of_one_prompt_are_ranked_together(tmp_path: Path) -> None:
     assert beats == {("r2", "r0", 2.0), ("r4", "r2", 2.0), ("r4", "r0", 4.0)}
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("ranking", 0), ("preference", 2)])
+def test_an_answer_that_cannot_be_ranked_is_put_aside_alone(kind: Kind, tied: int, tmp_path: Path) -> None:
+    """One has no rating and one no text: the other two of the prompt are compared. A tie puts both its rows aside."""
+    rows: Rows = [
+        {"prompt": prompt, "response": response, "helpfulness": rating, "correctness": 1, "coherence": 1}
+        for prompt, response, rating in [
+            ("Why?", "unrated", None),
+            ("Why?", "bad", 1),
+            ("Why?", None, 3),
+            ("Why?", "good", 4),
+            ("Who?", "he", 2),
+            ("Who?", "she", 2),
+        ]
+    ]
+    report, written = checked(rows, kind, tmp_path, max_bad=0.5)
+    assert report.reasons == {"not_a_number": 1, "missing": 1} | ({"tie": tied} if tied else {})
+    assert report.kept == 4 - tied
+    if kind == "preference":
+        assert [(row["row"], row["chosen"], row["rejected"]) for row in written] == [(1, "good", "bad")]
+    else:
+        assert [(row["row"], row["responses"], row["winners"]) for row in written] == [(1, ["bad", "good"], [1])]
+
+
 def test_helpsteer_prompts_of_several_turns(tmp_path: Path) -> None:
     prompt = "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nWho are you?"
     rows = [{"prompt": prompt, "response": f"r{i}", "helpfulness": i, "correctness": 1, "coherence": 1} for i in (0, 1)]
