@@ -269,7 +269,10 @@ def _replies(
 
 
 def _oasst_trees(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Numbered]:
-    """{"message_tree_id": "1", "prompt": {"text": "Name a fruit.", "role": "prompter", "replies": [...]}}"""
+    """{"message_tree_id": "1", "prompt": {"text": "Name a fruit.", "role": "prompter", "replies": [...]}}
+
+    A branch that gives nothing is noted where others of its tree give rows.
+    """
     for place, row in rows:
         flat: list[tuple[int, Row]] = []
         waiting: list[tuple[Any, str | None]] = [(row.get("prompt"), None)]
@@ -282,7 +285,9 @@ def _oasst_trees(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Number
             name = str(len(flat))
             flat.append((place, {**node, "message_id": name, "parent_id": parent}))
             waiting += [(reply, name) for reply in reversed(node.get("replies") or [])]
-        yield from _oasst(flat, kind)
+        given = [item for _, item in _oasst(flat, kind)]
+        useful = any(isinstance(item, Mapping) for item in given)
+        yield from ((place, item.reason if useful and isinstance(item, BadRow) else item) for item in given)
 
 
 # --- the registry ---
@@ -354,7 +359,8 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
         Shape(
             _of("prompt", "response_0", "response_1", "better_response_id"),
             _PAIRS,
-            "`better_response_id` names the more helpful answer (the safer one: --columns label=safer_response_id)",
+            "`better_response_id` names the more helpful answer "
+            "(the safer one: --format pku --columns label=safer_response_id)",
             _pku,
             labels=("better_response_id", "response_0", "response_1"),
         ),

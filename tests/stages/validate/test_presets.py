@@ -1,6 +1,7 @@
 """Rows in the shapes of public data sets, through the whole check down to the ids that training sees."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -213,7 +214,11 @@ def test_ties_are_put_aside_and_are_not_bad(tmp_path: Path) -> None:
 def test_the_safer_answer_instead(tmp_path: Path) -> None:
     """`columns` goes before what a format reads by itself, as the line that is printed says."""
     [row] = PAIRS["pku"][2]
-    report, [written] = checked([row], "preference", tmp_path, format="pku", columns={"label": "safer_response_id"})
+    report, _ = checked([row], "preference", tmp_path)
+    options = re.findall(r"--(\w+) ([^ )]+)", report.read[0])
+    assert options == [("format", "pku"), ("columns", "label=safer_response_id")]
+    ours, theirs = options[1][1].split("=")
+    report, [written] = checked([row], "preference", tmp_path, format=options[0][1], columns={ours: theirs})
     assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
     assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
 
@@ -330,6 +335,23 @@ def test_what_is_derived_of_rankings_that_stand_in_one_row(tmp_path: Path, codec
     report, _ = checked(rows, "ranking", tmp_path, codec)
     assert report.lengths is not None  # each answer is one token and its end
     assert (report.lengths.median, report.lengths.longest) == (short + 2, long + 2)
+
+
+def test_a_branch_without_a_verdict_costs_nothing_of_its_tree(tmp_path: Path) -> None:
+    """Its replies are equally good, which is noted; a tree that has nothing else is put aside."""
+
+    def said_by(role: str, text: str, rank: int | None = None, *replies: dict[str, Any]) -> dict[str, Any]:
+        return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+    tied = said_by("prompter", "more", None, said_by("assistant", "a", 0), said_by("assistant", "b", 0))
+    best, worst = said_by("assistant", "good", 0, tied), said_by("assistant", "bad", 1)
+    trees = [
+        {"message_tree_id": name, "prompt": prompt}
+        for name, prompt in (("1", said_by("prompter", "Why?", None, worst, best)), ("2", tied))
+    ]
+    report, [pair] = checked(trees, "preference", tmp_path, max_bad=0.5)
+    assert (pair["row"], pair["chosen"], pair["rejected"]) == (0, "good", "bad")
+    assert (report.kept, report.reasons, report.noted) == (1, {"tie": 1}, {"tie": [0]})
 
 
 def test_conversations_beside_their_first_turn(tmp_path: Path) -> None:
