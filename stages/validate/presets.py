@@ -211,6 +211,7 @@ def _ranked(
                 yield place, {"prompt": prompt, "a": a, "b": b, "label": "a" if height > other else "b"}
 
 
+_DELETED = (True, "true", "True", "TRUE", "1")  # in CSV all cells are texts
 _DEEPEST = 1000
 """Messages before a reply; a message that is among its own parents would go on for ever."""
 
@@ -249,23 +250,27 @@ def _replies(
     if kind == "prompt":
         yield place, {"prompt": prompt}
         return
-    answers = [(number_, row) for number_, row in children if row.get("role") == "assistant" and not row.get("deleted")]
-    ranks = [row.get("rank") for _, row in answers]
+    answers: list[tuple[int, str, float | None]] = []
+    for reply, row in children:
+        if row.get("role") == "assistant" and row.get("deleted") not in _DELETED:
+            try:
+                rank = None if row.get("rank") in (None, "") else number(row["rank"], "rank")
+            except BadRow as bad:
+                yield reply, bad
+            else:
+                answers.append((reply, row["text"], rank))
+    ranked = [answer for answer in answers if answer[2] is not None]
     if kind == "sft":
-        best = min(
-            answers, key=lambda answer: (answer[1].get("rank") is None, answer[1].get("rank") or 0), default=None
-        )
+        best = min(ranked, key=lambda answer: answer[2] or 0.0) if ranked else next(iter(answers), None)
         if best is None:
             yield place, "no_answer"
         else:
-            yield best[0], {"prompt": prompt, "response": best[1]["text"]}
-        return
-    ranked = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
-    if len(ranked) < 2:
+            yield best[0], {"prompt": prompt, "response": best[1]}
+    elif len(ranked) < 2:
         yield place, "fewer_than_two_ranked"
     else:
-        places, texts = [answer[0] for answer, _ in ranked], [answer[1]["text"] for answer, _ in ranked]
-        yield from _ranked(places, prompt, texts, [rank for _, rank in ranked], "ranks", kind)
+        places, texts, ranks = (list(column) for column in zip(*ranked, strict=True))
+        yield from _ranked(places, prompt, texts, ranks, "ranks", kind)
 
 
 def _oasst_trees(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Numbered]:
@@ -278,7 +283,7 @@ def _oasst_trees(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Number
         waiting: list[tuple[Any, str | None]] = [(row.get("prompt"), None)]
         while waiting:
             node, parent = waiting.pop()
-            if not isinstance(node, dict):
+            if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
                 yield place, BadRow("prompt", "not_a_message", node)
                 flat = []
                 break

@@ -291,6 +291,32 @@ def test_a_tree_of_messages(tmp_path: Path) -> None:
         checked(round_, "ranking", tmp_path, max_bad=0.5)
 
 
+def test_messages_in_csv(tmp_path: Path) -> None:
+    """There all cells are texts: what is not deleted is called False, and who has no rank has an empty cell."""
+    more = {"message_id": "c", "parent_id": "q", "text": "unranked", "role": "assistant", "rank": None, "lang": "en"}
+    gone = {**more, "message_id": "d", "text": "gone", "rank": 0}
+    odd = {**more, "message_id": "e", "text": "odd", "rank": "high"}
+    rows = [{**node, "deleted": node is gone} for node in (*NODES, more, gone, odd)]
+    file = tmp_path / "rows.csv"
+    pl.DataFrame(rows, schema_overrides={"rank": pl.String}, strict=False).write_csv(file)
+    for kind in ("sft", "ranking"):
+        params = ValidateParams(path=str(file), kind=kind, eval_fraction=0, max_bad=0.5)
+        report = check(Context(params), tmp_path / "out")
+        assert report.checks == {"rank: not_a_number": 1}
+        [row] = pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet").to_dicts()
+        if kind == "sft":
+            assert row["response"] == "yes good"
+        else:
+            assert (row["responses"], row["winners"]) == (["no bad", "yes good"], [1])
+
+
+@pytest.mark.parametrize("replies", [3, "none", [3], {"text": "a"}])
+def test_trees_whose_replies_are_no_messages(replies: Any, tmp_path: Path) -> None:
+    tree = {"message_tree_id": "1", "prompt": {"text": "Why?", "role": "prompter", "replies": replies}}
+    with pytest.raises(StageError, match="not_a_message"):
+        checked([tree], "ranking", tmp_path)
+
+
 def test_what_is_derived_of_pairs_that_stand_in_one_row(tmp_path: Path) -> None:
     """Net wins of the answers rated 3, 4 and 1 are 0, 2 and -2; two of their three pairs come of the first row."""
     rows: Rows = [
