@@ -127,6 +127,9 @@ def test_the_example_of_a_refusal_works(tmp_path: Path) -> None:
         ({"1": "up"}, "preference", "a, b, tie, skip"),
         ({">=x": "up"}, "feedback", "not a bound"),
         ({"1": "up"}, "ranking", "kind ranking has no labels"),
+        ({"": "skip", "1": "up"}, "feedback", "not a label"),
+        ({"1": "up", "1.0": "down"}, "feedback", "label 1 is given twice, as up and as down"),
+        ({"Good": "up", "good ": "down"}, "feedback", "label good is given twice, as up and as down"),
     ],
 )
 def test_maps_that_say_nothing(label_map: dict[str, str], kind: Kind, words: str, tmp_path: Path) -> None:
