@@ -132,12 +132,14 @@ def conversation(value: str, name: str) -> Turns | None:
 
 def without_end(value: str, tokens: tuple[str, ...] = _ENDS) -> str:
     """The text without the tokens at its end, nor white space around them."""
-    bare = value.rstrip()
-    if not bare.endswith(tokens):
+    end = len(value.rstrip())
+    if not value.endswith(tokens, 0, end):
         return value
-    while bare.endswith(tokens):
-        bare = bare.removesuffix(next(filter(bare.endswith, tokens))).rstrip()
-    return bare
+    while token := next((token for token in tokens if value.endswith(token, 0, end)), ""):
+        end -= len(token)
+        while end and value[end - 1].isspace():
+            end -= 1
+    return value[:end]
 
 
 def _letters(label: str) -> tuple[bool, bool]:
