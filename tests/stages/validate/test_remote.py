@@ -73,6 +73,17 @@ def test_other_addresses_are_opened_by_fsspec(tmp_path: Path, monkeypatch: pytes
     assert "cannot be fetched" in message and "https://127.0.0.1:1/rows.jsonl" in message
 
 
+def test_a_digest_of_a_file_on_this_disk_is_held_against_it(tmp_path: Path) -> None:
+    """What is no file has none."""
+    file = tmp_path / "pairs.jsonl.gz"
+    file.write_bytes(CONTENT)
+    assert checked(file, tmp_path / "out", sha256=DIGEST).kept == 20
+    message, _ = refused(file, tmp_path / "out", sha256="0" * 64)
+    assert DIGEST in message and str(file) in message
+    message, _ = refused("demo:sft", tmp_path / "out", sha256=DIGEST)
+    assert "demo:sft is not a file" in message and "leave it out" in message
+
+
 def test_a_digest_is_required_before_anything_starts(tmp_path: Path) -> None:
     """By the check of a config and by the reader; a deployed run may fetch nothing."""
     where = "s3://rows/pairs.jsonl"
