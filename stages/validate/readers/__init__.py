@@ -22,7 +22,7 @@ from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
 from stages.validate.readers.json_lines import Lines, lines_of
 from stages.validate.readers.json_rows import other_orientation
-from stages.validate.readers.remote import fetched, refuse_other_digest
+from stages.validate.readers.remote import fetched, of_the_address, refuse_other_digest
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
@@ -126,7 +126,10 @@ def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
 def _from_remote(remote: Remote, params: ValidateParams) -> Iterator[Chunk]:
     refuse_moving(params)
     with fetched(remote, params.sha256) as file:
-        yield from _from_file(file, params.limit)
+        try:
+            yield from _from_file(file, params.limit)
+        except StageError as error:
+            raise of_the_address(error, remote, file) from error
 
 
 def _refuse_other_digest(file: Path, sha256: str) -> None:

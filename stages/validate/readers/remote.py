@@ -42,6 +42,15 @@ def fetched(source: Remote, sha256: str | None) -> Iterator[Path]:
         yield file
 
 
+def of_the_address(error: StageError, source: Remote, file: Path) -> StageError:
+    """An error of the fetched file in the words of its address, since the file is gone once it is read."""
+    named = error.problem
+    folder = f"{file.parent}/"
+    words = {name: str(getattr(named, name) or "").replace(folder, "") or None for name in ("message", "fix")}
+    value = source.url if named.value == str(file) else named.value
+    return StageError(named.model_copy(update={**words, "value": value}), status=error.status)
+
+
 def refuse_other_digest(where: object, wanted: str | None, digest: str) -> None:
     """Raise StageError where a file is another than the one that the config names."""
     if digest != wanted:
