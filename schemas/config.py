@@ -108,7 +108,7 @@ class DataConfig(Strict):
     `https://`; `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
     kind: Kind
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Digest of the file at an address, so that the same config means the same rows; required there."""
+    """Digest that the file must have, so that the same config means the same rows; required of a file at an address."""
     revision: str | None = None
     """Commit of the Hugging Face dataset."""
     subset: str | None = None

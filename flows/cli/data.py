@@ -51,7 +51,9 @@ def validate(
     test_fraction: Annotated[float | None, typer.Option(help="Share of prompts to keep for a last test.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N rows.")] = None,
-    sha256: Annotated[str | None, typer.Option(help="Digest of a file at s3://, gs:// or https://.")] = None,
+    sha256: Annotated[
+        str | None, typer.Option(help="Digest that the file must have; required at s3://, gs:// or https://.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,

@@ -16,7 +16,8 @@ from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, Sentimen
 from stages.generate import HOW_TO_RANK, Messages, Progress, answer, label, score, summary, write
 from stages.validate import formats, readers
 from stages.validate.cells import BadRow
-from stages.validate.column_advice import AROUND, KNOWN
+from stages.validate.column_advice import KNOWN
+from stages.validate.columns import Columns
 
 
 def judge_named(name: str) -> Judge | None:
@@ -35,31 +36,37 @@ class Asked(NamedTuple):
     beside: dict[str, Any]
 
 
-_SPOKEN = KNOWN["prompt"] | AROUND
 _WRITTEN = {"responses", "order", "scores", "comparisons", "ranks"}
 
 
 def prompts_of(path: str, limit: int | None) -> list[Asked]:
     """The prompts of a user's file, each once, with the columns beside the first row that has it.
 
+    A system message, an input and earlier turns in columns of their own are part of the prompt, as in `validate`.
+
     A column that is called like one of the rows written is kept as `prompt_NAME`. Raises StageError at the first row
     that holds no prompt.
     """
     prompts: dict[str, Asked] = {}
-    for number, record in enumerate(readers.records(ValidateParams(path=path, kind="prompt", limit=limit))):
+    params = ValidateParams(path=path, kind="prompt", limit=limit)
+    columns = Columns(params)
+    for number, record in enumerate(readers.records(params)):
         try:
             if record.row is None:
                 raise BadRow("row", record.reason)
-            turns = formats.parse("prompt", record.row)["prompt"]
+            parsed = formats.parse("prompt", columns.row(record.row))
+            turns = columns.around(record.row, parsed)["prompt"]
         except BadRow as problem:
             fix = "`alignflow validate --kind prompt` cleans a file"
             message = f"row {number} holds no prompt: {problem}"
             raise refuse("--prompts", path, message, fix, kind="bad_data") from problem
         prompt = [{"role": role, "content": content} for role, content in turns]
+        plan = columns.plan(record.row)
+        spoken = {*KNOWN["prompt"], *plan.takes.values(), plan.system, plan.input, plan.history}
         beside = {
             f"prompt_{name}" if name in _WRITTEN else name: value
             for name, value in record.row.items()
-            if name not in _SPOKEN
+            if name not in spoken
         }
         prompts.setdefault(json.dumps(prompt), Asked(prompt, beside))
     if not prompts:

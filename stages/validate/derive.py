@@ -110,9 +110,13 @@ def _pairs(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _net_wins(frame: pl.DataFrame) -> pl.DataFrame:
-    """(row, answer, net): for every answer that was compared, its comparisons won less those lost."""
-    sides = [frame.select("row", answer=side, net=pl.lit(sign)).explode("answer") for side, sign in _SIGNS]
-    return pl.concat(sides).group_by("row", "answer").agg(pl.col("net").sum()).sort("row", "answer")
+    """(place, answer, net): for every answer that was compared, its comparisons won less those lost.
+
+    Places count the rows of the frame: of one source row several may be made.
+    """
+    frame = frame.with_row_index("place")
+    sides = [frame.select("place", answer=side, net=pl.lit(sign)).explode("answer") for side, sign in _SIGNS]
+    return pl.concat(sides).group_by("place", "answer").agg(pl.col("net").sum()).sort("place", "answer")
 
 
 _SIGNS = (("winners", 1), ("losers", -1))
@@ -120,14 +124,16 @@ _SIGNS = (("winners", 1), ("losers", -1))
 
 def _thumbs(frame: pl.DataFrame) -> pl.DataFrame:
     """Thumbs up for answers that won more often than they lost, down for the reverse; none for those in the middle."""
-    judged = _net_wins(frame).filter(pl.col("net") != 0).join(frame, on="row", maintain_order="left")
+    judged = _net_wins(frame).filter(pl.col("net") != 0)
+    judged = judged.join(frame.with_row_index("place"), on="place", maintain_order="left")
     return judged.select(*HEAD, completion=_text_of("answer"), label=pl.col("net") > 0)
 
 
 def _best(frame: pl.DataFrame) -> pl.DataFrame:
     """The answer with the most wins less losses, of equals the first; none where all have won as often as lost."""
-    best = _net_wins(frame).filter(pl.col("net") > 0).sort("row", "net", "answer", descending=[False, True, False])
-    first = best.unique("row", keep="first", maintain_order=True).join(frame, on="row", maintain_order="left")
+    best = _net_wins(frame).filter(pl.col("net") > 0).sort("place", "net", "answer", descending=[False, True, False])
+    first = best.unique("place", keep="first", maintain_order=True)
+    first = first.join(frame.with_row_index("place"), on="place", maintain_order="left")
     return first.select(*HEAD, response=_text_of("answer"))
 
 

@@ -146,7 +146,7 @@ def _first_place(found: set[float], names: Names) -> int | None:
             return first if found <= {first, first + 1} else None
     if found == {1, 2} or found == {2}:
         return 1
-    return 0 if found <= {0, 1} and _INDEX.search(names.label.lower()) else None
+    return 0 if 0 in found and found <= {0, 1} and _INDEX.search(names.label.lower()) else None
 
 
 # --- what the user says of it ---
@@ -169,6 +169,7 @@ def wrong_map(params: ValidateParams) -> StageError | None:
     if params.kind not in MEANINGS:
         fix = "leave label_map out: only the kinds feedback and preference have labels"
         return refuse("label_map", _map_text(params.label_map), f"kind {params.kind} has no labels", fix)
+    meant: dict[str, str] = {}
     for label, meaning in params.label_map.items():
         if meaning not in MEANINGS[params.kind]:
             allowed = ", ".join(MEANINGS[params.kind])
@@ -177,6 +178,16 @@ def wrong_map(params: ValidateParams) -> StageError | None:
         bound = _BOUND.fullmatch(label.strip())
         if bound and _number(bound.group(2)) is None:
             return refuse("label_map", label, "this is not a bound", "write a number after it, such as '>=4': up")
+        if bound:
+            continue
+        try:
+            one = canonical(label)
+        except BadRow:
+            fix = "name a value of the column; rows without a label are put aside by themselves"
+            return refuse("label_map", label, "this is not a label", fix)
+        if meant.setdefault(one, meaning) != meaning:
+            message = f"label {one_line(one, 60)} is given twice, as {meant[one]} and as {meaning}"
+            return refuse("label_map", label, message, "give it once: letters' case and a number's zeros do not count")
     return None
 
 

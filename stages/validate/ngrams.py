@@ -35,7 +35,10 @@ def ngrams(texts: pl.DataFrame, n: int) -> pl.DataFrame:
 
 
 def near_duplicates(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
-    """Notes prompts of which an earlier one, that is not the same, has most n-grams."""
+    """Notes prompts of which an earlier one, that is not the same, has most n-grams.
+
+    An n-gram counts only for the first prompt that has it, which keeps the work linear and may find too few.
+    """
     if context.params.ngrams is None:
         return
     frame = frame.unique("prompt_id", keep="first", maintain_order=True)

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from schemas.config import Kind
-from stages.validate.cells import BadRow, Row, number
+from stages.validate.cells import BadRow, Row, number, text
 
 Numbered = tuple[int, Row | BadRow | str]
 """A row, what is wrong with it, or a note on why it gives none, and the number of its source row."""
@@ -187,25 +187,31 @@ def _helpsteer(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Numbered
 def _ranked(
     places: list[int], prompt: object, texts: list[Any], levels: list[Any], by: str, kind: Kind
 ) -> Iterator[Numbered]:
-    """The answers to one prompt as one ranking, or as all pairs of different levels. One answer alone gives none."""
-    if len(texts) < 2:
-        yield from ((place, BadRow("prompt", "one_answer", prompt)) for place in places)
-    elif kind == "ranking":
-        yield places[0], {"prompt": prompt, "responses": texts, by: levels}
-    else:
+    """The answers to one prompt as one ranking, or as all pairs of different levels. One answer alone gives none.
+
+    An answer without a text or a level is put aside by itself.
+    """
+    judged: list[tuple[int, str, float]] = []
+    for place, answer, level in zip(places, texts, levels, strict=True):
         try:
-            heights = [number(level, by) * (1 if by == "scores" else -1) for level in levels]
+            judged.append((place, text(answer, "response"), number(level, by)))
         except BadRow as bad:
-            yield places[0], bad
-            return
-        for i, j in combinations(range(len(texts)), 2):
-            if heights[i] != heights[j]:
-                label = "a" if heights[i] > heights[j] else "b"
-                yield places[i], {"prompt": prompt, "a": texts[i], "b": texts[j], "label": label}
-        if len(set(heights)) == 1:
-            yield places[0], BadRow(by, "tie", levels)
+            yield place, bad
+    heights = [level if by == "scores" else -level for _, _, level in judged]
+    if len(judged) < 2:
+        yield from ((place, BadRow("prompt", "one_answer", prompt)) for place, _, _ in judged)
+    elif kind == "ranking":
+        answers = [answer for _, answer, _ in judged]
+        yield judged[0][0], {"prompt": prompt, "responses": answers, by: [level for _, _, level in judged]}
+    elif len(set(heights)) == 1:
+        yield from ((place, BadRow(by, "tie", level)) for place, _, level in judged)
+    else:
+        for (height, (place, a, _)), (other, (_, b, _)) in combinations(zip(heights, judged, strict=True), 2):
+            if height != other:
+                yield place, {"prompt": prompt, "a": a, "b": b, "label": "a" if height > other else "b"}
 
 
+_DELETED = (True, "true", "True", "TRUE", "1")  # in CSV all cells are texts
 _DEEPEST = 1000
 """Messages before a reply; a message that is among its own parents would go on for ever."""
 
@@ -244,40 +250,49 @@ def _replies(
     if kind == "prompt":
         yield place, {"prompt": prompt}
         return
-    answers = [(number_, row) for number_, row in children if row.get("role") == "assistant" and not row.get("deleted")]
-    ranks = [row.get("rank") for _, row in answers]
+    answers: list[tuple[int, str, float | None]] = []
+    for reply, row in children:
+        if row.get("role") == "assistant" and row.get("deleted") not in _DELETED:
+            try:
+                rank = None if row.get("rank") in (None, "") else number(row["rank"], "rank")
+            except BadRow as bad:
+                yield reply, bad
+            else:
+                answers.append((reply, row["text"], rank))
+    ranked = [answer for answer in answers if answer[2] is not None]
     if kind == "sft":
-        best = min(
-            answers, key=lambda answer: (answer[1].get("rank") is None, answer[1].get("rank") or 0), default=None
-        )
+        best = min(ranked, key=lambda answer: answer[2] or 0.0) if ranked else next(iter(answers), None)
         if best is None:
             yield place, "no_answer"
         else:
-            yield best[0], {"prompt": prompt, "response": best[1]["text"]}
-        return
-    ranked = [(answer, rank) for answer, rank in zip(answers, ranks, strict=True) if rank is not None]
-    if len(ranked) < 2:
+            yield best[0], {"prompt": prompt, "response": best[1]}
+    elif len(ranked) < 2:
         yield place, "fewer_than_two_ranked"
     else:
-        places, texts = [answer[0] for answer, _ in ranked], [answer[1]["text"] for answer, _ in ranked]
-        yield from _ranked(places, prompt, texts, [rank for _, rank in ranked], "ranks", kind)
+        places, texts, ranks = (list(column) for column in zip(*ranked, strict=True))
+        yield from _ranked(places, prompt, texts, ranks, "ranks", kind)
 
 
 def _oasst_trees(rows: Iterable[tuple[int, Row]], kind: Kind) -> Iterator[Numbered]:
-    """{"message_tree_id": "1", "prompt": {"text": "Name a fruit.", "role": "prompter", "replies": [...]}}"""
+    """{"message_tree_id": "1", "prompt": {"text": "Name a fruit.", "role": "prompter", "replies": [...]}}
+
+    A branch that gives nothing is noted where others of its tree give rows.
+    """
     for place, row in rows:
         flat: list[tuple[int, Row]] = []
         waiting: list[tuple[Any, str | None]] = [(row.get("prompt"), None)]
         while waiting:
             node, parent = waiting.pop()
-            if not isinstance(node, dict):
+            if not isinstance(node, dict) or not isinstance(node.get("replies") or [], list):
                 yield place, BadRow("prompt", "not_a_message", node)
                 flat = []
                 break
             name = str(len(flat))
             flat.append((place, {**node, "message_id": name, "parent_id": parent}))
             waiting += [(reply, name) for reply in reversed(node.get("replies") or [])]
-        yield from _oasst(flat, kind)
+        given = [item for _, item in _oasst(flat, kind)]
+        useful = any(isinstance(item, Mapping) for item in given)
+        yield from ((place, item.reason if useful and isinstance(item, BadRow) else item) for item in given)
 
 
 # --- the registry ---
@@ -349,7 +364,8 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
         Shape(
             _of("prompt", "response_0", "response_1", "better_response_id"),
             _PAIRS,
-            "`better_response_id` names the more helpful answer (the safer one: --columns label=safer_response_id)",
+            "`better_response_id` names the more helpful answer "
+            "(the safer one: --format pku --columns label=safer_response_id)",
             _pku,
             labels=("better_response_id", "response_0", "response_1"),
         ),

@@ -10,6 +10,7 @@ independent noisy judgements make them, and a Bradley-Terry loss over single com
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import fmean
@@ -217,11 +218,15 @@ def _judgement(value: object, names: Sequence[str | None]) -> tuple[int | None, 
 
 def has_cycle(pairs: Iterable[tuple[int, int]]) -> bool:
     """Whether some answer beats, over others, itself: taking away unbeaten answers one by one leaves something."""
-    left = set(pairs)
-    while left:
-        beaten = {loser for _, loser in left}
-        rest = {pair for pair in left if pair[0] in beaten}
-        if rest == left:
-            return True
-        left = rest
-    return False
+    beaten_by: dict[int, list[int]] = {}
+    losses: Counter[int] = Counter()
+    for winner, loser in set(pairs):
+        beaten_by.setdefault(winner, []).append(loser)
+        losses[loser] += 1
+    unbeaten = [answer for answer in beaten_by if not losses[answer]]
+    while unbeaten:
+        for loser in beaten_by.pop(unbeaten.pop(), ()):
+            losses[loser] -= 1
+            if not losses[loser]:
+                unbeaten.append(loser)
+    return bool(beaten_by)

@@ -14,7 +14,7 @@ from schemas.rows import may_repeat
 
 HEAD = ["row", "prompt", "prompt_id", "cluster"]
 _Ranking = dict[str, Any]
-"""A row of kind `ranking`, without margins."""
+"""A row of kind `ranking` without margins, and its `place` in the frame: of one source row several may be made."""
 
 
 def rankings(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
@@ -31,22 +31,28 @@ def rankings(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
 
 def groups(kind: Kind, frame: pl.DataFrame) -> Iterator[list[_Ranking]]:
     """The rankings of one prompt that share answers, directly or over others; only where there are two or more."""
+    frame = frame.with_row_index("place")
     frame = frame.filter(may_repeat(frame, ["prompt"]))
     answers = pl.concat_list("chosen", "rejected") if kind == "preference" else pl.col("responses")
-    each = frame.select("row", "prompt", answer=answers).explode("answer")
-    shares = each.filter(may_repeat(each, ["prompt", pl.col("answer").str.strip_chars()]))["row"].unique()
+    each = frame.select("place", "prompt", answer=answers).explode("answer")
+    shares = each.filter(may_repeat(each, ["prompt", pl.col("answer").str.strip_chars()]))["place"].unique()
     first: dict[tuple[Any, str], int] = {}
-    group: dict[int, list[_Ranking]] = {}  # row -> the group that it is in, one list for all of its rows
-    for row in rankings(kind, frame.filter(pl.col("row").is_in(shares.implode()))).iter_rows(named=True):
+    group: dict[int, list[_Ranking]] = {}  # place -> the group that it is in, one list for all of its rows
+    sharing = frame.filter(pl.col("place").is_in(shares.implode()))
+    for row in rankings(kind, sharing).with_columns(sharing["place"]).iter_rows(named=True):
         prompt = tuple((message["role"], message["content"]) for message in row["prompt"])
-        mine = group[row["row"]] = [row]
+        mine = group[row["place"]] = [row]
         for answer in row["responses"]:
-            other = group[first.setdefault((prompt, answer.strip()), row["row"])]
+            other = group[first.setdefault((prompt, answer.strip()), row["place"])]
             if other is not mine:
                 more, mine = sorted((mine, other), key=len)
                 mine += more
-                group.update((member["row"], mine) for member in more)
-    once = {id(members): sorted(members, key=lambda row: row["row"]) for members in group.values() if members[1:]}
+                group.update((member["place"], mine) for member in more)
+    once = {
+        id(members): sorted(members, key=lambda row: (row["row"], row["place"]))
+        for members in group.values()
+        if members[1:]
+    }
     yield from once.values()
 
 
@@ -80,9 +86,9 @@ def as_one(kind: Kind, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]
     made = rankings(kind, frame.clear())
     if not found:
         return frame, made
-    members = pl.Series([row["row"] for group in found for row in group])
+    members = pl.Series([row["place"] for group in found for row in group])
     made = pl.DataFrame([joined(group) for group in found], schema=made.schema)
-    return frame.filter(~pl.col("row").is_in(members.implode())), made.filter(pl.col("winners").list.len() > 0)
+    return frame.filter(~pl.int_range(pl.len()).is_in(members.implode())), made.filter(pl.col("winners").list.len() > 0)
 
 
 def opposed_thumbs(frame: pl.DataFrame) -> pl.DataFrame:

@@ -84,21 +84,22 @@ class _Tokens:
 
     def findings(self, batch: list[dict]) -> Iterator[Finding]:
         """What makes the rows of a batch unusable: first its prompts, then its answers."""
-        lengths: dict[int, int] = {}
+        usable: list[dict] = []
+        lengths: list[int] = []
         for row, verdict in zip(batch, self._prompts(batch), strict=True):
             if isinstance(verdict, int):
-                lengths[row["row"]] = verdict
+                usable.append(row)
+                lengths.append(verdict)
             else:
                 yield Finding(row["row"], "prompt", *verdict)
         if self.kind == "prompt":
-            self.lengths.extend(lengths.values())
-        usable = [row for row in batch if row["row"] in lengths]
+            self.lengths.extend(lengths)
         answers = [_answers(self.kind, row) for row in usable]
         encoded = iter(self._encode([text for of_row in answers for _, text in of_row]))
-        for row, of_row in zip(usable, answers, strict=True):
+        for row, length, of_row in zip(usable, lengths, answers, strict=True):
             number = row["row"]
             every = [next(encoded) for _ in of_row]
-            problems = [self._answer(lengths[number], text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
+            problems = [self._answer(length, text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
             for (column, _), problem in zip(of_row, problems, strict=True):
                 if problem:
                     yield Finding(number, column, *problem)

@@ -132,12 +132,14 @@ def conversation(value: str, name: str) -> Turns | None:
 
 def without_end(value: str, tokens: tuple[str, ...] = _ENDS) -> str:
     """The text without the tokens at its end, nor white space around them."""
-    bare = value.rstrip()
-    if not bare.endswith(tokens):
+    end = len(value.rstrip())
+    if not value.endswith(tokens, 0, end):
         return value
-    while bare.endswith(tokens):
-        bare = bare.removesuffix(next(filter(bare.endswith, tokens))).rstrip()
-    return bare
+    while token := next((token for token in tokens if value.endswith(token, 0, end)), ""):
+        end -= len(token)
+        while end and value[end - 1].isspace():
+            end -= 1
+    return value[:end]
 
 
 def _letters(label: str) -> tuple[bool, bool]:
@@ -259,8 +261,8 @@ def cut_repeated_prompts(frame: pl.DataFrame, answers: Sequence[str], kind: Kind
     texts = [pl.col(name) for name in answers]
     if kind == "ranking":
         begins = pl.col("responses").list.len() > 1
-        heads = frame.select("row", "responses", asked=asked).explode("responses")
-        repeated = heads.group_by("row", maintain_order=True).agg(
+        heads = frame.with_row_index("place").select("place", "responses", asked=asked).explode("responses")
+        repeated = heads.group_by("place", maintain_order=True).agg(
             pl.col("responses").str.starts_with(pl.col("asked").str.strip_chars_end()).all().alias("all")
         )
         repeats = frame.select(begins).to_series() & repeated["all"]
@@ -272,9 +274,9 @@ def cut_repeated_prompts(frame: pl.DataFrame, answers: Sequence[str], kind: Kind
         return frame, []
     longest = asked.str.strip_chars_end().str.len_chars()
     if kind == "ranking":
-        cut = frame.select("row", "responses", n=longest).explode("responses")
+        cut = frame.with_row_index("place").select("place", "responses", n=longest).explode("responses")
         cut = cut.with_columns(pl.col("responses").str.slice(pl.col("n")).str.strip_chars_start())
-        lists = cut.group_by("row", maintain_order=True).agg("responses")["responses"]
+        lists = cut.group_by("place", maintain_order=True).agg("responses")["responses"]
         changed = frame.with_columns(responses=lists)
     else:
         changed = frame.with_columns(text.str.slice(longest).str.strip_chars_start() for text in texts)

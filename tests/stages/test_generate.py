@@ -254,6 +254,29 @@ def test_what_stands_beside_a_prompt_travels_with_it(model: Path, tmp_path: Path
     assert check(Context(params), tmp_path / "out").kept == 2
 
 
+def test_what_stands_around_a_prompt_is_asked_too(tmp_path: Path) -> None:
+    """The same conversation as `validate` reads, so that the ranked answers are answers to it."""
+    file = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": PROMPTS[0], "system": "Be kind.", "history": [["Hi", "Hello."]], "id": 1},
+        {"instruction": "Double it.", "input": "4", "id": 2},
+        {"prompt": PROMPTS[1], "input": "of nothing that is asked", "id": 3},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = generate_command.prompts_of(str(file), None)
+    check(Context(ValidateParams(path=str(file), kind="prompt", eval_fraction=0)), tmp_path / "out")
+    read_by_validate = pl.read_parquet(tmp_path / "out" / "train" / "prompt.parquet")["prompt"].to_list()
+    assert [prompt for prompt, _ in asked] == read_by_validate
+    assert [(message["role"], message["content"]) for message in asked[0].prompt] == [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", "Hello."),
+        ("user", PROMPTS[0]),
+    ]
+    assert [message["content"] for message in asked[1].prompt] == ["Double it.\n4"]
+    assert [beside for _, beside in asked] == [{"id": 1}, {"id": 2}, {"input": "of nothing that is asked", "id": 3}]
+
+
 def test_columns_of_a_parquet_file_travel_too(model: Path, tmp_path: Path) -> None:
     """What JSON has no form for is written as text."""
     day = date(2026, 1, 2)

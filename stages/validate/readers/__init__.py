@@ -4,6 +4,7 @@ A line that is not a row is handed on as broken, with its reason; a file that ca
 """
 
 import difflib
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from stages.validate.readers.files import Record, bytes_of, digestible, text_of
 from stages.validate.readers.json_array import Array
 from stages.validate.readers.json_lines import Lines, lines_of
 from stages.validate.readers.json_rows import other_orientation
-from stages.validate.readers.remote import fetched
+from stages.validate.readers.remote import fetched, of_the_address, refuse_other_digest
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .parquet or .csv"
 _CHUNK = 10_000
@@ -54,12 +55,19 @@ def records(params: ValidateParams, rows: Path | None = None, seed: int = 0) -> 
 
 
 def _open(params: ValidateParams, rows: Path | None, seed: int) -> Iterator[Chunk]:
-    match data_source(params.path):
+    source = data_source(params.path)
+    if params.sha256 is not None and not isinstance(source, File | Remote):
+        message = f"{params.path} is not a file, so that it has no digest"
+        fix = "leave it out; a data set of the Hub is pinned by its revision"
+        raise refuse("sha256", params.sha256, message, fix, kind="no_file")
+    match source:
         case Demo(kind):
             return _in_chunks(_from_demo(kind, seed), params.limit)
         case Hub(name):
             return _from_hub(params, name)
         case File(file):
+            if params.sha256 is not None:
+                _refuse_other_digest(file, params.sha256)
             return _from_file(file, params.limit)
         case Remote() as remote:
             return _from_remote(remote, params)
@@ -118,7 +126,20 @@ def _from_file(file: Path, limit: int | None) -> Iterator[Chunk]:
 def _from_remote(remote: Remote, params: ValidateParams) -> Iterator[Chunk]:
     refuse_moving(params)
     with fetched(remote, params.sha256) as file:
-        yield from _from_file(file, params.limit)
+        try:
+            yield from _from_file(file, params.limit)
+        except StageError as error:
+            raise of_the_address(error, remote, file) from error
+
+
+def _refuse_other_digest(file: Path, sha256: str) -> None:
+    _refuse_missing(file)
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise refuse("path", file, f"the file cannot be read: {error}", None, kind="unreadable_file") from error
+    refuse_other_digest(file, sha256, digest)
 
 
 def _refuse_missing(file: Path) -> None:

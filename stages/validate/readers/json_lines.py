@@ -57,7 +57,7 @@ def lines_of(file: Path) -> Iterator[Lines]:
             chunk = Lines(lines, numbers)
             if lines and not begun:
                 begun = True
-                if error := other_orientation(file, next(chunk.records([0])).row):
+                if error := other_orientation(file, next(chunk.records([0])).row, alone=len(lines) == 1):
                     raise error
             yield from (chunk.part(begin, _ROWS) for begin in range(0, len(lines), _ROWS))
 

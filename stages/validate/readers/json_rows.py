@@ -36,8 +36,11 @@ class Decoder:
         return self._decoder.raw_decode(text, begin)
 
 
-def other_orientation(file: Path, value: object) -> StageError | None:
-    """The first object of a file holds all its rows, as pandas and others write tables; None where it is a row."""
+def other_orientation(file: Path, value: object, alone: bool = True) -> StageError | None:
+    """The first object of a file holds all its rows, as pandas and others write tables; None where it is a row.
+
+    `alone`: no other object follows. Beside others a list of objects under `examples`, say, is a cell of a row.
+    """
     if not isinstance(value, dict) or not value:
         return None
     how = 'read it with pandas.read_json{} and write it by `to_json("rows.jsonl", orient="records", lines=True)`'
@@ -52,7 +55,7 @@ def other_orientation(file: Path, value: object) -> StageError | None:
         what, how = "rows by their numbers (orient `index` of pandas)", how.format('(..., orient="index")')
     elif len(value) > 1 and _lists_of_cells(value):
         what, how = "column after column, each a list", how.format("")
-    elif name := next((key for key in _ROWS if _is_table(value.get(key))), None):
+    elif alone and (name := next((key for key in _ROWS if _is_table(value.get(key))), None)):
         what = f"its rows in a list under `{name}`"
         how = f"take them out: `jq -c '.{name}[]' {one_line(file.name)} > rows.jsonl`"
     if not what:

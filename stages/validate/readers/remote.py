@@ -38,11 +38,25 @@ def fetched(source: Remote, sha256: str | None) -> Iterator[Path]:
             message = f"the file cannot be fetched: {type(error).__name__}: {one_line(error, 300)}"
             fix = "check the address and the credentials in the environment, or fetch the file and name the copy"
             raise refuse("path", source.url, message, fix, kind="unreachable") from error
-        if digest.hexdigest() != sha256:
-            message = f"the file at {source.url} has another digest: {digest.hexdigest()}"
-            fix = "if this file is the one that you want, set sha256 to its digest"
-            raise refuse("sha256", sha256, message, fix, kind="other_digest")
+        refuse_other_digest(source.url, sha256, digest.hexdigest())
         yield file
+
+
+def of_the_address(error: StageError, source: Remote, file: Path) -> StageError:
+    """An error of the fetched file in the words of its address, since the file is gone once it is read."""
+    named = error.problem
+    folder = f"{file.parent}/"
+    words = {name: str(getattr(named, name) or "").replace(folder, "") or None for name in ("message", "fix")}
+    value = source.url if named.value == str(file) else named.value
+    return StageError(named.model_copy(update={**words, "value": value}), status=error.status)
+
+
+def refuse_other_digest(where: object, wanted: str | None, digest: str) -> None:
+    """Raise StageError where a file is another than the one that the config names."""
+    if digest != wanted:
+        message = f"the file at {where} has another digest: {digest}"
+        fix = "if this file is the one that you want, set sha256 to its digest"
+        raise refuse("sha256", wanted, message, fix, kind="other_digest")
 
 
 @contextmanager

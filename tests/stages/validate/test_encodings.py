@@ -157,6 +157,14 @@ def test_json_of_another_orientation_is_refused_by_name(
     assert all(word in message for word in words), message
 
 
+def test_rows_with_a_list_of_objects_are_rows(tmp_path: Path) -> None:
+    """Many of them hold no table each, whatever their columns are called."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({**row, "examples": [{"in": "a", "out": "b"}]}) + "\n" for row in ROWS))
+    report = checked(file, tmp_path / "out", eval_fraction=0)
+    assert report.kept == len(ROWS) and list(report.unused) == ["examples"]
+
+
 @pytest.mark.parametrize("orient", ["columns", "split", "index", "table"])
 def test_the_advice_for_pandas_tables_works(tmp_path: Path, orient: Any) -> None:
     """What pandas wrote is read by pandas as the error says, and then by us."""

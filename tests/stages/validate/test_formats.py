@@ -1,6 +1,7 @@
 """The forms in which rows come: what each turns into, and what each refuses with which reason."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -287,6 +288,14 @@ def test_averaging_equal_scores_makes_no_pair() -> None:
 )
 def test_has_cycle(pairs: list[tuple[int, int]], cyclic: bool) -> None:
     assert has_cycle(pairs) is cyclic
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_a_long_chain_of_answers_takes_linear_time(cyclic: bool) -> None:
+    """Where time grows with the square of its length this chain takes more than ten minutes."""
+    began = time.monotonic()
+    assert has_cycle([(place, place + 1) for place in range(100_000)] + [(99_999, 50_000)] * cyclic) is cyclic
+    assert time.monotonic() - began < 30
 
 
 def test_generated_rows_lose_their_empty_answers() -> None:

@@ -127,6 +127,9 @@ def test_the_example_of_a_refusal_works(tmp_path: Path) -> None:
         ({"1": "up"}, "preference", "a, b, tie, skip"),
         ({">=x": "up"}, "feedback", "not a bound"),
         ({"1": "up"}, "ranking", "kind ranking has no labels"),
+        ({"": "skip", "1": "up"}, "feedback", "not a label"),
+        ({"1": "up", "1.0": "down"}, "feedback", "label 1 is given twice, as up and as down"),
+        ({"Good": "up", "good ": "down"}, "feedback", "label good is given twice, as up and as down"),
     ],
 )
 def test_maps_that_say_nothing(label_map: dict[str, str], kind: Kind, words: str, tmp_path: Path) -> None:
@@ -171,6 +174,14 @@ def test_sides_that_could_be_either(labels: list[Any], tmp_path: Path) -> None:
     told = refusal(labels, tmp_path, "preference")
     assert "a and b" in told and "1 and 2" in told and "--label-map" in told
     assert "max_bad" not in told
+
+
+def test_an_index_of_1_alone_could_be_either(tmp_path: Path) -> None:
+    """It is the second answer beside 0 and the first beside 2, whatever the column is called."""
+    names = {"label": "choice"}
+    assert "whether the first answer is 0 or 1" in refusal([1, 1], tmp_path, "preference", names=names)
+    assert run([1, 2], tmp_path, "preference", names=names)[1] == ["A", "B"]
+    assert run([0, 0], tmp_path, "preference", names=names)[1] == ["A", "A"]
 
 
 def test_strengths_with_their_sign(tmp_path: Path) -> None:

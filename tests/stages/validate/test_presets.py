@@ -1,6 +1,7 @@
 """Rows in the shapes of public data sets, through the whole check down to the ids that training sees."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -213,7 +214,11 @@ def test_ties_are_put_aside_and_are_not_bad(tmp_path: Path) -> None:
 def test_the_safer_answer_instead(tmp_path: Path) -> None:
     """`columns` goes before what a format reads by itself, as the line that is printed says."""
     [row] = PAIRS["pku"][2]
-    report, [written] = checked([row], "preference", tmp_path, format="pku", columns={"label": "safer_response_id"})
+    report, _ = checked([row], "preference", tmp_path)
+    options = re.findall(r"--(\w+) ([^ )]+)", report.read[0])
+    assert options == [("format", "pku"), ("columns", "label=safer_response_id")]
+    ours, theirs = options[1][1].split("=")
+    report, [written] = checked([row], "preference", tmp_path, format=options[0][1], columns={ours: theirs})
     assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
     assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
 
@@ -232,6 +237,29 @@ def test_answers_of_one_prompt_are_ranked_together(tmp_path: Path) -> None:
         for w, x, m in zip(ranking["winners"], ranking["losers"], ranking["margins"], strict=True)
     }
     assert beats == {("r2", "r0", 2.0), ("r4", "r2", 2.0), ("r4", "r0", 4.0)}
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("ranking", 0), ("preference", 2)])
+def test_an_answer_that_cannot_be_ranked_is_put_aside_alone(kind: Kind, tied: int, tmp_path: Path) -> None:
+    """One has no rating and one no text: the other two of the prompt are compared. A tie puts both its rows aside."""
+    rows: Rows = [
+        {"prompt": prompt, "response": response, "helpfulness": rating, "correctness": 1, "coherence": 1}
+        for prompt, response, rating in [
+            ("Why?", "unrated", None),
+            ("Why?", "bad", 1),
+            ("Why?", None, 3),
+            ("Why?", "good", 4),
+            ("Who?", "he", 2),
+            ("Who?", "she", 2),
+        ]
+    ]
+    report, written = checked(rows, kind, tmp_path, max_bad=0.5)
+    assert report.reasons == {"not_a_number": 1, "missing": 1} | ({"tie": tied} if tied else {})
+    assert report.kept == 4 - tied
+    if kind == "preference":
+        assert [(row["row"], row["chosen"], row["rejected"]) for row in written] == [(1, "good", "bad")]
+    else:
+        assert [(row["row"], row["responses"], row["winners"]) for row in written] == [(1, ["bad", "good"], [1])]
 
 
 def test_helpsteer_prompts_of_several_turns(tmp_path: Path) -> None:
@@ -261,6 +289,95 @@ def test_a_tree_of_messages(tmp_path: Path) -> None:
     round_ = [{**NODES[0], "parent_id": "a"}, *NODES[1:]]  # a message among its own parents
     with pytest.raises(StageError, match="too_deep"):
         checked(round_, "ranking", tmp_path, max_bad=0.5)
+
+
+def test_messages_in_csv(tmp_path: Path) -> None:
+    """There all cells are texts: what is not deleted is called False, and who has no rank has an empty cell."""
+    more = {"message_id": "c", "parent_id": "q", "text": "unranked", "role": "assistant", "rank": None, "lang": "en"}
+    gone = {**more, "message_id": "d", "text": "gone", "rank": 0}
+    odd = {**more, "message_id": "e", "text": "odd", "rank": "high"}
+    rows = [{**node, "deleted": node is gone} for node in (*NODES, more, gone, odd)]
+    file = tmp_path / "rows.csv"
+    pl.DataFrame(rows, schema_overrides={"rank": pl.String}, strict=False).write_csv(file)
+    for kind in ("sft", "ranking"):
+        params = ValidateParams(path=str(file), kind=kind, eval_fraction=0, max_bad=0.5)
+        report = check(Context(params), tmp_path / "out")
+        assert report.checks == {"rank: not_a_number": 1}
+        [row] = pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet").to_dicts()
+        if kind == "sft":
+            assert row["response"] == "yes good"
+        else:
+            assert (row["responses"], row["winners"]) == (["no bad", "yes good"], [1])
+
+
+@pytest.mark.parametrize("replies", [3, "none", [3], {"text": "a"}])
+def test_trees_whose_replies_are_no_messages(replies: Any, tmp_path: Path) -> None:
+    tree = {"message_tree_id": "1", "prompt": {"text": "Why?", "role": "prompter", "replies": replies}}
+    with pytest.raises(StageError, match="not_a_message"):
+        checked([tree], "ranking", tmp_path)
+
+
+def test_what_is_derived_of_pairs_that_stand_in_one_row(tmp_path: Path) -> None:
+    """Net wins of the answers rated 3, 4 and 1 are 0, 2 and -2; two of their three pairs come of the first row."""
+    rows: Rows = [
+        {"prompt": "Why?", "response": f"r{score}", "helpfulness": score, "correctness": 1, "coherence": 1}
+        for score in (3, 4, 1)
+    ]
+    report, written = checked(rows, "preference", tmp_path)
+    assert [row["row"] for row in written] == [0, 0, 1]
+    assert report.parts["train"] == {"prompt": 1, "preference": 3, "ranking": 3, "feedback": 2, "sft": 1}
+    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    assert thumbs.select("completion", "label").rows() == [("r4", True), ("r1", False)]
+    assert imitated["response"].to_list() == ["r4"]
+
+
+def test_what_is_derived_of_rankings_that_stand_in_one_row(tmp_path: Path, codec: Codec) -> None:
+    """A tree's two rankings, after prompts of different lengths, each keep their own answers and their own length."""
+    later = {
+        "text": "please say the word blue",
+        "role": "prompter",
+        "replies": [
+            {"text": f"please say the word blue {text}", "role": "assistant", "rank": rank}
+            for rank, text in ((1, "good"), (0, "red"))
+        ],
+    }
+    tree = {
+        "text": "please say the word red",
+        "role": "prompter",
+        "replies": [
+            {"text": f"please say the word red {text}", "role": "assistant", "rank": rank, "replies": replies}
+            for rank, text, replies in ((1, "no", []), (0, "yes", [later]), (2, "bad", []))
+        ],
+    }
+    rows: Rows = [{"message_tree_id": "1", "prompt": tree}]
+    report, written = checked(rows, "ranking", tmp_path)
+    assert report.notes == {"repeated_prompt_cut": 1}
+    assert [(row["row"], row["responses"]) for row in written] == [(0, ["no", "yes", "bad"]), (0, ["good", "red"])]
+    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    expected = [("yes", True), ("bad", False), ("good", False), ("red", True)]
+    assert thumbs.select("completion", "label").rows() == expected
+    assert imitated["response"].to_list() == ["yes", "red"]
+    short, long = (len(codec.prompt(row["prompt"])) for row in written)
+    report, _ = checked(rows, "ranking", tmp_path, codec)
+    assert report.lengths is not None  # each answer is one token and its end
+    assert (report.lengths.median, report.lengths.longest) == (short + 2, long + 2)
+
+
+def test_a_branch_without_a_verdict_costs_nothing_of_its_tree(tmp_path: Path) -> None:
+    """Its replies are equally good, which is noted; a tree that has nothing else is put aside."""
+
+    def said_by(role: str, text: str, rank: int | None = None, *replies: dict[str, Any]) -> dict[str, Any]:
+        return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+    tied = said_by("prompter", "more", None, said_by("assistant", "a", 0), said_by("assistant", "b", 0))
+    best, worst = said_by("assistant", "good", 0, tied), said_by("assistant", "bad", 1)
+    trees = [
+        {"message_tree_id": name, "prompt": prompt}
+        for name, prompt in (("1", said_by("prompter", "Why?", None, worst, best)), ("2", tied))
+    ]
+    report, [pair] = checked(trees, "preference", tmp_path, max_bad=0.5)
+    assert (pair["row"], pair["chosen"], pair["rejected"]) == (0, "good", "bad")
+    assert (report.kept, report.reasons, report.noted) == (1, {"tie": 1}, {"tie": [0]})
 
 
 def test_conversations_beside_their_first_turn(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,29 @@ def test_other_addresses_are_opened_by_fsspec(tmp_path: Path, monkeypatch: pytes
         assert "cannot be fetched: FileNotFoundError" in message
     message, _ = refused("https://127.0.0.1:1/rows.jsonl", tmp_path / "out", sha256=DIGEST)
     assert "cannot be fetched" in message and "https://127.0.0.1:1/rows.jsonl" in message
+
+
+def test_errors_name_the_address_and_not_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is gone when the error is read: what is to be done is done to a copy of the user's own."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    content = "prompt,naïve\np,r\n".encode("cp1252")
+    MemoryFileSystem().pipe("/bucket/rows.csv", content)
+    monkeypatch.setattr("fsspec.open", lambda url, mode: MemoryFileSystem().open(f"/{url.partition('://')[2]}", mode))
+    message, _ = refused("gs://bucket/rows.csv", tmp_path / "out", sha256=hashlib.sha256(content).hexdigest())
+    assert message.startswith("path = gs://bucket/rows.csv: ") and tempfile.gettempdir() not in message
+    assert "iconv -f WINDOWS-1252 -t UTF-8 'rows.csv' > 'rows-utf8.csv'" in message
+
+
+def test_a_digest_of_a_file_on_this_disk_is_held_against_it(tmp_path: Path) -> None:
+    """What is no file has none."""
+    file = tmp_path / "pairs.jsonl.gz"
+    file.write_bytes(CONTENT)
+    assert checked(file, tmp_path / "out", sha256=DIGEST).kept == 20
+    message, _ = refused(file, tmp_path / "out", sha256="0" * 64)
+    assert DIGEST in message and str(file) in message
+    message, _ = refused("demo:sft", tmp_path / "out", sha256=DIGEST)
+    assert "demo:sft is not a file" in message and "leave it out" in message
 
 
 def test_a_digest_is_required_before_anything_starts(tmp_path: Path) -> None:

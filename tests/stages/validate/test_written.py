@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stages.validate import check
 from stages.validate.cells import BadRow, parsed_list, turns
 from stages.validate.context import Context
 from stages.validate.quarantine import Report
-from stages.validate.written import conversation, dialect_of
+from stages.validate.written import conversation, dialect_of, without_end
 
 Rows = list[dict[str, Any]]
 FULL = (("system", "Be brief."), ("user", "Red?"), ("assistant", "Yes."), ("user", "Blue?"))
@@ -293,3 +294,12 @@ def test_nothing_is_left_of_an_answer(tmp_path: Path) -> None:
     rows = [{"prompt": ASKED + str(i), "response": f"{ASKED}{i}"} for i in range(4)]
     with pytest.raises(StageError, match="response: empty"):
         checked(rows, "sft", tmp_path)
+
+
+def test_end_tokens_without_end_take_linear_time() -> None:
+    """A copy of the text for each of them moves 2 TB."""
+    assert without_end("a </s>\n<|im_end|> ") == "a"
+    assert without_end("a ") == "a " and without_end("</s>") == ""
+    began = time.monotonic()
+    assert without_end("a" + "</s>" * 1_000_000) == "a"
+    assert time.monotonic() - began < 30
