@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from schemas import Strict, no_truth
 from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
-from schemas.source import Hub, PathText, could_exist, data_source, template_file
+from schemas.source import Hub, PathText, Remote, could_exist, data_source, template_file
 from schemas.stage import STAGES
 from schemas.text import short
 from schemas.training import Training
@@ -155,6 +155,11 @@ class DataConfig(Strict):
         source = data_source(path)
         if not path.strip() or (isinstance(source, Hub) and not source.name.strip()):
             raise PydanticCustomError("no_name", "must name a file, or hub:NAME")
+        if isinstance(source, Remote) and source.has_secrets:
+            message = "what stands before @ or after ? would be logged with the config. Fix: leave it out; credentials "
+            raise PydanticCustomError(
+                "secrets", message + "come from the environment (s3://, gs://), or fetch the file"
+            )
         return path
 
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
@@ -98,6 +99,12 @@ class Remote:
     def scheme(self) -> str:
         """`s3`, `gs` or `https`."""
         return self.url.partition(":")[0]
+
+    @property
+    def has_secrets(self) -> bool:
+        """Whether it holds a user or a query, as signed addresses do: whoever reads one may fetch the file."""
+        parts = urlsplit(self.url)
+        return "@" in parts.netloc or bool(parts.query)
 
 
 HOW_TO_PIN = "set it to what `sha256sum` prints for a copy of the file"

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from flows.planning.config_checks import check
 from flows.planning.requests import model_file
-from schemas.config import PipelineConfig
+from schemas.config import DataConfig, PipelineConfig
 from schemas.errors import StageError
 from schemas.source import (
     Demo,
@@ -92,3 +93,22 @@ def test_a_package_with_two_gguf_files_is_refused_everywhere(tmp_path: Path, mon
     (package / "b.gguf").unlink()
     assert model_file("package:two-models") == find("package:two-models", None) == package / "a.gguf"
     assert "two_models" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("path", "secret"),
+    [
+        ("https://host/rows.jsonl", False),
+        ("s3://bucket/a/rows.jsonl", False),
+        ("https://user:word@host/rows.jsonl", True),
+        ("https://bucket.host/rows.jsonl?X-Amz-Signature=abc", True),
+        ("https://account.host/rows.jsonl?sv=1&sig=abc", True),
+        ("./user@home/rows.jsonl?", False),  # a file
+    ],
+)
+def test_an_address_that_lets_its_readers_in_is_refused(path: str, secret: bool) -> None:
+    if not secret:
+        assert DataConfig(path=path, kind="sft").path == path
+        return
+    with pytest.raises(ValidationError, match=r"would be logged with the config\. Fix: leave it out"):
+        DataConfig(path=path, kind="sft", sha256="0" * 64)
