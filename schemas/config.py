@@ -156,10 +156,9 @@ class DataConfig(Strict):
         if not path.strip() or (isinstance(source, Hub) and not source.name.strip()):
             raise PydanticCustomError("no_name", "must name a file, or hub:NAME")
         if isinstance(source, Remote) and source.has_secrets:
-            message = "what stands before @ or after ? would be logged with the config. Fix: leave it out; credentials "
-            raise PydanticCustomError(
-                "secrets", message + "come from the environment (s3://, gs://), or fetch the file"
-            )
+            fix = "leave it out (s3:// and gs:// take credentials from the environment), or fetch the file"
+            what = "what stands before @ or after ? would be logged with the config"
+            raise PydanticCustomError("secrets", "{what}. Fix: {fix}", {"what": what, "fix": fix})
         return path
 
 
