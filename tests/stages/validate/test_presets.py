@@ -213,9 +213,11 @@ def test_ties_are_put_aside_and_are_not_bad(tmp_path: Path) -> None:
 def test_the_safer_answer_instead(tmp_path: Path) -> None:
     """`columns` goes before what a format reads by itself, as the line that is printed says."""
     [row] = PAIRS["pku"][2]
-    report, [written] = checked([row], "preference", tmp_path, format="pku", columns={"label": "safer_response_id"})
-    assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
-    assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
+    for named in ("pku", None):
+        columns = {"label": "safer_response_id"}
+        report, [written] = checked([row], "preference", tmp_path, format=named, columns=columns)
+        assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
+        assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
 
 
 def test_answers_of_one_prompt_are_ranked_together(tmp_path: Path) -> None:
