@@ -258,6 +258,28 @@ def test_wrong_mappings(tmp_path: Path) -> None:
     assert "no column `promt`" in message and "did you mean `prompt`" in message
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "mapping"),
+    [
+        (
+            {"prompt": "p", "model_a": "m", "model_b": "n", "response_a": "r", "response_b": "s", "winner": "model_a"},
+            "preference",
+            "`--columns a=response_a --columns b=response_b --columns label=YOUR_COLUMN`",
+        ),
+        ({"prompt": "p", "Response1": "r", "Response2": "s"}, "preference", "--columns a=Response1 --columns b=Respo"),
+        ({"Prompt": "p", "Chosen": "c", "Rejected": "r"}, "preference", "chosen=Chosen --columns rejected=Rejected"),
+        ({"prompt": "p", "responses": ["a", "b"], "rating": [1, 2]}, "ranking", "`--columns scores=YOUR_COLUMN`"),
+        ({"prompt": "p", "responses": ["a", "b"], "rank": [1, 2]}, "ranking", "`--columns ranks=rank`"),
+    ],
+)
+def test_the_mapping_to_write(tmp_path: Path, row: dict, kind: Kind, mapping: str) -> None:
+    """Two answers beside a verdict are no chosen and rejected, and a ranking can be told in four ways."""
+    message, _ = refused(write(tmp_path / "a.jsonl", [row] * 3), tmp_path / "out", kind)
+    assert mapping in message, message
+    if kind == "ranking":
+        assert "`order`" in message.split("will do too")[0].split("; ")[-1]
+
+
 def test_no_column_is_guessed(tmp_path: Path) -> None:
     """Chosen and rejected the wrong way round would invert every preference: only a placeholder is suggested."""
     file = write(tmp_path / "a.jsonl", [{"question": "q", "better": "b", "worse": "w"}] * 3)
