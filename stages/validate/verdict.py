@@ -68,6 +68,7 @@ _ALLOWED = {
     "not_a_transcript": "give the conversations as lists of messages with `role` and `content`",
     "prompts_differ": "give both answers after the same conversation; they may differ in the last turn alone",
     "not_learned": "take out the rows whose last answer has weight 0: it is the one that is learned",
+    "template_refuses": "take out what it refuses (a system message, turns out of turn), or use another model",
     "no_answer": "end every conversation with the assistant's answer",
     "roles_out_of_order": "let user and assistant speak in turn, the user first, after one system message at most",
     "not_a_permutation": "name every answer once in each order; a list within it is a tie",

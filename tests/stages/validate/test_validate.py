@@ -574,6 +574,20 @@ def test_template_that_refuses(tmp_path: Path, tinystories: Path) -> None:
     report = checked(file, tmp_path / "out", codec=codec)
     assert report.reasons == {"template_refuses": 1}
     assert quarantine(tmp_path / "out")[0]["value"] == "no system here"
+    message, _ = refused(
+        write(tmp_path / "b.jsonl", [{"prompt": told, "response": "Hi."}]), tmp_path / "b", codec=codec
+    )
+    assert "Fix: take out what it refuses (a system message" in message
+
+
+def test_template_that_leaves_system_messages_out(tmp_path: Path, tinystories: Path) -> None:
+    """The rows stay, and are counted: they say something else to the model than they do to a reader."""
+    codec = Codec.load(tinystories)
+    file = write(tmp_path / "a.jsonl", [*ROWS, {"prompt": "Hello", "response": "Hi.", "system": "Be kind."}])
+    assert checked(file, tmp_path / "whole", codec=codec).notes == {}
+    codec.tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}\n{% endfor %}"
+    report = checked(file, tmp_path / "out", codec=codec)
+    assert (report.quarantined, report.notes) == (0, {"system_left_out": 1})
 
 
 def test_merges_across_the_border_are_counted(tmp_path: Path, tinystories: Path) -> None:
