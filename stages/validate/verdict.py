@@ -72,6 +72,8 @@ _ALLOWED = {
     "no_answer": "end every conversation with the assistant's answer",
     "roles_out_of_order": "let user and assistant speak in turn, the user first, after one system message at most",
     "not_a_permutation": "name every answer once in each order; a list within it is a tie",
+    "not_a_comparison": 'write each comparison as {"a": 0, "b": 1, "winner": 0}, answers by their numbers from 0',
+    "wrong_number_of_cells": 'put cells that hold separators or quotes in double quotes, a quote inside as ""',
     "unknown_answer": "name answers by their numbers, from 0",
     "not_unicode": "take out half characters such as \\ud83d, or write both halves",
     "two_system_messages": "keep one system message: in the conversation, or in a column of its own",

@@ -259,6 +259,21 @@ def test_wrong_mappings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "kind", "fix"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}] * 2}, "sft", "end every conversation with the assistant's"),
+        ({"prompt": [{"role": "user", "content": "q"}] * 2, "response": "a"}, "sft", "speak in turn"),
+        ({"prompt": "p", "responses": ["a", "b"], "order": [1, 2]}, "ranking", "numbers, from 0"),
+        ({"prompt": "p", "responses": ["a", "b"], "order": [1]}, "ranking", "name every answer once"),
+        ({"prompt": "p", "responses": ["a", "b"], "comparisons": [[0, 1]]}, "ranking", '"winner": 0'),
+    ],
+)
+def test_what_to_do_about_rows(tmp_path: Path, row: dict, kind: Kind, fix: str) -> None:
+    message, _ = refused(write(tmp_path / "a.jsonl", [row]), tmp_path / "out", kind)
+    assert fix in message.split("Fix: ")[1], message
+
+
+@pytest.mark.parametrize(
     ("row", "kind", "mapping"),
     [
         (
