@@ -96,6 +96,9 @@ def load(uri: str, system: str | None, name: str | None = None) -> Talker:
         except TemplateError as error:
             message, fix = f"the chat template of {one_line(uri)} refuses it: {error}.", "leave it out"
             raise refuse("--system", system, message, fix, kind="chat_template") from error
+        if not codec.writes_system():
+            message, fix = f"the chat template of {one_line(uri)} leaves it out.", "say it in the first message instead"
+            raise refuse("--system", system, message, fix, kind="chat_template")
     return Talker(name or uri, policy, codec, system)
 
 

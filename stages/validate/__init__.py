@@ -37,6 +37,7 @@ CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
     table_checks.contradictions,
     table_checks.hidden_characters,
     token_checks.prompt_tokens_differ,
+    token_checks.systems_left_out,
     table_checks.leaks,
     ngrams.near_duplicates,
     ngrams.overlaps,

@@ -1,6 +1,7 @@
 """What a file's columns must be, and the advice when they are not: each function returns a StageError, or None."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 from schemas.config import Kind, ValidateParams
@@ -34,6 +35,10 @@ AROUND = frozenset({"system", "input", "history"})
 _SIDES = ("chosen", "rejected")
 """Never guessed: the wrong way round they invert every preference."""
 _YOURS = "YOUR_COLUMN"
+_ANSWER = re.compile(
+    r"(response|answer|assistant|option|output|completion|text|conversation)[ _]?([ab0-2])", re.IGNORECASE
+)
+"""How the columns of two answers are called of which another column names the better one."""
 
 
 def fitting_kinds(columns: Iterable[str]) -> list[Kind]:
@@ -118,12 +123,20 @@ def _other_kind(
 ) -> StageError:
     """What is missing of the form that comes closest, the kinds that would fit, and the mapping to write."""
     begun = [form for form in forms if named.intersection(form)] or forms[:1]
-    missing = min(([name for name in form if name not in named] for form in begun), key=len)
+    lacking = [[name for name in form if name not in named] for form in begun]
+    missing = min(lacking, key=len)
     free = [name for name in columns if name not in (*KNOWN[params.kind], *params.columns.values())]
-    near = {name: None if name in _SIDES else _nearest(name, free) for name in missing}
+    answers = {} if params.kind != "preference" or named & {*_SIDES, "a", "b"} else _two_answers(free)
+    if answers:
+        missing = [*(("prompt",) if "prompt" in missing else ()), *answers, "label"]
+    names = [*missing, *(name for lack in lacking if len(lack) == len(missing) == 1 for name in lack)]
+    near = {name: _nearest_of(name, free) for name in names} | answers
+    if len(missing) == 1:  # any of these columns would do
+        missing = [next((name for name in names if near[name]), "scores" if "scores" in names else names[0])]
+    instead = [f"`{name}`" for name in dict.fromkeys(names) if name not in missing]
     fits = [kind for kind in fitting_kinds(named) if kind != params.kind]
     mapping = _mapping({name: near[name] or _YOURS for name in missing})
-    lacks = " and no ".join(f"`{name}`" for name in missing)
+    lacks = " and no ".join([*(f"`{name}`" for name in missing), *instead])
     message = (
         f"{one_line(params.path)} cannot be read as {params.kind}: it has no column {lacks}. "
         f"It has {listed(columns)}. Kind {params.kind} needs {', or '.join(' + '.join(form) for form in forms)}."
@@ -131,7 +144,27 @@ def _other_kind(
     fix = (
         f"read it as kind {' or '.join(fits)}, or " if fits else ""
     ) + f"map {'the columns' if missing[1:] else 'the column'}: {mapping}"
+    fix += f"; {' or '.join(instead)} will do too" if instead else ""
     return refuse("kind", params.kind, message, fix, kind="wrong_columns")
+
+
+def _two_answers(columns: Iterable[str]) -> dict[str, str]:
+    """`a` and `b` -> the columns that hold the two answers; empty where their names do not tell one pair from all."""
+    named = {(match[1].lower(), match[2].lower()): name for name in columns if (match := _ANSWER.fullmatch(name))}
+    pairs = [
+        {"a": named[stem, first], "b": named[stem, second]}
+        for (stem, first) in named
+        for second in ({"a": "b", "0": "1", "1": "2"}.get(first),)
+        if second and (stem, second) in named
+    ]
+    return pairs[0] if len(pairs) == 1 else {}
+
+
+def _nearest_of(name: str, others: Iterable[str]) -> str | None:
+    """The column that was probably meant; of chosen and rejected only one that differs in capitals alone."""
+    if name not in _SIDES:
+        return _nearest(name, others)
+    return next((other for other in others if other.strip().lower() == name), None)
 
 
 def _nearest(name: str, others: Iterable[str]) -> str | None:

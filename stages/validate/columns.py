@@ -139,9 +139,9 @@ class Columns:
 
     def _shape(self, names: tuple[str, ...]) -> Shape | None:
         """The shape of a public data set that columns have: the one that is named, else one that is unmistakable."""
-        if self.params.columns and not self.params.format:
-            return None  # the user says what is what
         fits = recognised(names, self.params.format)
+        if self.params.columns and not self.params.format:  # the user says what is what, or whose verdict counts
+            fits = [fit for fit in fits if fit[1].labels and self.params.columns.keys() == {"label"}]
         name, shape = next(((name, shape) for name, shape in fits if self.params.kind in shape.kinds), ("", None))
         if shape is None:
             return None

@@ -16,6 +16,7 @@ What the file calls its columns is for columns.py; conversations within one text
 its whole column tells: it stays as it is until all rows are read (labels.py).
 """
 
+import json
 from collections.abc import Callable, Sequence
 
 import polars as pl
@@ -29,7 +30,21 @@ from stages.validate.rankings import ranking
 
 def parse(kind: Kind, row: Row) -> Parsed:
     """The row in its kind's form. Raises BadRow."""
-    return _PARSERS[kind](row)
+    parsed = _PARSERS[kind](row)
+    if _is_list(row.get("prompt")):  # it may be what a person typed, or turns that were written down as JSON
+        parsed["notes"] = [*parsed.get("notes", ()), "prompt_is_a_list"]
+    return parsed
+
+
+def _is_list(value: object) -> bool:
+    """Whether a text is a JSON list of texts."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        texts = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(texts, list) and bool(texts) and all(isinstance(text_, str) for text_ in texts)
 
 
 # --- sft, prompt, feedback ---

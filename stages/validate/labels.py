@@ -27,6 +27,12 @@ _SIDE = re.compile(r"(?:(?:model|response|answer|assistant|option|output|complet
 _ORDINALS = {"first": "a", "second": "b", "left": "a", "right": "b"}
 _INDEX = re.compile(r"(?:^|_)(?:id|idx|index|choice)$")
 _SHOWN = 8
+_LOST = "worse worst loser losing lost rejected bad wrong"
+_FAULTS = "incorrect error toxic toxicity unsafe harmful spam flagged negative undesirable unhelpful"
+_AGAINST = {"feedback": f"{_LOST} {_FAULTS} disliked dislike downvote downvoted".split(), "preference": _LOST.split()}
+"""Words in a label column's name that turn around what its values say."""
+_NEGATED = frozenset(("not", "non", "no", "less", "least", "without"))
+_BARE = frozenset(("true", "false", "yes", "no", "y", "n"))
 
 
 class Names(NamedTuple):
@@ -87,6 +93,8 @@ def meanings(params: ValidateParams, counts: Mapping[str, int], names: Names) ->
         return _mapped(params, counts, names)
     words = {label for label in counts if _number(label) is None}
     numbers = {label: number for label in counts if (number := _number(label)) is not None}
+    if why := _turned(params.kind, words, names.label):
+        raise _refusal(params, counts, names, why)
     told, why = (_thumbs if params.kind == "feedback" else _sides)(words, sorted(set(numbers.values())), names)
     unknown = sum(counts[label] for label in counts if told.get(label) is None)
     if not why and unknown > params.max_bad * sum(counts.values()):
@@ -94,6 +102,23 @@ def meanings(params: ValidateParams, counts: Mapping[str, int], names: Names) ->
     if why:
         raise _refusal(params, counts, names, why)
     return {label: told.get(label) for label in counts}
+
+
+def _turned(kind: Kind, words: set[str], name: str) -> str:
+    """Why the column's name says the reverse of what its values would be read as; empty where it does not.
+
+    A word such as `good` means the same under any name; of two answers, `a` in a column `loser` is the worse one.
+    """
+    called = _words(name)
+    against = [word for word in called if word in _AGAINST.get(kind, ())]
+    if not against or _NEGATED.intersection(called) or (kind == "feedback" and words - _BARE):
+        return ""
+    return f"has `{against[0]}` in its name, so its values may say the reverse"
+
+
+def _words(name: str) -> list[str]:
+    """The words of a column's name: isBad, is_bad and is-bad have two each."""
+    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
 def _thumbs(words: set[str], numbers: Sequence[float], names: Names) -> tuple[dict[str, str], str]:
@@ -140,13 +165,27 @@ def _sides(words: set[str], numbers: Sequence[float], names: Names) -> tuple[dic
 
 def _first_place(found: set[float], names: Names) -> int | None:
     """The number of the first answer, 0 or 1; None where neither names nor numbers tell."""
+    if _about_one_side(names):
+        return None  # there 1 says yes
     ends = [name[-1:] for name in (names.a, names.b)]
     for first in (0, 1):
         if ends == [str(first), str(first + 1)]:
             return first if found <= {first, first + 1} else None
     if found == {1, 2} or found == {2}:
         return 1
-    return 0 if 0 in found and found <= {0, 1} and _INDEX.search(names.label.lower()) else None
+    return 0 if found <= {0, 1} and 0 in found and _INDEX.search(names.label.lower()) else None
+
+
+def _about_one_side(names: Names) -> bool:
+    """Whether the label column asks of one answer whether it is the better one, as `response_0_better` does."""
+    label, sides = _words(names.label), [_words(name) for name in (names.a, names.b)]
+    named = any(len(side) > 1 and _within(side, label) for side in sides)
+    ends = {side[-1] for side in sides if side}
+    return named or bool({"first", "second"}.intersection(label)) or ("is" in label and bool(ends.intersection(label)))
+
+
+def _within(part: list[str], whole: list[str]) -> bool:
+    return any(whole[place : place + len(part)] == part for place in range(len(whole)))
 
 
 # --- what the user says of it ---

@@ -51,6 +51,14 @@ def prompt_tokens_differ(frame: pl.DataFrame, context: Context) -> Iterator[Find
             yield note(row["row"], "prompt_tokens_differ")
 
 
+def systems_left_out(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
+    """Notes the rows whose system message the chat template passes over without a word."""
+    if context.codec is None or context.codec.writes_system():
+        return
+    role = pl.col("prompt").list.first().struct.field("role")
+    yield from (note(row, "system_left_out") for row in frame.filter(role == "system")["row"])
+
+
 def _answers(kind: Kind, row: dict) -> list[tuple[str, str]]:
     """(column, text) of a row's answers."""
     if kind == "ranking":

@@ -1,5 +1,7 @@
 """Whether what is left of the rows will do: too much may be bad, nothing may be left, or too little is held out."""
 
+import re
+
 import polars as pl
 
 from schemas.errors import StageError, refuse
@@ -43,13 +45,16 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     if usable.height:
         fix += ", or raise max_bad: the rows that are bad are left out"
     source, counts_of = data_source(params.path), quarantine.reasons
-    if isinstance(source, File) and 2 * counts_of.get("not_unicode", 0) > bad:
+    halves = any(_HALF.search(text) for (_, reason), text in quarantine.examples.items() if reason == "not_unicode")
+    if isinstance(source, File) and 2 * counts_of.get("not_unicode", 0) > bad and not halves:
         kind, fix = "not_utf8", how_to_convert(source.path)
     if 2 * (counts_of.get("unknown_tokens", 0) + counts_of.get("equal_tokens", 0)) > bad:
         fix = "take a model whose tokenizer knows these texts: it does not tell them apart"
     return StageError(f"{message}; {failed}.", kind=kind, fix=fix)
 
 
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Half a character that JSON escapes stand for; a byte that is not UTF-8 is one of the others."""
 _ALLOWED = {
     "unknown_role": f"rename the role: user, assistant, system, or another name of theirs ({', '.join(ROLES)})",
     "not_text": "give a text, or a list of messages with `role` and `content`",
@@ -63,6 +68,14 @@ _ALLOWED = {
     "not_a_transcript": "give the conversations as lists of messages with `role` and `content`",
     "prompts_differ": "give both answers after the same conversation; they may differ in the last turn alone",
     "not_learned": "take out the rows whose last answer has weight 0: it is the one that is learned",
+    "template_refuses": "take out what it refuses (a system message, turns out of turn), or use another model",
+    "no_answer": "end every conversation with the assistant's answer",
+    "roles_out_of_order": "let user and assistant speak in turn, the user first, after one system message at most",
+    "not_a_permutation": "name every answer once in each order; a list within it is a tie",
+    "not_a_comparison": 'write each comparison as {"a": 0, "b": 1, "winner": 0}, answers by their numbers from 0',
+    "wrong_number_of_cells": 'put cells that hold separators or quotes in double quotes, a quote inside as ""',
+    "unknown_answer": "name answers by their numbers, from 0",
+    "not_unicode": "take out half characters such as \\ud83d, or write both halves",
     "two_system_messages": "keep one system message: in the conversation, or in a column of its own",
 }
 """Reason -> what is allowed in its place."""

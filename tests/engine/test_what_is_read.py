@@ -118,6 +118,14 @@ def test_chat_refuses_a_system_message_that_the_template_refuses(tmp_path: Path)
     assert chat.load(str(model), None).answer("hello", 0, ChatCommand(model=str(model), max_new_tokens=2)) is not None
 
 
+def test_chat_refuses_a_system_message_that_the_template_leaves_out(tmp_path: Path) -> None:
+    template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}\n{% endfor %}"
+    model = save_language_model(tmp_path / "model", strict(template))
+    with pytest.raises(StageError, match=r"--system = hello: the chat template of .* leaves it out"):
+        chat.load(str(model), "hello")
+    assert chat.load(str(model), None)
+
+
 def test_a_message_that_the_template_refuses_is_taken_back(tmp_path: Path) -> None:
     talker = chat.load(str(save_language_model(tmp_path / "model", strict(ALTERNATE))), None)
     talker.messages = [HELLO]  # as if an answer were missing

@@ -212,6 +212,13 @@ class Codec:
         """
         return str(self._apply([dict(message) for message in messages], add_generation_prompt))
 
+    def writes_system(self) -> bool:
+        """Whether a system message reaches the model; true too where the template refuses it, and so says it."""
+        try:
+            return _MARK in self.render([{"role": "system", "content": _MARK}, *_GREETING])
+        except TemplateError:
+            return True
+
     def _apply(self, chats: Any, add_generation_prompt: bool) -> Any:
         """What the template, which may come from anywhere, writes of one conversation or of several."""
         try:

@@ -65,6 +65,14 @@ def test_old_encodings_that_show_in_the_header_or_after_packing(tmp_path: Path) 
     assert checked(tmp_path / "b-utf8.jsonl", tmp_path / "out").kept == 12
 
 
+def test_half_characters_are_no_encoding(tmp_path: Path) -> None:
+    """An emoji that was cut as JSON escapes: no conversion would help."""
+    file = tmp_path / "cut.jsonl"
+    file.write_text('{"prompt": "q", "response": "a \\ud83d"}\n' * 3)
+    message, _ = refused(file, tmp_path / "out")
+    assert "take out half characters" in message and "iconv" not in message
+
+
 def test_utf16_that_is_cut_is_refused(tmp_path: Path) -> None:
     """Half a character at the end; in the JSON array it is inside a text."""
     for suffix, text in TEXTS.items():

@@ -41,6 +41,17 @@ def test_prompts(prompt: Any, expected: tuple) -> None:
     assert parse("prompt", {"prompt": prompt}) == {"prompt": expected}
 
 
+def test_prompts_that_are_lists_of_texts_are_noted() -> None:
+    """Turns that were written down as JSON stay as they are, for they may be what was asked; a file of them shows."""
+    kinds: dict[Kind, str] = {"prompt": '["hi"]', "sft": ' ["hi", "more"]', "feedback": '["hi"]'}
+    for kind, prompt in kinds.items():
+        row = {"prompt": prompt, "response": "a", "label": 1}
+        parsed = parse(kind, row)
+        assert parsed["prompt"] == (("user", prompt),) and parsed["notes"] == ["prompt_is_a_list"]
+    for prompt in ("[]", "[1, 2]", '["hi"', '["hi"] is a list', "[" * 100_000):
+        assert "notes" not in parse("prompt", {"prompt": prompt})
+
+
 def test_prompt_from_other_columns() -> None:
     """The first turn counts, as a list or, in CSV, as JSON; of messages all up to the user's last."""
     for turns in (["hi", "more"], '["hi", "more"]'):

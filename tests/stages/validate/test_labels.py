@@ -184,6 +184,37 @@ def test_an_index_of_1_alone_could_be_either(tmp_path: Path) -> None:
     assert run([0, 0], tmp_path, "preference", names=names)[1] == ["A", "A"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([1, 1], {"label": "choice"}),
+        ([1, 1], {"label": "winner_idx", "a": "answer_a", "b": "answer_b"}),
+        ([0, 1], {**IDS, "label": "response_0_better"}),
+        ([0, 1], {**IDS, "label": "is_0_better"}),
+        ([0, 1], {**IDS, "label": "first_better"}),
+        ([0, 1], {**IDS, "label": "worse_response_id"}),
+        ([0, 1], {"label": "rejected_idx"}),
+        (["a", "b"], {"label": "loser"}),
+    ],
+)
+def test_sides_that_their_column_may_turn_around(labels: list[Any], names: dict[str, str], tmp_path: Path) -> None:
+    """1 alone may be the first answer, or yes; and the worse answer is named by other columns."""
+    assert "--label-map 1=..." in refusal(labels, tmp_path, "preference", names=names) or "a" in labels
+    told = run([*labels, "a"], tmp_path, "preference", names=names, label_map={"0": "b", "1": "a", "a": "a", "b": "b"})
+    assert told[1][-1] == "A"
+
+
+@pytest.mark.parametrize("name", ["toxic", "is_bad", "isHarmful", "rejected"])
+@pytest.mark.parametrize("labels", [[1, 0], [True, False], ["yes", "no"]])
+def test_thumbs_that_their_column_turns_around(labels: list[Any], name: str, tmp_path: Path) -> None:
+    told = refusal(labels, tmp_path, names={"label": name})
+    assert f"column `{name}` has" in told and "may say the reverse" in told and "--label-map" in told
+    assert run(["good", "bad"], tmp_path, names={"label": name})[1] == [True, False]
+    assert run(labels, tmp_path, names={"label": f"not_{name}"})[1] == [True, False]
+    told_by = {"1": "down", "0": "up", "true": "down", "false": "up", "yes": "down", "no": "up"}
+    assert run(labels, tmp_path, names={"label": name}, label_map=told_by)[1] == [False, True]
+
+
 def test_strengths_with_their_sign(tmp_path: Path) -> None:
     sides = run([-3, 0, 2], tmp_path, "preference", label_map={"<0": "a", "0": "tie", ">0": "b"})[1]
     assert sides == ["A", "B"]

@@ -1,7 +1,6 @@
 """Rows in the shapes of public data sets, through the whole check down to the ids that training sees."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -214,13 +213,11 @@ def test_ties_are_put_aside_and_are_not_bad(tmp_path: Path) -> None:
 def test_the_safer_answer_instead(tmp_path: Path) -> None:
     """`columns` goes before what a format reads by itself, as the line that is printed says."""
     [row] = PAIRS["pku"][2]
-    report, _ = checked([row], "preference", tmp_path)
-    options = re.findall(r"--(\w+) ([^ )]+)", report.read[0])
-    assert options == [("format", "pku"), ("columns", "label=safer_response_id")]
-    ours, theirs = options[1][1].split("=")
-    report, [written] = checked([row], "preference", tmp_path, format=options[0][1], columns={ours: theirs})
-    assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
-    assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
+    for named in ("pku", None):
+        columns = {"label": "safer_response_id"}
+        report, [written] = checked([row], "preference", tmp_path, format=named, columns=columns)
+        assert (written["chosen"], written["rejected"]) == ("no bad", "yes good")
+        assert report.unused == {"better_response_id": "1", "is_response_0_safe": "True"}
 
 
 def test_answers_of_one_prompt_are_ranked_together(tmp_path: Path) -> None:

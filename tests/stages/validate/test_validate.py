@@ -258,6 +258,43 @@ def test_wrong_mappings(tmp_path: Path) -> None:
     assert "no column `promt`" in message and "did you mean `prompt`" in message
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "fix"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}] * 2}, "sft", "end every conversation with the assistant's"),
+        ({"prompt": [{"role": "user", "content": "q"}] * 2, "response": "a"}, "sft", "speak in turn"),
+        ({"prompt": "p", "responses": ["a", "b"], "order": [1, 2]}, "ranking", "numbers, from 0"),
+        ({"prompt": "p", "responses": ["a", "b"], "order": [1]}, "ranking", "name every answer once"),
+        ({"prompt": "p", "responses": ["a", "b"], "comparisons": [[0, 1]]}, "ranking", '"winner": 0'),
+    ],
+)
+def test_what_to_do_about_rows(tmp_path: Path, row: dict, kind: Kind, fix: str) -> None:
+    message, _ = refused(write(tmp_path / "a.jsonl", [row]), tmp_path / "out", kind)
+    assert fix in message.split("Fix: ")[1], message
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "mapping"),
+    [
+        (
+            {"prompt": "p", "model_a": "m", "model_b": "n", "response_a": "r", "response_b": "s", "winner": "model_a"},
+            "preference",
+            "`--columns a=response_a --columns b=response_b --columns label=YOUR_COLUMN`",
+        ),
+        ({"prompt": "p", "Response1": "r", "Response2": "s"}, "preference", "--columns a=Response1 --columns b=Respo"),
+        ({"Prompt": "p", "Chosen": "c", "Rejected": "r"}, "preference", "chosen=Chosen --columns rejected=Rejected"),
+        ({"prompt": "p", "responses": ["a", "b"], "rating": [1, 2]}, "ranking", "`--columns scores=YOUR_COLUMN`"),
+        ({"prompt": "p", "responses": ["a", "b"], "rank": [1, 2]}, "ranking", "`--columns ranks=rank`"),
+    ],
+)
+def test_the_mapping_to_write(tmp_path: Path, row: dict, kind: Kind, mapping: str) -> None:
+    """Two answers beside a verdict are no chosen and rejected, and a ranking can be told in four ways."""
+    message, _ = refused(write(tmp_path / "a.jsonl", [row] * 3), tmp_path / "out", kind)
+    assert mapping in message, message
+    if kind == "ranking":
+        assert "`order`" in message.split("will do too")[0].split("; ")[-1]
+
+
 def test_no_column_is_guessed(tmp_path: Path) -> None:
     """Chosen and rejected the wrong way round would invert every preference: only a placeholder is suggested."""
     file = write(tmp_path / "a.jsonl", [{"question": "q", "better": "b", "worse": "w"}] * 3)
@@ -552,6 +589,20 @@ def test_template_that_refuses(tmp_path: Path, tinystories: Path) -> None:
     report = checked(file, tmp_path / "out", codec=codec)
     assert report.reasons == {"template_refuses": 1}
     assert quarantine(tmp_path / "out")[0]["value"] == "no system here"
+    message, _ = refused(
+        write(tmp_path / "b.jsonl", [{"prompt": told, "response": "Hi."}]), tmp_path / "b", codec=codec
+    )
+    assert "Fix: take out what it refuses (a system message" in message
+
+
+def test_template_that_leaves_system_messages_out(tmp_path: Path, tinystories: Path) -> None:
+    """The rows stay, and are counted: they say something else to the model than they do to a reader."""
+    codec = Codec.load(tinystories)
+    file = write(tmp_path / "a.jsonl", [*ROWS, {"prompt": "Hello", "response": "Hi.", "system": "Be kind."}])
+    assert checked(file, tmp_path / "whole", codec=codec).notes == {}
+    codec.tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}\n{% endfor %}"
+    report = checked(file, tmp_path / "out", codec=codec)
+    assert (report.quarantined, report.notes) == (0, {"system_left_out": 1})
 
 
 def test_merges_across_the_border_are_counted(tmp_path: Path, tinystories: Path) -> None:
