@@ -195,7 +195,14 @@ def told(tmp_path: Path, **more: Any) -> list[str | None]:
     """The config's problems, as `alignflow run` says them before anything starts."""
     write(tmp_path / "rows.jsonl", GOOD)
     data = {"sft": {"path": str(tmp_path / "rows.jsonl"), "kind": "sft"}}
-    raw = {"name": "t", "model": {"scratch": {}}, "data": data, "align": {}, "evaluate": {"judge": "rule"}, **more}
+    raw = {
+        "name": "t",
+        "model": {"scratch": {}},
+        "data": data,
+        "align": {},
+        "evaluate": {"judge": "rule", "max_new_tokens": 8},
+        **more,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     try:
         config_file.load(str(tmp_path / "config.yaml"))
