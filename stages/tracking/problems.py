@@ -15,7 +15,7 @@ TRANSIENT = (
 )
 _IN_TRASH = r"The (run|experiment) '?([\w-]+)'? must be in the 'active'"
 _NO_ANSWER = r"API request to \S+ failed with exception"
-_NOT_MLFLOW = r"failed with error code (\d+)|response body was not in a valid JSON"
+_NOT_MLFLOW = r"failed with error code 40[045]|response body was not in a valid JSON"
 _ADDRESSES = r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://"
 
 
