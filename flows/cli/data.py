@@ -1,5 +1,6 @@
 """Commands for data: presets to start from, a check of rows, and answers to rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -81,25 +82,26 @@ def validate(
         raise refuse("--evaluation", evaluation, "there are no held-out prompts.", fix)
     if out.exists() and not out.is_dir():
         raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
-    theirs: dict[str, str] = {}
-    for pair in columns:
-        ours, _, name = pair.partition("=")
-        if not (ours and name):
-            fix = "write OURS=THEIRS, such as prompt=question"
-            raise refuse("--columns", pair, "this is not a pair of column names.", fix)
-        if ours in theirs:
-            raise refuse("--columns", pair, f"{ours} is given twice.", "give each of our names once")
-        theirs[ours] = name
-    meanings: dict[str, str] = {}
-    for pair in label_map:
-        value, _, meaning = pair.rpartition("=")  # a bound has its own: >=4=up
-        if not (value and meaning):
-            fix = "write VALUE=MEANING, such as 5=up or '>=4=up'"
-            raise refuse("--label-map", pair, "this is not a value and what it means.", fix)
-        if value in meanings:
-            raise refuse("--label-map", pair, f"{value} is given twice.", "give each value once")
-        meanings[value] = meaning
+    named = [pair.partition("=") for pair in columns]
+    theirs = _pairs("--columns", named, "a pair of column names", "OURS=THEIRS, such as prompt=question")
+    meant = [pair.rpartition("=") for pair in label_map]  # a bound has its own: >=4=up
+    form = "VALUE=MEANING, such as 5=up or '>=4=up'"
+    meanings = _pairs("--label-map", meant, "a value and what it means", form)
     start(context, ValidateCommand, columns=theirs, label_map=meanings)
+
+
+def _pairs(option: str, parts: Sequence[tuple[str, str, str]], what: str, form: str) -> dict[str, str]:
+    """What an option gives as pairs, each split at its `=`. Raises StageError for one that is none, or is repeated."""
+    from schemas.errors import refuse
+
+    found: dict[str, str] = {}
+    for left, sign, right in parts:
+        if not (left and right):
+            raise refuse(option, left + sign + right, f"this is not {what}.", f"write {form}")
+        if left in found:
+            raise refuse(option, left + sign + right, f"{left} is given twice.", "give each of them once")
+        found[left] = right
+    return found
 
 
 def generate(
