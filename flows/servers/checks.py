@@ -210,21 +210,34 @@ def reason(error: ValueError) -> str:
     return (lines or [str(error)])[0].partition(" [type=")[0].removeprefix("Value error, ").rstrip(".")
 
 
-def deployments(path: Path) -> list[dict[str, Any]]:
-    """The deployments of a prefect.yaml, with the environment's variables put in.
+class _Loader(yaml.SafeLoader):
+    """Prefect's reader of YAML 1.1, but `1e-3` is a number, as in our configs, and not a text."""
+
+
+_POWER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _POWER, list("-+0123456789"))
+
+
+def prefect_file(path: Path) -> dict[str, Any]:
+    """What a prefect.yaml holds, with its `{{ }}` as they stand.
 
     Raises:
-        StageError: the file is missing, or holds none.
+        StageError: the file is missing, cannot be read, or holds no deployments.
     """
     fix = "give a prefect.yaml with `deployments:`"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise refuse("file", path, f"it cannot be read ({error}).", fix, kind="file") from error
-    listed = content.get("deployments") if isinstance(content, dict) else None
-    if not listed:
+    if not isinstance(content, dict) or not content.get("deployments"):
         raise refuse("file", path, "it has no deployments.", fix, kind="file")
-    return apply_values(listed, dict(os.environ), remove_notset=False)  # type: ignore[return-value]
+    return content
+
+
+def deployments(path: Path) -> list[dict[str, Any]]:
+    """The deployments of a prefect.yaml, with the environment's variables put in. Raises as `prefect_file` does."""
+    listed = prefect_file(path)["deployments"]
+    return apply_values(listed, dict(os.environ), remove_notset=False)  # type: ignore[no-any-return]
 
 
 def schedules(deployments: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
@@ -59,18 +61,8 @@ def create_deployments(prefect_file: Path) -> None:
     Raises:
         StageError: Prefect refuses one, with what it says.
     """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "prefect",
-        "--no-prompt",
-        "deploy",
-        "--all",
-        "--prefect-file",
-        str(prefect_file),
-    ]
-    root = Path(str(files("deploy"))).parent  # entrypoints and the pull step go by it
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
+    root = Path(str(files("deploy"))).parent  # entrypoints go by it
     environment = {
         **os.environ,
         **SAFE_PATH,
@@ -78,7 +70,11 @@ def create_deployments(prefect_file: Path) -> None:
         "PREFECT_API_URL": str(PREFECT_API_URL.value()),
         "NO_COLOR": "1",
     }
-    answer = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as read:
+        # As we read it: Prefect would take `1e-3` for a text, and refuse it where a config wants a number.
+        yaml.safe_dump(checks.prefect_file(prefect_file), read, sort_keys=False)
+        read.flush()
+        answer = subprocess.run([*command, read.name], cwd=root, env=environment, capture_output=True, text=True)
     if answer.returncode:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
         fix = "fix what it reports, and deploy again"

@@ -266,12 +266,16 @@ def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
         assert load_flow_from_entrypoint(one["entrypoint"]).name == one["entrypoint"].split(".")[1]
     (asked,) = (one["parameters"] for one in declared if one["name"] == "retrain")
     assert candidate(config_file.load(asked["source"], asked["overrides"]).config) == "dpo"  # it runs as it is shipped
-    # As a user does it: their own file, with the schedule on.
+    # As a user does it: their own file, with the schedule on, and a config as they write one elsewhere.
     file = tmp_path / "prefect.yaml"
-    file.write_text(PREFECT_FILE.read_text().replace("active: false", "active: true"))
+    own = "entrypoint: flows.pipeline.pipeline\n    parameters: {config: {name: own, sft: {learning_rate: 1e-3}}}"
+    text = PREFECT_FILE.read_text().replace("active: false", "active: true")
+    file.write_text(text.replace("entrypoint: flows.pipeline.pipeline", own))
     deploy.deploy(file)
     there = {one.name: one for one in prefect.read_deployments()}
     assert set(there) == {one["name"] for one in declared}
+    (config,) = there["pipeline"].parameters.values()
+    assert config["sft"]["learning_rate"] == 0.001  # a text is refused by Prefect, before we could read it as a number
     for one in declared:
         assert there[one["name"]].work_pool_name == one["work_pool"]["name"]
         assert not there[one["name"]].pull_steps  # nothing of this machine's folders
