@@ -4,13 +4,14 @@ A shape is recognised by columns that no other data has. One whose rows speak of
 one prompt, the messages of one tree) is read as a whole.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from schemas.config import Kind
-from stages.validate.cells import BadRow, Row, number, text
+from stages.validate.cells import BadRow, Row, listed, number, text
 
 Numbered = tuple[int, Row | BadRow | str]
 """A row, what is wrong with it, or a note on why it gives none, and the number of its source row."""
@@ -118,6 +119,38 @@ def _summarize(row: Row) -> Row:
 def _arena(row: Row) -> Row:
     """{"conversation_a": [...], "conversation_b": [...], "winner": "model_a"}: or model_b, tie, tie (bothbad)."""
     return {"a": row.get("conversation_a"), "b": row.get("conversation_b"), "label": row.get("winner")}
+
+
+_WINNERS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "tie"}
+
+
+def _arena_columns(row: Row) -> Row:
+    """{"prompt": "[\\"Why?\\"]", "response_a": "[\\"So.\\"]", "response_b": "[\\"No.\\"]", "winner_model_a": 1, ...}
+
+    The turns of a conversation stand in lists, of the user's and of each model's, or are plain texts, one each. The
+    verdict is a column `winner`, or three of which one is 1.
+    """
+    columns = ("prompt", "response_a", "response_b")
+    asked, *answers = [[row.get(column)] for column in columns]
+    if all(isinstance(row.get(column), str) and row[column].startswith("[") for column in columns):
+        with contextlib.suppress(BadRow):  # three texts that begin with a bracket
+            asked, *answers = [listed(row[column], column) for column in columns]
+    sides: Row = {}
+    for side, column, said in zip("ab", columns[1:], answers, strict=True):
+        if len(said) != len(asked):
+            raise BadRow(column, "other_number_of_turns", row[column])
+        talk = [("user", "prompt"), ("assistant", column)]
+        sides[side] = [
+            {"role": role, "content": text(words, source)}
+            for turn in zip(asked, said, strict=True)
+            for words, (role, source) in zip(turn, talk, strict=True)
+        ]
+    if "winner" in row:
+        return {**sides, "label": row["winner"]}
+    won = [label for column, label in _WINNERS.items() if number(row.get(column), column) == 1]
+    if len(won) != 1:
+        raise BadRow(next(iter(_WINNERS)), "not_a_label", [row.get(column) for column in _WINNERS])
+    return {**sides, "label": won[0]}
 
 
 def _strength(row: Row, column: str) -> str:
@@ -411,6 +444,18 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     ),
     "arena": (
         Shape(_of("conversation_a", "conversation_b", "winner"), _PAIRS, "`winner` names the better one", _arena),
+        Shape(
+            _of("prompt", "response_a", "response_b", "winner"),
+            _PAIRS,
+            "`winner` names the better one",
+            _arena_columns,
+        ),
+        Shape(
+            _of("prompt", "response_a", "response_b", *_WINNERS),
+            _PAIRS,
+            "the better one is that whose column `winner_...` is 1",
+            _arena_columns,
+        ),
     ),
 }
 

@@ -146,6 +146,20 @@ PAIRS: dict[str, tuple[str | None, Kind, Rows]] = {
         "preference",
         [{"conversation_a": NO, "conversation_b": YES, "winner": "model_b", "model_a": "x", "model_b": "y"}],
     ),
+    "arena, as columns of texts": (
+        "arena",
+        "preference",
+        [{"id": 1, "prompt": "red one", "response_a": "no bad", "response_b": "yes good", "winner": "model_b"}],
+    ),
+    "arena, as columns of lists": (
+        "arena",
+        "preference",
+        [
+            {"id": 1, "model_a": "m", "model_b": "n", "prompt": '["red one"]'}
+            | {"response_a": '["yes good"]', "response_b": '["no bad"]'}
+            | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+        ],
+    ),
     "orca pairs": (
         None,
         "preference",
@@ -180,6 +194,33 @@ def test_the_better_answer(name: str, named: bool, tmp_path: Path, codec: Codec)
     assert codec.answer(pair["rejected"]) == [*ids("no bad"), END]
     if preset not in (None, "alpaca", "sharegpt") and "binarized" not in name:
         assert report.read[0].startswith(f"{preset}: ")
+
+
+def test_columns_of_an_arena(tmp_path: Path) -> None:
+    """Lists hold the turns of a conversation; a text that begins with a bracket is one; ties give no pair."""
+    verdict = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    talk = {"prompt": '["Why?", "And now?"]', "response_a": '["So.", "No."]', "response_b": '["So.", "Yes."]'}
+    bracket = {"prompt": "[sic] What?", "response_a": "[1] This.", "response_b": "[2] That."}
+    rows = [
+        {**talk, **verdict},
+        {**bracket, **verdict},
+        {**talk, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
+        {**talk, "response_b": '["So."]', **verdict},
+        {**talk, "response_b": '["So.", null]', **verdict},
+        {**talk, "winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0},
+    ]
+    report, written = checked(rows, "preference", tmp_path, max_bad=0.7)
+    assert [said(row) for row in written] == [
+        [("user", "Why?"), ("assistant", "So."), ("user", "And now?")],
+        [("user", "[sic] What?")],
+    ]
+    assert [(row["chosen"], row["rejected"]) for row in written] == [("Yes.", "No."), ("[2] That.", "[1] This.")]
+    assert report.checks == {
+        "label: tie": 1,
+        "response_b: other_number_of_turns": 1,
+        "response_b: missing": 1,
+        "winner_model_a: not_a_label": 1,
+    }
 
 
 def test_summaries(tmp_path: Path) -> None:
