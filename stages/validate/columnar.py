@@ -102,7 +102,7 @@ def _decoded(line: bytes) -> str:
 
 def _sources(kind: Kind, names: tuple[str, ...], plan: Plan) -> dict[str, str] | None:
     """Our column -> the file's, where they are those of a plain row and no more; None where the plan asks for more."""
-    if plan.shape is not None and (plan.shape.row or plan.shape.whole):
+    if plan.scored or (plan.shape is not None and (plan.shape.row or plan.shape.whole)):
         return None
     source = {ours: plan.takes.get(ours, ours) for ours in (*COLUMNS, "label", "margin", "turns", *plan.takes)}
     has = {ours: theirs for ours, theirs in source.items() if theirs in names}

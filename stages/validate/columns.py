@@ -28,6 +28,8 @@ _ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
 _SYSTEMS = ("system", "system_prompt")
 _INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
 """Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
+_SCORED = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"))
+"""Columns that say by how much the better answer is better, as data sets call them. Only held against the verdict."""
 _SAYS = {"system": "the system message", "input": "part of the prompt", "history": "earlier turns"}
 _REFUSED = {
     **dict.fromkeys(("tools", "functions"), "tools"),
@@ -52,6 +54,8 @@ class Plan:
     before: bool = False
     """Whether `input` stands before the prompt, as the text that a question is about does."""
     history: str | None = None
+    scored: tuple[str, str] | None = None
+    """The columns with the scores of the better and of the worse answer."""
     refused: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     """Columns without an example yet."""
@@ -120,11 +124,15 @@ class Columns:
             beside |= {name: params.columns[name] for name in around if name in params.columns}
             plan.system, plan.input, plan.history = (beside[name] for name in around)
             plan.before = prompt in _PROMPTS[1:]
-            self.beside = self.beside or plan.system is not None or plan.history is not None
+            if params.kind == "preference" and {"chosen", "rejected"} <= given | ours.keys():
+                plan.scored = next((pair for pair in _SCORED if given >= set(pair)), None)
+                if plan.scored is not None:
+                    self.say("`{}` and `{}`: held against the verdict".format(*plan.scored))
+            self.beside = self.beside or any((plan.system, plan.history, plan.scored))
         for name, theirs in {**ours, "system": plan.system, "input": plan.input, "history": plan.history}.items():
             if theirs in given and name not in params.columns:
                 self.say(f"`{theirs}` as {_SAYS.get(name, name)}")
-        read |= {name for name in (plan.system, plan.input, plan.history) if name}
+        read |= {name for name in (plan.system, plan.input, plan.history, *(plan.scored or ())) if name}
         plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}
         plan.unread = [name for name in names if name not in read and name not in plan.refused]
         for name in plan.unread:
@@ -194,8 +202,15 @@ class Columns:
                             self._unread(f"{column}[].{key}", entry[key])
 
     def around(self, source: Row, parsed: Parsed) -> Parsed:
-        """The parsed row with its system message and its earlier turns, where columns of their own hold them."""
+        """The parsed row with its system message and its earlier turns, where columns of their own hold them.
+
+        Notes where columns of scores say that the rejected answer is the better one.
+        """
         plan = self.plan(source)
+        if plan.scored is not None:
+            better, worse = (source.get(name) for name in plan.scored)
+            if isinstance(better, int | float) and isinstance(worse, int | float) and better < worse:
+                parsed["notes"] = [*parsed.get("notes", ()), "scores_contradict"]
         if plan.history is not None and source.get(plan.history) not in NOTHING:
             parsed["prompt"] = (*_earlier(source[plan.history], plan.history), *parsed["prompt"])
         if plan.system is None or source.get(plan.system) in NOTHING:

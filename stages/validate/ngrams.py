@@ -18,12 +18,17 @@ NEAR = 0.8
 """Share of a prompt's n-grams that one earlier prompt has, from which on the two count as near-duplicates."""
 _SLICE = 50_000
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no product of it loses bits
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _CONTENTS = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
 
 
 def ngrams(texts: pl.DataFrame, n: int) -> pl.DataFrame:
-    """(row, gram) of a frame with `row` and `text`: the hashes of all sequences of n words, each once per row."""
-    words = texts.select("row", word=plain_text(pl.col("text")).str.split(" ")).explode("word")
+    """(row, gram) of a frame with `row` and `text`: the hashes of all sequences of n words, each once per row.
+
+    Scripts that put no spaces between words count by characters.
+    """
+    spaced = plain_text(pl.col("text")).str.replace_all(_UNSPACED, " $0 ").str.extract_all(r"\S+")
+    words = texts.select("row", word=spaced).explode("word")
     hashed = words.select("row", word=pl.col("word").hash())
     # A polynomial of the words' hashes, modulo 2 ** 64: other words, or the same in another order, are another number.
     gram = pl.lit(0, pl.UInt64)

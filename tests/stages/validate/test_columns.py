@@ -116,6 +116,19 @@ def test_unused_columns_are_listed_with_an_example(tmp_path: Path) -> None:
     assert "2" not in json.dumps(hidden.unused) and not {"id", "p"} & hidden.unused.keys()
 
 
+@pytest.mark.parametrize("better, worse", [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")])
+def test_scores_that_contradict_the_verdict(better: str, worse: str, tmp_path: Path) -> None:
+    """Three rows of six say so: equal scores, and a missing one, do not."""
+    scores = [(8.0, 3.0), (3.0, 8), (5, 5), (None, 2.0), (1, 1.5), (-2, -1)]
+    rows = [
+        {"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No.", better: high, worse: low}
+        for i, (high, low) in enumerate(scores)
+    ]
+    report, written = checked(rows, "preference", tmp_path)
+    assert report.notes["scores_contradict"] == 3 and [row["chosen"] for row in written] == ["So."] * 6
+    assert f"`{better}` and `{worse}`: held against the verdict" in report.read and not report.unused
+
+
 def test_keys_of_messages_are_listed(tmp_path: Path) -> None:
     spoken = [
         {"role": "user", "content": "Who?", "name": "Al", "id": None},

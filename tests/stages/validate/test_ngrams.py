@@ -33,6 +33,12 @@ def test_a_gram_is_n_words_in_order() -> None:
     assert len(grams("a a a b", n=3)[0]) == 2
 
 
+def test_scripts_without_spaces_count_by_characters() -> None:
+    """Eight characters have six sequences of three; where two of them become another one, two of the six are left."""
+    whole, changed, mixed, nothing = grams("猫は静かに眠った", "猫は静と眠った", "see 猫は静", "")
+    assert (len(whole), len(changed & whole), len(mixed), nothing) == (6, 2, 2, set())
+
+
 def prompts(*texts: str) -> list[dict[str, str]]:
     return [{"prompt": text, "response": f"answer {i}"} for i, text in enumerate(texts)]
 
