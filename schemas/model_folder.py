@@ -8,6 +8,8 @@ from typing import Any
 
 from schemas.architectures import why_no_policy, why_no_scorer
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+"""Files of which a tokenizer has one; transformers converts the older ones."""
 MOST_PARTS = 100_000
 """Layers times experts of a model. The largest have some ten thousand."""
 MOST_BYTES = 512 << 20
@@ -19,7 +21,7 @@ UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, Recursio
 def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     """What does not fit, and its fix; None for a folder in order. `scorer`: a reward model is wanted.
 
-    What the files do not tell (no tokenizer.json, no `vocab_size`) is left to those who load them.
+    What the files do not tell (a tokenizer without tokenizer.json, no `vocab_size`) is left to those who load them.
     """
     try:
         config = read_json(folder / "config.json")
@@ -35,6 +37,9 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
         return problem
     if tokens is not None and isinstance(rows, int) and tokens >= rows:
         return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
+    if not any(file for name in _VOCABULARIES for file in folder.glob(name)):
+        what = "it has no tokenizer: there is no tokenizer.json"
+        return what, "put the model's tokenizer into it: tokenizer.save_pretrained(folder)"
     return head or (why_no_scorer(config) if scorer else why_no_policy(config)) or stale
 
 

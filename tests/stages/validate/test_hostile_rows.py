@@ -249,8 +249,18 @@ def test_a_reward_model_that_does_not_fit(tmp_path: Path) -> None:
         RewardJudge(plain)
     one = scorer(tmp_path / "one")
     assert told(tmp_path, model={"path": str(one)}) == ["model.path", "it is a reward model, not a language model."]
-    (one / "tokenizer.json").unlink()
-    assert "no tokenizer.json" in from_base(one, tmp_path)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """One in an older form counts: transformers converts it."""
+    for name, make, field in (("model", models.model_folder, "model.path"), ("scorer", scorer, "reward_model")):
+        folder = make(tmp_path / name)
+        named = {"model": {"path": str(folder)}} if name == "model" else {"reward_model": str(folder)}
+        (folder / "tokenizer.json").rename(folder / "kept")
+        assert told(tmp_path, **named) == [field, "it has no tokenizer: there is no tokenizer.json."]
+        assert "no tokenizer" in from_base(folder, tmp_path)
+        (folder / "kept").rename(folder / "tokenizer.model")
+        assert told(tmp_path, **named) == []
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
