@@ -205,14 +205,24 @@ def text_id(text: str) -> str:
     return hashlib.sha256((normalise(text) or text).encode()).hexdigest()[:16]
 
 
+_BREAK = 0xFF  # in no ASCII text
+_WORDS = bytes(
+    character if chr(character).isalnum() or character == ord("_") else ord(" ")
+    for character in (ord(chr(byte).lower()) for byte in range(128))
+).ljust(_BREAK) + b"\n"
+"""ASCII -> what `normalise` makes of each character: these are the word characters, and casefolding is lower case."""
+
+
 def text_ids(texts: pl.Series) -> list[str]:
     """`text_id` of each text, at the speed of columns where all characters are ASCII."""
     ascii_only = texts.str.len_bytes() == texts.str.len_chars()
-    plain = texts.filter(ascii_only)
-    # Of ASCII characters these are the word characters, and casefolding is lower case.
-    words = plain.str.to_lowercase().str.replace_all("[^a-z0-9_]+", " ").str.strip_chars(" ")
-    left = pl.select(pl.when(words == "").then(plain).otherwise(words)).to_series()
-    digests = [hashlib.sha256(word).hexdigest()[:16] for word in left.cast(pl.Binary).to_list()]
+    plain: list[bytes] = texts.filter(ascii_only).cast(pl.Binary).to_list()
+    # All texts as one, since most of what is done to them is done for each call, and not for each character.
+    joined = bytes([_BREAK]).join(plain).translate(_WORDS)
+    while b"  " in joined:
+        joined = joined.replace(b"  ", b" ")
+    words = [words.strip(b" ") for words in joined.split(b"\n")] if plain else []
+    digests = [hashlib.sha256(word or text).hexdigest()[:16] for word, text in zip(words, plain, strict=True)]
     if len(digests) == len(texts):
         return digests
     fast = iter(digests)
@@ -237,7 +247,14 @@ def cluster_id(messages: Sequence[Mapping[str, str]]) -> str:
 
 def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with the columns `prompt_id` and `cluster` after `prompt`."""
+    place = frame.columns.index("prompt") + 1
     prompt = pl.col("prompt")
+    if (frame["prompt"].list.len() == 1).all():  # the same, many times as fast
+        ids = text_ids(frame["prompt"].list.first().struct.field("content").fill_null(""))
+        columns = (pl.Series(name, ids, dtype=pl.String) for name in ("cluster", "prompt_id"))
+        for column in columns:
+            frame = frame.insert_column(place, column)
+        return frame
     by_user = prompt.list.eval(pl.element().struct.field("role") == "user")
     opening = prompt.list.head(
         pl.when(by_user.list.any()).then(by_user.list.arg_max() + 1).otherwise(prompt.list.len())
@@ -252,7 +269,6 @@ def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     clusters = ids.alias("cluster")
     if later.any():
         clusters = clusters.scatter(later.arg_true(), text_ids(first.filter(later)))
-    place = frame.columns.index("prompt") + 1
     for offset, digests in enumerate((ids, clusters)):
         frame = frame.insert_column(place + offset, digests)
     return frame

@@ -55,7 +55,8 @@ def blocks(stream: IO[bytes], file: Path) -> Iterator[bytes]:
         if most is not None and stream.tell() > most:
             raise refuse_unpacked(file, f"line {number}")
         yield block
-        number += block.count(b"\n")
+        if most is not None:
+            number += block.count(b"\n")
 
 
 def lines(stream: IO[AnyStr], file: Path, plain: IO[bytes]) -> Iterator[AnyStr]:

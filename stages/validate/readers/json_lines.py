@@ -12,6 +12,7 @@ from stages.validate.readers.json_rows import Decoder, other_orientation
 
 _ROWS = 20_000
 _SPACE = b" \t\r\n"
+_SPACES = frozenset(_SPACE)
 
 
 class Lines(NamedTuple):
@@ -73,7 +74,8 @@ def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
             if max(map(len, whole), default=0) > bounds.LINE_BYTES:
                 long = next(place for place, line in enumerate(whole) if len(line) > bounds.LINE_BYTES)
                 raise bounds.refuse_long(file, f"line {first + long}")
-            yield first, [line.strip(_SPACE) for line in whole] if _has_space(block) else whole
+            borders = {line[0] for line in whole if line} | {line[-1] for line in whole if line}
+            yield first, [line.strip(_SPACE) for line in whole] if borders & _SPACES else whole
             first += len(whole)
         return
     with text_of(stream, "\n") as text:
@@ -83,12 +85,6 @@ def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
             lines = [line.encode(errors="surrogatepass").strip(_SPACE) for line in texts]
             yield first, lines
             first += len(lines)
-
-
-def _has_space(block: bytes) -> bool:
-    """Whether a line may begin or end with space."""
-    borders = (b"\r", b" \n", b"\n ", b"\t\n", b"\n\t")
-    return block[:1].isspace() or block[-1:] in (b" ", b"\t") or any(border in block for border in borders)
 
 
 def _parse(line: bytes, number: int | None, decoder: Decoder) -> Record:
