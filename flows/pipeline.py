@@ -14,7 +14,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows.execution import process
+from flows.execution import process, warm
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
@@ -88,10 +88,11 @@ def pipeline(config: PipelineConfig) -> State[Any]:
     except StageError as error:
         return Failed(message=str(error), data=error)
     try:
-        results, errors = run_nodes(planned, str(flow_run.id))
-        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
-            results, errors = run_nodes(tests, str(flow_run.id), results)
-            planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
+        with warm.warm():
+            results, errors = run_nodes(planned, str(flow_run.id))
+            if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+                results, errors = run_nodes(tests, str(flow_run.id), results)
+                planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
     except BaseException:
         process.stop_all()
         raise

@@ -15,7 +15,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import pipeline
-from flows.execution import process
+from flows.execution import process, warm
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
@@ -87,7 +87,8 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     try:
         if deployment.id and source not in config_file.presets():
             check_source(source, deployed=True)
-        outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
+        with warm.warm():
+            outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
     except StageError as error:
         conflict = error.problem.kind == "conflict"
         return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)

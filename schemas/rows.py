@@ -206,10 +206,13 @@ def text_id(text: str) -> str:
 
 
 _BREAK = 0xFF  # in no ASCII text
-_WORDS = bytes(
-    character if chr(character).isalnum() or character == ord("_") else ord(" ")
-    for character in (ord(chr(byte).lower()) for byte in range(128))
-).ljust(_BREAK) + b"\n"
+_WORDS = (
+    bytes(
+        character if chr(character).isalnum() or character == ord("_") else ord(" ")
+        for character in (ord(chr(byte).lower()) for byte in range(128))
+    ).ljust(_BREAK)
+    + b"\n"
+)
 """ASCII -> what `normalise` makes of each character: these are the word characters, and casefolding is lower case."""
 
 

@@ -212,7 +212,12 @@ def main(argv: list[str]) -> int:
     return EXIT_CODES[result.status]
 
 
-if __name__ == "__main__":
+def start(argv: list[str]) -> int:
+    """`main`, in a process that is the stage's own."""
     os.umask(workspace.PRIVATE)
     os.environ.update(SAFE_PATH)
-    sys.exit(main(sys.argv[1:]))
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(start(sys.argv[1:]))

@@ -15,9 +15,9 @@ import time
 import uuid
 from pathlib import Path
 
-from flows.execution import gpu_slots
+from flows.execution import gpu_slots, warm
 from flows.execution.output import PIECE, Log, Output, Watch
-from schemas.environment import HOME, PARENT, launcher, python_path
+from schemas.environment import HOME, PARENT, WARM, launcher, python_path
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import Request, Result
 from stages import tracking
@@ -101,15 +101,19 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[bytes]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
+    variables, command, inherited = environment(request) | shown, COMMAND, list(locks)
+    if (asks := warm.asks(request, variables)) is not None:
+        variables[WARM], command = str(asks), warm.COMMAND
+        inherited.append(asks)
     process = subprocess.Popen(
-        [*launcher(), *COMMAND, request.stage, str(path)],
-        env=environment(request) | shown,
+        [*launcher(), *command, request.stage, str(path)],
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         process_group=0,
         umask=workspace.PRIVATE,
-        pass_fds=locks,
+        pass_fds=inherited,
     )
     with _guard:
         _processes.add(process)

@@ -1,17 +1,23 @@
-"""A stage that does what its parameters say, run through the real entry point: `python scripted_stage.py`."""
+"""A stage that does what its parameters say, run through the real entry point: `python scripted_stage.py`.
 
+Where a flow has a warm process it stands in for its fork, or is that process, which imports what FAKE_HEAVY names.
+"""
+
+import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+from schemas.environment import WARM
 from schemas.errors import refuse
 from schemas.stage import STAGES, StageSpec
 from stages import __main__ as entry
+from stages import warm
 from stages.tracking import StageRun
 
-STAGES["fake"] = StageSpec(1)
+STAGES["fake"] = StageSpec(1, needs_device=True)
 entry.MODULES["fake"] = "scripted_stage"
 
 
@@ -37,6 +43,12 @@ def run(run: StageRun) -> dict[str, float]:
         run.progress(step + 1, int(str(params.get("steps", 3))), "steps")
         checkpoint.write_text(str(step))  # behind by one: the last step is done again, as after a real crash
         time.sleep(float(str(params.get("sleep", 0))))
+    if "state" in params:
+        import torch  # takes seconds, and few tests ask
+
+        about = {"folder": os.getcwd(), "umask": os.umask(0), "threads": torch.get_num_threads()}
+        about |= {"environment": dict(os.environ), "arguments": sys.argv[-2:], "group": os.getpgrp()}
+        Path(str(params["state"])).write_text(json.dumps({**about, "parent": os.getppid(), "own": os.getpid()}))
     if params.get("end") == "refuse":
         raise refuse("path", "x.jsonl", "the rows are bad.", "fix them", kind="data")
     if params.get("end") == "bug":
@@ -53,4 +65,5 @@ def write(folder: Path, text: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.main(sys.argv[1:]))
+    warm._HEAVY[:] = os.environ.get("FAKE_HEAVY", "").split()
+    sys.exit((warm if WARM in os.environ else entry).main(sys.argv[1:]))

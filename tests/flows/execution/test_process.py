@@ -6,12 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from flows.execution import output
+from flows.execution import output, warm
 from flows.execution import process as execution_process
 from flows.planning import requests
 from schemas.errors import EXIT_CODES, StageError, Status
@@ -28,8 +28,19 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 def fake(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", StageSpec(1))
+    monkeypatch.setitem(STAGES, "fake", StageSpec(1, needs_device=True))
     return home
+
+
+@pytest.fixture(params=["alone", "fork"])
+def either(fake: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """`fake`, whose stages start by themselves, or as forks of a flow's warm process."""
+    if request.param == "alone":
+        yield fake
+        return
+    monkeypatch.setattr(warm, "COMMAND", FAKE)
+    with warm.warm():
+        yield fake
 
 
 def fake_request(**params: object) -> Request:
@@ -54,7 +65,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_stage_runs_and_is_reused(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_runs_and_is_reused(either: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     result = execution_process.run_stage(fake_request(steps=3))
     assert result.status == "done" and not result.reused
@@ -78,7 +89,7 @@ def test_an_altered_artifact_is_rebuilt(fake: Path) -> None:
     assert execution_process.run_stage(fake_request(model=True)).run_id == second.run_id
 
 
-def test_killed_and_started_again(fake: Path) -> None:
+def test_killed_and_started_again(either: Path) -> None:
     asked = fake_request(steps=6, die_at=4, sleep=0.05)
     killed = execution_process.run_stage(asked)
     assert killed.status == "failed" and killed.error is not None
@@ -92,7 +103,7 @@ def test_killed_and_started_again(fake: Path) -> None:
     assert tracking.client().get_run(left.info.run_id).info.status == "FINISHED"
 
 
-def test_a_stage_that_refuses(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_that_refuses(either: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = execution_process.run_stage(fake_request(end="refuse"))
     assert result.status == "refused" and str(result.error) == "path = x.jsonl: the rows are bad. Fix: fix them"
     assert "refused: path = x.jsonl: the rows are bad." in caplog.text
@@ -101,7 +112,7 @@ def test_a_stage_that_refuses(fake: Path, caplog: pytest.LogCaptureFixture) -> N
     assert run.info.status == "FAILED" and run.data.tags["problem"] == str(result.error)
 
 
-def test_a_bug_leaves_its_traceback(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_leaves_its_traceback(either: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = execution_process.run_stage(fake_request(end="bug"))
     assert result.status == "failed" and result.error is not None
     assert result.error.kind == "RuntimeError" and result.error.message == "this is a bug"
@@ -111,7 +122,7 @@ def test_a_bug_leaves_its_traceback(fake: Path, caplog: pytest.LogCaptureFixture
     assert "RuntimeError: this is a bug" in Path(trace).read_text()
 
 
-def test_same_key_twice_at_once(fake: Path) -> None:
+def test_same_key_twice_at_once(either: Path) -> None:
     asked = fake_request(steps=10, sleep=0.1)
     results: list[Result] = []
     threads = [threading.Thread(target=lambda: results.append(execution_process.run_stage(asked))) for _ in range(2)]
@@ -157,7 +168,7 @@ def test_sigterm_is_a_preemption(fake: Path, tmp_path: Path) -> None:
     assert tracking.client().get_run(result.run_id).info.status == "KILLED"
 
 
-def test_a_stopped_flow_leaves_nothing_running(fake: Path) -> None:
+def test_a_stopped_flow_leaves_nothing_running(either: Path) -> None:
     asked = fake_request(steps=1000, sleep=0.05)
     count = workspace.work_folder(asked.key()) / "checkpoints" / "count"
     results: list[Result] = []
@@ -308,7 +319,7 @@ def test_what_a_library_prints_is_text_too(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_stage_that_hangs_is_stopped_as_preempted(
-    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    either: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_HOLD", str(tmp_path / "never"))  # its third step waits for it
     asked = fake_request(steps=3).model_copy(update={"placement": Placement(minutes=0.05)})
