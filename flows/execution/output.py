@@ -170,12 +170,16 @@ class Watch:
         return newest
 
     def _moved(self) -> int:
-        """Bytes that the process and those below it have read and written, as far as the system tells."""
-        total = 0
+        """Bytes that the process, those below it and those of its group (its fork) have read and written, as far as the
+        system tells.
+        """
+        total, group = 0, self.process.pid
         with contextlib.suppress(psutil.Error):
-            main = psutil.Process(self.process.pid)
-            for one in [main, *main.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error, AttributeError):
-                    counters = one.io_counters()
-                    total += counters.read_chars + counters.write_chars  # type: ignore[attr-defined]
+            main = psutil.Process(group)
+            below = {group, *(child.pid for child in main.children(recursive=True))}
+            for one in psutil.process_iter():
+                with contextlib.suppress(psutil.Error, AttributeError, OSError):
+                    if one.pid in below or os.getpgid(one.pid) == group:
+                        counters = one.io_counters()
+                        total += counters.read_chars + counters.write_chars  # type: ignore[attr-defined]
         return total

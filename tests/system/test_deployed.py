@@ -75,9 +75,9 @@ class Host:
         assert left_after(started, 5) == []
 
     def stages(self) -> list[int]:
-        """The processes of stages that run on this host."""
+        """The processes of stages that run on this host, or that stand in for their forks."""
         started = below(self.worker) if self.worker else []
-        return [pid for pid in alive(started) if b"\0stages\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in alive(started) if b"/request.json\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @dataclass

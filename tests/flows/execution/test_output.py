@@ -99,6 +99,26 @@ def test_what_counts_as_progress(tmp_path: Path) -> None:
         process.stdin.flush()
         process.stdout.readline()
         assert watch._progress() and not watch._progress()
+        process.stdin.close()
+
+
+def test_what_a_fork_reads_is_progress(tmp_path: Path) -> None:
+    """It is in the group of its stand-in, and not below it."""
+    code = f"import sys; {COPIES}print('done', flush=True); sys.stdin.read()"
+    waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with (
+        Output(LOG, tmp_path / "output.log") as out,
+        subprocess.Popen(waits, stdin=subprocess.PIPE, process_group=0) as stand_in,
+    ):
+        watch = Watch(stand_in, out, tmp_path, 1)
+        watch._progress()
+        assert not watch._progress()
+        for group in (0, stand_in.pid):
+            command = [sys.executable, "-c", code]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=group) as other:
+                assert other.stdout is not None
+                other.stdout.readline()
+                assert watch._progress() is (group != 0)
 
 
 def test_a_process_that_hangs_is_stopped_and_one_that_ends_is_not(tmp_path: Path) -> None:
