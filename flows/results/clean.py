@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -153,7 +153,10 @@ def artifacts(before: float) -> Iterator[Item]:
     registered, unreached = _registered_runs(), 0
     for run in tracking.runs("tags.stage != ''"):
         tags = run.data.tags
-        if not is_ours(tags) or tracking.REMOVED in tags or last_used(run) >= before:
+        # On a server that others use too, theirs may have a tag `stage` as well.
+        made_here = {"sha256", "artifact"} if tags.get("stage") == "source" else {"stage.key"}
+        is_ours = tags.get("stage") in HEAVY and made_here <= tags.keys()
+        if not is_ours or tracking.REMOVED in tags or last_used(run) >= before:
             continue
         outputs = {tags["sha256"]} if tags["stage"] == "source" else set(step_of(run).outputs.values())
         if not outputs and run.info.status == "FINISHED":  # what it made cannot be told, and so not who needs it
@@ -171,12 +174,6 @@ def artifacts(before: float) -> Iterator[Item]:
     if unreached:
         what = f"{unreached} {'run' if unreached == 1 else 'runs'}"
         log.warning("MLflow's server keeps the files of %s: left. Fix: call this while `alignflow up` runs", what)
-
-
-def is_ours(tags: Mapping[str, str]) -> bool:
-    """Whether a run is one of a heavy stage. On a server that others use too, theirs may have a tag `stage` as well."""
-    made_here = {"sha256", "artifact"} if tags.get("stage") == "source" else {"stage.key"}
-    return tags.get("stage") in HEAVY and made_here <= tags.keys()
 
 
 def needed_digests(before: float) -> set[str]:

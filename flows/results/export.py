@@ -90,7 +90,8 @@ def card(chosen: Model, out: Path) -> ModelCard:
         rows = {name: f"{value:.4g}" for name, value in metrics.items()}
         parts.append("## Evaluation\n\nOn held-out prompts.\n\n" + table(rows, "metric", "value"))
     if chosen.request is not None:
-        parts.append("## Training\n\n" + table(settings_of(chosen), "setting", "value"))
+        settings = {name: json.dumps(value) for name, value in chosen.request.params.items()}
+        parts.append("## Training\n\n" + table(settings | {"seed": chosen.request.seed}, "setting", "value"))
     return ModelCard("\n\n".join(parts) + "\n")
 
 
@@ -115,22 +116,13 @@ def origin(chosen: Model) -> str:
 ORIGIN = {"data version": "data.version", "pipeline run": "pipeline.run", "stage key": "stage.key"}
 
 
-def settings_of(chosen: Model) -> dict[str, Any]:
-    """The stage's parameters and seed, as a flat table."""
-    assert chosen.request is not None
-    return {**{name: json.dumps(value) for name, value in chosen.request.params.items()}, "seed": chosen.request.seed}
-
-
 def table(rows: dict[str, Any], *titles: str) -> str:
-    """A Markdown table of names and values."""
+    """A Markdown table of names and values, which break nothing: one line, no bars, cut when very long."""
     lines = [f"| {' | '.join(titles)} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {cell(value)} |" for name, value in rows.items()])
-
-
-def cell(value: Any) -> str:
-    """A value that breaks no table: one line, no bars, cut when very long."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
-    return text if len(text) <= 300 else text[:297] + "..."
+    for name, value in rows.items():
+        text = " ".join(str(value).split()).replace("|", "\\|")
+        lines.append(f"| {name} | {text if len(text) <= 300 else text[:297] + '...'} |")
+    return "\n".join(lines)
 
 
 def around_answer(folder: Path) -> tuple[str, str]:

@@ -75,7 +75,10 @@ def comparison(which: str | None = None) -> Comparison:
     Raises:
         StageError: there is none.
     """
-    comparisons = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
+    comparisons = search("tags.stage = 'compare'")
+    if which is not None:
+        experiment = tracking.client().get_experiment
+        comparisons = [run for run in comparisons if which in (*_run_ids(run), experiment(run.info.experiment_id).name)]
     last = newest_readable(comparisons)
     if last is None:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
@@ -88,11 +91,6 @@ def comparison(which: str | None = None) -> Comparison:
 def _run_ids(run: Any) -> list[str]:
     tags = run.data.tags
     return [tags.get("pipeline.run", "none"), *tags.get("pipeline.reused_by", "").split()]
-
-
-def _names(run: Any) -> list[str]:
-    experiment = tracking.client().get_experiment(run.info.experiment_id)
-    return [*_run_ids(run), experiment.name]
 
 
 def result_of(run_id: str) -> Result:

@@ -82,15 +82,12 @@ class RunWatch:
             wait = waits[run.state.type.value]
             if wait is None or now - run.state.timestamp < wait:
                 continue
-            if run.state.is_running() and (self._silence(now) < wait or was_heard(client, run, now - wait)):
+            answering = now - (self._answering_since or now)  # before that, no run could be heard of
+            if run.state.is_running() and (answering < wait or was_heard(client, run, now - wait)):
                 continue
             minutes = (now - run.state.timestamp).total_seconds() / 60
             message = f"{run.state.name} for {minutes:.0f} minutes and not heard of, so what ran it has died."
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-
-    def _silence(self, now: datetime) -> timedelta:
-        """For how long the server has answered without a break: a run could not be heard of before."""
-        return now - (self._answering_since or now)
 
 
 def patience(name: str) -> timedelta | None:

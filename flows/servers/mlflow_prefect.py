@@ -18,6 +18,7 @@ from schemas.environment import LOGIN
 from schemas.errors import refuse
 from stages import tracking
 from stages.runtime import workspace
+from stages.runtime.databases import check_and_back_up
 
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
@@ -157,7 +158,7 @@ def check_passwords(server: str) -> None:
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = workspace.home() / "mlflow-auth.ini"
-    databases.check_users(workspace.home() / "mlflow-auth.db")
+    check_and_back_up(workspace.home() / "mlflow-auth.db", databases.USERS)  # before a newer MLflow migrates it
     lines = [
         "[mlflow]",
         "default_permission = NO_PERMISSIONS",
