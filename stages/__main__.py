@@ -35,13 +35,6 @@ LEFT_OUT = "(its text is omitted: log_text is false)."
 MODULES = {name: f"stages.{name}" for name in STAGES}
 
 
-def stay_with_parent() -> None:
-    """Die with the parent that started this stage, and leave when it has died already."""
-    die_with_parent()
-    if "RANK" not in os.environ and parent() not in (None, os.getppid()):
-        sys.exit(EXIT_CODES["preempted"])
-
-
 def preempt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -189,7 +182,9 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print(f"usage: python -m stages NAME request.json\n\nNAME is one of {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    stay_with_parent()
+    die_with_parent()
+    if "RANK" not in os.environ and parent() not in (None, os.getppid()):  # it has died already
+        return EXIT_CODES["preempted"]
     rank = int(os.environ.get("RANK", "0"))
     set_up_log(rank)
     signal.signal(signal.SIGTERM, preempt)

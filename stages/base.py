@@ -87,7 +87,9 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
         elif is_reward_model(read_config(source, FIELD)):
             return copy_reward_model(source, folder)
         else:
-            model, tokenizer = read_folder(source)
+            check_folder(source, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, FIELD)
+            model = load_whole(AutoModelForCausalLM, source, field=FIELD, dtype="auto")
+            tokenizer = read_tokenizer(source)
     if params.scratch is None and (reason := why_not_sampled(model)):
         fix = "use a decoder-only model with a key-value cache (Llama, Mistral, Qwen, Gemma, GPT-2 and the like)"
         raise _refuse(params.path, f"answers cannot be sampled from this model: {reason}", fix)
@@ -165,12 +167,6 @@ def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
-
-
-def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a folder of safetensors."""
-    check_folder(folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, FIELD)
-    return load_whole(AutoModelForCausalLM, folder, field=FIELD, dtype="auto"), read_tokenizer(folder)
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

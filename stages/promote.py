@@ -112,7 +112,8 @@ def bounds(candidate: Evaluation, other: Evaluation, gate: Gate, suffix: str, wh
     clusters = [sample.cluster for sample in candidate.first]
     length = ratio(lambda s: float(s.length))
     yield at_most(f"length_ratio{suffix}", length.high, gate.length_ratio_max, f"length over {whose}, upper end")
-    variety = over(candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2"))
+    own, theirs = candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2")
+    variety = None if own is None or not theirs else own / theirs
     yield at_least(f"distinct_2_ratio{suffix}", variety, gate.distinct_2_min, f"variety over {whose}")
     nll, meaning = ratio(surprise, lambda s: float(s.length + s.ended)), f"oddness to sft over that of {whose} answers"
     yield at_least(f"reference_nll_ratio{suffix}", nll.low, gate.reference_nll_min, f"{meaning}, lower end")
@@ -171,11 +172,6 @@ def difference_interval(
     if not np.isfinite(difference_N).all():
         return NOWHERE
     return bootstrap(mean_of(difference_N), clusters, resamples=RESAMPLES, seed=0)
-
-
-def over(own: float | None, other: float | None) -> float | None:
-    """own / other; None where one is missing, or the latter 0."""
-    return None if own is None or not other else own / other
 
 
 # --- tolerances ---

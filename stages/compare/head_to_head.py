@@ -57,11 +57,6 @@ class Duel:
         """Whether the first is clearly the better one."""
         return self.clear and self.win_rate is not None and self.win_rate > 0.5
 
-    @property
-    def scores_higher(self) -> bool:
-        """Whether the first model's scores are clearly the higher ones; by wins where the judge gives none."""
-        return self.beats if self.gap is None else self.gap.low > 0
-
     def turned(self) -> "Duel":
         """The same seen from the other model."""
         return replace(
@@ -234,8 +229,9 @@ def overoptimised(matrix: Matrix, table: Sequence[Mapping[str, Any]]) -> str:
     if not rewarded:
         return ""
     top = max(rewarded, key=lambda row: row["reward_score"])["model"]
-    above = [duel for (_, other), duel in matrix.items() if other == top and duel.scores_higher]
-    above = [duel for duel in above if duel.model not in STARTING_POINTS]
+    others = [duel for (one, other), duel in matrix.items() if other == top and one not in STARTING_POINTS]
+    # Whose scores are clearly the higher ones; by wins where the judge gives none.
+    above = [duel for duel in others if (duel.beats if duel.gap is None else duel.gap.low > 0)]
     if not above:
         return ""
     duel = max(above, key=lambda duel: (duel.difference or 0.0, duel.win_rate or 0.0))

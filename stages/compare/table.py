@@ -64,11 +64,6 @@ def finite(row: Row, key: str) -> bool:
     return row.get(key) is not None and math.isfinite(row[key])
 
 
-def bounded(row: Row) -> bool:
-    """Whether a row has the interval of its win rate."""
-    return finite(row, "win_rate_vs_sft_low") and finite(row, "win_rate_vs_sft_high")
-
-
 def number(key: str, digits: int) -> Callable[[Row], str]:
     """Writes row[key] with `digits` decimals, `-` where there is none."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"

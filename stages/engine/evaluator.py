@@ -46,7 +46,10 @@ class Answers:
 
 
 class Evaluator:
-    """The model under evaluation beside the reference, with what both need to be asked."""
+    """The model under evaluation beside the reference, with what both need to be asked.
+
+    Raises StageError where the two cannot be read by the same tokens.
+    """
 
     def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
@@ -54,16 +57,12 @@ class Evaluator:
         self.policy = load_policy(context.input("model"), trainable=False)
         self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
         self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
-        self.check_vocabulary()
         self.generated_tokens = 0
-
-    def check_vocabulary(self) -> None:
-        """Raises StageError where the model and the SFT model cannot be read by the same tokens."""
         own, other = (p.plain.config.get_text_config().vocab_size for p in (self.policy, self.reference))
         if own != other:
             message = f"it knows {own} tokens, and the SFT model {other}: it was trained from another base model."
             fix = "compare models of one base; for a new base retrain under another name (promote.model)"
-            raise refuse("inputs.model", self.context.request.name or "model", message, fix, kind="not_comparable")
+            raise refuse("inputs.model", context.request.name or "model", message, fix, kind="not_comparable")
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""

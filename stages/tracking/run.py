@@ -254,7 +254,11 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
-        self._verify_source()
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            message = "it changed while it was read; nothing is published."
+            fix = "start the run again once nothing writes to it"
+            raise refuse("source", source.uri, message, fix, kind="source_changed")
         sha256 = digest(folder)
         uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
@@ -264,14 +268,6 @@ class StageRun:
         keep(uri)
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
-
-    def _verify_source(self) -> None:
-        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
-        source = self.request.inputs.get("source")
-        if source is not None and digest(self.input("source")) != source.sha256:
-            message = "it changed while it was read; nothing is published."
-            fix = "start the run again once nothing writes to it"
-            raise refuse("source", source.uri, message, fix, kind="source_changed")
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in client().list_artifacts(self.run_id)}

@@ -10,7 +10,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/compare/head_to_head.py", (H2H,)): [
         ("else 1 - self.win_rate,", "else self.win_rate,"),
         ("low=1 - self.rate.high, high=1 - self.rate.low", "low=1 - self.rate.low, high=1 - self.rate.high"),
-        ("if self.gap is None else self.gap.low > 0", "if self.gap is None else self.gap.high > 0"),
+        ("if duel.gap is None else duel.gap.low > 0", "if duel.gap is None else duel.gap.high > 0"),
         ("_p_value([win - 0.5 for win in won], clusters)", "_p_value([win for win in won], clusters)"),
         ("p_values, holm(p_values), strict=True)", "p_values, p_values, strict=True)"),
         ("return [1 - sample.win for sample in other]", "return [sample.win for sample in other]"),
@@ -117,8 +117,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "[[value(s) for s in one.first] for one in (other, candidate)]",
         ),
         (
-            'over(candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2"))',
-            'over(other.metrics.get("eval/distinct_2"), candidate.metrics.get("eval/distinct_2"))',
+            "not theirs else own / theirs",
+            "not theirs else theirs / own",
         ),
         ('*bounds(candidate, sft, gate, "", "sft\'s")', '*bounds(candidate, rival, gate, "", "sft\'s")'),
         ('*(bounds(candidate, champion, gate, "_champion"', '*(bounds(candidate, sft, gate, "_champion"'),
@@ -146,7 +146,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("sum(look.alpha for look in recent) + gate.alpha", "sum(look.alpha for look in recent)"),
         ("if look.time > now - YEAR), key=lambda look", "if look.time > now - KEPT), key=lambda look"),
         ("{model}/{look.number}/{look.candidate}", "{model}/{look.candidate}"),
-        ("if one.key == key and one.time > now - YEAR)", "if one.key == key)"),
+        ("if one.key == key and one.time > now - YEAR]", "if one.key == key]"),
         ("1 + max((look.number for look in known), default=0)", "1 + len(known)"),
         ("        check_budget(model, known, gate, now)\n", ""),
         ("spent, opening = spent - look.alpha,", "spent, opening = spent - gate.alpha,"),

@@ -134,8 +134,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ),
         ("                temperature = self.config.temperature\n", "                temperature = 1.0\n"),
         (
-            "return policy(batch, temperature=self.config.temperature, log_probs=True)",
-            "return policy(batch, temperature=1.0, log_probs=True)",
+            "reference = sft(batch, temperature=temperature, log_probs=True)",
+            "reference = sft(batch, temperature=1.0, log_probs=True)",
         ),
         ("number = rollout.iteration * self.config.ppo_epochs + epoch", "number = rollout.iteration"),
         ("rows = step_rows(len(self.rows), iteration, self", "rows = step_rows(len(self.rows), 0, self"),

@@ -50,7 +50,8 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works
         lora_dropout=lora.dropout,
         target_modules=sorted(_linear(inner)) if lora.target == "all-linear" else lora.target,
-        fan_in_fan_out=_transposed(inner),
+        # GPT-2's layers keep their weights the other way round.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in inner.modules()),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -70,11 +71,6 @@ def _linear(inner: PreTrainedModel) -> Iterator[str]:
         inside = ".base_layer" in name or ".lora_" in name
         if isinstance(module, nn.Linear | Conv1D | LoraLayer) and not inside:
             yield f"{inner.base_model_prefix}.{name}"
-
-
-def _transposed(inner: PreTrainedModel) -> bool:
-    """Whether its linear layers are GPT-2's, which keep weights the other way round."""
-    return any(isinstance(module, Conv1D) for module in inner.modules())
 
 
 def _inject(hf: nn.Module, config: LoraConfig, name: str) -> PeftModel:
