@@ -52,14 +52,6 @@ class Lines(logging.Formatter):
         return "\n".join(f"{record.levelname.lower()}: {line}" for line in text.splitlines())
 
 
-def set_up_log(rank: int) -> None:
-    """Log to stderr; the other ranks log errors only."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Lines())
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
-    logging.getLogger("alignflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-
-
 def read_request(name: str, path: Path) -> Request:
     """The request, checked against the stage that is asked for.
 
@@ -186,7 +178,10 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ and parent() not in (None, os.getppid()):  # it has died already
         return EXIT_CODES["preempted"]
     rank = int(os.environ.get("RANK", "0"))
-    set_up_log(rank)
+    handler = logging.StreamHandler()  # to stderr; the other ranks log errors only
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
+    logging.getLogger("alignflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     signal.signal(signal.SIGTERM, preempt)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU; read when it starts
     path = Path(argv[1])

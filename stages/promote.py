@@ -37,10 +37,15 @@ def decide(
     clusters = [sample.cluster for sample in candidate.first]
     won_lost = signs(won, clusters) if won else (0, 0, 0)
     own, alpha = candidate.metrics, gate.alpha
+    up, down, tied = won_lost
+    beaten = f"{up} prompts won, {down} lost, {tied} tied against {against}: "
+    beaten += f"the chance of that at a true win rate of {gate.win_rate_min:g}"
+    kl, error = own.get("eval/kl_to_reference"), own.get("eval/kl_to_reference_se")
+    upper_kl = None if kl is None or error is None else kl + Z * error  # of the 95 % interval
     checks = [
-        at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten(won_lost, against, gate)),
+        at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten),
         at_most("matched_win_rate_p", matched_p(candidate, gate), alpha, "sft made as sharp as the candidate, beaten"),
-        at_most("kl_to_reference", upper_kl(candidate), gate.kl_max, "nats per answer from sft, upper end"),
+        at_most("kl_to_reference", upper_kl, gate.kl_max, "nats per answer from sft, upper end"),
         at_most("empty", own.get("eval/empty"), gate.empty_max, "share of empty answers"),
         at_least("prompts", own.get("eval/prompts"), gate.prompts_min, "prompts answered"),
         *bounds(candidate, sft, gate, "", "sft's"),
@@ -72,13 +77,6 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     return intervals.signs([win - 0.5 for win in won], clusters)
 
 
-def beaten(won_lost: tuple[int, int, int], against: str, gate: Gate) -> str:
-    """What the sign test found, for people."""
-    up, down, tied = won_lost
-    prompts = f"{up} prompts won, {down} lost, {tied} tied against {against}"
-    return f"{prompts}: the chance of that at a true win rate of {gate.win_rate_min:g}"
-
-
 def matched_p(candidate: Evaluation, gate: Gate) -> float | None:
     """p-value of: the candidate is no better than the SFT model at the temperature that makes it as sharp."""
     won = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
@@ -88,12 +86,6 @@ def matched_p(candidate: Evaluation, gate: Gate) -> float | None:
 
 
 # --- bounds against a model's answers to the same prompts ---
-
-
-def upper_kl(candidate: Evaluation) -> float | None:
-    """Upper end of the 95 % interval of the KL to the SFT model."""
-    kl, error = candidate.metrics.get("eval/kl_to_reference"), candidate.metrics.get("eval/kl_to_reference_se")
-    return None if kl is None or error is None else kl + Z * error
 
 
 def bounds(candidate: Evaluation, other: Evaluation, gate: Gate, suffix: str, whose: str) -> Iterator[Check]:

@@ -177,14 +177,12 @@ def reference_scores(method: Reward) -> list[float]:
         pad_id=codec.pad_id,
         progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
     )
-    trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]
+    trees: list[Tree] = []
+    for prompt, answer in zip(chosen, answers, strict=True):
+        body = answer[:-1] if answer[-1] in codec.stop_ids else answer
+        # Cut or not, with the one end that all answers of the training had.
+        trees.append(Tree(prompt, ((*body, codec.end_id),)))
     return [score for scores in method.per_answer(method.scores, trees) for score in scores]
-
-
-def _ended(answer: Sequence[int], codec: Codec) -> tuple[int, ...]:
-    """The answer with the one end that all answers of the training had, cut or not."""
-    body = answer[:-1] if answer[-1] in codec.stop_ids else answer
-    return (*body, codec.end_id)
 
 
 def run(context: StageContext) -> dict[str, float]:

@@ -280,13 +280,8 @@ def headline(item: Item) -> str:
     for name in ("run_id", "code"):
         if facts.get(name):
             parts.append(f"{name.removesuffix('_id')} {facts[name]}")
-    parts += [registration(one) for one in facts.get("registered", [])]
+    for one in facts.get("registered", []):  # [assistant v3 @champion, promoted]
+        aliases, tags = "".join(f" @{alias}" for alias in one["aliases"]), one["tags"]
+        decision = tags.get("decision", "undecided") + (", rolled back" if registry.ROLLED_BACK in tags else "")
+        parts.append(f"[{one['model']} v{one['version']}{aliases}, {decision}]")
     return "  ".join(map(one_line, parts))
-
-
-def registration(one: Mapping[str, Any]) -> str:
-    """A registered version with its aliases and its decision: `[assistant v3 @champion, promoted]`."""
-    aliases = "".join(f" @{alias}" for alias in one["aliases"])
-    tags = one["tags"]
-    rolled_back = ", rolled back" if registry.ROLLED_BACK in tags else ""
-    return f"[{one['model']} v{one['version']}{aliases}, {tags.get('decision', 'undecided')}{rolled_back}]"

@@ -238,7 +238,13 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
     Raises:
         StageError: there is no champion, no former one, or the former one was rolled back itself.
     """
-    model = model or _only_model()
+    if not model:
+        known = names()
+        if len(known) != 1:
+            have = f"there are {len(known)} registered models with a champion."
+            fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
+            raise refuse("MODEL", "none given", have, fix, kind="registry")
+        model = known[0]
     with held(model):
         bad = champion(model)
         if bad is None:
@@ -257,12 +263,3 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
         tracking.client().set_registered_model_alias(model, CHAMPION, former)
         point_previous(model, former_of(restored))
         return bad, restored
-
-
-def _only_model() -> str:
-    known = names()
-    if len(known) != 1:
-        have = f"there are {len(known)} registered models with a champion."
-        fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
-        raise refuse("MODEL", "none given", have, fix, kind="registry")
-    return known[0]

@@ -62,7 +62,13 @@ def check_prefect(url: str) -> None:
     check_name(answer, "PREFECT_API_URL", url, url)
     if answer.status_code != 200:
         raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
-    allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1})
+    # The credentials that Prefect's own client sends. It may have veiled them.
+    values: list[Any] = [PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()]
+    password, key = (one.get_secret_value() if hasattr(one, "get_secret_value") else one for one in values)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if password:
+        headers = {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
+    allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=headers, json={"limit": 1})
     if allowed.status_code in (401, 403):
         raise not_let_in()
 
@@ -78,16 +84,6 @@ def check_name(answer: httpx.Response, field: str, value: str, url: str) -> None
     if answer.status_code == 403 and ("Host" in answer.text or "ALLOWED_HOSTS" in answer.text):
         fix = f"make the server's MLFLOW_SERVER_ALLOWED_HOSTS hold {urlparse(url).netloc.rpartition('@')[2]}"
         raise unreachable(field, value, "the server does not go by this name.", fix)
-
-
-def prefect_headers() -> dict[str, str]:
-    """The credentials that Prefect's own client sends."""
-    values: list[Any] = [PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()]
-    # Prefect may have veiled them.
-    password, key = (one.get_secret_value() if hasattr(one, "get_secret_value") else one for one in values)
-    if password:
-        return {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def check_mlflow(url: str) -> None:

@@ -38,7 +38,14 @@ def deploy(prefect_file: Path | None = None) -> None:
         for pool in pools.templates():
             show(f"work pool   {pool}: {pools.apply(client, pool)}")
     create_deployments(prefect_file)
-    say_deployments({str(one.get("name")) for one in deployments})
+    names = {str(one.get("name")) for one in deployments}
+    with get_client(sync_client=True) as client:
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        for one in client.read_deployments():
+            if one.name in names:
+                times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
+                name = one_line(f"{flows[one.flow_id]}/{one.name}")
+                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())
     for name in automations.apply():
         show(f"automation  {name}")
 
@@ -79,14 +86,3 @@ def create_deployments(prefect_file: Path) -> None:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
         fix = "fix what it reports, and deploy again"
         raise refuse("file", prefect_file, f"Prefect refuses it:\n{tail}\n", fix, kind="deploy")
-
-
-def say_deployments(names: set[str]) -> None:
-    """Print the deployments of these names, where they run, and when."""
-    with get_client(sync_client=True) as client:
-        flows = {flow.id: flow.name for flow in client.read_flows()}
-        for one in client.read_deployments():
-            if one.name in names:
-                times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
-                name = one_line(f"{flows[one.flow_id]}/{one.name}")
-                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())

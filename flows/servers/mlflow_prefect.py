@@ -73,7 +73,12 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
     `more` options of `prefect server start`; `password`: user:password, which counts before the environment's.
     """
     url = address(host, number)
-    check_prefect_database()
+    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
+        uri = os.environ.get(variable, "")
+        if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):  # its own error has 100 lines
+            fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
+            shown = tracking.without_passwords(uri)
+            raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
     databases.check_prefect()
     module = "flows.servers.door"
     command = [sys.executable, "-P", "-m", module, "server", "start", "--host", host, "--port", str(number), *more]
@@ -96,16 +101,6 @@ def needs(variable: str, uri: str, scheme: str, module: str) -> None:
     if uri.startswith(scheme) and importlib.util.find_spec(module) is None:
         shown = tracking.without_passwords(uri)
         raise refuse(variable, shown, f"{module} is not installed.", EXTRA, kind="server")
-
-
-def check_prefect_database() -> None:
-    """Raise StageError for a Prefect database that it cannot use: its own error has 100 lines."""
-    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
-        uri = os.environ.get(variable, "")
-        if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
-            fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
-            shown = tracking.without_passwords(uri)
-            raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
 
 
 def is_loopback(host: str) -> bool:

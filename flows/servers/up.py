@@ -139,7 +139,11 @@ def bring_up(
         settings[PREFECT_API_AUTH_STRING] = password
     with supervisor.running(ours, keep) as servers, temporary_settings(settings):
         if wanted:
-            make_pools(wanted)
+            with get_client(sync_client=True) as client:
+                for pool in wanted:
+                    if pool in pools.templates():
+                        pools.apply(client, pool)
+            checks.check_pools(wanted, workers=False)  # those that have no template must already exist
         workers = [one for pool in wanted for one in workers_of(pool, where, limit)]
         with supervisor.running(workers, keep) as at_work:
             # For other commands of this home.
@@ -210,15 +214,6 @@ class Worker(Server):
                 if worker.name == self.title and heard is not None and heard.timestamp() >= self.began:
                     return True
         return False
-
-
-def make_pools(wanted: Sequence[str]) -> None:
-    """Create or update the wanted pools that have a template; others must already exist."""
-    with get_client(sync_client=True) as client:
-        for pool in wanted:
-            if pool in pools.templates():
-                pools.apply(client, pool)
-    checks.check_pools(wanted, workers=False)
 
 
 def workers_of(pool: str, where: Addresses, limit: int) -> list[Worker]:

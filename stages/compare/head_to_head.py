@@ -140,7 +140,13 @@ def _measured(
     clusters = [sample.cluster for sample in next(iter(samples.values()))]
     drawn = first.resampling
     rates = bootstraps(rows, clusters, **drawn)
-    p_values = [_p_value([win - 0.5 for win in won], clusters) for won in rows]
+    p_values: list[float] = []
+    for won in rows:
+        leads = [win - 0.5 for win in won]
+        up, down, _ = signs(leads, clusters)
+        # Where the clusters point one way and the win rate the other nobody is ahead. That can be where clusters differ
+        # in size, or several answers to a prompt are won in part.
+        p_values.append(sign_test(leads, clusters) if (up - down) * fmean(leads) > 0 else 1.0)
     measured = list(duels)
     for place, won, rate, p, adjusted in zip(places, rows, rates, p_values, holm(p_values), strict=True):
         measured[place] = replace(duels[place], win_rate=metrics.win_rate(won), rate=rate, p=p, adjusted_p=adjusted)
@@ -153,15 +159,6 @@ def _measured(
         replace(duel, difference=float(gap.mean()), gap=interval)
         for duel, gap, interval in zip(measured, gaps, intervals, strict=True)
     ]
-
-
-def _p_value(leads: Sequence[float], clusters: Sequence[str]) -> float:
-    """Of the sign test over clusters; 1 where these point one way and the win rate the other: then nobody is ahead.
-
-    That can be where clusters differ in size, or several answers to a prompt are won in part.
-    """
-    up, down, _ = signs(leads, clusters)
-    return sign_test(leads, clusters) if (up - down) * fmean(leads) > 0 else 1.0
 
 
 def ranked(matrix: Matrix, models: Sequence[str], scores: Mapping[str, float]) -> list[str]:

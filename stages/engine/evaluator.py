@@ -109,14 +109,8 @@ class Evaluator:
         self.generated_tokens += sum(map(len, ids))
         return Answers(ids, [self.codec.text(i) for i in ids], [i[-1] in self.codec.stop_ids for i in ids])
 
-    def logps(self, trees: Sequence[Tree]) -> tuple[list[list[float]], list[list[float]]]:
-        """log pi and log pi_sft of every answer, at temperature 1: a list per tree, a number per answer.
-
-        Both come from the same cache, keyed by the weights: equal weights give equal numbers, to the last bit.
-        """
-        return self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
-
     def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
+        """Log-probs of every answer under the model of an input, at temperature 1: a list per tree."""
         cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
@@ -178,7 +172,9 @@ class Evaluator:
         examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
         limit = context_length(self.policy.hf)
         examples = examples if limit is None else fitting(examples, limit, limit)
-        policy, reference = self.logps([example.tree for example in examples])
+        trees = [example.tree for example in examples]
+        # Both from the same cache, keyed by the weights: equal weights give equal numbers, to the last bit.
+        policy, reference = self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
         right = metrics.wins([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
         return list(zip([cluster_of(example.row["prompt"]) for example in examples], right, strict=True))

@@ -312,7 +312,10 @@ class StageRun:
         pace.printed = now
         left = ""
         if pace.first < done < total:
-            left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
+            seconds = math.ceil((now - pace.began) / (done - pace.first) * (total - done))
+            hours, minutes = divmod(seconds // 60, 60)
+            clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+            left = f"  {clock}:{seconds % 60:02d} left"
         sys.stderr.write(f"{one_line(self.request.label)}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
@@ -326,9 +329,3 @@ class Pace:
     total: int = -1
     done: int = -1
     printed: float = -math.inf
-
-
-def _clock(seconds: float) -> str:
-    whole = math.ceil(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -11,7 +11,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("else 1 - self.win_rate,", "else self.win_rate,"),
         ("low=1 - self.rate.high, high=1 - self.rate.low", "low=1 - self.rate.low, high=1 - self.rate.high"),
         ("if duel.gap is None else duel.gap.low > 0", "if duel.gap is None else duel.gap.high > 0"),
-        ("_p_value([win - 0.5 for win in won], clusters)", "_p_value([win for win in won], clusters)"),
+        ("leads = [win - 0.5 for win in won]", "leads = [win for win in won]"),
         ("p_values, holm(p_values), strict=True)", "p_values, p_values, strict=True)"),
         ("return [1 - sample.win for sample in other]", "return [sample.win for sample in other]"),
         ("drawn = first.resampling", 'drawn = first.resampling | {"seed": 0}'),

@@ -170,10 +170,10 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             'read_if_there(self.context.input("data"), "train", "ranking")',
         ),
         ("return 0.5 if difference == 0 else float(difference > 0)", "return float(difference > 0)"),
-        ("trees = [Tree(prompt, (_ended(answer, codec),)) for", "trees = [Tree(prompt, (tuple(answer),)) for"),
+        ("trees.append(Tree(prompt, ((*body, codec.end_id),)))", "trees.append(Tree(prompt, (tuple(answer),)))"),
         (
-            "trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]",
-            "trees = method.trees",
+            "    return [score for scores in method.per_answer(method.scores, trees) for score in scores]",
+            "    return [score for scores in method.per_answer(method.scores, method.trees) for score in scores]",
         ),
     ],
     ("stages/engine/training/loop.py", ("tests/engine/test_loop.py",)): [
