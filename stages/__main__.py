@@ -84,16 +84,6 @@ def rank_signal_file(work: Path) -> Path:
     return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
 
 
-def run_other_rank(request: Request) -> None:
-    """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
-    verdict = rank_signal_file(workspace.work_folder(request.key()))
-    while not verdict.exists():
-        time.sleep(0.05)
-    if not json.loads(verdict.read_text())["reused"]:
-        with StageRun(request) as run:
-            importlib.import_module(MODULES[request.stage]).run(run)
-
-
 def run_rank_0(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
@@ -192,7 +182,13 @@ def main(argv: list[str]) -> int:
         if request.placement.devices > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
-            run_other_rank(request)
+            # Wait for rank 0, which holds the lock, then work with it unless the result is reused.
+            verdict = rank_signal_file(workspace.work_folder(key))
+            while not verdict.exists():
+                time.sleep(0.05)
+            if not json.loads(verdict.read_text())["reused"]:
+                with StageRun(request) as run:
+                    importlib.import_module(MODULES[request.stage]).run(run)
             return 0
         result = run_rank_0(request)
     except Exception as error:

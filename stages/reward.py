@@ -78,11 +78,6 @@ def _answers(row: Row) -> list[str]:
     return row["responses"]
 
 
-def comparable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold a comparison: those with ties alone are left out."""
-    return [row for row in rows if row["winners"]]
-
-
 class Reward(OfflineMethod):
     """Learns from all comparisons of a prompt together, one forward per answer."""
 
@@ -134,7 +129,7 @@ class Reward(OfflineMethod):
 
     def held_out(self) -> dict[str, float]:
         """Accuracy and calibration on the held-out comparisons."""
-        rows = comparable(read_if_there(self.context.input("data"), "eval", "ranking"))
+        rows = [row for row in read_if_there(self.context.input("data"), "eval", "ranking") if row["winners"]]
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
         scores = self.per_answer(self.scores, [example.tree for example in examples])
         pairs = [  # equal answers are a tie: their scores may differ by rounding, which depends on the batch's layout
@@ -150,7 +145,7 @@ class Reward(OfflineMethod):
 
 def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[Example]:
     """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
-    kept = comparable(rows)
+    kept = [row for row in rows if row["winners"]]
     if not kept:
         fix = "give rows in which one answer is better than another"
         raise refuse("data.preference", f"{len(rows)} rows", "every row is a tie.", fix, kind="data")

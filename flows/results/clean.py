@@ -150,7 +150,8 @@ def size_of(path: Path) -> int:
 def artifacts(before: float) -> Iterator[Item]:
     """Models and data of runs that were not used since a time, and that nothing kept was made from."""
     needed, models = needed_digests(before), tracking.model_locations()
-    registered, unreached = _registered_runs(), 0
+    registered = {version.run_id for version in registry.versions()}  # those of other hands have no digest of ours
+    unreached = 0
     for run in tracking.runs("tags.stage != ''"):
         tags = run.data.tags
         # On a server that others use too, theirs may have a tag `stage` as well.
@@ -180,7 +181,8 @@ def needed_digests(before: float) -> set[str]:
     """Digests of all that registered versions, the runs since a time and those of pipelines at work were made from,
     themselves included.
     """
-    graph, runs, registered = Graph(), list(tracking.runs("tags.`stage.key` != ''")), _registered_runs()
+    graph, runs = Graph(), list(tracking.runs("tags.`stage.key` != ''"))
+    registered = {version.run_id for version in registry.versions()}
     # A pipeline's finished stages are inputs of those to come, however long the one at work takes.
     at_work = {run.data.tags.get("pipeline.run") for run in runs if not is_ended(run)} - {None}
     waiting = [*graph.versions]
@@ -202,11 +204,6 @@ def needed_digests(before: float) -> set[str]:
             needed.add(sha256)
             waiting += [one for step in makers.get(sha256, []) for one in step.inputs.values()]
     return needed
-
-
-def _registered_runs() -> set[str | None]:
-    """Runs that registered versions name: one that a person has registered may have no digest of ours."""
-    return {version.run_id for version in registry.versions()}
 
 
 def last_used(run: Any) -> float:

@@ -72,7 +72,14 @@ def write(chosen: Model, out: Path) -> None:
 def card(chosen: Model, out: Path) -> ModelCard:
     """The model card: how to load it, what it was trained with, and how it did."""
     scores = is_reward_model(json.loads((chosen.folder / "config.json").read_text()))
-    lead, end = around_answer(chosen.folder)
+    # The text before an answer that the generation prompt leaves out, and the one that ends it, at which a reward model
+    # gives its score: as they were saved, else nothing and the tokenizer's end.
+    around = read_json(chosen.folder / "config.json").get("alignflow_answer") or {}
+    if "end" in around:
+        lead, end = str(around.get("lead") or ""), str(around["end"])
+    else:
+        token = read_json(chosen.folder / "tokenizer_config.json").get("eos_token")
+        lead, end = "", token["content"] if isinstance(token, dict) else token or ""
     before = f"{lead!r} + " if lead else ""
     code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, lead=before, end=end)
     metrics = {name: value for name, value in sorted((chosen.metrics or {}).items()) if name.startswith("eval/")}
@@ -123,14 +130,3 @@ def table(rows: dict[str, Any], *titles: str) -> str:
         text = " ".join(str(value).split()).replace("|", "\\|")
         lines.append(f"| {name} | {text if len(text) <= 300 else text[:297] + '...'} |")
     return "\n".join(lines)
-
-
-def around_answer(folder: Path) -> tuple[str, str]:
-    """The text before an answer that the generation prompt leaves out, and the one that ends it, at which a reward
-    model gives its score: as they were saved, else nothing and the tokenizer's end.
-    """
-    saved = read_json(folder / "config.json").get("alignflow_answer") or {}
-    if "end" in saved:
-        return str(saved.get("lead") or ""), str(saved["end"])
-    token = read_json(folder / "tokenizer_config.json").get("eos_token")
-    return "", token["content"] if isinstance(token, dict) else token or ""

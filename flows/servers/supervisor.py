@@ -106,7 +106,11 @@ class Running:
             if len(self.stopped) >= RESTARTS:
                 raise failed(self.server)
             pause = 0 if len(self.stopped) == 1 else 2 ** (len(self.stopped) - 2)
-            end_session(self.process.pid)
+            # What a guard that was killed itself has left: it led a session, and what it had started is in it.
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if os.getsid(process.pid) == self.process.pid:
+                        process.kill()
             when = f"in {pause} s" if pause else "now"
             show(f"{self.server.name} stopped (exit code {self.process.returncode}); starting it again {when}.")
             self.restart_at = now + pause
@@ -256,14 +260,6 @@ def guard(parent: int, command: list[str]) -> int:
             if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
                 signal_all(below, signal.SIGKILL)
             psutil.wait_procs(below, timeout=0.1)  # reaps those that have become children of this process
-
-
-def end_session(leader: int) -> None:
-    """End what a guard that was killed itself has left: it led a session, and what it had started is in it."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == leader:
-                process.kill()
 
 
 def signal_all(processes: Sequence[psutil.Process], which: signal.Signals) -> None:

@@ -273,7 +273,11 @@ class PPO:
         if not self.reward_model.same_tokens:
             asked = [row["prompt"] for row in self.rows]
             self.reward_model.codec.check_prompts(asked, config.max_new_tokens, "reward_model", "the reward model")
-        self.layout: Layout = self.choose_layout()
+        # One in which policy and critic are exact; judged on prompts, each taken as its own answer.
+        trees = [Tree(tuple(p), (tuple(p[: config.max_new_tokens]),)) for p in self.prompts[:8]]
+        self.layout: Layout = choose_layout(policy, config.layout, trees, self.codec.pad_id)
+        if self.critic is not None:
+            self.layout = choose_layout(self.critic, self.layout, trees, self.codec.pad_id)
         context.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
@@ -327,12 +331,6 @@ class PPO:
             fix = "lower it, raise max_length, or give shorter prompts"
             raise refuse("max_new_tokens", config.max_new_tokens, message, fix, kind="data")
         return [rows[i] for i in kept], [prompts[i] for i in kept]
-
-    def choose_layout(self) -> Layout:
-        """A layout in which policy and critic are exact; judged on prompts, each taken as its own answer."""
-        trees = [Tree(tuple(p), (tuple(p[: self.config.max_new_tokens]),)) for p in self.prompts[:8]]
-        layout = choose_layout(self.policy, self.config.layout, trees, self.codec.pad_id)
-        return choose_layout(self.critic, layout, trees, self.codec.pad_id) if self.critic else layout
 
     # --- what the loop calls ---
 

@@ -89,7 +89,13 @@ def matrix(
     samples = {name: evaluation.at(temperature) for name, evaluation in evaluations.items()}
     settings = next(iter(evaluations.values())).settings
     pairs = list(itertools.combinations(samples, 2))
-    asked = _worth_asking(samples) if ask is not None else set[tuple[str, str]]()
+    asked: set[tuple[str, str]] = set()
+    if ask is not None:  # about all aligned models where these are few, else about the one that most often beats SFT
+        aligned = [name for name in samples if name not in STARTING_POINTS]
+        asked = set(itertools.combinations(aligned, 2))
+        if len(aligned) > ASKED:
+            best = max(aligned, key=lambda name: fmean(sample.win for sample in samples[name]))
+            asked = {pair for pair in asked if best in pair}
     duels: list[Duel] = []
     wins: list[list[float] | None] = []
     for pair in pairs:
@@ -116,16 +122,6 @@ def _won(
     if pair[0] == "sft":
         return [1 - sample.win for sample in other]
     return ask(pair, one, other) if ask is not None else None
-
-
-def _worth_asking(samples: Mapping[str, Sequence[Sample]]) -> set[tuple[str, str]]:
-    """Pairs of aligned models: all of them where these are few, else those with the one that most often beats SFT."""
-    aligned = [name for name in samples if name not in STARTING_POINTS]
-    pairs = set(itertools.combinations(aligned, 2))
-    if len(aligned) <= ASKED:
-        return pairs
-    best = max(aligned, key=lambda name: fmean(sample.win for sample in samples[name]))
-    return {pair for pair in pairs if best in pair}
 
 
 def _measured(

@@ -17,7 +17,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("drawn = first.resampling", 'drawn = first.resampling | {"seed": 0}'),
         ("score[duel.model] - score[duel.other]", "score[duel.other] - score[duel.model]"),
         ("(-place[name], -scores[name], name)", "(-scores[name], -place[name], name)"),
-        ("if len(aligned) <= ASKED:", "if len(aligned) < ASKED:"),
+        ("if len(aligned) > ASKED:", "if len(aligned) >= ASKED:"),
         ("duel = duel if duel.win_rate > 0.5 else duel.turned()", "duel = duel if duel.clear else duel.turned()"),
         (
             'top = max(rewarded, key=lambda row: row["reward_score"])',
