@@ -98,7 +98,9 @@ class Reward(OfflineMethod):
     def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
         rows = [self.examples[row].row for row in micro.rows]
         difference = self.differences(self.model(micro.batch), rows)
-        margin = difference.new_tensor([m for row in rows for m in self.margins(row)])
+        # What each comparison's difference must exceed; 0 where margins are not asked for or not given.
+        margins = [m or 0.0 for row in rows for m in row.get("margins") or [0.0] * len(row["winners"])]
+        margin = difference.new_tensor([self.margin_scale * m for m in margins])
         weight = difference.new_tensor([1 / len(row["winners"]) for row in rows for _ in row["winners"]])
         right = (difference > 0) + 0.5 * (difference == 0)
         metrics = {
@@ -107,11 +109,6 @@ class Reward(OfflineMethod):
             "compute/train_tokens": self.scalar(micro.batch.tokens),
         }
         return (weight * reward_loss(difference, margin)).sum() / totals["rows"], metrics
-
-    def margins(self, row: Row) -> list[float]:
-        """What each comparison's difference must exceed; 0 where margins are not asked for or not given."""
-        given = row.get("margins") or [0.0] * len(row["winners"])
-        return [self.margin_scale * (margin or 0.0) for margin in given]
 
     def scores(self, batch: Batch) -> Tensor:
         return self.model(batch)

@@ -148,7 +148,7 @@ def planned(raw: dict[str, Any], here: bool = True) -> Plan:
         problems += check_keys(config)
     else:  # a whole path of which this machine has nothing may lead to what exists there
         paths = [(problem, Path(problem.value or "")) for problem in problems]
-        problems = [problem for problem, path in paths if path.exists() or not path.is_absolute()]
+        problems = [problem for problem, path in paths if not path.is_absolute() or path.exists()]
     try:
         made = plan(config)
     except StageError as error:

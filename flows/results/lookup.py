@@ -132,8 +132,16 @@ def model(what: str) -> Model:
         StageError: there is none, or its files were altered.
     """
     if what.startswith(("models:/", "runs:/")):
-        run_id, name = _maker(what)
-        return _made(name or what.rpartition("/")[2], run_id) if run_id else Model(what, tracking.locate(what))
+        folder = tracking.locate(what)  # says clearly when there is none
+        source, run_id = tracking.registered(what), None
+        if source.startswith("runs:/"):
+            run_id = source.removeprefix("runs:/").partition("/")[0]
+        elif source.startswith("models:/m-"):
+            run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
+        if not run_id:  # MLflow does not know which run has made it
+            return Model(what, folder)
+        name = tracking.client().get_run(run_id).data.tags.get("model")
+        return _made(name or what.rpartition("/")[2], run_id)
     last = newest_readable(trained(f"tags.model = {quoted(what)}"))
     if last is not None:
         return _made(what, last.info.run_id)
@@ -151,19 +159,6 @@ def names() -> list[str]:
 def trained(condition: str) -> list[Any]:
     """Runs that made a model. MLflow's query language has no IN for tags."""
     return [run for run in search(condition) if run.data.tags.get("stage") in MODEL_STAGES]
-
-
-def _maker(uri: str) -> tuple[str | None, str | None]:
-    """The run that made the model behind a uri, where MLflow knows it, and the model's name there."""
-    tracking.locate(uri)  # says clearly when there is none
-    source = tracking.registered(uri)
-    run_id: str | None = None
-    if source.startswith("runs:/"):
-        run_id = source.removeprefix("runs:/").partition("/")[0]
-    elif source.startswith("models:/m-"):
-        run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
-    run = tracking.client().get_run(run_id) if run_id else None
-    return run_id, run.data.tags.get("model") if run else None
 
 
 def _made(name: str, run_id: str) -> Model:

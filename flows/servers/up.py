@@ -125,7 +125,9 @@ def bring_up(
     keep: Sequence[int],
 ) -> None:
     """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
-    elsewhere = given()
+    # Servers that the environment names, and that are therefore not started: name -> address.
+    mlflow, prefect = tracking.tracking_uri(), os.environ.get("PREFECT_API_URL")
+    elsewhere = ({"MLflow": mlflow} if mlflow.startswith("http") else {}) | ({"Prefect": prefect} if prefect else {})
     if elsewhere:
         checks.check_servers()  # those that the environment names
     ours = to_start(elsewhere, host, mlflow_port, prefect_port)
@@ -152,12 +154,6 @@ def bring_up(
             say_all(where, elsewhere, limit)
             supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None)
             show("Stopping the servers." if not wanted else "Stopping workers and servers.")
-
-
-def given() -> dict[str, str]:
-    """Servers that the environment names, and that are therefore not started: name -> address."""
-    mlflow, prefect = tracking.tracking_uri(), os.environ.get("PREFECT_API_URL")
-    return ({"MLflow": mlflow} if mlflow.startswith("http") else {}) | ({"Prefect": prefect} if prefect else {})
 
 
 def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, prefect_port: int | None) -> list[Server]:

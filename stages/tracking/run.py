@@ -260,7 +260,14 @@ class StageRun:
             fix = "start the run again once nothing writes to it"
             raise refuse("source", source.uri, message, fix, kind="source_changed")
         sha256 = digest(folder)
-        uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
+        if model:
+            uri = self._publish_model(folder, sha256)
+        else:
+            taken, place = {file.path for file in client().list_artifacts(self.run_id)}, name
+            while place in taken:
+                place += "-again"  # a killed process has left part of it
+            client().log_artifacts(self.run_id, str(folder), place)
+            uri = f"runs:/{self.run_id}/{place}"
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
         if not arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
@@ -268,14 +275,6 @@ class StageRun:
         keep(uri)
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
-
-    def _publish_folder(self, name: str, folder: Path) -> str:
-        taken = {file.path for file in client().list_artifacts(self.run_id)}
-        place = name
-        while place in taken:
-            place += "-again"  # a killed process has left part of it
-        client().log_artifacts(self.run_id, str(folder), place)
-        return f"runs:/{self.run_id}/{place}"
 
     def _publish_model(self, folder: Path, sha256: str) -> str:
         entities, request = value_classes(), self.request

@@ -238,7 +238,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/reward.py", ("tests/stages/test_reward.py",)): [
         ("    return MARGIN_MAX / largest\n", "    return largest / MARGIN_MAX\n"),
         ("if largest <= MARGIN_MAX:", "if largest <= 0:"),
-        ("return [self.margin_scale * (margin or 0.0)", "return [(margin or 0.0)"),
+        ("new_tensor([self.margin_scale * m for m in margins])", "new_tensor(margins)"),
     ],
 }
 """File and tests -> lines with their mistakes."""

@@ -62,7 +62,13 @@ class EndpointJudge:
         """`field`: where the config stands (`evaluate.judge`), for messages. Raises StageError on a missing key."""
         self.config, self.field, self.progress, self.pause = config, field, progress, pause
         self.url = _completions_url(config.url, field)
-        self._key = _read_key(config, field)
+        self._key: str | None = None
+        if config.api_key_env is not None:
+            self._key = os.environ.get(config.api_key_env, "").strip()
+            if not self._key:
+                message = "the environment variable that should hold the endpoint's key is empty or not set."
+                fix = f"export {config.api_key_env} where the stage runs"
+                raise refuse(f"{field}.api_key_env", config.api_key_env, message, fix)
         self.questions = 0
         """Questions asked or about to be: two per comparison of unequal answers."""
         self.inconsistent = 0
@@ -276,17 +282,6 @@ def _completions_url(url: str, field: str) -> str:
         raise refuse(f"{field}.url", safe, message, fix)
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-
-
-def _read_key(config: EndpointConfig, field: str) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        message = "the environment variable that should hold the endpoint's key is empty or not set."
-        fix = f"export {config.api_key_env} where the stage runs"
-        raise refuse(f"{field}.api_key_env", config.api_key_env, message, fix)
-    return key
 
 
 def _cut(text: str, length: int = 200) -> str:
