@@ -152,7 +152,7 @@ def run_stage(options: argparse.Namespace) -> int:
     """Submit the command and wait for it."""
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
+        signal.signal(number, lambda signum, frame: stopping.append(signum))
     die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
     with tempfile.NamedTemporaryFile(dir=os.environ.get(HOME), prefix="slurm-", suffix=".log") as log:
         submitted = submit(options, Path(log.name))
