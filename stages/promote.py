@@ -35,16 +35,19 @@ def decide(
     rival = sft if champion is None else champion
     against = "sft" if champion is None else "champion"
     clusters = [sample.cluster for sample in candidate.first]
-    won_lost = signs(won, clusters) if won else (0, 0, 0)
+    up, down, tied = won_lost = signs(won, clusters) if won else (0, 0, 0)
     own, alpha = candidate.metrics, gate.alpha
-    up, down, tied = won_lost
     beaten = f"{up} prompts won, {down} lost, {tied} tied against {against}: "
     beaten += f"the chance of that at a true win rate of {gate.win_rate_min:g}"
+    # Of: the candidate is no better than the SFT model at the temperature that makes it as sharp.
+    sharp = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
+    matched = bool(sharp) and len(sharp) == len(candidate.first)
+    matched_p = exact.sign_test(*signs(sharp, clusters), gate.win_rate_min) if matched else None
     kl, error = own.get("eval/kl_to_reference"), own.get("eval/kl_to_reference_se")
     upper_kl = None if kl is None or error is None else kl + Z * error  # of the 95 % interval
     checks = [
         at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten),
-        at_most("matched_win_rate_p", matched_p(candidate, gate), alpha, "sft made as sharp as the candidate, beaten"),
+        at_most("matched_win_rate_p", matched_p, alpha, "sft made as sharp as the candidate, beaten"),
         at_most("kl_to_reference", upper_kl, gate.kl_max, "nats per answer from sft, upper end"),
         at_most("empty", own.get("eval/empty"), gate.empty_max, "share of empty answers"),
         at_least("prompts", own.get("eval/prompts"), gate.prompts_min, "prompts answered"),
@@ -75,14 +78,6 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     that prompts with many ties weigh more; of more answers the more frequent winner counts.
     """
     return intervals.signs([win - 0.5 for win in won], clusters)
-
-
-def matched_p(candidate: Evaluation, gate: Gate) -> float | None:
-    """p-value of: the candidate is no better than the SFT model at the temperature that makes it as sharp."""
-    won = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
-    if not won or len(won) < len(candidate.first):
-        return None
-    return exact.sign_test(*signs(won, [sample.cluster for sample in candidate.first]), gate.win_rate_min)
 
 
 # --- bounds against a model's answers to the same prompts ---

@@ -127,7 +127,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("else kl + Z * error", "else kl - Z * error"),
         ("intervals.signs([win - 0.5 for win in won], clusters)", "intervals.signs(won, clusters)"),
         ("if gate.relevance_min > 0:", "if gate.relevance_min > 1:"),
-        ("if not won or len(won) < len(candidate.first):", "if not won:"),
+        ("bool(sharp) and len(sharp) == len(candidate.first)", "bool(sharp)"),
         ("rival = sft if champion is None else champion", "rival = sft"),
         ("ratio(surprise, lambda s: float(s.length + s.ended))", "ratio(surprise)"),
     ],
