@@ -142,9 +142,8 @@ def bring_up(
     with supervisor.running(ours, keep) as servers, temporary_settings(settings):
         if wanted:
             with get_client(sync_client=True) as client:
-                for pool in wanted:
-                    if pool in pools.templates():
-                        pools.apply(client, pool)
+                for pool in [one for one in wanted if one in pools.templates()]:
+                    pools.apply(client, pool)
             checks.check_pools(wanted, workers=False)  # those that have no template must already exist
         workers = [one for pool in wanted for one in workers_of(pool, where, limit)]
         with supervisor.running(workers, keep) as at_work:
