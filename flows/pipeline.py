@@ -147,7 +147,10 @@ def run_nodes(
             future.add_done_callback(lambda future, name=node.name: ended.put((name, future)))
         if not running:
             return results, errors
-        name, future = next_of(ended)
+        while True:  # in short turns, since Ctrl-C does not interrupt a wait without a time-out
+            with contextlib.suppress(queue.Empty):
+                name, future = ended.get(timeout=0.5)
+                break
         request = running.pop(name)
         outcome = future.result(raise_on_failure=False)
         if isinstance(outcome, Result):
@@ -161,13 +164,6 @@ def run_nodes(
             lack = out_of_resource(outcome)
             other = lack or f"{name}: {outcome!r}"
             errors[name] = StageError(other, status="failed", kind=type(outcome).__name__)
-
-
-def next_of(ended: "queue.SimpleQueue[tuple[str, Any]]") -> tuple[str, Any]:
-    """The next node to end. Waits in short turns, since Ctrl-C does not interrupt a wait without a time-out."""
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return ended.get(timeout=0.5)
 
 
 def longest_chain_first(nodes: list[Node]) -> list[Node]:

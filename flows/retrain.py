@@ -25,7 +25,7 @@ from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
 from schemas.errors import StageError, refuse
-from schemas.promotion import Decision, Gate, PromoteConfig
+from schemas.promotion import Decision, PromoteConfig
 from schemas.stage import STAGES, Artifact, Request, Result
 from stages import tracking
 
@@ -105,7 +105,8 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
         StageError: a stage stopped; the config lacks something; or another champion was made in the meantime
             (kind `conflict`).
     """
-    planned = with_gate(planned)
+    if planned.config.promote is None:  # the gate's defaults, written out, so that its prompts are asked for
+        planned = plan(planned.config.model_copy(update={"promote": PromoteConfig()}))
     config = planned.config
     pipeline.prepare(config)
     name = model_name(config)
@@ -114,7 +115,7 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
         message = f"data and config are those of the champion, {champion}; nothing to do (use --force to train anyway)."
         return Outcome("Unchanged", message, champion)
-    gate = gate_of(config)
+    gate = (config.promote or PromoteConfig()).gate
     known = looks.looks(name)
     if not any(look.decision == looks.OPEN for look in known):  # else this may be a retraining that was killed in one
         looks.check_budget(name, known, gate)  # before anything is trained in vain
@@ -123,18 +124,6 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     trained = results[candidate(config)]
     champion = registry.champion(name)  # training takes long: judge against the champion of now
     return already_settled(name, trained, champion) or decide(planned, results, champion, made_from, pipeline_run)
-
-
-def with_gate(planned: Plan) -> Plan:
-    """The plan with the gate's defaults written out where the config sets none, so that its prompts are asked for."""
-    if planned.config.promote is not None:
-        return planned
-    return plan(planned.config.model_copy(update={"promote": PromoteConfig()}))
-
-
-def gate_of(config: PipelineConfig) -> Gate:
-    """The gate's bounds."""
-    return (config.promote or PromoteConfig()).gate
 
 
 def model_name(config: PipelineConfig) -> str:
@@ -169,7 +158,7 @@ def decide(
     planned: Plan, trained: Mapping[str, Result], champion: Version | None, made_from: Fingerprint, pipeline_run: str
 ) -> Outcome:
     """Judge the candidate beside the champion, register it, and move the alias or not."""
-    registered, gate = model_name(planned.config), gate_of(planned.config)
+    registered, gate = model_name(planned.config), (planned.config.promote or PromoteConfig()).gate
     key = look_key(planned, trained, champion)
     look = looks.take(registered, key, trained[candidate(planned.config)].outputs["model"].sha256, gate)
     judging = promotion(planned, champion is not None, looks.seed(registered, look))
@@ -179,15 +168,22 @@ def decide(
     decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
     decision = read_stored(Decision, decided.read_text())
     looks.note(registered, look, decision)
+    model, run_id = results[name].outputs["model"], results[name].run_id
     tags = {
         **made_from.tags(),
-        **verdict(decision, champion),
+        "decision": "promoted" if decision.promote else "rejected",
+        "decision.reasons": "; ".join(map(str, decision.reasons or decision.checks)),
+        "decision.against": "sft" if champion is None else f"version {champion.number}",
         "decision.look": str(look.number),
-        **traces(name, results[name], results[judged], results["promote"]),
+        "train.run_id": run_id or "",
+        "eval.run_id": results[judged].run_id or "",
+        "promote.run_id": results["promote"].run_id or "",
+        "stage.key": results[name].key,
+        "candidate": name,
+        "code.version": tracking.client().get_run(run_id or "").data.tags.get("code.version", "unknown"),
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
     }
-    model, run_id = results[name].outputs["model"], results[name].run_id
     expected = None if champion is None else champion.number
     version = registry.register_and_promote(
         registered, model, run_id, tags, promote=decision.promote, expected=expected
@@ -224,29 +220,6 @@ def as_result(champion: Version) -> Result:
         raise refuse("champion", champion, message, fix, kind="registry")
     key = champion.tags.get("stage.key", "")
     return Result(status="done", key=key, run_id=champion.run_id, outputs={"model": champion.artifact}, reused=True)
-
-
-def verdict(decision: Decision, champion: Version | None) -> dict[str, str]:
-    """The decision as tags of the version."""
-    reasons = decision.reasons or decision.checks
-    return {
-        "decision": "promoted" if decision.promote else "rejected",
-        "decision.reasons": "; ".join(map(str, reasons)),
-        "decision.against": "sft" if champion is None else f"version {champion.number}",
-    }
-
-
-def traces(name: str, trained: Result, evaluated: Result, decided: Result) -> dict[str, str]:
-    """Where the candidate comes from: its stage's key, MLflow runs, and the code that trained it."""
-    train_run = tracking.client().get_run(trained.run_id or "")
-    return {
-        "train.run_id": trained.run_id or "",
-        "eval.run_id": evaluated.run_id or "",
-        "promote.run_id": decided.run_id or "",
-        "stage.key": trained.key,
-        "candidate": name,
-        "code.version": train_run.data.tags.get("code.version", "unknown"),
-    }
 
 
 def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outcome:

@@ -31,7 +31,11 @@ def submit(config: PipelineConfig) -> str:
     if not PREFECT_API_URL.value():
         raise refuse("PREFECT_API_URL", "", "no Prefect server is set.", checks.START, kind="server")
     checks.check_servers()
-    checks.check_pools([*own_pool(), *config.pools.values()])
+    pools = list(config.pools.values())
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
+        own = client.read_deployment_by_name(DEPLOYMENT).work_pool_name  # which the deployed pipeline itself waits on
+        pools = [own, *pools] if own else pools
+    checks.check_pools(pools)
     if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
         checks.check_experiment(config.name, placed=bool(config.pools))
     try:
@@ -42,13 +46,6 @@ def submit(config: PipelineConfig) -> str:
     assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
     pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))
     return f"{config.name}: {pages}/runs/flow-run/{run.id}"
-
-
-def own_pool() -> list[str]:
-    """The pool that the deployed pipeline itself waits on; none where it is not deployed."""
-    with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
-        return list(filter(None, [client.read_deployment_by_name(DEPLOYMENT).work_pool_name]))
-    return []
 
 
 def absolute(config: PipelineConfig) -> dict[str, Any]:

@@ -104,11 +104,6 @@ class PPO(MethodConfig):
     adam_eps: float = Field(default=1e-5, gt=0)
 
     @property
-    def value_rate_factor(self) -> float:
-        """The critic's learning rate over the policy's."""
-        return 10.0 if self.value_learning_rate is None else self.value_learning_rate / self.learning_rate
-
-    @property
     def critic_alone(self) -> int:
         """The first iterations, in which the critic learns alone."""
         return min(self.value_warmup, self.iterations // 10)

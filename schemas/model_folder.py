@@ -25,7 +25,10 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
     """
     try:
         config = read_json(folder / "config.json")
-        tokens = last_token(read_json(folder / "tokenizer.json"))
+        tokenizer = read_json(folder / "tokenizer.json")
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        last = max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])], default=None)
         rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
         head = _why_head_unusable(config, scorer)
         stale = stale_end(folder)
@@ -35,8 +38,8 @@ def why_unusable(folder: Path, scorer: bool) -> tuple[str, str] | None:
         return "it holds an adapter, which names its model elsewhere", "merge the adapter into its model and save that"
     if problem := too_many_parts(config) or why_unreadable(folder, config):
         return problem
-    if tokens is not None and isinstance(rows, int) and tokens >= rows:
-        return f"the tokenizer has {tokens + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
+    if last is not None and isinstance(rows, int) and last >= rows:
+        return f"the tokenizer has {last + 1} tokens, the model only {rows}", "give the tokenizer that belongs to it"
     if not any(file for name in _VOCABULARIES for file in folder.glob(name)):
         what = "it has no tokenizer: there is no tokenizer.json"
         return what, "put the model's tokenizer into it: tokenizer.save_pretrained(folder)"
@@ -164,10 +167,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not a JSON object")
     return content
-
-
-def last_token(tokenizer: dict[str, Any]) -> int | None:
-    """The highest id that a tokenizer.json may give; None where it lists none."""
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    return max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])], default=None)

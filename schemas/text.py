@@ -4,7 +4,6 @@ import re
 import sys
 import traceback
 from reprlib import Repr
-from types import TracebackType
 from typing import Any, TextIO
 
 MARK = "\ufffd"
@@ -56,11 +55,7 @@ def show(value: object = "", file: TextIO | None = None) -> None:
 
 def show_tracebacks() -> None:
     """Let an error that nobody expects print its traceback as `show` does: its message may quote anything."""
-    sys.excepthook = _show_traceback
-
-
-def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    show("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
+    sys.excepthook = lambda *raised: show("".join(traceback.format_exception(*raised)).rstrip("\n"), sys.stderr)
 
 
 class _Bounded(Repr):

@@ -35,13 +35,6 @@ LEFT_OUT = "(its text is omitted: log_text is false)."
 MODULES = {name: f"stages.{name}" for name in STAGES}
 
 
-def stay_with_parent() -> None:
-    """Die with the parent that started this stage, and leave when it has died already."""
-    die_with_parent()
-    if "RANK" not in os.environ and parent() not in (None, os.getppid()):
-        sys.exit(EXIT_CODES["preempted"])
-
-
 def preempt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -57,14 +50,6 @@ class Lines(logging.Formatter):
             return message(f"\n{text}")[1:]  # the first line may be a text from outside as well
         text = visible(text)
         return "\n".join(f"{record.levelname.lower()}: {line}" for line in text.splitlines())
-
-
-def set_up_log(rank: int) -> None:
-    """Log to stderr; the other ranks log errors only."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Lines())
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
-    logging.getLogger("alignflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 def read_request(name: str, path: Path) -> Request:
@@ -97,16 +82,6 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
 def rank_signal_file(work: Path) -> Path:
     """Where rank 0 tells the other ranks of this start whether there is work to do."""
     return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
-
-
-def run_other_rank(request: Request) -> None:
-    """Rank > 0: wait for rank 0, which holds the lock, then work with it unless the result is reused."""
-    verdict = rank_signal_file(workspace.work_folder(request.key()))
-    while not verdict.exists():
-        time.sleep(0.05)
-    if not json.loads(verdict.read_text())["reused"]:
-        with StageRun(request) as run:
-            importlib.import_module(MODULES[request.stage]).run(run)
 
 
 def run_rank_0(request: Request) -> Result:
@@ -189,9 +164,14 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print(f"usage: python -m stages NAME request.json\n\nNAME is one of {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    stay_with_parent()
+    die_with_parent()
+    if "RANK" not in os.environ and parent() not in (None, os.getppid()):  # it has died already
+        return EXIT_CODES["preempted"]
     rank = int(os.environ.get("RANK", "0"))
-    set_up_log(rank)
+    handler = logging.StreamHandler()  # to stderr; the other ranks log errors only
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, handlers=[handler], force=True)
+    logging.getLogger("alignflow").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     signal.signal(signal.SIGTERM, preempt)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU; read when it starts
     path = Path(argv[1])
@@ -202,7 +182,13 @@ def main(argv: list[str]) -> int:
         if request.placement.devices > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
-            run_other_rank(request)
+            # Wait for rank 0, which holds the lock, then work with it unless the result is reused.
+            verdict = rank_signal_file(workspace.work_folder(key))
+            while not verdict.exists():
+                time.sleep(0.05)
+            if not json.loads(verdict.read_text())["reused"]:
+                with StageRun(request) as run:
+                    importlib.import_module(MODULES[request.stage]).run(run)
             return 0
         result = run_rank_0(request)
     except Exception as error:

@@ -87,7 +87,9 @@ def build(params: BaseParams, seed: int, folder: Path) -> int:
         elif is_reward_model(read_config(source, FIELD)):
             return copy_reward_model(source, folder)
         else:
-            model, tokenizer = read_folder(source)
+            check_folder(source, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, FIELD)
+            model = load_whole(AutoModelForCausalLM, source, field=FIELD, dtype="auto")
+            tokenizer = read_tokenizer(source)
     if params.scratch is None and (reason := why_not_sampled(model)):
         fix = "use a decoder-only model with a key-value cache (Llama, Mistral, Qwen, Gemma, GPT-2 and the like)"
         raise _refuse(params.path, f"answers cannot be sampled from this model: {reason}", fix)
@@ -167,12 +169,6 @@ def from_scratch(scratch: Scratch, tokenizer: PreTrainedTokenizerBase, seed: int
         return LlamaForCausalLM(config)
 
 
-def read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a folder of safetensors."""
-    check_folder(folder, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, FIELD)
-    return load_whole(AutoModelForCausalLM, folder, field=FIELD, dtype="auto"), read_tokenizer(folder)
-
-
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, its weights unpacked to float32, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
@@ -236,7 +232,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Code
     if isinstance(tokenizer.chat_template, dict):  # some models bring several, for tools and the like
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if params.chat_template is not None:
-        tokenizer.chat_template = template_text(params.chat_template)
+        file = template_file(params.chat_template)  # else it is the template itself
+        if file is not None and not file.is_file():
+            message = "this is neither a Jinja template nor an existing file"
+            fix = "give the path of a file with a Jinja template, or the template's text"
+            raise refuse("model.chat_template", params.chat_template, message, fix, kind="chat_template")
+        tokenizer.chat_template = params.chat_template if file is None else read_template(file)
     codec = _try(tokenizer, params.chat_template)
     if params.template_args:
         tokenizer.chat_template = with_template_args(str(tokenizer.chat_template), params.template_args)
@@ -260,18 +261,6 @@ def with_template_args(template: str, arguments: Mapping[str, Any]) -> str:
             message = "the chat template does not read it"
             raise refuse(f"model.template_args.{name}", value, message, fix, kind="chat_template")
     return with_arguments(template, arguments)
-
-
-def template_text(given: str) -> str:
-    """The template itself, or the text of the file that is named."""
-    file = template_file(given)
-    if file is None:
-        return given
-    if not file.is_file():
-        message = "this is neither a Jinja template nor an existing file"
-        fix = "give the path of a file with a Jinja template, or the template's text"
-        raise refuse("model.chat_template", given, message, fix, kind="chat_template")
-    return read_template(file)
 
 
 def write(model: PreTrainedModel, codec: Codec, folder: Path) -> None:

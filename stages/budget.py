@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from pydantic import JsonValue
 from transformers import AutoConfig
 
 from schemas.methods import CONFIGS, PPO, MethodConfig
@@ -33,7 +32,11 @@ def run(context: StageContext) -> dict[str, float]:
     """
     settings = context.request.params["methods"]
     assert isinstance(settings, list)
-    own = [(method.method, own_tokens(method, context)) for method in map(method_of, settings)]
+    own: list[tuple[str, int]] = []
+    for one in settings:
+        assert isinstance(one, dict)
+        method = CONFIGS[str(one["method"])].model_validate(one)
+        own.append((method.method, own_tokens(method, context)))
     least = min(tokens for _, tokens in own)
     log.info("training tokens by themselves: %s", ", ".join(f"{name} {tokens:,}" for name, tokens in own))
     log.info("every method trains on %s", f"{least:,}")
@@ -41,12 +44,6 @@ def run(context: StageContext) -> dict[str, float]:
         (Path(folder) / BUDGET).write_text(json.dumps({"train_tokens": least}))
         context.publish("budget", Path(folder))
     return {"budget/train_tokens": float(least)} | {f"budget/own_{name}": float(tokens) for name, tokens in own}
-
-
-def method_of(settings: JsonValue) -> MethodConfig:
-    """A method's config from what decides its tokens."""
-    assert isinstance(settings, dict)
-    return CONFIGS[str(settings["method"])].model_validate(settings)
 
 
 def own_tokens(config: MethodConfig, context: StageContext) -> int:

@@ -177,12 +177,15 @@ def run(context: StageContext) -> dict[str, float]:
     )  # first: what is missing costs no sampling
     model = context.input("model")
     prompts = read_prompts(context.input("data"), config.limit)
-
-    def progress(done: int, total: int) -> None:
-        context.progress(done, total, "answers")
-
+    policy = load_policy(model, trainable=False)
     items, tokens = answer(
-        load_policy(model, trainable=False), Codec.load(model), prompts, config, request.seed, progress, judge
+        policy,
+        Codec.load(model),
+        prompts,
+        config,
+        request.seed,
+        lambda done, total: context.progress(done, total, "answers"),
+        judge,
     )
     items = score(items, judge)
     folder = context.work / "rows"

@@ -35,12 +35,20 @@ def decide(
     rival = sft if champion is None else champion
     against = "sft" if champion is None else "champion"
     clusters = [sample.cluster for sample in candidate.first]
-    won_lost = signs(won, clusters) if won else (0, 0, 0)
+    up, down, tied = won_lost = signs(won, clusters) if won else (0, 0, 0)
     own, alpha = candidate.metrics, gate.alpha
+    beaten = f"{up} prompts won, {down} lost, {tied} tied against {against}: "
+    beaten += f"the chance of that at a true win rate of {gate.win_rate_min:g}"
+    # Of: the candidate is no better than the SFT model at the temperature that makes it as sharp.
+    sharp = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
+    matched = bool(sharp) and len(sharp) == len(candidate.first)
+    matched_p = exact.sign_test(*signs(sharp, clusters), gate.win_rate_min) if matched else None
+    kl, error = own.get("eval/kl_to_reference"), own.get("eval/kl_to_reference_se")
+    upper_kl = None if kl is None or error is None else kl + Z * error  # of the 95 % interval
     checks = [
-        at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten(won_lost, against, gate)),
-        at_most("matched_win_rate_p", matched_p(candidate, gate), alpha, "sft made as sharp as the candidate, beaten"),
-        at_most("kl_to_reference", upper_kl(candidate), gate.kl_max, "nats per answer from sft, upper end"),
+        at_most("win_rate_p", exact.sign_test(*won_lost, gate.win_rate_min), alpha, beaten),
+        at_most("matched_win_rate_p", matched_p, alpha, "sft made as sharp as the candidate, beaten"),
+        at_most("kl_to_reference", upper_kl, gate.kl_max, "nats per answer from sft, upper end"),
         at_most("empty", own.get("eval/empty"), gate.empty_max, "share of empty answers"),
         at_least("prompts", own.get("eval/prompts"), gate.prompts_min, "prompts answered"),
         *bounds(candidate, sft, gate, "", "sft's"),
@@ -72,28 +80,7 @@ def signs(won: Sequence[float], clusters: Sequence[str]) -> tuple[int, int, int]
     return intervals.signs([win - 0.5 for win in won], clusters)
 
 
-def beaten(won_lost: tuple[int, int, int], against: str, gate: Gate) -> str:
-    """What the sign test found, for people."""
-    up, down, tied = won_lost
-    prompts = f"{up} prompts won, {down} lost, {tied} tied against {against}"
-    return f"{prompts}: the chance of that at a true win rate of {gate.win_rate_min:g}"
-
-
-def matched_p(candidate: Evaluation, gate: Gate) -> float | None:
-    """p-value of: the candidate is no better than the SFT model at the temperature that makes it as sharp."""
-    won = [sample.matched_win for sample in candidate.first if sample.matched_win is not None]
-    if not won or len(won) < len(candidate.first):
-        return None
-    return exact.sign_test(*signs(won, [sample.cluster for sample in candidate.first]), gate.win_rate_min)
-
-
 # --- bounds against a model's answers to the same prompts ---
-
-
-def upper_kl(candidate: Evaluation) -> float | None:
-    """Upper end of the 95 % interval of the KL to the SFT model."""
-    kl, error = candidate.metrics.get("eval/kl_to_reference"), candidate.metrics.get("eval/kl_to_reference_se")
-    return None if kl is None or error is None else kl + Z * error
 
 
 def bounds(candidate: Evaluation, other: Evaluation, gate: Gate, suffix: str, whose: str) -> Iterator[Check]:
@@ -112,7 +99,8 @@ def bounds(candidate: Evaluation, other: Evaluation, gate: Gate, suffix: str, wh
     clusters = [sample.cluster for sample in candidate.first]
     length = ratio(lambda s: float(s.length))
     yield at_most(f"length_ratio{suffix}", length.high, gate.length_ratio_max, f"length over {whose}, upper end")
-    variety = over(candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2"))
+    own, theirs = candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2")
+    variety = None if own is None or not theirs else own / theirs
     yield at_least(f"distinct_2_ratio{suffix}", variety, gate.distinct_2_min, f"variety over {whose}")
     nll, meaning = ratio(surprise, lambda s: float(s.length + s.ended)), f"oddness to sft over that of {whose} answers"
     yield at_least(f"reference_nll_ratio{suffix}", nll.low, gate.reference_nll_min, f"{meaning}, lower end")
@@ -171,11 +159,6 @@ def difference_interval(
     if not np.isfinite(difference_N).all():
         return NOWHERE
     return bootstrap(mean_of(difference_N), clusters, resamples=RESAMPLES, seed=0)
-
-
-def over(own: float | None, other: float | None) -> float | None:
-    """own / other; None where one is missing, or the latter 0."""
-    return None if own is None or not other else own / other
 
 
 # --- tolerances ---

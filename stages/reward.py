@@ -78,11 +78,6 @@ def _answers(row: Row) -> list[str]:
     return row["responses"]
 
 
-def comparable(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold a comparison: those with ties alone are left out."""
-    return [row for row in rows if row["winners"]]
-
-
 class Reward(OfflineMethod):
     """Learns from all comparisons of a prompt together, one forward per answer."""
 
@@ -103,7 +98,9 @@ class Reward(OfflineMethod):
     def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
         rows = [self.examples[row].row for row in micro.rows]
         difference = self.differences(self.model(micro.batch), rows)
-        margin = difference.new_tensor([m for row in rows for m in self.margins(row)])
+        # What each comparison's difference must exceed; 0 where margins are not asked for or not given.
+        margins = [m or 0.0 for row in rows for m in row.get("margins") or [0.0] * len(row["winners"])]
+        margin = difference.new_tensor([self.margin_scale * m for m in margins])
         weight = difference.new_tensor([1 / len(row["winners"]) for row in rows for _ in row["winners"]])
         right = (difference > 0) + 0.5 * (difference == 0)
         metrics = {
@@ -112,11 +109,6 @@ class Reward(OfflineMethod):
             "compute/train_tokens": self.scalar(micro.batch.tokens),
         }
         return (weight * reward_loss(difference, margin)).sum() / totals["rows"], metrics
-
-    def margins(self, row: Row) -> list[float]:
-        """What each comparison's difference must exceed; 0 where margins are not asked for or not given."""
-        given = row.get("margins") or [0.0] * len(row["winners"])
-        return [self.margin_scale * (margin or 0.0) for margin in given]
 
     def scores(self, batch: Batch) -> Tensor:
         return self.model(batch)
@@ -134,7 +126,7 @@ class Reward(OfflineMethod):
 
     def held_out(self) -> dict[str, float]:
         """Accuracy and calibration on the held-out comparisons."""
-        rows = comparable(read_if_there(self.context.input("data"), "eval", "ranking"))
+        rows = [row for row in read_if_there(self.context.input("data"), "eval", "ranking") if row["winners"]]
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
         scores = self.per_answer(self.scores, [example.tree for example in examples])
         pairs = [  # equal answers are a tie: their scores may differ by rounding, which depends on the batch's layout
@@ -150,7 +142,7 @@ class Reward(OfflineMethod):
 
 def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[Example]:
     """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
-    kept = comparable(rows)
+    kept = [row for row in rows if row["winners"]]
     if not kept:
         fix = "give rows in which one answer is better than another"
         raise refuse("data.preference", f"{len(rows)} rows", "every row is a tie.", fix, kind="data")
@@ -177,14 +169,12 @@ def reference_scores(method: Reward) -> list[float]:
         pad_id=codec.pad_id,
         progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
     )
-    trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]
+    trees: list[Tree] = []
+    for prompt, answer in zip(chosen, answers, strict=True):
+        body = answer[:-1] if answer[-1] in codec.stop_ids else answer
+        # Cut or not, with the one end that all answers of the training had.
+        trees.append(Tree(prompt, ((*body, codec.end_id),)))
     return [score for scores in method.per_answer(method.scores, trees) for score in scores]
-
-
-def _ended(answer: Sequence[int], codec: Codec) -> tuple[int, ...]:
-    """The answer with the one end that all answers of the training had, cut or not."""
-    body = answer[:-1] if answer[-1] in codec.stop_ids else answer
-    return (*body, codec.end_id)
 
 
 def run(context: StageContext) -> dict[str, float]:

@@ -129,13 +129,13 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectCl
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_AUTH_STRING
 
-    from flows.servers import checks, local_prefect
+    from flows.servers import local_prefect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
         with local_prefect.local_prefect(), get_client(sync_client=True) as client:
             # for the processes that a test starts
-            patch.setenv("PREFECT_API_AUTH_STRING", checks.secret(PREFECT_API_AUTH_STRING.value()))
+            patch.setenv("PREFECT_API_AUTH_STRING", str(PREFECT_API_AUTH_STRING.value()))
             yield client
 
 

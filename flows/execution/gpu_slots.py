@@ -72,7 +72,10 @@ def wait_for(devices: Sequence[str], wanted: int, log: Log, stopping: Callable[[
     try:
         while not stopping():
             turn = try_lock("turn") if turn is None else turn
-            locks = lock_free(devices, wanted) if turn is not None else {}
+            locks: dict[str, int] = {}
+            for name in devices if turn is not None else ():
+                if len(locks) < wanted and (descriptor := try_lock(name)) is not None:
+                    locks[name] = descriptor
             if len(locks) == wanted:
                 return locks
             for descriptor in locks.values():
@@ -86,16 +89,6 @@ def wait_for(devices: Sequence[str], wanted: int, log: Log, stopping: Callable[[
             os.close(turn)
     message, fix = "stopped while it waited for a device.", "start it again"
     raise StageError(message, status="preempted", kind="preempted", fix=fix)
-
-
-def lock_free(devices: Sequence[str], wanted: int) -> dict[str, int]:
-    """Up to `wanted` devices that nobody holds, now locked."""
-    locks: dict[str, int] = {}
-    for name in devices:
-        descriptor = try_lock(name) if len(locks) < wanted else None
-        if descriptor is not None:
-            locks[name] = descriptor
-    return locks
 
 
 def try_lock(name: str) -> int | None:

@@ -72,7 +72,10 @@ class _Lease:
     def ask(self, call: Callable[[SyncPrefectClient], T]) -> T | None:
         """The server's answer, None when it is away; says so once."""
         try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), _client() as client:
+            with (  # a client that has not been connected, and so says at once when the server is away
+                temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+                get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client,
+            ):
                 answer = call(client)
         except httpx.HTTPError as error:
             if not self.away:
@@ -146,8 +149,3 @@ class _Lease:
         lease_id = self.id
         if lease_id is not None:
             self.ask(lambda client: client.release_concurrency_slots_with_lease(lease_id))
-
-
-def _client() -> contextlib.AbstractContextManager[SyncPrefectClient]:
-    """A client that has not been connected and so says at once when the server is away."""
-    return get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True)

@@ -122,14 +122,15 @@ def start(request: Request, path: Path, shown: dict[str, str], locks: list[int])
 
 def follow(process: subprocess.Popen[bytes], output: Output, watch: Watch) -> int:
     """Pass a process's lines on until it ends, or hangs and is stopped; its exit code."""
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         with watch.calling(end):
             while piece := process.stdout.readline(PIECE):
                 output.add(piece)
             return process.wait()
     finally:
-        stop(process)
+        end(process)
+        process.stdout.close()
         with _guard:
             _processes.discard(process)
 
@@ -148,13 +149,6 @@ def environment(request: Request) -> dict[str, str]:
     if request.placement.threads is not None:
         values["OMP_NUM_THREADS"] = values["MKL_NUM_THREADS"] = str(request.placement.threads)
     return values
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group, and read nothing more of it."""
-    end(process)
-    if process.stdout is not None:
-        process.stdout.close()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

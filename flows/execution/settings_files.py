@@ -8,7 +8,8 @@ import importlib.machinery
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,17 +34,12 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == BASE else None
         if spec is not None and spec.loader is not None:
-            run: Any = spec.loader.exec_module
-
-            def run_and_change(module: ModuleType) -> None:
-                run(module)
-                _take_out(module)
-
-            spec.loader.exec_module = run_and_change  # type: ignore[method-assign]
+            spec.loader.exec_module = partial(_run_and_take_out, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 
 
-def _take_out(module: Any) -> None:
+def _run_and_take_out(run: Callable[[ModuleType], None], module: Any) -> None:
+    run(module)
     # pydantic tells of settings for sources that are no longer there
     warnings.filterwarnings("ignore", r"Config key `\w+` is set in model_config but will be ignored", UserWarning)
     base = module.PrefectBaseSettings

@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from flows.execution import job
 from schemas.environment import HOME, LAUNCHER, PARENT
@@ -55,13 +54,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def asked(options: argparse.Namespace) -> dict[str, str]:
     """The options that say something."""
     return {name: value for name in OPTIONS if (value := getattr(options, name))}
-
-
-def run_flow(options: argparse.Namespace) -> None:
-    """Run the flow run here, and send its stages to Slurm."""
-    own = [f"--{name}={value}" for name, value in asked(options).items()]
-    os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"])
-    job.main()
 
 
 def script(options: argparse.Namespace, log: Path) -> str:
@@ -159,12 +151,8 @@ def meaning(state: str, code: int, stopped: bool) -> int:
 def run_stage(options: argparse.Namespace) -> int:
     """Submit the command and wait for it."""
     stopping: list[int] = []
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        stopping.append(signum)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda signum, frame: stopping.append(signum))
     die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
     with tempfile.NamedTemporaryFile(dir=os.environ.get(HOME), prefix="slurm-", suffix=".log") as log:
         submitted = submit(options, Path(log.name))
@@ -177,7 +165,10 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.mode == "stage":
         return run_stage(options)
-    run_flow(options)
+    # The flow run is here, and sends its stages to Slurm.
+    own = [f"--{name}={value}" for name, value in asked(options).items()]
+    os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.execution.slurm", "stage", *own, "--"])
+    job.main()
     return 0
 
 

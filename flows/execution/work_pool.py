@@ -100,20 +100,17 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
 def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
     """Cancel the run, unless this one resumes by itself and finds it again: then leave it running."""
     preempted = State(type=StateType.CRASHED, name="Crashed", message="stopped from outside")
-    if deployment.id and not cancelling(client, str(this_run.id)):
-        return preempted
+    if deployment.id:
+        cancelled = False  # by somebody
+        with contextlib.suppress(httpx.HTTPError):
+            state = client.read_flow_run(UUID(str(this_run.id))).state
+            cancelled = state is not None and (state.is_cancelling() or state.is_cancelled())
+        if not cancelled:
+            return preempted
     with contextlib.suppress(httpx.HTTPError):
         client.set_flow_run_state(run.id, Cancelling(message="The pipeline run was stopped."), force=False)
         log.info("cancelled flow run %s", run.name)
     return preempted
-
-
-def cancelling(client: SyncPrefectClient, flow_run_id: str) -> bool:
-    """Whether somebody has cancelled the flow run."""
-    with contextlib.suppress(httpx.HTTPError):
-        state = client.read_flow_run(UUID(flow_run_id)).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-    return False
 
 
 def outcome(state: State, request: Request) -> Result:

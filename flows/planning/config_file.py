@@ -143,8 +143,12 @@ def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def planned(raw: dict[str, Any], here: bool = True) -> Plan:
     """The plan of a config that is valid, and checked as far as that is cheap. Raises StageError as `load` does."""
     config = validate(raw)
-    problems = [problem for problem in check(config) if here or not only_elsewhere(problem.value or "")]
-    problems += check_keys(config) if here else ()
+    problems = list(check(config))
+    if here:
+        problems += check_keys(config)
+    else:  # a whole path of which this machine has nothing may lead to what exists there
+        paths = [(problem, Path(problem.value or "")) for problem in problems]
+        problems = [problem for problem, path in paths if not path.is_absolute() or path.exists()]
     try:
         made = plan(config)
     except StageError as error:
@@ -152,11 +156,6 @@ def planned(raw: dict[str, Any], here: bool = True) -> Plan:
     if problems:
         raise refusal(problems)
     return made
-
-
-def only_elsewhere(path: str) -> bool:
-    """Whether a value is a whole path of which this machine has nothing."""
-    return Path(path).is_absolute() and not Path(path).exists()
 
 
 def refusal(problems: Sequence[Problem]) -> StageError:

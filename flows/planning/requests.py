@@ -32,6 +32,8 @@ def request_for(
     params = dict(node.params)
     if node.stage == "compare" and "variants" in params and "reward" in results:
         params["score_std"] = results["reward"].metrics.get("data/score_std")  # PPO's kl_coef counts in units of it
+    side_by_side = config.parallel > 1  # then each stage gets its share of the processors
+    threads = max(1, (os.cpu_count() or 1) // config.parallel) if side_by_side else None
     request = Request(
         stage=node.stage,
         version=STAGES[node.stage].version,
@@ -41,17 +43,12 @@ def request_for(
         name=node.model or node.name,
         pipeline_run=pipeline_run,
         experiment=config.name,
-        placement=Placement(devices=node.devices, threads=threads(config), minutes=config.stage_minutes),
+        placement=Placement(devices=node.devices, threads=threads, minutes=config.stage_minutes),
         tags=tags,
         about=about,
         log_text=config.log_text,
     )
     return with_sources(request, node.field)
-
-
-def threads(config: PipelineConfig) -> int | None:
-    """Threads per stage when several run side by side."""
-    return max(1, (os.cpu_count() or 1) // config.parallel) if config.parallel > 1 else None
 
 
 def with_sources(request: Request, field: str) -> Request:

@@ -41,12 +41,20 @@ def load(
     """
     base = explain.validate(config_file.raw_of(source, overrides))
     names = method_names(methods)
-    rates = [None] if learning_rates is None else learning_rate_values(learning_rates, names)
-    grid = itertools.product(names, beta_values(betas, names), rates, seed_values(seeds, names))
-    align = {
-        variant_name(method, beta, rate, seed): variant(base, method, beta, rate, seed, tokens)
-        for method, beta, rate, seed in grid
-    }
+    rates: list[float] | list[None] = [None]
+    if learning_rates is not None:
+        fields = dict.fromkeys(names, "learning_rate")
+        rates = settings("--learning-rate", learning_rates, fields, "rate", "give numbers such as 1e-6,3e-6")
+    fields = {method: CONFIGS[method].strength for method in names}
+    strengths = settings("--beta", betas, fields, "beta", "give numbers such as 0.05,0.1,0.3")
+    runs = numbers("--seeds", seeds, int)
+    for seed in runs:
+        if why := refusal(names[0], "seed", seed):
+            raise refuse("--seeds", seed, f"it {why}.", "give whole numbers such as 0,1,2")
+    align = {}
+    for method, beta, rate, seed in itertools.product(names, strengths, rates, runs):
+        group = f"{method}-{shown(beta)}{'' if rate is None else f'-lr{shown(rate)}'}"  # dpo-0.1, dpo-0.1-lr1e-06
+        align[seeded_name(group, seed)] = variant(base, method, beta, rate, seed, tokens)
     raw = base.model_dump(mode="json") | {"align": align, "sweep": name or base.name, "equal_tokens": tokens is None}
     raw["seeds"] = None  # each variant has its own
     raw["promote"] = None  # a sweep makes no champion, and its candidate would be none of the variants
@@ -64,18 +72,6 @@ def method_names(text: str) -> list[str]:
         if config.strength not in config.model_fields:
             raise refuse("--methods", name, "the method has no beta.", "leave it out; `alignflow run` trains it")
     return names
-
-
-def beta_values(text: str, methods: Sequence[str]) -> list[float]:
-    """The list's betas. Raises StageError for one that a method cannot take."""
-    fields = {name: CONFIGS[name].strength for name in methods}
-    return settings("--beta", text, fields, "beta", "give numbers such as 0.05,0.1,0.3")
-
-
-def learning_rate_values(text: str, methods: Sequence[str]) -> list[float]:
-    """The list's learning rates. Raises StageError for one that a method cannot take."""
-    fields = dict.fromkeys(methods, "learning_rate")
-    return settings("--learning-rate", text, fields, "rate", "give numbers such as 1e-6,3e-6")
 
 
 def settings(option: str, text: str, fields: Mapping[str, str], what: str, fix: str) -> list[float]:
@@ -96,20 +92,6 @@ def settings(option: str, text: str, fields: Mapping[str, str], what: str, fix: 
 def shown(number: float) -> str:
     """A beta or learning rate as a variant's name has it, which takes no `+`."""
     return f"{number:.15g}"
-
-
-def variant_name(method: str, beta: float, rate: float | None, seed: int) -> str:
-    """`dpo-0.1-s0`; with a list of learning rates `dpo-0.1-lr1e-06-s0`."""
-    return seeded_name(f"{method}-{shown(beta)}{'' if rate is None else f'-lr{shown(rate)}'}", seed)
-
-
-def seed_values(text: str, methods: Sequence[str]) -> list[int]:
-    """The list's seeds. Raises StageError for what cannot be one."""
-    seeds = numbers("--seeds", text, int)
-    for seed in seeds:
-        if why := refusal(methods[0], "seed", seed):
-            raise refuse("--seeds", seed, f"it {why}.", "give whole numbers such as 0,1,2")
-    return seeds
 
 
 def refusal(method: str, field: str, value: float) -> str | None:
@@ -147,21 +129,15 @@ def variant(
     base: PipelineConfig, method: str, beta: float, rate: float | None, seed: int, tokens: int | None
 ) -> dict[str, Any]:
     """One variant: the config's own settings of the method with another beta, learning rate, seed, number of tokens."""
-    own = own_settings(base, method)
+    # What the config says of the method: under its name, else under another, else nothing but the defaults.
+    named = [base.align[method]] if method in base.align else []
+    known = [config for config in [*named, *base.align.values()] if config.method == method]
+    own: MethodConfig = known[0] if known else CONFIGS[method](method=method)
     if isinstance(own, PPO) and own.kl_target is not None:
         fix = "set it to null: with it the coefficient moves away from beta"
         raise refuse("align.ppo.kl_target", own.kl_target, "a sweep needs a fixed KL coefficient.", fix)
     changed = {own.strength: beta, "learning_rate": rate, "seed": seed, "train_tokens": tokens}
     return own.model_dump(mode="json") | {name: value for name, value in changed.items() if value is not None}
-
-
-def own_settings(base: PipelineConfig, method: str) -> MethodConfig:
-    """What the config says of a method: under its name, else under another, else nothing but the defaults."""
-    named = base.align.get(method)
-    if named is not None and named.method == method:
-        return named
-    others = [config for config in base.align.values() if config.method == method]
-    return others[0] if others else CONFIGS[method](method=method)
 
 
 def winner(results: Mapping[str, Result]) -> list[str]:

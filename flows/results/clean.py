@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,10 +150,14 @@ def size_of(path: Path) -> int:
 def artifacts(before: float) -> Iterator[Item]:
     """Models and data of runs that were not used since a time, and that nothing kept was made from."""
     needed, models = needed_digests(before), tracking.model_locations()
-    registered, unreached = _registered_runs(), 0
+    registered = {version.run_id for version in registry.versions()}  # those of other hands have no digest of ours
+    unreached = 0
     for run in tracking.runs("tags.stage != ''"):
         tags = run.data.tags
-        if not is_ours(tags) or tracking.REMOVED in tags or last_used(run) >= before:
+        # On a server that others use too, theirs may have a tag `stage` as well.
+        made_here = {"sha256", "artifact"} if tags.get("stage") == "source" else {"stage.key"}
+        is_ours = tags.get("stage") in HEAVY and made_here <= tags.keys()
+        if not is_ours or tracking.REMOVED in tags or last_used(run) >= before:
             continue
         outputs = {tags["sha256"]} if tags["stage"] == "source" else set(step_of(run).outputs.values())
         if not outputs and run.info.status == "FINISHED":  # what it made cannot be told, and so not who needs it
@@ -173,17 +177,12 @@ def artifacts(before: float) -> Iterator[Item]:
         log.warning("MLflow's server keeps the files of %s: left. Fix: call this while `alignflow up` runs", what)
 
 
-def is_ours(tags: Mapping[str, str]) -> bool:
-    """Whether a run is one of a heavy stage. On a server that others use too, theirs may have a tag `stage` as well."""
-    made_here = {"sha256", "artifact"} if tags.get("stage") == "source" else {"stage.key"}
-    return tags.get("stage") in HEAVY and made_here <= tags.keys()
-
-
 def needed_digests(before: float) -> set[str]:
     """Digests of all that registered versions, the runs since a time and those of pipelines at work were made from,
     themselves included.
     """
-    graph, runs, registered = Graph(), list(tracking.runs("tags.`stage.key` != ''")), _registered_runs()
+    graph, runs = Graph(), list(tracking.runs("tags.`stage.key` != ''"))
+    registered = {version.run_id for version in registry.versions()}
     # A pipeline's finished stages are inputs of those to come, however long the one at work takes.
     at_work = {run.data.tags.get("pipeline.run") for run in runs if not is_ended(run)} - {None}
     waiting = [*graph.versions]
@@ -205,11 +204,6 @@ def needed_digests(before: float) -> set[str]:
             needed.add(sha256)
             waiting += [one for step in makers.get(sha256, []) for one in step.inputs.values()]
     return needed
-
-
-def _registered_runs() -> set[str | None]:
-    """Runs that registered versions name: one that a person has registered may have no digest of ours."""
-    return {version.run_id for version in registry.versions()}
 
 
 def last_used(run: Any) -> float:

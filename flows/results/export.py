@@ -72,7 +72,14 @@ def write(chosen: Model, out: Path) -> None:
 def card(chosen: Model, out: Path) -> ModelCard:
     """The model card: how to load it, what it was trained with, and how it did."""
     scores = is_reward_model(json.loads((chosen.folder / "config.json").read_text()))
-    lead, end = around_answer(chosen.folder)
+    # The text before an answer that the generation prompt leaves out, and the one that ends it, at which a reward model
+    # gives its score: as they were saved, else nothing and the tokenizer's end.
+    around = read_json(chosen.folder / "config.json").get("alignflow_answer") or {}
+    if "end" in around:
+        lead, end = str(around.get("lead") or ""), str(around["end"])
+    else:
+        token = read_json(chosen.folder / "tokenizer_config.json").get("eos_token")
+        lead, end = "", token["content"] if isinstance(token, dict) else token or ""
     before = f"{lead!r} + " if lead else ""
     code = (REWARD_MODEL if scores else LANGUAGE_MODEL).format(folder=out.name, lead=before, end=end)
     metrics = {name: value for name, value in sorted((chosen.metrics or {}).items()) if name.startswith("eval/")}
@@ -90,7 +97,8 @@ def card(chosen: Model, out: Path) -> ModelCard:
         rows = {name: f"{value:.4g}" for name, value in metrics.items()}
         parts.append("## Evaluation\n\nOn held-out prompts.\n\n" + table(rows, "metric", "value"))
     if chosen.request is not None:
-        parts.append("## Training\n\n" + table(settings_of(chosen), "setting", "value"))
+        settings = {name: json.dumps(value) for name, value in chosen.request.params.items()}
+        parts.append("## Training\n\n" + table(settings | {"seed": chosen.request.seed}, "setting", "value"))
     return ModelCard("\n\n".join(parts) + "\n")
 
 
@@ -115,30 +123,10 @@ def origin(chosen: Model) -> str:
 ORIGIN = {"data version": "data.version", "pipeline run": "pipeline.run", "stage key": "stage.key"}
 
 
-def settings_of(chosen: Model) -> dict[str, Any]:
-    """The stage's parameters and seed, as a flat table."""
-    assert chosen.request is not None
-    return {**{name: json.dumps(value) for name, value in chosen.request.params.items()}, "seed": chosen.request.seed}
-
-
 def table(rows: dict[str, Any], *titles: str) -> str:
-    """A Markdown table of names and values."""
+    """A Markdown table of names and values, which break nothing: one line, no bars, cut when very long."""
     lines = [f"| {' | '.join(titles)} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {cell(value)} |" for name, value in rows.items()])
-
-
-def cell(value: Any) -> str:
-    """A value that breaks no table: one line, no bars, cut when very long."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def around_answer(folder: Path) -> tuple[str, str]:
-    """The text before an answer that the generation prompt leaves out, and the one that ends it, at which a reward
-    model gives its score: as they were saved, else nothing and the tokenizer's end.
-    """
-    saved = read_json(folder / "config.json").get("alignflow_answer") or {}
-    if "end" in saved:
-        return str(saved.get("lead") or ""), str(saved["end"])
-    token = read_json(folder / "tokenizer_config.json").get("eos_token")
-    return "", token["content"] if isinstance(token, dict) else token or ""
+    for name, value in rows.items():
+        text = " ".join(str(value).split()).replace("|", "\\|")
+        lines.append(f"| {name} | {text if len(text) <= 300 else text[:297] + '...'} |")
+    return "\n".join(lines)

@@ -51,11 +51,6 @@ class Step:
     tags: Mapping[str, str]
     params: Mapping[str, str]
 
-    @property
-    def makes_model(self) -> bool:
-        """Whether the step made a model."""
-        return self.stage in lookup.MODEL_STAGES
-
 
 class Graph:
     """All finished stages that MLflow knows, joined by digests."""
@@ -142,20 +137,16 @@ def lineage(what: str) -> Item:
     if Path(what).expanduser().is_file():
         return forward(graph, tracking.digest(Path(what).expanduser()), what)
     if re.fullmatch(r"[0-9a-f]{8,64}", what):
-        sha256 = whole_digest(graph, what)
+        known = {sha256 for sha256 in [*graph.makers, *graph.users] if sha256.startswith(what)}
+        if len(known) != 1:
+            message = f"{len(known) or 'no'} known digests begin so."
+            fix = "give more of it" if known else "give a data file, or a digest that MLflow knows"
+            raise refuse("WHAT", what, message, fix, kind="lineage")
+        sha256 = known.pop()
         step = graph.makers.get(sha256)
-        return backward(graph, sha256, what) if step and step.makes_model else forward(graph, sha256, what)
+        is_model = step is not None and step.stage in lookup.MODEL_STAGES
+        return backward(graph, sha256, what) if is_model else forward(graph, sha256, what)
     return backward(graph, digest_of_model(what), what)
-
-
-def whole_digest(graph: Graph, start: str) -> str:
-    """The digest that begins so. Raises StageError when there is none, or several."""
-    known = {sha256 for sha256 in [*graph.makers, *graph.users] if sha256.startswith(start)}
-    if len(known) != 1:
-        message = f"{len(known) or 'no'} known digests begin so."
-        fix = "give more of it" if known else "give a data file, or a digest that MLflow knows"
-        raise refuse("WHAT", start, message, fix, kind="lineage")
-    return known.pop()
 
 
 def digest_of_model(what: str) -> str:
@@ -168,19 +159,15 @@ def digest_of_model(what: str) -> str:
         name, _, number = what.removeprefix("models:/").partition("/")
         number = next((one.number for one in registry.versions(name) if one.number == number), None)
     else:
-        return made_by(lookup.model(what), what)
+        model = lookup.model(what)
+        if model.request is None:
+            fix = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
+            raise refuse("WHAT", what, "no run here has made it.", fix, kind="lineage")
+        return tracking.digest(model.folder)
     if number is None:
         fix = "look them up with `alignflow ui`"
         raise refuse("WHAT", what, "there is no such registered model.", fix, kind="lineage")
     return registry.version(name, number).artifact.sha256
-
-
-def made_by(model: lookup.Model, what: str) -> str:
-    """The digest of a model that a run has made."""
-    if model.request is None:
-        fix = "name a model of a pipeline run, models:/NAME@ALIAS, a data file or a digest"
-        raise refuse("WHAT", what, "no run here has made it.", fix, kind="lineage")
-    return tracking.digest(model.folder)
 
 
 # --- back to the rows ---
@@ -204,15 +191,13 @@ def origin(graph: Graph, name: str, sha256: str, seen: set[str]) -> Item:
         return Item(f"{name}: {step.label} (see above)", {"sha256": sha256, "run_id": step.run_id})
     seen.add(step.run_id)
     below = [
-        source(step, given) if inner == "source" else origin(graph, inner, given, seen)
+        # The input `source` is the file that the step has read.
+        Item(f"source: {step.params.get('path', 'a file')}", {"sha256": given, "path": step.params.get("path")})
+        if inner == "source"
+        else origin(graph, inner, given, seen)
         for inner, given in sorted(step.inputs.items())
     ]
     return Item(f"{name}: {step.label}", {"sha256": sha256, **facts_of(step)}, below)
-
-
-def source(step: Step, sha256: str) -> Item:
-    """The file that a step has read."""
-    return Item(f"source: {step.params.get('path', 'a file')}", {"sha256": sha256, "path": step.params.get("path")})
 
 
 def facts_of(step: Step) -> dict[str, Any]:
@@ -295,13 +280,8 @@ def headline(item: Item) -> str:
     for name in ("run_id", "code"):
         if facts.get(name):
             parts.append(f"{name.removesuffix('_id')} {facts[name]}")
-    parts += [registration(one) for one in facts.get("registered", [])]
+    for one in facts.get("registered", []):  # [assistant v3 @champion, promoted]
+        aliases, tags = "".join(f" @{alias}" for alias in one["aliases"]), one["tags"]
+        decision = tags.get("decision", "undecided") + (", rolled back" if registry.ROLLED_BACK in tags else "")
+        parts.append(f"[{one['model']} v{one['version']}{aliases}, {decision}]")
     return "  ".join(map(one_line, parts))
-
-
-def registration(one: Mapping[str, Any]) -> str:
-    """A registered version with its aliases and its decision: `[assistant v3 @champion, promoted]`."""
-    aliases = "".join(f" @{alias}" for alias in one["aliases"])
-    tags = one["tags"]
-    rolled_back = ", rolled back" if registry.ROLLED_BACK in tags else ""
-    return f"[{one['model']} v{one['version']}{aliases}, {tags.get('decision', 'undecided')}{rolled_back}]"

@@ -89,21 +89,14 @@ def seed(model: str, look: Look) -> int:
     return int.from_bytes(hashlib.sha256(parts.encode()).digest()[:8], "big") >> 1
 
 
-def same(looks: Sequence[Look], key: str, now: datetime) -> Look | None:
-    """The newest look of the last year that looked at the same in the same way."""
-    return max(
-        (one for one in looks if one.key == key and one.time > now - YEAR), key=lambda one: one.number, default=None
-    )
-
-
 # --- the registry ---
 
 
 def looks(model: str) -> list[Look]:
     """All looks of a registered model that are kept, oldest first."""
-    raw = _tags(model)
+    registered = _model(model)
     found = []
-    for name, value in raw.items():
+    for name, value in ({} if registered is None else registered.tags).items():
         if name.startswith(PREFIX):
             try:
                 found.append(Look(**json.loads(value)))
@@ -124,9 +117,10 @@ def take(model: str, key: str, candidate: str, gate: Gate) -> Look:
     """
     with registry.held(model):
         known, now = looks(model), datetime.now(UTC)
-        before = same(known, key, now)
-        if before is not None:
-            return before
+        # Looks of the last year that looked at the same in the same way.
+        before = [one for one in known if one.key == key and one.time > now - YEAR]
+        if before:
+            return max(before, key=lambda one: one.number)
         check_budget(model, known, gate, now)
         number = 1 + max((look.number for look in known), default=0)
         look = Look(number, now.isoformat(timespec="seconds"), gate.alpha, key, candidate)
@@ -172,8 +166,3 @@ def write(model: str, look: Look) -> None:
 def _model(model: str) -> Any:
     found = tracking.client().search_registered_models(f"name = {quoted(model)}")
     return tracking.client().get_registered_model(model) if found else None
-
-
-def _tags(model: str) -> dict[str, str]:
-    registered = _model(model)
-    return {} if registered is None else dict(registered.tags)

@@ -75,7 +75,10 @@ def comparison(which: str | None = None) -> Comparison:
     Raises:
         StageError: there is none.
     """
-    comparisons = [run for run in search("tags.stage = 'compare'") if which is None or which in _names(run)]
+    comparisons = search("tags.stage = 'compare'")
+    if which is not None:
+        experiment = tracking.client().get_experiment
+        comparisons = [run for run in comparisons if which in (*_run_ids(run), experiment(run.info.experiment_id).name)]
     last = newest_readable(comparisons)
     if last is None:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
@@ -88,11 +91,6 @@ def comparison(which: str | None = None) -> Comparison:
 def _run_ids(run: Any) -> list[str]:
     tags = run.data.tags
     return [tags.get("pipeline.run", "none"), *tags.get("pipeline.reused_by", "").split()]
-
-
-def _names(run: Any) -> list[str]:
-    experiment = tracking.client().get_experiment(run.info.experiment_id)
-    return [*_run_ids(run), experiment.name]
 
 
 def result_of(run_id: str) -> Result:
@@ -134,8 +132,16 @@ def model(what: str) -> Model:
         StageError: there is none, or its files were altered.
     """
     if what.startswith(("models:/", "runs:/")):
-        run_id, name = _maker(what)
-        return _made(name or what.rpartition("/")[2], run_id) if run_id else Model(what, tracking.locate(what))
+        folder = tracking.locate(what)  # says clearly when there is none
+        source, run_id = tracking.registered(what), None
+        if source.startswith("runs:/"):
+            run_id = source.removeprefix("runs:/").partition("/")[0]
+        elif source.startswith("models:/m-"):
+            run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
+        if not run_id:  # MLflow does not know which run has made it
+            return Model(what, folder)
+        name = tracking.client().get_run(run_id).data.tags.get("model")
+        return _made(name or what.rpartition("/")[2], run_id)
     last = newest_readable(trained(f"tags.model = {quoted(what)}"))
     if last is not None:
         return _made(what, last.info.run_id)
@@ -153,19 +159,6 @@ def names() -> list[str]:
 def trained(condition: str) -> list[Any]:
     """Runs that made a model. MLflow's query language has no IN for tags."""
     return [run for run in search(condition) if run.data.tags.get("stage") in MODEL_STAGES]
-
-
-def _maker(uri: str) -> tuple[str | None, str | None]:
-    """The run that made the model behind a uri, where MLflow knows it, and the model's name there."""
-    tracking.locate(uri)  # says clearly when there is none
-    source = tracking.registered(uri)
-    run_id: str | None = None
-    if source.startswith("runs:/"):
-        run_id = source.removeprefix("runs:/").partition("/")[0]
-    elif source.startswith("models:/m-"):
-        run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
-    run = tracking.client().get_run(run_id) if run_id else None
-    return run_id, run.data.tags.get("model") if run else None
 
 
 def _made(name: str, run_id: str) -> Model:

@@ -41,15 +41,10 @@ class Version:
         return f"{self.model} version {self.number}"
 
 
-def version_at_alias(model: str, alias: str) -> Version | None:
-    """The version that an alias points to, None where there is no such model or alias."""
-    number = aliases(model).get(alias)
-    return None if number is None else version(model, number)
-
-
 def champion(model: str) -> Version | None:
-    """The version that is champion."""
-    return version_at_alias(model, CHAMPION)
+    """The version that is champion; None where there is no such model, or it has none."""
+    number = aliases(model).get(CHAMPION)
+    return None if number is None else version(model, number)
 
 
 def aliases(model: str) -> dict[str, str]:
@@ -93,16 +88,10 @@ def of_digest(model: str, sha256: str) -> Version | None:
 
 def _version(raw: Any) -> Version:
     tags = dict(raw.tags)
-    source = str(raw.source)
-    return Version(raw.name, str(raw.version), Artifact(uri=source, sha256=_digest(source, tags)), raw.run_id, tags)
-
-
-def _digest(source: str, tags: Mapping[str, str]) -> str:
-    """The content's sha256: a version that was not registered here has it on its LoggedModel, or nowhere."""
-    if "sha256" in tags or not source.startswith("models:/m-"):
-        return tags.get("sha256", "")
-    model = tracking.client().get_logged_model(source.removeprefix("models:/"))
-    return model.tags.get("sha256", "")
+    source, sha256 = str(raw.source), tags.get("sha256")
+    if sha256 is None and source.startswith("models:/m-"):  # not registered here: its LoggedModel has it, or nothing
+        sha256 = tracking.client().get_logged_model(source.removeprefix("models:/")).tags.get("sha256")
+    return Version(raw.name, str(raw.version), Artifact(uri=source, sha256=sha256 or ""), raw.run_id, tags)
 
 
 @contextlib.contextmanager
@@ -249,7 +238,13 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
     Raises:
         StageError: there is no champion, no former one, or the former one was rolled back itself.
     """
-    model = model or _only_model()
+    if not model:
+        known = names()
+        if len(known) != 1:
+            have = f"there are {len(known)} registered models with a champion."
+            fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
+            raise refuse("MODEL", "none given", have, fix, kind="registry")
+        model = known[0]
     with held(model):
         bad = champion(model)
         if bad is None:
@@ -268,12 +263,3 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
         tracking.client().set_registered_model_alias(model, CHAMPION, former)
         point_previous(model, former_of(restored))
         return bad, restored
-
-
-def _only_model() -> str:
-    known = names()
-    if len(known) != 1:
-        have = f"there are {len(known)} registered models with a champion."
-        fix = f"name one of {', '.join(known)}" if known else "run `alignflow retrain` first"
-        raise refuse("MODEL", "none given", have, fix, kind="registry")
-    return known[0]

@@ -1,5 +1,6 @@
 """Where the servers of this home answer, while `alignflow up` or `alignflow ui` runs: `up.json` in `home()`."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -35,23 +36,16 @@ def lock_file() -> Path:
 
 
 def found() -> Addresses | None:
-    """The addresses, or None when nothing runs for this home, or has only begun to."""
+    """The addresses; None when nothing runs for this home, has only begun to, or another version runs."""
     if not file().exists() or not lock_file().exists():
         return None
     with lock_file().open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return read()
+            with contextlib.suppress(FileNotFoundError, ValidationError):
+                return Addresses.model_validate_json(file().read_text())
     return None
-
-
-def read() -> Addresses | None:
-    """The file's content; None when it is gone or was written by another version."""
-    try:
-        return Addresses.model_validate_json(file().read_text())
-    except (FileNotFoundError, ValidationError):
-        return None
 
 
 def adopt() -> Addresses | None:

@@ -24,15 +24,13 @@ STARTS = 3
 """Of one run, in all."""
 
 
-def automations_file() -> Path:
-    """The file that comes with alignflow."""
-    return Path(str(files("deploy"))) / "automations.yaml"
-
-
 def apply(path: Path | None = None) -> list[str]:
-    """Create or update the automations of a file; their names. Idempotent."""
+    """Create or update the automations of a file, by default of the one that comes with alignflow; their names.
+    Idempotent.
+    """
     names = []
-    for raw in yaml.safe_load((path or automations_file()).read_text(encoding="utf-8"))["automations"]:
+    path = path or Path(str(files("deploy"))) / "automations.yaml"
+    for raw in yaml.safe_load(path.read_text(encoding="utf-8"))["automations"]:
         wanted = Automation(**raw)
         existing = read(wanted.name)
         if existing is None:
@@ -82,15 +80,16 @@ class RunWatch:
             wait = waits[run.state.type.value]
             if wait is None or now - run.state.timestamp < wait:
                 continue
-            if run.state.is_running() and (self._silence(now) < wait or was_heard(client, run, now - wait)):
-                continue
+            if run.state.is_running():
+                # It sends an event every 30 s while it lives; before the server answered, none could arrive.
+                answering = now - (self._answering_since or now)
+                recent = {"occurred": {"since": now - wait}, "resource": {"id": [f"prefect.flow-run.{run.id}"]}}
+                sent = EventFilter.model_validate(recent)
+                if answering < wait or client.read_events(filter=sent, limit=1).events:
+                    continue
             minutes = (now - run.state.timestamp).total_seconds() / 60
             message = f"{run.state.name} for {minutes:.0f} minutes and not heard of, so what ran it has died."
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-
-    def _silence(self, now: datetime) -> timedelta:
-        """For how long the server has answered without a break: a run could not be heard of before."""
-        return now - (self._answering_since or now)
 
 
 def patience(name: str) -> timedelta | None:
@@ -110,13 +109,6 @@ def runs_in(client: SyncPrefectClient, states: Sequence[str], flows: Sequence[st
     for run in client.read_flow_runs(flow_filter=of, flow_run_filter=within, limit=200):
         if run.deployment_id is not None and run.state is not None:
             yield run
-
-
-def was_heard(client: SyncPrefectClient, run: Any, since: datetime) -> bool:
-    """Whether a run has sent an event, as it does every 30 s while it lives, since then."""
-    resource = {"id": [f"prefect.flow-run.{run.id}"]}
-    sent = EventFilter.model_validate({"occurred": {"since": since}, "resource": resource})
-    return bool(client.read_events(filter=sent, limit=1).events)
 
 
 def start_crashed_again(client: SyncPrefectClient, now: datetime) -> None:

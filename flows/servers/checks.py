@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 import httpx
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
@@ -62,7 +62,13 @@ def check_prefect(url: str) -> None:
     check_name(answer, "PREFECT_API_URL", url, url)
     if answer.status_code != 200:
         raise unreachable("PREFECT_API_URL", url, f"no Prefect server is there ({answer.status_code}).", fix)
-    allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=prefect_headers(), json={"limit": 1})
+    # The credentials that Prefect's own client sends. It may have veiled them.
+    values: list[Any] = [PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()]
+    password, key = (one.get_secret_value() if hasattr(one, "get_secret_value") else one for one in values)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if password:
+        headers = {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"}
+    allowed = ask(f"{url}/work_pools/filter", "PREFECT_API_URL", url, fix, headers=headers, json={"limit": 1})
     if allowed.status_code in (401, 403):
         raise not_let_in()
 
@@ -78,19 +84,6 @@ def check_name(answer: httpx.Response, field: str, value: str, url: str) -> None
     if answer.status_code == 403 and ("Host" in answer.text or "ALLOWED_HOSTS" in answer.text):
         fix = f"make the server's MLFLOW_SERVER_ALLOWED_HOSTS hold {urlparse(url).netloc.rpartition('@')[2]}"
         raise unreachable(field, value, "the server does not go by this name.", fix)
-
-
-def prefect_headers() -> dict[str, str]:
-    """The credentials that Prefect's own client sends."""
-    password, key = PREFECT_API_AUTH_STRING.value(), PREFECT_API_KEY.value()
-    if password:
-        return {"Authorization": f"Basic {base64.b64encode(secret(password).encode()).decode()}"}
-    return {"Authorization": f"Bearer {secret(key)}"} if key else {}
-
-
-def secret(value: Any) -> str:
-    """The text behind a setting that Prefect may have veiled."""
-    return value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
 
 
 def check_mlflow(url: str) -> None:
@@ -162,23 +155,19 @@ def check_pools(names: Sequence[str], workers: bool = True) -> None:
     """
     with get_client(sync_client=True) as client:
         for name in dict.fromkeys(names):
-            check_pool(client, name, workers)
-
-
-def check_pool(client: SyncPrefectClient, name: str, workers: bool) -> None:
-    """Whether the server has this work pool."""
-    try:
-        pool = client.read_work_pool(name)
-    except ObjectNotFound as error:
-        available = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
-        message = f"there is no such work pool; the server has {available}."
-        fix = "create it and its deployments: alignflow deploy; or place the stage elsewhere (pools: in the config)"
-        raise refuse("pools", name, message, fix, kind="pool") from error
-    if pool.is_paused:
-        log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
-    if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
-        how = "alignflow up --pool" if pool.type == "process" else "prefect worker start --pool"
-        log.warning("no worker serves work pool %s: its runs wait. Start one: %s %s", name, how, name)
+            try:
+                pool = client.read_work_pool(name)
+            except ObjectNotFound as error:
+                available = ", ".join(sorted(pool.name for pool in client.read_work_pools())) or "none"
+                message = f"there is no such work pool; the server has {available}."
+                fix = "create it and its deployments: alignflow deploy; "
+                fix += "or place the stage elsewhere (pools: in the config)"
+                raise refuse("pools", name, message, fix, kind="pool") from error
+            if pool.is_paused:
+                log.warning("work pool %s is paused: its runs wait. Resume it: prefect work-pool resume %s", name, name)
+            if workers and not any(w.status == WorkerStatus.ONLINE for w in client.read_workers_for_work_pool(name)):
+                how = "alignflow up --pool" if pool.type == "process" else "prefect worker start --pool"
+                log.warning("no worker serves work pool %s: its runs wait. Start one: %s %s", name, how, name)
 
 
 def check_schedules(path: Path) -> None:
@@ -200,14 +189,10 @@ def check_schedules(path: Path) -> None:
         try:
             CronSchedule(cron=cron, timezone=schedule.get("timezone"))
         except ValueError as error:
-            message = f"Prefect does not understand it: {reason(error)}."
+            lines = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]  # pydantic's point
+            reason = (lines or [str(error)])[0].partition(" [type=")[0].removeprefix("Value error, ").rstrip(".")
+            message = f"Prefect does not understand it: {reason}."
             raise refuse(field, value, message, fix, kind="schedule") from error
-
-
-def reason(error: ValueError) -> str:
-    """The point of pydantic's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
-    return (lines or [str(error)])[0].partition(" [type=")[0].removeprefix("Value error, ").rstrip(".")
 
 
 class _Loader(yaml.SafeLoader):

@@ -30,12 +30,3 @@ def prefect_file() -> Path | None:
             path = uri.partition(":///")[2].partition("?")[0]
             return Path(path) if uri.startswith("sqlite") and path and not path.startswith(":memory:") else None
     return workspace.home() / "prefect" / "prefect.db"
-
-
-def check_users(path: Path) -> None:
-    """Keep a copy of the database of MLflow's users before a newer MLflow migrates it.
-
-    Raises:
-        StageError: it is damaged, or a newer MLflow has made it.
-    """
-    databases.check_and_back_up(path, USERS)

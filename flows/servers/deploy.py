@@ -7,10 +7,9 @@ import tempfile
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.servers import automations, checks, pools
@@ -34,25 +33,29 @@ def deploy(prefect_file: Path | None = None) -> None:
     checks.check_schedules(prefect_file)
     deployments = checks.deployments(prefect_file)
     with get_client(sync_client=True) as client:
-        check_pool_names(client, deployments)
+        # A pool must be there or have a template.
+        known = {*pools.templates(), *(pool.name for pool in client.read_work_pools())}
+        for one in deployments:
+            name = (one.get("work_pool") or {}).get("name")
+            if name is not None and name not in known:
+                field = f"deployments[{one.get('name')}].work_pool.name"
+                near = get_close_matches(name, known, 1)
+                others = f"use one of {', '.join(sorted(known))}, or create it first"
+                fix = f"did you mean {near[0]!r}?" if near else others
+                raise refuse(field, name, "there is no such work pool.", fix, kind="pool")
         for pool in pools.templates():
             show(f"work pool   {pool}: {pools.apply(client, pool)}")
     create_deployments(prefect_file)
-    say_deployments({str(one.get("name")) for one in deployments})
+    names = {str(one.get("name")) for one in deployments}
+    with get_client(sync_client=True) as client:
+        flows = {flow.id: flow.name for flow in client.read_flows()}
+        for one in client.read_deployments():
+            if one.name in names:
+                times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
+                name = one_line(f"{flows[one.flow_id]}/{one.name}")
+                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())
     for name in automations.apply():
         show(f"automation  {name}")
-
-
-def check_pool_names(client: SyncPrefectClient, deployments: list[dict[str, Any]]) -> None:
-    """Raise StageError for a deployment on a pool that neither is there nor has a template."""
-    known = {*pools.templates(), *(pool.name for pool in client.read_work_pools())}
-    for one in deployments:
-        name = (one.get("work_pool") or {}).get("name")
-        if name is not None and name not in known:
-            field = f"deployments[{one.get('name')}].work_pool.name"
-            near = get_close_matches(name, known, 1)
-            fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}, or create it first"
-            raise refuse(field, name, "there is no such work pool.", fix, kind="pool")
 
 
 def create_deployments(prefect_file: Path) -> None:
@@ -79,14 +82,3 @@ def create_deployments(prefect_file: Path) -> None:
         tail = "\n".join((answer.stdout + answer.stderr).strip().splitlines()[-20:])
         fix = "fix what it reports, and deploy again"
         raise refuse("file", prefect_file, f"Prefect refuses it:\n{tail}\n", fix, kind="deploy")
-
-
-def say_deployments(names: set[str]) -> None:
-    """Print the deployments of these names, where they run, and when."""
-    with get_client(sync_client=True) as client:
-        flows = {flow.id: flow.name for flow in client.read_flows()}
-        for one in client.read_deployments():
-            if one.name in names:
-                times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
-                name = one_line(f"{flows[one.flow_id]}/{one.name}")
-                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())

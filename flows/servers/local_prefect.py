@@ -39,14 +39,6 @@ def has_shared_server() -> bool:
     return PREFECT_API_URL.value() not in (None, _own.get())
 
 
-def quieten() -> None:
-    """Let our own lines through and little of Prefect's."""
-    logging.getLogger("prefect").setLevel(logging.WARNING)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addFilter(not_repeated)
-
-
 def not_repeated(record: logging.LogRecord) -> bool:
     """False where Prefect repeats the stage's own line: that it is done, or has failed."""
     return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
@@ -109,7 +101,11 @@ def local_prefect() -> Iterator[None]:
 
     It is ours and not the one that Prefect starts by itself: that one lives on when this process is killed.
     """
-    quieten()
+    # Our own lines come through, and little of Prefect's.
+    logging.getLogger("prefect").setLevel(logging.WARNING)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addFilter(not_repeated)
     if PREFECT_API_URL.value():
         refuse_no_server()
         is_set = "PREFECT_CLIENT_MAX_RETRIES" in os.environ

@@ -18,6 +18,7 @@ from schemas.environment import LOGIN
 from schemas.errors import refuse
 from stages import tracking
 from stages.runtime import workspace
+from stages.runtime.databases import check_and_back_up
 
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
@@ -72,7 +73,12 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
     `more` options of `prefect server start`; `password`: user:password, which counts before the environment's.
     """
     url = address(host, number)
-    check_prefect_database()
+    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
+        uri = os.environ.get(variable, "")
+        if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):  # its own error has 100 lines
+            fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
+            shown = tracking.without_passwords(uri)
+            raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
     databases.check_prefect()
     module = "flows.servers.door"
     command = [sys.executable, "-P", "-m", module, "server", "start", "--host", host, "--port", str(number), *more]
@@ -95,16 +101,6 @@ def needs(variable: str, uri: str, scheme: str, module: str) -> None:
     if uri.startswith(scheme) and importlib.util.find_spec(module) is None:
         shown = tracking.without_passwords(uri)
         raise refuse(variable, shown, f"{module} is not installed.", EXTRA, kind="server")
-
-
-def check_prefect_database() -> None:
-    """Raise StageError for a Prefect database that it cannot use: its own error has 100 lines."""
-    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
-        uri = os.environ.get(variable, "")
-        if uri and not uri.startswith(("postgresql+asyncpg:", "sqlite+aiosqlite:")):
-            fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
-            shown = tracking.without_passwords(uri)
-            raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
 
 
 def is_loopback(host: str) -> bool:
@@ -157,7 +153,7 @@ def check_passwords(server: str) -> None:
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = workspace.home() / "mlflow-auth.ini"
-    databases.check_users(workspace.home() / "mlflow-auth.db")
+    check_and_back_up(workspace.home() / "mlflow-auth.db", databases.USERS)  # before a newer MLflow migrates it
     lines = [
         "[mlflow]",
         "default_permission = NO_PERMISSIONS",

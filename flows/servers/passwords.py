@@ -108,16 +108,13 @@ def for_clients(servers: Collection[str] = ("MLflow", "Prefect")) -> dict[str, s
     if "Prefect" in servers and not wanted["PREFECT_API_AUTH_STRING"]:
         wanted["PREFECT_API_AUTH_STRING"] = os.environ.get("PREFECT_SERVER_API_AUTH_STRING") or login("Prefect")
     if "MLflow" in servers and not wanted["MLFLOW_TRACKING_PASSWORD"] and not wanted["MLFLOW_TRACKING_USERNAME"]:
-        user, _, password = (login("MLflow") or admin() or "").partition(":")
+        word = login("MLflow")
+        if word is None and (first := os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD")):  # of MLflow's first user
+            word = f"{os.environ.get('MLFLOW_AUTH_ADMIN_USERNAME') or 'admin'}:{first}"
+        user, _, password = (word or "").partition(":")
         wanted |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     return {name: value for name, value in wanted.items() if value}
 
 
 CLIENTS = ("PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 """The variables that clients read."""
-
-
-def admin() -> str | None:
-    """MLflow's first user as the environment sets it."""
-    password = os.environ.get("MLFLOW_AUTH_ADMIN_PASSWORD")
-    return f"{os.environ.get('MLFLOW_AUTH_ADMIN_USERNAME') or 'admin'}:{password}" if password else None

@@ -31,17 +31,12 @@ def runs_at_once() -> int:
     """How many runs a worker of this machine takes up at a time, and how many stages train at a time without a GPU:
     by cores and memory, at least one, and at least one per GPU.
     """
-    by_room = min(len(os.sched_getaffinity(0)) // CORES_PER_RUN, int(memory_gib() // GIB_PER_RUN))
-    return max(1, by_room, len(gpu_slots.names()))
-
-
-def memory_gib() -> float:
-    """The memory that this process may use: the machine's, or what its container is given."""
-    limits = [psutil.virtual_memory().total]
+    memory = [psutil.virtual_memory().total]  # the machine's, or what its container is given
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(file.read_text()))
-    return min(limits) / 2**30
+            memory.append(int(file.read_text()))
+    by_room = min(len(os.sched_getaffinity(0)) // CORES_PER_RUN, int(min(memory) / 2**30 // GIB_PER_RUN))
+    return max(1, by_room, len(gpu_slots.names()))
 
 
 def templates() -> dict[str, Path]:

@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import psutil
@@ -76,7 +75,8 @@ class Server:
     def healthy(self) -> bool:
         """Whether it does its work."""
         with contextlib.suppress(urllib.error.URLError, OSError):
-            direct().open(self.health, timeout=5).close()
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
+            direct.open(self.health, timeout=5).close()
             return True
         return False
 
@@ -106,17 +106,16 @@ class Running:
             if len(self.stopped) >= RESTARTS:
                 raise failed(self.server)
             pause = 0 if len(self.stopped) == 1 else 2 ** (len(self.stopped) - 2)
-            end_session(self.process.pid)
+            # What a guard that was killed itself has left: it led a session, and what it had started is in it.
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if os.getsid(process.pid) == self.process.pid:
+                        process.kill()
             when = f"in {pause} s" if pause else "now"
-            say(f"{self.server.name} stopped (exit code {self.process.returncode}); starting it again {when}.")
+            show(f"{self.server.name} stopped (exit code {self.process.returncode}); starting it again {when}.")
             self.restart_at = now + pause
         if self.restart_at is not None and now >= self.restart_at:
             self.process, self.restart_at = start(self.server, self.keep, "ab"), None
-
-
-def direct() -> urllib.request.OpenerDirector:
-    """Opens addresses without a proxy."""
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
@@ -145,11 +144,6 @@ def address(host: str, number: int) -> str:
     return f"http://{reached}:{number}"
 
 
-def say(line: str) -> None:
-    """Print at once, also into a pipe."""
-    show(line)
-
-
 @contextlib.contextmanager
 def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[list[Running]]:
     """The servers, healthy; ended on the way out. `keep`: descriptors that stay open as long as they live.
@@ -175,11 +169,7 @@ def running(servers: Sequence[Server], keep: Sequence[int] = ()) -> Iterator[lis
 def interrupt_on_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does, so that what it has started is ended too."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def start(server: Server, keep: Sequence[int] = (), log_mode: Literal["wb", "ab"] = "wb") -> subprocess.Popen[bytes]:
@@ -263,25 +253,13 @@ def guard(parent: int, command: list[str]) -> int:
         return 0
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_descendants(parent)
-
-
-def end_descendants(parent: int) -> None:
-    """End all below this process: first politely, then not; in more of a hurry when its parent has died."""
-    this, began = psutil.Process(), time.monotonic()
-    signal_all(this.children(recursive=True), signal.SIGTERM)
-    while below := this.children(recursive=True):
-        if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
-            signal_all(below, signal.SIGKILL)
-        psutil.wait_procs(below, timeout=0.1)  # reaps those that have become children of this process
-
-
-def end_session(leader: int) -> None:
-    """End what a guard that was killed itself has left: it led a session, and what it had started is in it."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == leader:
-                process.kill()
+        # All below this process: first politely, then not; in more of a hurry when the parent has died.
+        this, began = psutil.Process(), time.monotonic()
+        signal_all(this.children(recursive=True), signal.SIGTERM)
+        while below := this.children(recursive=True):
+            if time.monotonic() - began > (STOP_SECONDS if os.getppid() == parent else ORPHAN_SECONDS):
+                signal_all(below, signal.SIGKILL)
+            psutil.wait_procs(below, timeout=0.1)  # reaps those that have become children of this process
 
 
 def signal_all(processes: Sequence[psutil.Process], which: signal.Signals) -> None:

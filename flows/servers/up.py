@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,14 +20,14 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-from prefect.types import DateTime
 
 from flows.execution import gpu_slots
 from flows.servers import address_file, automations, checks, mlflow_prefect, passwords, pools, supervisor
 from flows.servers.address_file import Addresses
-from flows.servers.supervisor import HOST, Server, say
+from flows.servers.supervisor import HOST, Server
 from schemas.environment import DEVICE_SLOTS, HOME, PARENT, ROOTS, roots
 from schemas.errors import refuse
+from schemas.text import show
 from stages import tracking
 from stages.runtime import workspace
 
@@ -81,7 +81,10 @@ def up(
                 message = "another version of alignflow runs its servers there."
                 raise refuse(HOME, workspace.home(), message, "end that one first, or use another home", kind="servers")
         address_file.file().unlink(missing_ok=True)
-        with guards() as keep:
+        # For the servers' guards to hold. Those of a command that was killed end in seconds: wait for them.
+        with (workspace.home() / "up-guards.lock").open("a") as guards:
+            fcntl.flock(guards, fcntl.LOCK_EX)
+            keep = [guards.fileno()]
             bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep)
         address_file.file().unlink(missing_ok=True)
 
@@ -96,29 +99,21 @@ def taken(lock: IO[str]) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def guards() -> Iterator[list[int]]:
-    """A lock for the servers' guards to hold. Waits for those of a command that was killed, which end in seconds."""
-    with (workspace.home() / "up-guards.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield [lock.fileno()]
-
-
 def say_where(running: Addresses, wanted: Sequence[str]) -> None:
     """Say where the command that runs already has its servers.
 
     Raises:
         StageError: it runs without the wanted workers.
     """
-    say(f"Already running for {workspace.home()}, as process {running.pid}:")
+    show(f"Already running for {workspace.home()}, as process {running.pid}:")
     for name, url in (("MLflow", running.mlflow), ("Prefect", running.prefect.removesuffix("/api"))):
-        say(f"{name:8} {shown(name, url, running)}")
+        show(f"{name:8} {shown(name, url, running)}")
     lacking = [pool for pool in wanted if pool not in running.pools]
     if lacking:
         fix = "end that process (Ctrl-C, or SIGTERM), then start this again"
         raise refuse("--pool", ", ".join(lacking), "no worker of it serves these.", fix, kind="input")
     if wanted:
-        say(f"workers  {', '.join(running.pools)}")
+        show(f"workers  {', '.join(running.pools)}")
 
 
 def bring_up(
@@ -130,7 +125,9 @@ def bring_up(
     keep: Sequence[int],
 ) -> None:
     """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
-    elsewhere = given()
+    # Servers that the environment names, and that are therefore not started: name -> address.
+    mlflow, prefect = tracking.tracking_uri(), os.environ.get("PREFECT_API_URL")
+    elsewhere = ({"MLflow": mlflow} if mlflow.startswith("http") else {}) | ({"Prefect": prefect} if prefect else {})
     if elsewhere:
         checks.check_servers()  # those that the environment names
     ours = to_start(elsewhere, host, mlflow_port, prefect_port)
@@ -139,21 +136,23 @@ def bring_up(
         urls["Prefect"] += "/api"
     where = Addresses(pid=os.getpid(), mlflow=urls["MLflow"], prefect=urls["Prefect"], pools=list(wanted))
     where = where.model_copy(update={"ours": [server.name for server in ours]})
-    with supervisor.running(ours, keep) as servers, as_client(where):
+    settings: dict[Any, Any] = {PREFECT_API_URL: where.prefect}  # with the password where it has one
+    if password := passwords.for_clients(where.ours).get("PREFECT_API_AUTH_STRING"):
+        settings[PREFECT_API_AUTH_STRING] = password
+    with supervisor.running(ours, keep) as servers, temporary_settings(settings):
         if wanted:
-            make_pools(wanted)
+            with get_client(sync_client=True) as client:
+                for pool in [one for one in wanted if one in pools.templates()]:
+                    pools.apply(client, pool)
+            checks.check_pools(wanted, workers=False)  # those that have no template must already exist
         workers = [one for pool in wanted for one in workers_of(pool, where, limit)]
         with supervisor.running(workers, keep) as at_work:
-            publish_addresses(where)
+            # For other commands of this home.
+            public = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
+            workspace.write_whole(address_file.file(), where.model_copy(update=public).model_dump_json(indent=2))
             say_all(where, elsewhere, limit)
             supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None)
-            say("Stopping the servers." if not wanted else "Stopping workers and servers.")
-
-
-def given() -> dict[str, str]:
-    """Servers that the environment names, and that are therefore not started: name -> address."""
-    mlflow, prefect = tracking.tracking_uri(), os.environ.get("PREFECT_API_URL")
-    return ({"MLflow": mlflow} if mlflow.startswith("http") else {}) | ({"Prefect": prefect} if prefect else {})
+            show("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 
 def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, prefect_port: int | None) -> list[Server]:
@@ -173,19 +172,6 @@ def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, pref
     return ours
 
 
-def as_client(where: Addresses) -> contextlib.AbstractContextManager[Any]:
-    """Let this process speak to a Prefect server, with its password when it has one."""
-    settings: dict[Any, Any] = {PREFECT_API_URL: where.prefect}
-    password = passwords.for_clients(where.ours).get("PREFECT_API_AUTH_STRING")
-    return temporary_settings(settings | ({PREFECT_API_AUTH_STRING: password} if password else {}))
-
-
-def publish_addresses(where: Addresses) -> None:
-    """Say for other commands of this home where everything is."""
-    shown = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
-    workspace.write_whole(address_file.file(), where.model_copy(update=shown).model_dump_json(indent=2))
-
-
 def shown(name: str, url: str, where: Addresses) -> str:
     """A server's address for a person: one that logs the browser in, where the password was made here."""
     login = passwords.link(name, url) if name in where.ours else None
@@ -196,15 +182,15 @@ def say_all(where: Addresses, elsewhere: dict[str, str], limit: int) -> None:
     """Say where everything is."""
     for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
         note = " (already running, from the environment)" if name in elsewhere else ""
-        say(f"{name:8} {shown(name, url, where)}{note}")
+        show(f"{name:8} {shown(name, url, where)}{note}")
     if where.pools:
-        say(f"workers  {', '.join(where.pools)}; at most {limit} {'run' if limit == 1 else 'runs'} at a time each")
+        show(f"workers  {', '.join(where.pools)}; at most {limit} {'run' if limit == 1 else 'runs'} at a time each")
         if "gpu" in where.pools and not gpu_slots.names():
-            say("No GPU here: stages placed on the pool gpu run on the CPU.")
-        say("In another terminal: alignflow deploy")
+            show("No GPU here: stages placed on the pool gpu run on the CPU.")
+        show("In another terminal: alignflow deploy")
     elif "Prefect" not in elsewhere:
-        say(f"Runs appear there. They start faster with: export PREFECT_API_URL={where.prefect}")
-    say("Press Ctrl-C to stop.")
+        show(f"Runs appear there. They start faster with: export PREFECT_API_URL={where.prefect}")
+    show("Press Ctrl-C to stop.")
 
 
 @dataclass(frozen=True)
@@ -217,22 +203,12 @@ class Worker(Server):
 
     def healthy(self) -> bool:
         with contextlib.suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
-            return any(self.is_this(worker) for worker in client.read_workers_for_work_pool(self.pool))
+            for worker in client.read_workers_for_work_pool(self.pool):
+                heard = worker.last_heartbeat_time
+                # Of this process, and not of one before it with the same name.
+                if worker.name == self.title and heard is not None and heard.timestamp() >= self.began:
+                    return True
         return False
-
-    def is_this(self, worker: Any) -> bool:
-        """Whether the server's entry is of this process, and not of one before it with the same name."""
-        heard: DateTime | None = worker.last_heartbeat_time
-        return worker.name == self.title and heard is not None and heard.timestamp() >= self.began
-
-
-def make_pools(wanted: Sequence[str]) -> None:
-    """Create or update the wanted pools that have a template; others must already exist."""
-    with get_client(sync_client=True) as client:
-        for pool in wanted:
-            if pool in pools.templates():
-                pools.apply(client, pool)
-    checks.check_pools(wanted, workers=False)
 
 
 def workers_of(pool: str, where: Addresses, limit: int) -> list[Worker]:

@@ -100,7 +100,13 @@ class KTO(OfflineAlignment):
         context.metrics(dict(zip(("data/desirable_weight", "data/undesirable_weight"), self.weights, strict=True)))
         self.steps = self.clamped = 0
         """Optimizer steps so far, and those in which the KL estimate was below 0."""
-        self.mismatched = self.mismatch(self.seed)
+        others = partners([example.row["prompt_id"] for example in self.examples], self.seed)
+        room = [self.limit - len(tree.prompt) for tree in self.trees]
+        self.mismatched = [
+            Tree(tree.prompt, (self.trees[other].answers[0][:tokens],))
+            for tree, other, tokens in zip(self.trees, others, room, strict=True)
+        ]
+        """Each row's prompt with the answer of another prompt, cut where it would be too long."""
         self.mismatched_reference = self.reference_logps(self.mismatched)
 
     @staticmethod
@@ -110,15 +116,6 @@ class KTO(OfflineAlignment):
     @staticmethod
     def is_liked(row: Row) -> bool:
         return bool(row["label"])
-
-    def mismatch(self, seed: int) -> list[Tree]:
-        """Each row's prompt with the answer of another prompt, cut where it would be too long."""
-        others = partners([example.row["prompt_id"] for example in self.examples], seed)
-        room = [self.limit - len(tree.prompt) for tree in self.trees]
-        return [
-            Tree(tree.prompt, (self.trees[other].answers[0][:tokens],))
-            for tree, other, tokens in zip(self.trees, others, room, strict=True)
-        ]
 
     def size(self, row: int) -> int:
         return max(super().size(row), tree_tokens(self.mismatched[row], self.layout))

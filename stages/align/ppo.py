@@ -42,7 +42,7 @@ from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.logprobs import Rows, exact_kl
 from stages.engine.models.lora import base_of
-from stages.engine.models.policy import Output, Policy, Scorer, context_length
+from stages.engine.models.policy import Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring.batched import over_trees
@@ -240,10 +240,6 @@ class RewardModel:
             scores |= batch
         return [scores[i][0] for i in range(len(trees))]
 
-    def set_scale(self, mean: float, std: float) -> None:
-        """Scores come out as (score - mean) / std from now on."""
-        self.scorer.mean, self.scorer.std = mean, std
-
 
 def same_tokens(one: Path, other: Path) -> bool:
     """Whether two model folders turn the same messages into the same ids: same tokenizer file, template and end."""
@@ -251,12 +247,6 @@ def same_tokens(one: Path, other: Path) -> bool:
         return False
     a, b = Codec.load(one), Codec.load(other)
     return (a.tokenizer.chat_template, a.end_id) == (b.tokenizer.chat_template, b.end_id)
-
-
-def without_dropout(config: methods.PPO) -> methods.PPO:
-    """The config with LoRA's dropout off."""
-    calm = config.lora and config.lora.model_copy(update={"dropout": 0.0})
-    return config.model_copy(update={"lora": calm})
 
 
 class PPO:
@@ -267,7 +257,8 @@ class PPO:
 
     def __init__(self, config: methods.PPO, context: StageContext) -> None:
         folder, reward = context.input("model"), context.input("reward")
-        config = without_dropout(config)
+        if config.lora is not None:  # without its dropout
+            config = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
         self.config = self.training = config
         self.context, self.seed = context, context.request.seed
         self.codec = Codec.load(folder)
@@ -282,7 +273,11 @@ class PPO:
         if not self.reward_model.same_tokens:
             asked = [row["prompt"] for row in self.rows]
             self.reward_model.codec.check_prompts(asked, config.max_new_tokens, "reward_model", "the reward model")
-        self.layout: Layout = self.choose_layout()
+        # One in which policy and critic are exact; judged on prompts, each taken as its own answer.
+        trees = [Tree(tuple(p), (tuple(p[: config.max_new_tokens]),)) for p in self.prompts[:8]]
+        self.layout: Layout = choose_layout(policy, config.layout, trees, self.codec.pad_id)
+        if self.critic is not None:
+            self.layout = choose_layout(self.critic, self.layout, trees, self.codec.pad_id)
         context.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
@@ -337,12 +332,6 @@ class PPO:
             raise refuse("max_new_tokens", config.max_new_tokens, message, fix, kind="data")
         return [rows[i] for i in kept], [prompts[i] for i in kept]
 
-    def choose_layout(self) -> Layout:
-        """A layout in which policy and critic are exact; judged on prompts, each taken as its own answer."""
-        trees = [Tree(tuple(p), (tuple(p[: self.config.max_new_tokens]),)) for p in self.prompts[:8]]
-        layout = choose_layout(self.policy, self.config.layout, trees, self.codec.pad_id)
-        return choose_layout(self.critic, layout, trees, self.codec.pad_id) if self.critic else layout
-
     # --- what the loop calls ---
 
     def batches(self, start: int) -> Iterator[list[Micro]]:
@@ -378,7 +367,9 @@ class PPO:
         return {"policy": [p for p in self.model.parameters() if id(p) not in ids], "value": critic}
 
     def rate_factors(self, step: int) -> dict[str, float]:
-        return {"policy": 0.0 if self.is_critic_alone(step) else 1.0, "value": self.config.value_rate_factor}
+        own = self.config.value_learning_rate
+        critic = 10.0 if own is None else own / self.config.learning_rate  # over the policy's
+        return {"policy": 0.0 if self.is_critic_alone(step) else 1.0, "value": critic}
 
     def check_kl(self, kl: float, step: int) -> None:
         """Count rollouts too far from the reference; too many in a row end the training before it learns from them."""
@@ -526,7 +517,7 @@ class PPO:
     def set_scale(self, mean: float, std: float) -> None:
         """Normalise the scores of a reward model that brings no scale, and the values that began as it."""
         self.scale = [mean, std]
-        self.reward_model.set_scale(mean, std)
+        self.reward_model.scorer.mean, self.reward_model.scorer.std = mean, std
         if self.critic is not None and self.reward_model.same_tokens:
             self.critic.mean, self.critic.std = mean, std
 
@@ -543,7 +534,10 @@ class PPO:
                 temperature = self.config.temperature
                 own = self.actor_critic(batch, entropy=True, temperature=temperature, log_probs=True)
                 logps_N, values_N, entropy_N, rows = own
-                reference = self.read_by_reference(batch)
+                # The reference is the SFT model: the adapters switched off, or a frozen copy.
+                sft = self.policy if self.frozen is None else self.frozen
+                with self.policy.reference() if self.frozen is None else nullcontext():
+                    reference = sft(batch, temperature=temperature, log_probs=True)
                 assert logps_N is not None and rows is not None and reference.log_probs is not None
                 kl_N = exact_kl(rows, reference.log_probs, len(logps_N))
                 lengths = [len(sampled.answers[i]) for i in positions]
@@ -551,12 +545,6 @@ class PPO:
                 parts = [tensor.float().cpu().split(lengths) for tensor in tensors]
                 stats |= {i: TokenStats(*pieces) for i, *pieces in zip(positions, *parts, strict=True)}
         return gather_in_order(stats)
-
-    def read_by_reference(self, batch: Batch) -> Output:
-        """By the SFT model: the adapters switched off, or a frozen copy."""
-        policy = self.policy if self.frozen is None else self.frozen
-        with policy.reference() if self.frozen is None else nullcontext():
-            return policy(batch, temperature=self.config.temperature, log_probs=True)
 
     def finish_rollout(self, sampled: Sampled, scores_B: Tensor, stats: list[TokenStats]) -> Rollout:
         """Rewards, advantages and returns of the whole rollout, in float64; and what is logged of it."""

@@ -143,15 +143,11 @@ def reply(talkers: list[Talker], text: str, seed: int, command: ChatCommand) -> 
 def side_by_side(names: list[str], texts: list[str], width: int) -> str:
     """Two texts in columns under their names."""
     column = max(20, (width - 3) // 2)
-    columns = [
-        [name[-column:], "-" * min(column, len(name)), *_wrapped(visible(text), column)]
-        for name, text in zip(map(one_line, names), texts, strict=True)
-    ]
+    columns: list[list[str]] = []
+    for name, text in zip(map(one_line, names), texts, strict=True):
+        lines = [part for line in visible(text).splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
+        columns.append([name[-column:], "-" * min(column, len(name)), *lines])
     return "\n".join(f"{left:<{column}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
-
-
-def _wrapped(text: str, column: int) -> list[str]:
-    return [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
 
 
 def main(command: ChatCommand) -> int:

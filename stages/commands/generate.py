@@ -20,15 +20,6 @@ from stages.validate.column_advice import KNOWN
 from stages.validate.columns import Columns
 
 
-def judge_named(name: str) -> Judge | None:
-    """The judge of the command line."""
-    if name == "none":
-        return None
-    if name in ("rule", "sentiment"):
-        return RuleJudge() if name == "rule" else SentimentJudge("--judge")
-    return RewardJudge(Path(name), field="--judge")
-
-
 class Asked(NamedTuple):
     """A prompt of a user's file, and what stands beside it: ids, sources, whatever ranked rows are joined back by."""
 
@@ -96,7 +87,13 @@ def alone(command: GenerateCommand) -> dict[str, float]:
         fix = "name another file, or move this one away: it may hold people's rankings"
         raise refuse("--out", command.out, "the file already exists.", fix, kind="file_exists")
     began = time.monotonic()
-    judge = judge_named(command.judge)
+    judge: Judge | None = None
+    if command.judge == "rule":
+        judge = RuleJudge()
+    elif command.judge == "sentiment":
+        judge = SentimentJudge("--judge")
+    elif command.judge != "none":
+        judge = RewardJudge(Path(command.judge), field="--judge")
     asked = prompts_of(command.prompts, command.limit)
     policy = load_policy(command.model, trainable=False)
     prompts = [prompt for prompt, _ in asked]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
-from schemas.stage import Request
 from stages.compare import curve, frontier, head_to_head
 from stages.compare.findings import COVERS, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
@@ -58,7 +57,8 @@ def run(context: StageContext) -> dict[str, float]:
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
     chosen = str(request.params.get("chosen", ""))
-    variants = variants_of(request)
+    variants = request.params.get("variants", {})  # of several seeds: model -> group, method, beta, rate and seed
+    assert isinstance(variants, dict)
     comparison = compare(
         evaluations,
         variants,
@@ -98,13 +98,6 @@ def asking(context: StageContext) -> Ask | None:
     return partial(
         wins_between, judge=judge, progress=lambda done, total: context.progress(done, total, "answers judged")
     )
-
-
-def variants_of(request: Request) -> Mapping[str, Any]:
-    """Of several seeds: model -> its group, method, beta, learning rate and seed; of another comparison nothing."""
-    variants = request.params.get("variants", {})
-    assert isinstance(variants, dict)
-    return variants
 
 
 def compare(
@@ -223,16 +216,13 @@ def text(comparison: Comparison) -> str:
     above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
     lines = [] if points else findings(comparison)
     said = [line for line in lines if line != COVERS]
-    said += [] if points else [*pair_lines(comparison), *baseline_lines(comparison)]
+    baselines = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
+    if not points:
+        said += pair_lines(comparison)
+        said += [f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these."] if baselines else []
     said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
-
-
-def baseline_lines(comparison: Comparison) -> list[str]:
-    """The baselines with their heights and distances, on one line; none where there are none."""
-    named = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
-    return [f"SFT without alignment: {', '.join(named)}. !: not clearly above these."] if named else []
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -299,14 +299,11 @@ def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> byt
             place = (row["kl_to_reference"], row["judge_score"])
             axes.plot(*place, "D", color=colours(["sft"])["sft"], markersize=9, linestyle="none", label="sft")
     axes.legend(frameon=False, labelcolor=ink, loc="best")
-    seeds = {len(point["seeds"]) for point in points}
-    over = f"bars: standard error over {_span(seeds)}" if max(seeds) > 1 else "one seed, no bars"
+    counts = {len(point["seeds"]) for point in points}
+    low, high = min(counts), max(counts)
+    seeds = f"{high} seeds" if low == high else f"{low} to {high} seeds"
+    over = f"bars: standard error over {seeds}" if high > 1 else "one seed, no bars"
     note = f"numbers: beta (PPO: kl_coef); {over}; hollow: another point scores as high, nearer"
     axes.set_title(note, loc="left", fontsize=9, color=ink, alpha=0.8, pad=6)
     figure.suptitle("Judge score against distance from the SFT model", x=0.02, ha="left", color=ink, fontsize=12)
     return png(figure)
-
-
-def _span(counts: set[int]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{high} seeds" if low == high else f"{low} to {high} seeds"

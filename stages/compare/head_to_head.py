@@ -57,11 +57,6 @@ class Duel:
         """Whether the first is clearly the better one."""
         return self.clear and self.win_rate is not None and self.win_rate > 0.5
 
-    @property
-    def scores_higher(self) -> bool:
-        """Whether the first model's scores are clearly the higher ones; by wins where the judge gives none."""
-        return self.beats if self.gap is None else self.gap.low > 0
-
     def turned(self) -> "Duel":
         """The same seen from the other model."""
         return replace(
@@ -94,7 +89,13 @@ def matrix(
     samples = {name: evaluation.at(temperature) for name, evaluation in evaluations.items()}
     settings = next(iter(evaluations.values())).settings
     pairs = list(itertools.combinations(samples, 2))
-    asked = _worth_asking(samples) if ask is not None else set[tuple[str, str]]()
+    asked: set[tuple[str, str]] = set()
+    if ask is not None:  # about all aligned models where these are few, else about the one that most often beats SFT
+        aligned = [name for name in samples if name not in STARTING_POINTS]
+        asked = set(itertools.combinations(aligned, 2))
+        if len(aligned) > ASKED:
+            best = max(aligned, key=lambda name: fmean(sample.win for sample in samples[name]))
+            asked = {pair for pair in asked if best in pair}
     duels: list[Duel] = []
     wins: list[list[float] | None] = []
     for pair in pairs:
@@ -123,16 +124,6 @@ def _won(
     return ask(pair, one, other) if ask is not None else None
 
 
-def _worth_asking(samples: Mapping[str, Sequence[Sample]]) -> set[tuple[str, str]]:
-    """Pairs of aligned models: all of them where these are few, else those with the one that most often beats SFT."""
-    aligned = [name for name in samples if name not in STARTING_POINTS]
-    pairs = set(itertools.combinations(aligned, 2))
-    if len(aligned) <= ASKED:
-        return pairs
-    best = max(aligned, key=lambda name: fmean(sample.win for sample in samples[name]))
-    return {pair for pair in pairs if best in pair}
-
-
 def _measured(
     duels: Sequence[Duel],
     wins: Sequence[Sequence[float] | None],
@@ -145,7 +136,13 @@ def _measured(
     clusters = [sample.cluster for sample in next(iter(samples.values()))]
     drawn = first.resampling
     rates = bootstraps(rows, clusters, **drawn)
-    p_values = [_p_value([win - 0.5 for win in won], clusters) for won in rows]
+    p_values: list[float] = []
+    for won in rows:
+        leads = [win - 0.5 for win in won]
+        up, down, _ = signs(leads, clusters)
+        # Where the clusters point one way and the win rate the other nobody is ahead. That can be where clusters differ
+        # in size, or several answers to a prompt are won in part.
+        p_values.append(sign_test(leads, clusters) if (up - down) * fmean(leads) > 0 else 1.0)
     measured = list(duels)
     for place, won, rate, p, adjusted in zip(places, rows, rates, p_values, holm(p_values), strict=True):
         measured[place] = replace(duels[place], win_rate=metrics.win_rate(won), rate=rate, p=p, adjusted_p=adjusted)
@@ -158,15 +155,6 @@ def _measured(
         replace(duel, difference=float(gap.mean()), gap=interval)
         for duel, gap, interval in zip(measured, gaps, intervals, strict=True)
     ]
-
-
-def _p_value(leads: Sequence[float], clusters: Sequence[str]) -> float:
-    """Of the sign test over clusters; 1 where these point one way and the win rate the other: then nobody is ahead.
-
-    That can be where clusters differ in size, or several answers to a prompt are won in part.
-    """
-    up, down, _ = signs(leads, clusters)
-    return sign_test(leads, clusters) if (up - down) * fmean(leads) > 0 else 1.0
 
 
 def ranked(matrix: Matrix, models: Sequence[str], scores: Mapping[str, float]) -> list[str]:
@@ -234,8 +222,9 @@ def overoptimised(matrix: Matrix, table: Sequence[Mapping[str, Any]]) -> str:
     if not rewarded:
         return ""
     top = max(rewarded, key=lambda row: row["reward_score"])["model"]
-    above = [duel for (_, other), duel in matrix.items() if other == top and duel.scores_higher]
-    above = [duel for duel in above if duel.model not in STARTING_POINTS]
+    others = [duel for (one, other), duel in matrix.items() if other == top and one not in STARTING_POINTS]
+    # Whose scores are clearly the higher ones; by wins where the judge gives none.
+    above = [duel for duel in others if (duel.beats if duel.gap is None else duel.gap.low > 0)]
     if not above:
         return ""
     duel = max(above, key=lambda duel: (duel.difference or 0.0, duel.win_rate or 0.0))

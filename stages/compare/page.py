@@ -19,9 +19,9 @@ from stages.compare.table import (
     Column,
     Comparison,
     Row,
-    bounded,
     caution,
     counted,
+    finite,
     kl_cell,
     number,
     shown_columns,
@@ -78,10 +78,10 @@ def render_html(comparison: Comparison) -> str:
 def _cell(column: Column, row: Row) -> dict[str, Any]:
     """A cell's text; of a win rate with its interval the verdict too, and where on a bar of 120 pixels it lies."""
     text = column.cell(row)
-    if column.cell is not win_rate_cell or text == "-" or not bounded(row):
+    ends = [f"win_rate_vs_sft{end}" for end in ("_low", "", "_high")]
+    if column.cell is not win_rate_cell or not all(finite(row, end) for end in ends):
         return {"text": text, "verdict": "", "bar": []}
-    ends = [f"{2 + 116 * row[f'win_rate_vs_sft{end}']:.1f}" for end in ("_low", "", "_high")]
-    return {"text": text, "verdict": verdict(row), "bar": ends}
+    return {"text": text, "verdict": verdict(row), "bar": [f"{2 + 116 * row[end]:.1f}" for end in ends]}
 
 
 def _matrices(comparison: Comparison) -> list[dict[str, Any]]:

@@ -76,7 +76,11 @@ def draw(table: Sequence[Row], dark: bool = False, baselines: Sequence[Point] = 
     The baselines are small grey points under their curve (stages/compare/curve.py).
     """
     figure, axes, ink = canvas(dark)
-    inside, outside = _split_far(table)
+    rows = [row for row in table if finite(row, "judge_score") and finite(row, "kl_to_reference")]
+    reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
+    far = OFF_PICTURE * max(reach, 0.1)  # a base model beyond it is named, and not drawn to scale
+    outside = [row for row in rows if row["model"] == "base" and row["kl_to_reference"] > far]
+    inside = [row for row in rows if row not in outside]
     colour = colours_of(table)
     draw_curve(axes, baselines, ink, max((row["kl_to_reference"] for row in inside), default=0.0))
     for row in inside:
@@ -107,14 +111,6 @@ def draw_curve(axes: "Axes", baselines: Sequence[Point], ink: str, reach: float)
                 alpha=0.8,
                 zorder=2,
             )
-
-
-def _split_far(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows to draw, and a base model too far away to be drawn to scale."""
-    rows = [row for row in table if finite(row, "judge_score") and finite(row, "kl_to_reference")]
-    reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
-    far = [row for row in rows if row["model"] == "base" and row["kl_to_reference"] > OFF_PICTURE * max(reach, 0.1)]
-    return [row for row in rows if row not in far], far
 
 
 def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:

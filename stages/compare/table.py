@@ -64,11 +64,6 @@ def finite(row: Row, key: str) -> bool:
     return row.get(key) is not None and math.isfinite(row[key])
 
 
-def bounded(row: Row) -> bool:
-    """Whether a row has the interval of its win rate."""
-    return finite(row, "win_rate_vs_sft_low") and finite(row, "win_rate_vs_sft_high")
-
-
 def number(key: str, digits: int) -> Callable[[Row], str]:
     """Writes row[key] with `digits` decimals, `-` where there is none."""
     return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
@@ -178,21 +173,18 @@ COLUMNS = [
 ]
 
 
-def colder_columns(table: Sequence[Row]) -> list[Column]:
-    """The win rates at the other temperatures than the first, a column each."""
-    found = (re.fullmatch(r"t(\S+)/win_rate_vs_sft", key) for row in table for key in row)
-    temperatures = list(dict.fromkeys(match[1] for match in found if match))
+def shown_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns in which at least one model has a value."""
+    # The win rates at the other temperatures than the first, a column each.
+    matches = (re.fullmatch(r"t(\S+)/win_rate_vs_sft", key) for row in table for key in row)
+    temperatures = list(dict.fromkeys(match[1] for match in matches if match))
     meaning = (
         "The win rate against SFT where both answer at temperature {}: what is left beyond a sharper distribution."
     )
-    return [
+    colder = [
         Column(f"At T = {t}", rate_cell(f"t{t}/win_rate_vs_sft"), meaning.format(t), f"At T={t}") for t in temperatures
     ]
-
-
-def shown_columns(table: Sequence[Row]) -> list[Column]:
-    """The columns in which at least one model has a value."""
-    columns = [*COLUMNS[:2], *colder_columns(table), *COLUMNS[2:]]
+    columns = [*COLUMNS[:2], *colder, *COLUMNS[2:]]
     return [column for column in columns if any(column.cell(row) != "-" for row in table)]
 
 

@@ -126,7 +126,10 @@ def reward(prompt: str, answer: str) -> float:
     """
     asked, words = set(_words(prompt)), _words(answer)
     names = 0.5 * _named(asked, words, PEOPLE) + 0.5 * _named(asked, words, THINGS)
-    points = names + _named(asked, words, TIMES) + _toned(asked, words)
+    marks = {name: len(tone.marks & set(words)) for name, tone in TONES.items()}
+    right = sum(count for name, count in marks.items() if name in asked)
+    wrong = sum(count for name, count in marks.items() if name not in asked)
+    points = names + _named(asked, words, TIMES) + max(0.0, 0.5 * (min(right, 2) - wrong))
     sentences = [s for s in re.split(r"[.!?]", answer.lower()) if s.strip()]
     clean = bool(re.search(r"[.!?]\s*$", answer)) and len(words) <= MOST_WORDS and len(set(sentences)) == len(sentences)
     return max(0.0, points - (not clean))
@@ -176,11 +179,3 @@ def _named(asked: set[str], words: list[str], names: tuple[str, ...]) -> float:
     named = set(words) & set(names)
     right = named & asked
     return 0.0 if not right else 1.0 if named == right else 0.5
-
-
-def _toned(asked: set[str], words: list[str]) -> float:
-    """Half a point for each of up to two words of the tone asked for, less half for each word of another tone."""
-    counts = {name: len(tone.marks & set(words)) for name, tone in TONES.items()}
-    right = sum(count for name, count in counts.items() if name in asked)
-    wrong = sum(count for name, count in counts.items() if name not in asked)
-    return max(0.0, 0.5 * (min(right, 2) - wrong))

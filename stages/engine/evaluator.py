@@ -46,7 +46,10 @@ class Answers:
 
 
 class Evaluator:
-    """The model under evaluation beside the reference, with what both need to be asked."""
+    """The model under evaluation beside the reference, with what both need to be asked.
+
+    Raises StageError where the two cannot be read by the same tokens.
+    """
 
     def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
@@ -54,16 +57,12 @@ class Evaluator:
         self.policy = load_policy(context.input("model"), trainable=False)
         self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
         self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
-        self.check_vocabulary()
         self.generated_tokens = 0
-
-    def check_vocabulary(self) -> None:
-        """Raises StageError where the model and the SFT model cannot be read by the same tokens."""
         own, other = (p.plain.config.get_text_config().vocab_size for p in (self.policy, self.reference))
         if own != other:
             message = f"it knows {own} tokens, and the SFT model {other}: it was trained from another base model."
             fix = "compare models of one base; for a new base retrain under another name (promote.model)"
-            raise refuse("inputs.model", self.context.request.name or "model", message, fix, kind="not_comparable")
+            raise refuse("inputs.model", context.request.name or "model", message, fix, kind="not_comparable")
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
@@ -110,14 +109,8 @@ class Evaluator:
         self.generated_tokens += sum(map(len, ids))
         return Answers(ids, [self.codec.text(i) for i in ids], [i[-1] in self.codec.stop_ids for i in ids])
 
-    def logps(self, trees: Sequence[Tree]) -> tuple[list[list[float]], list[list[float]]]:
-        """log pi and log pi_sft of every answer, at temperature 1: a list per tree, a number per answer.
-
-        Both come from the same cache, keyed by the weights: equal weights give equal numbers, to the last bit.
-        """
-        return self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
-
     def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
+        """Log-probs of every answer under the model of an input, at temperature 1: a list per tree."""
         cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
@@ -179,7 +172,9 @@ class Evaluator:
         examples = encode(read(folder, "eval", "preference"), lambda row: [row["chosen"], row["rejected"]], self.codec)
         limit = context_length(self.policy.hf)
         examples = examples if limit is None else fitting(examples, limit, limit)
-        policy, reference = self.logps([example.tree for example in examples])
+        trees = [example.tree for example in examples]
+        # Both from the same cache, keyed by the weights: equal weights give equal numbers, to the last bit.
+        policy, reference = self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
         right = metrics.wins([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
         return list(zip([cluster_of(example.row["prompt"]) for example in examples], right, strict=True))

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from schemas.environment import home, keep_work
 
@@ -82,24 +81,17 @@ def lock(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold an exclusive lock on a file; the kernel frees it when the holder dies. `waiting` is logged meanwhile."""
     _make_folder(path.parent)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = -math.inf
-            while waiting and not _taken(file):
+        said = -math.inf
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if waiting else fcntl.LOCK_EX)
+                break
+            except BlockingIOError:
                 if time.monotonic() - said > SAY_SECONDS:  # again and again: who waits is not stuck
                     said = time.monotonic()
                     log.info("%s", waiting)
                 time.sleep(0.1)
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _taken(file: IO[str]) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 @contextlib.contextmanager

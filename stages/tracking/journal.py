@@ -19,7 +19,7 @@ from stages.tracking.names import acceptable_name
 from stages.tracking.problems import first_line
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    pass
 
 log = logging.getLogger("alignflow")
 
@@ -124,13 +124,11 @@ class Journal:
 
     def _ship(self) -> None:
         while batch := self._waiting[:METRICS_PER_BATCH]:
-            plain_client().log_batch(self.run_id, metrics=[self._metric(point) for point in batch])
+            metric = value_classes().Metric
+            metrics = [metric(name, value, when, step) for name, value, step, when in batch]
+            plain_client().log_batch(self.run_id, metrics=metrics)
             with self._guard:
                 del self._waiting[: len(batch)]
-
-    def _metric(self, point: tuple[str, float, int, int]) -> "Metric":
-        name, value, step, when = point
-        return value_classes().Metric(name, value, when, step)
 
     def close(self) -> None:
         """Ship what is left. Raises MLflow's error when it stays away; the journal is kept for the next start."""

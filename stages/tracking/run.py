@@ -254,9 +254,20 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
-        self._verify_source()
+        source = self.request.inputs.get("source")
+        if source is not None and digest(self.input("source")) != source.sha256:
+            message = "it changed while it was read; nothing is published."
+            fix = "start the run again once nothing writes to it"
+            raise refuse("source", source.uri, message, fix, kind="source_changed")
         sha256 = digest(folder)
-        uri = self._publish_model(folder, sha256) if model else self._publish_folder(name, folder)
+        if model:
+            uri = self._publish_model(folder, sha256)
+        else:
+            taken, place = {file.path for file in client().list_artifacts(self.run_id)}, name
+            while place in taken:
+                place += "-again"  # a killed process has left part of it
+            client().log_artifacts(self.run_id, str(folder), place)
+            uri = f"runs:/{self.run_id}/{place}"
         self.outputs[name] = Artifact(uri=uri, sha256=sha256)
         if not arrived(self.outputs[name], folder):
             message = f"{folder} changed while it was published."
@@ -264,22 +275,6 @@ class StageRun:
         keep(uri)
         self.tag(f"output.{name}", sha256)
         return self.outputs[name]
-
-    def _verify_source(self) -> None:
-        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
-        source = self.request.inputs.get("source")
-        if source is not None and digest(self.input("source")) != source.sha256:
-            message = "it changed while it was read; nothing is published."
-            fix = "start the run again once nothing writes to it"
-            raise refuse("source", source.uri, message, fix, kind="source_changed")
-
-    def _publish_folder(self, name: str, folder: Path) -> str:
-        taken = {file.path for file in client().list_artifacts(self.run_id)}
-        place = name
-        while place in taken:
-            place += "-again"  # a killed process has left part of it
-        client().log_artifacts(self.run_id, str(folder), place)
-        return f"runs:/{self.run_id}/{place}"
 
     def _publish_model(self, folder: Path, sha256: str) -> str:
         entities, request = value_classes(), self.request
@@ -316,7 +311,10 @@ class StageRun:
         pace.printed = now
         left = ""
         if pace.first < done < total:
-            left = f"  {_clock((now - pace.began) / (done - pace.first) * (total - done))} left"
+            seconds = math.ceil((now - pace.began) / (done - pace.first) * (total - done))
+            hours, minutes = divmod(seconds // 60, 60)
+            clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+            left = f"  {clock}:{seconds % 60:02d} left"
         sys.stderr.write(f"{one_line(self.request.label)}  {done}/{total} {what}{left}\n")
         sys.stderr.flush()
 
@@ -330,9 +328,3 @@ class Pace:
     total: int = -1
     done: int = -1
     printed: float = -math.inf
-
-
-def _clock(seconds: float) -> str:
-    whole = math.ceil(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

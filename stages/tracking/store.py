@@ -72,7 +72,7 @@ def local_path(location: str) -> Path | None:
 def _download(location: str, sha256: str) -> Path:
     """A copy of a remote artifact, kept by its digest; what differs from that is not kept."""
     folder = _cached(sha256)
-    target = folder / _name_in(location)
+    target = folder / location.rstrip("/").rpartition("/")[2]  # the name of a file shows its kind
     with lock(folder.with_suffix(".lock")):
         if _still(target, sha256):
             os.utime(folder)  # when it was last of use
@@ -90,11 +90,6 @@ def _download(location: str, sha256: str) -> Path:
 def _cached(sha256: str) -> Path:
     """The folder of the copy that has this digest."""
     return home() / "cache" / "artifacts" / sha256
-
-
-def _name_in(location: str) -> str:
-    """The name of an artifact at its location; that of a file shows its kind."""
-    return location.rstrip("/").rpartition("/")[2]
 
 
 def _still(copy: Path, sha256: str) -> bool:
@@ -257,8 +252,10 @@ def _kept(location: str) -> Path:
 
 def registered(uri: str) -> str:
     """The source behind `models:/NAME@ALIAS`, `models:/NAME/VERSION` and `runs:/ID/model`; other uris as they are."""
-    if uri.startswith("runs:/"):
-        return _model_of_run(uri)
+    if uri.startswith("runs:/"):  # the LoggedModel that the run has made: its files are not among the run's own
+        run_id, _, inner = uri.removeprefix("runs:/").partition("/")
+        outputs = client().get_run(run_id).outputs if inner == "model" else None
+        return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
     name = uri.removeprefix("models:/")
     if not uri.startswith("models:/") or name.startswith("m-"):
         return uri
@@ -269,13 +266,6 @@ def registered(uri: str) -> str:
     else:
         raise refuse("uri", uri, "it names no version.", MODEL_URIS, kind="artifact")
     return str(actual.source)
-
-
-def _model_of_run(uri: str) -> str:
-    """`runs:/ID/model` as the LoggedModel that the run has made: its files are not among the run's own."""
-    run_id, _, inner = uri.removeprefix("runs:/").partition("/")
-    outputs = client().get_run(run_id).outputs if inner == "model" else None
-    return f"models:/{outputs.model_outputs[0].model_id}" if outputs and outputs.model_outputs else uri
 
 
 def intact(artifact: Artifact) -> bool:

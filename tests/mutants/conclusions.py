@@ -10,14 +10,14 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/compare/head_to_head.py", (H2H,)): [
         ("else 1 - self.win_rate,", "else self.win_rate,"),
         ("low=1 - self.rate.high, high=1 - self.rate.low", "low=1 - self.rate.low, high=1 - self.rate.high"),
-        ("if self.gap is None else self.gap.low > 0", "if self.gap is None else self.gap.high > 0"),
-        ("_p_value([win - 0.5 for win in won], clusters)", "_p_value([win for win in won], clusters)"),
+        ("if duel.gap is None else duel.gap.low > 0", "if duel.gap is None else duel.gap.high > 0"),
+        ("leads = [win - 0.5 for win in won]", "leads = [win for win in won]"),
         ("p_values, holm(p_values), strict=True)", "p_values, p_values, strict=True)"),
         ("return [1 - sample.win for sample in other]", "return [sample.win for sample in other]"),
         ("drawn = first.resampling", 'drawn = first.resampling | {"seed": 0}'),
         ("score[duel.model] - score[duel.other]", "score[duel.other] - score[duel.model]"),
         ("(-place[name], -scores[name], name)", "(-scores[name], -place[name], name)"),
-        ("if len(aligned) <= ASKED:", "if len(aligned) < ASKED:"),
+        ("if len(aligned) > ASKED:", "if len(aligned) >= ASKED:"),
         ("duel = duel if duel.win_rate > 0.5 else duel.turned()", "duel = duel if duel.clear else duel.turned()"),
         (
             'top = max(rewarded, key=lambda row: row["reward_score"])',
@@ -117,8 +117,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "[[value(s) for s in one.first] for one in (other, candidate)]",
         ),
         (
-            'over(candidate.metrics.get("eval/distinct_2"), other.metrics.get("eval/distinct_2"))',
-            'over(other.metrics.get("eval/distinct_2"), candidate.metrics.get("eval/distinct_2"))',
+            "not theirs else own / theirs",
+            "not theirs else theirs / own",
         ),
         ('*bounds(candidate, sft, gate, "", "sft\'s")', '*bounds(candidate, rival, gate, "", "sft\'s")'),
         ('*(bounds(candidate, champion, gate, "_champion"', '*(bounds(candidate, sft, gate, "_champion"'),
@@ -127,7 +127,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("else kl + Z * error", "else kl - Z * error"),
         ("intervals.signs([win - 0.5 for win in won], clusters)", "intervals.signs(won, clusters)"),
         ("if gate.relevance_min > 0:", "if gate.relevance_min > 1:"),
-        ("if not won or len(won) < len(candidate.first):", "if not won:"),
+        ("bool(sharp) and len(sharp) == len(candidate.first)", "bool(sharp)"),
         ("rival = sft if champion is None else champion", "rival = sft"),
         ("ratio(surprise, lambda s: float(s.length + s.ended))", "ratio(surprise)"),
     ],
@@ -146,7 +146,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("sum(look.alpha for look in recent) + gate.alpha", "sum(look.alpha for look in recent)"),
         ("if look.time > now - YEAR), key=lambda look", "if look.time > now - KEPT), key=lambda look"),
         ("{model}/{look.number}/{look.candidate}", "{model}/{look.candidate}"),
-        ("if one.key == key and one.time > now - YEAR)", "if one.key == key)"),
+        ("if one.key == key and one.time > now - YEAR]", "if one.key == key]"),
         ("1 + max((look.number for look in known), default=0)", "1 + len(known)"),
         ("        check_budget(model, known, gate, now)\n", ""),
         ("spent, opening = spent - look.alpha,", "spent, opening = spent - gate.alpha,"),
@@ -238,7 +238,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/reward.py", ("tests/stages/test_reward.py",)): [
         ("    return MARGIN_MAX / largest\n", "    return largest / MARGIN_MAX\n"),
         ("if largest <= MARGIN_MAX:", "if largest <= 0:"),
-        ("return [self.margin_scale * (margin or 0.0)", "return [(margin or 0.0)"),
+        ("new_tensor([self.margin_scale * m for m in margins])", "new_tensor(margins)"),
     ],
 }
 """File and tests -> lines with their mistakes."""

@@ -134,8 +134,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ),
         ("                temperature = self.config.temperature\n", "                temperature = 1.0\n"),
         (
-            "return policy(batch, temperature=self.config.temperature, log_probs=True)",
-            "return policy(batch, temperature=1.0, log_probs=True)",
+            "reference = sft(batch, temperature=temperature, log_probs=True)",
+            "reference = sft(batch, temperature=1.0, log_probs=True)",
         ),
         ("number = rollout.iteration * self.config.ppo_epochs + epoch", "number = rollout.iteration"),
         ("rows = step_rows(len(self.rows), iteration, self", "rows = step_rows(len(self.rows), 0, self"),
@@ -170,10 +170,10 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             'read_if_there(self.context.input("data"), "train", "ranking")',
         ),
         ("return 0.5 if difference == 0 else float(difference > 0)", "return float(difference > 0)"),
-        ("trees = [Tree(prompt, (_ended(answer, codec),)) for", "trees = [Tree(prompt, (tuple(answer),)) for"),
+        ("trees.append(Tree(prompt, ((*body, codec.end_id),)))", "trees.append(Tree(prompt, (tuple(answer),)))"),
         (
-            "trees = [Tree(prompt, (_ended(answer, codec),)) for prompt, answer in zip(chosen, answers, strict=True)]",
-            "trees = method.trees",
+            "    return [score for scores in method.per_answer(method.scores, trees) for score in scores]",
+            "    return [score for scores in method.per_answer(method.scores, method.trees) for score in scores]",
         ),
     ],
     ("stages/engine/training/loop.py", ("tests/engine/test_loop.py",)): [

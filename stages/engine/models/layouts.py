@@ -4,9 +4,8 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from stages.engine.data.trees import Batch, Layout, Tree, collate, tree_tokens
+from stages.engine.data.trees import Layout, Tree, collate, tree_tokens
 from stages.engine.models.policy import Output, Policy, Scorer
 from stages.engine.models.tree_attention import why_padded
 
@@ -42,13 +41,9 @@ def _difference(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], p
     model.eval()
     model.precision = "fp32"
     try:
-        one, other = (_numbers(model, collate(trees, kind, pad_id)) for kind in (layout, "padded"))
+        outputs = [model(collate(trees, kind, pad_id).to(model.device)) for kind in (layout, "padded")]
     finally:
         model.train(training)
         model.precision = precision
+    one, other = (out.logps_N if isinstance(out, Output) else out for out in outputs)
     return float(((one - other).abs() / other.abs().clamp(min=1.0)).max())
-
-
-def _numbers(model: Policy | Scorer, batch: Batch) -> Tensor:
-    out = model(batch.to(model.device))
-    return out.logps_N if isinstance(out, Output) else out

@@ -124,15 +124,10 @@ class _LinearLogps(torch.autograd.Function):
             if hidden_grad_ND is not None:
                 hidden_grad_ND[rows] = product_for(low_VD)(grad_RV, low_VD.T)
             if weight_grad_VD is not None:
-                _add_product(weight_grad_VD, grad_RV.T, low_ND[rows])
+                if low_ND.dtype == weight_grad_VD.dtype:
+                    weight_grad_VD.addmm_(grad_RV.T, low_ND[rows])
+                else:  # the sum in float32
+                    weight_grad_VD += grad_RV.T @ low_ND[rows]
         weight_grad = None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype)
         bias_grad = None if bias_grad_V is None else bias_grad_V.to(bias_V.dtype)
         return hidden_grad_ND, weight_grad, bias_grad, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in float32."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

@@ -4,7 +4,6 @@ several models on the weights of one.
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,19 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
     An adapter that already exists stays in force, frozen. Raises StageError where no adapter fits.
     """
     inner = plain(hf)
+    # All linear layers but the head; what is inside an adapted layer is not one.
+    linear = [
+        f"{inner.base_model_prefix}.{name}"
+        for name, module in inner.base_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | LoraLayer) and ".base_layer" not in name and ".lora_" not in name
+    ]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works
         lora_dropout=lora.dropout,
-        target_modules=sorted(_linear(inner)) if lora.target == "all-linear" else lora.target,
-        fan_in_fan_out=_transposed(inner),
+        target_modules=sorted(linear) if lora.target == "all-linear" else lora.target,
+        # GPT-2's layers keep their weights the other way round.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in inner.modules()),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -62,19 +68,6 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
     if any(isinstance(module, LoraLayer) for module in ends):
         raise _bad_target(lora, "embeddings and heads take none")  # tied ones could not be merged; a score trains whole
     return adapted
-
-
-def _linear(inner: PreTrainedModel) -> Iterator[str]:
-    """Names of all linear layers but the head; what is inside an adapted layer is not one."""
-    for name, module in inner.base_model.named_modules():
-        inside = ".base_layer" in name or ".lora_" in name
-        if isinstance(module, nn.Linear | Conv1D | LoraLayer) and not inside:
-            yield f"{inner.base_model_prefix}.{name}"
-
-
-def _transposed(inner: PreTrainedModel) -> bool:
-    """Whether its linear layers are GPT-2's, which keep weights the other way round."""
-    return any(isinstance(module, Conv1D) for module in inner.modules())
 
 
 def _inject(hf: nn.Module, config: LoraConfig, name: str) -> PeftModel:

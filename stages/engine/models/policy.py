@@ -100,7 +100,12 @@ class Policy(_Trunk):
             logps_N, entropy_N, hidden_ND, rows = self._logps(batch, value, entropy, temperature)
         if head_alone:
             hidden_ND = hidden_ND.detach()
-        values_N = self._values(hidden_ND) if value else None
+        values_N = None
+        if value:
+            if self.value_head is None:
+                raise ValueError("this policy has no value head: load it with value_head=True")
+            with torch.autocast(self.device.type, enabled=False):
+                values_N = self.value_head(hidden_ND.float()).squeeze(-1)
         return Output(logps_N, values_N, entropy_N, rows if log_probs else None)
 
     def _logps(
@@ -120,12 +125,6 @@ class Policy(_Trunk):
         entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1).detach() if entropy else None
         hidden_ND = out.hidden_states[-1].flatten(0, 1).index_select(0, batch.predict_N) if value else logps_N
         return logps_N, entropy_N, hidden_ND, log_probs_NV.detach().__getitem__
-
-    def _values(self, hidden_ND: Tensor) -> Tensor:
-        if self.value_head is None:
-            raise ValueError("this policy has no value head: load it with value_head=True")
-        with torch.autocast(self.device.type, enabled=False):
-            return self.value_head(hidden_ND.float()).squeeze(-1)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator["Policy"]:

@@ -62,7 +62,13 @@ class EndpointJudge:
         """`field`: where the config stands (`evaluate.judge`), for messages. Raises StageError on a missing key."""
         self.config, self.field, self.progress, self.pause = config, field, progress, pause
         self.url = _completions_url(config.url, field)
-        self._key = _read_key(config, field)
+        self._key: str | None = None
+        if config.api_key_env is not None:
+            self._key = os.environ.get(config.api_key_env, "").strip()
+            if not self._key:
+                message = "the environment variable that should hold the endpoint's key is empty or not set."
+                fix = f"export {config.api_key_env} where the stage runs"
+                raise refuse(f"{field}.api_key_env", config.api_key_env, message, fix)
         self.questions = 0
         """Questions asked or about to be: two per comparison of unequal answers."""
         self.inconsistent = 0
@@ -81,7 +87,9 @@ class EndpointJudge:
         asked = [i for i, (answer, other) in enumerate(zip(answers, others, strict=True)) if answer != other]
         won = [0.5] * len(answers)
         self.questions += 2 * len(asked)
-        with self._client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        connections = httpx.Client(timeout=self.config.timeout, headers=headers)
+        with connections as client, ThreadPoolExecutor(self.config.concurrency) as pool:
             verdicts = pool.map(partial(self._both_orders, client, prompts, answers, others), asked)
             try:
                 for done, (i, verdict) in enumerate(zip(asked, verdicts, strict=True), 1):
@@ -106,10 +114,6 @@ class EndpointJudge:
             results[j].append(1 - verdict)
         return [sum(result) / len(result) if result else 0.5 for result in results]
 
-    def _client(self) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return httpx.Client(timeout=self.config.timeout, headers=headers)
-
     def _both_orders(
         self,
         client: httpx.Client,
@@ -128,7 +132,11 @@ class EndpointJudge:
 
     def _ask(self, client: httpx.Client, prompt: Sequence[Message], a: str, b: str) -> float:
         """One question: 1 when the first answer is called better, 0 the second, 1/2 a tie or no verdict."""
-        reply = self._post(client, _question(prompt, a, b))
+        conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        parts = {"conversation": conversation, "answer_A": a, "answer_B": b}
+        text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
+        question = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+        reply = self._post(client, question)
         verdict = None if reply.cut else read_verdict(without_thoughts(reply.text))
         if verdict is not None:
             return verdict
@@ -178,7 +186,9 @@ class EndpointJudge:
             raise self._error(f"{self.url} refuses for want of quota ({said}).", fix=fix)
         if response.status_code in AGAIN:
             said = f": {_cut(response.text)!r}" if response.text.strip() else ""
-            return None, f"HTTP {response.status_code}{said}", _retry_after(response)
+            asked = response.headers.get("retry-after", "")  # seconds; a date is taken for no answer
+            wait = float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
+            return None, f"HTTP {response.status_code}{said}", wait
         if response.status_code != 200:
             raise self._refusal(response)
         reply = read_reply(response)
@@ -264,13 +274,6 @@ def without_thoughts(reply: str) -> str:
     return reply
 
 
-def _question(prompt: Sequence[Message], a: str, b: str) -> list[dict[str, str]]:
-    conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    parts = {"conversation": conversation, "answer_A": a, "answer_B": b}
-    text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
-
-
 def _completions_url(url: str, field: str) -> str:
     if not re.match(r"https?://[^/@?#\\\s]+(/[^@?#\\\s]*)?\Z", url):  # what follows ? or # would swallow our end of it
         safe = re.sub(r"//[^/]*@", "//[key]@", url)
@@ -279,23 +282,6 @@ def _completions_url(url: str, field: str) -> str:
         raise refuse(f"{field}.url", safe, message, fix)
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-
-
-def _read_key(config: EndpointConfig, field: str) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        message = "the environment variable that should hold the endpoint's key is empty or not set."
-        fix = f"export {config.api_key_env} where the stage runs"
-        raise refuse(f"{field}.api_key_env", config.api_key_env, message, fix)
-    return key
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; 0 where it does not ask, or gives a date."""
-    text = response.headers.get("retry-after", "")
-    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 
 
 def _cut(text: str, length: int = 200) -> str:

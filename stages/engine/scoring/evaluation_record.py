@@ -122,7 +122,10 @@ class Evaluation:
             known = {one.name for one in fields(Sample)}
             rows = [json.loads(line) for line in lines if line]
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            settings = _of_now(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            if "temperature" in settings:  # of before there were several
+                temperatures = [settings.pop("temperature")]
+                settings = {"samples_per_prompt": 1, **settings, "temperatures": temperatures}
             pairs_file = folder / "pairs.json"
             pairs = json.loads(pairs_file.read_text(encoding="utf-8")) if pairs_file.is_file() else []
             only = {"temperature": settings.get("temperatures", [1.0])[0]}  # where the rows do not name theirs
@@ -151,14 +154,6 @@ def load_all(folder: Path) -> dict[str, Evaluation]:
         message = f"this folder does not hold several evaluations: {error}."
         raise refuse("baselines", folder, message, "give the output of stage baselines", kind="input") from error
     return {name: Evaluation.load(folder / str(number)) for number, name in enumerate(names)}
-
-
-def _of_now(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an evaluation of before there were several temperatures, in today's words."""
-    if "temperature" not in settings:
-        return settings
-    rest = {name: value for name, value in settings.items() if name != "temperature"}
-    return {"samples_per_prompt": 1, **rest, "temperatures": [settings["temperature"]]}
 
 
 def cluster_of(prompt: Sequence[Message]) -> str:

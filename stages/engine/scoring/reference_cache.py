@@ -17,15 +17,13 @@ import re
 import sqlite3
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from schemas.errors import StageError, refuse
 from schemas.stage import ENGINE_VERSION
-from stages.engine.data.trees import Batch, Layout, Tree
+from stages.engine.data.trees import Layout, Tree
 from stages.engine.models.policy import Policy, sums
 from stages.engine.scoring.batched import over_trees
 from stages.runtime import databases
@@ -63,22 +61,28 @@ class ReferenceCache:
         tokens, and kept batch by batch. progress: called with (sequences computed, sequences to compute).
         """
         keys = [[self._key(tree.prompt, answer) for answer in tree.answers] for tree in trees]
-        known = self._known([key for row in keys for key in row])
+        known = self._whole(lambda database: _read(database, [key for row in keys for key in row]))
         missing = _missing(trees, keys, known)
         total, before = sum(len(wanted) for _, wanted in missing), len(known)
-        batches = over_trees(policy, _totals(policy), [tree for tree, _ in missing], layout, budget, pad_id)
+        batches = over_trees(
+            policy,
+            lambda batch: sums(policy(batch).logps_N, batch.answer_N, batch.answers),
+            [tree for tree, _ in missing],
+            layout,
+            budget,
+            pad_id,
+        )
         for batch in batches:
             fresh = {key: value for i in batch for key, value in zip(missing[i][1], batch[i], strict=True)}
-            _check_finite(fresh.values())
+            if not all(map(math.isfinite, fresh.values())):
+                message = "it gives log-probabilities that are not finite"
+                fix = "train it again with a lower learning rate"
+                raise refuse("model", "the reference", message, fix, kind="model")
             self._whole(lambda database, fresh=fresh: _write(database, fresh))
             known |= fresh
             if progress is not None:
                 progress(len(known) - before, total)
         return [[known[key] for key in row] for row in keys]
-
-    def _known(self, keys: Sequence[Key]) -> dict[Key, float]:
-        """The numbers that are kept and fit their digests."""
-        return self._whole(lambda database: _read(database, keys))
 
     def _whole(self, call: Callable[[sqlite3.Connection], T]) -> T:
         """What a call on the cache returns; on a new cache, where this one is damaged or is something else."""
@@ -175,14 +179,3 @@ def _missing(trees: Sequence[Tree], keys: Sequence[Sequence[Key]], known: dict[K
             planned |= wanted.keys()
             missing.append((Tree(tree.prompt, tuple(wanted.values())), list(wanted)))
     return missing
-
-
-def _totals(policy: Policy) -> Callable[[Batch], Tensor]:
-    """log pi of a batch's answers, A."""
-    return lambda batch: sums(policy(batch).logps_N, batch.answer_N, batch.answers)
-
-
-def _check_finite(values: Iterable[float]) -> None:
-    if not all(map(math.isfinite, values)):
-        message = "it gives log-probabilities that are not finite"
-        raise refuse("model", "the reference", message, "train it again with a lower learning rate", kind="model")

@@ -146,12 +146,9 @@ class Writer:
 
 def _newest_first(folder: Path) -> Iterator[Path]:
     """The checkpoints of a folder. What bears another name (`step-3.bak`, `step-3 (copy)`) is not ours: it stays."""
-    steps = {path: re.fullmatch(r"step-([0-9]+)", path.name) for path in folder.iterdir()}
-    yield from sorted((path for path, step in steps.items() if step), key=_step, reverse=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    names = ((path, re.fullmatch(r"step-([0-9]+)", path.name)) for path in folder.iterdir())
+    steps = {path: int(name[1]) for path, name in names if name}
+    yield from sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def fault(checkpoint: Path, key: str) -> str | None:

@@ -1,6 +1,7 @@
 """What the server's automations have missed is made up for, and nothing else is touched."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,7 @@ class Client:
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Automation]:
     """The automations that come with alignflow, as the server has them."""
-    raw = yaml.safe_load(automations.automations_file().read_text(encoding="utf-8"))["automations"]
+    raw = yaml.safe_load(Path("deploy/automations.yaml").read_text(encoding="utf-8"))["automations"]
     found = {one["name"]: Automation(**one) for one in raw}
     monkeypatch.setattr(automations, "read", found.get)
     return found
