@@ -3,7 +3,8 @@
 from pydantic import Field
 
 from schemas import Strict
-from schemas.config import GenerateConfig, ValidateParams
+from schemas.config import GenerateConfig
+from schemas.data import ValidateParams
 from schemas.source import FilePath, PathText
 
 

@@ -14,7 +14,7 @@ import polars as pl
 from pandera.errors import SchemaError, SchemaErrors
 from pandera.polars import PolarsData
 
-from schemas.config import Kind
+from schemas.data import Kind
 
 Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 Strings = pl.List(pl.String)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from schemas.errors import Problem, StageError, refuse
-from schemas.stage import Artifact, Request, Result
+from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
@@ -266,12 +266,12 @@ class StageRun:
         return self.outputs[name]
 
     def _verify_source(self) -> None:
-        """Raise StageError when the file that the stage has read is not what it was when the stage was asked for."""
-        source = self.request.inputs.get("source")
-        if source is not None and digest(self.input("source")) != source.sha256:
-            message = "it changed while it was read; nothing is published."
-            fix = "start the run again once nothing writes to it"
-            raise refuse("source", source.uri, message, fix, kind="source_changed")
+        """Raise StageError when a file that the stage has read is not what it was when the stage was asked for."""
+        for name, source in self.request.inputs.items():
+            if name.partition(".")[0] == SOURCE and digest(self.input(name)) != source.sha256:
+                message = "it changed while it was read; nothing is published."
+                fix = "start the run again once nothing writes to it"
+                raise refuse(name, source.uri, message, fix, kind="source_changed")
 
     def _publish_folder(self, name: str, folder: Path) -> str:
         taken = {file.path for file in client().list_artifacts(self.run_id)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 import polars as pl
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from stages.validate import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding

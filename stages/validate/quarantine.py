@@ -11,7 +11,7 @@ import polars as pl
 from pydantic import field_validator
 
 from schemas import Strict
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.errors import StageError
 from schemas.text import visible
 from stages.validate.context import Context, Finding

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.rows import HIDING, IGNORED, Messages, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
