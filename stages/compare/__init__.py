@@ -16,7 +16,7 @@ from typing import Any
 
 from schemas.errors import refuse
 from schemas.stage import Request
-from stages.compare import curve, frontier, head_to_head
+from stages.compare import by_source, curve, frontier, head_to_head
 from stages.compare.findings import COVERS, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
@@ -177,6 +177,7 @@ def compare(
         baselines=corners,
         points=points,
         chosen=chosen,
+        sources=first.settings.get("sources", {}),
     )
 
 
@@ -226,7 +227,9 @@ def text(comparison: Comparison) -> str:
     said += [] if points else [*pair_lines(comparison), *baseline_lines(comparison)]
     said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
-    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
+    each = by_source.render_text(comparison.table, comparison.sources)
+    sources = f"\n\n{each}\n{textwrap.fill(by_source.NOTE, WIDTH)}" if each else ""
+    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}{sources}"
 
 
 def baseline_lines(comparison: Comparison) -> list[str]:
