@@ -223,6 +223,14 @@ class Planner:
 
     def data(self, slot: str) -> Output:
         """Stage `validate` of one slot. All but the evaluation's leave out the evaluation's prompts."""
+        params = self.data_params(slot)
+        if slot == self.evaluation_slot():
+            params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
+            params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
+        return self.validated(slot, f"data.{slot}", params, {})
+
+    def data_params(self, slot: str) -> dict[str, Any]:
+        """What decides the rows of a slot by themselves."""
         source: DataConfig | Mixture = getattr(self.config.data, slot)
         params = source.model_dump(mode="json")
         if isinstance(source, Mixture):
@@ -230,10 +238,7 @@ class Planner:
             params["seed"] = seed if source.draws else None
         if slot == "evaluation":
             params["eval_fraction"] = 1.0 - source.test_fraction
-        if slot == self.evaluation_slot():
-            params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
-            params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
-        return self.validated(slot, f"data.{slot}", params, {})
+        return params
 
     def validated(self, slot: str, field: str, params: dict[str, Any], inputs: dict[str, Output]) -> Output:
         name = f"data {slot}"

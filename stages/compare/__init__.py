@@ -227,7 +227,7 @@ def text(comparison: Comparison) -> str:
     said += [] if points else [*pair_lines(comparison), *baseline_lines(comparison)]
     said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
-    each = by_source.render_text(comparison.table, comparison.sources)
+    each = "" if points else by_source.render_text(comparison.table, comparison.sources)
     sources = f"\n\n{each}\n{textwrap.fill(by_source.NOTE, WIDTH)}" if each else ""
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}{sources}"
 

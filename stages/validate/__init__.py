@@ -6,6 +6,7 @@ Rows go down, findings come back: each check sees only the rows that passed the 
 token_checks.py), and what it finds goes to the quarantine. stages/commands/validate.py runs it without MLflow.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from stages.validate import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
 from stages.validate.mixtures import Mixed
-from stages.validate.mixtures.report import MixtureReport
+from stages.validate.mixtures.report import MixtureReport, lines
 from stages.validate.quarantine import Quarantine, Report
 from stages.validate.readers import refuse_moving
 from stages.validate.reading import read
@@ -31,6 +32,8 @@ from stages.validate.verdict import few_held_out, refusal
 
 if TYPE_CHECKING:
     from stages.runtime.context import StageContext
+
+log = logging.getLogger("alignflow")
 
 CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
     table_checks.broken_fields,
@@ -168,6 +171,8 @@ def _log_report(context: "StageContext", out: Path, paths: Mapping[str, str]) ->
     report = (Report if "" in paths else MixtureReport).model_validate_json(text)
     metrics = report.metrics()
     context.metrics(metrics)
+    if isinstance(report, MixtureReport):
+        log.info("rows of each source:\n%s", "\n".join(lines(report)))
     context.tag("data.sha256", report.sha256)
     for name, source in report.sources.items() if isinstance(report, MixtureReport) else [("", report)]:
         if name:

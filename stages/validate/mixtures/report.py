@@ -68,3 +68,18 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for one in counts:
         total.update(one)
     return dict(total.most_common())
+
+
+def lines(report: MixtureReport) -> list[str]:
+    """Rows per source, for a terminal: read, kept, put aside, to train on, drawn with their share, held out."""
+    head = ["source", "rows", "kept", "quarantined", "train", "drawn", "share", "eval"]
+    total = sum(one.drawn.get(report.kind, 0) for one in report.sources.values())
+    cells = [head]
+    for name, one in report.sources.items():
+        train, held = (one.parts.get(part, {}).get(report.kind, 0) for part in ("train", "eval"))
+        drawn = one.drawn.get(report.kind, 0)
+        share = f"{100 * drawn / total:.1f} %" if total else "-"
+        cells.append([name, *map(str, (one.rows, one.kept, one.quarantined, train, drawn)), share, str(held)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rest = [[cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)] for line in cells]
+    return ["  ".join([line[0].ljust(widths[0]), *more]) for line, more in zip(cells, rest, strict=True)]
