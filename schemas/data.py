@@ -283,6 +283,11 @@ def _choose(value: Any, info: ValidationInfo) -> Any:
             if kind not in DERIVES[source.kind]:
                 what = f"{source.name} is of kind {source.kind}, which gives no rows of kind {kind}"
                 raise PydanticCustomError("gives_none", "{what}. Fix: take it out of the mixture", {"what": what})
+            if info.field_name == "evaluation" and (source.weight or source.epochs):
+                what = (
+                    f"{source.name} has a weight or epochs, which are of rows to train on; all prompts are asked once"
+                )
+                raise PydanticCustomError("not_used", "{what}. Fix: leave them out", {"what": what})
         return mixture
     return DataConfig.model_validate(value)
 
