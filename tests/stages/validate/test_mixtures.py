@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def pairs(name: str, n: int) -> list[dict[str, str]]:
     return [{"prompt": f"{name} {i}", "chosen": f"{name} good {i}", "rejected": f"{name} bad {i}"} for i in range(n)]
 
 
-def params_of(folder: Path, rows: dict[str, Sequence[Any]], sources: dict[str, Any], **more: Any) -> MixtureParams:
+def params_of(folder: Path, rows: Mapping[str, Sequence[Any]], sources: dict[str, Any], **more: Any) -> MixtureParams:
     """A mixture of the rows, by the sources' names, each written to a file."""
     every = [
         {"path": str(write(folder / f"{name}.jsonl", some)), "kind": "sft", **sources.get(name, {})}
@@ -46,7 +46,7 @@ def params_of(folder: Path, rows: dict[str, Sequence[Any]], sources: dict[str, A
 
 
 def mixed(
-    folder: Path, rows: dict[str, Sequence[Any]], sources: dict[str, Any] | None = None, **more: Any
+    folder: Path, rows: Mapping[str, Sequence[Any]], sources: dict[str, Any] | None = None, **more: Any
 ) -> MixtureReport:
     params = params_of(folder, rows, sources or {}, **more)
     return check_mixture(params, {one.name: Context(params.of(one)) for one in params.sources}, folder / "out")
