@@ -140,6 +140,8 @@ def test_a_mixture_gives_what_each_source_gives(kinds: list[str], kind: str, giv
         ((1, 1, 1), (10, 10, 11), "first_exhausted", (10, 10, 10)),
         # T = floor(5 / (1/3)) = 15 with 2:1 of 11 and 5: 11 / (2/3) = 16.5.
         ((2, 1), (11, 5), "first_exhausted", (10, 5)),
+        # T = floor(7 / .6) = 11: 2.2, 2.2 and 6.6, of which the last is nearest to a row more.
+        ((1, 1, 3), (100, 100, 7), "first_exhausted", (2, 2, 7)),
         # T = floor(min(641 * 4 / 3, 488 * 4)) = floor(854.67) = 854: 640.5 and 213.5, of which the first gets the row.
         ((3, 1), (641, 488), "first_exhausted", (641, 213)),
         # T = ceil(10 / (2/3)) = 15; of two thirds 10, of one third 5.

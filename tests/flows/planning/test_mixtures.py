@@ -19,6 +19,7 @@ from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun
+from tests.flows.test_cli import alignflow
 
 A, B = [{"prompt": f"a {i}", "response": "one"} for i in range(40)], [{"prompt": "b", "response": "two"}]
 
@@ -257,6 +258,55 @@ def test_rows_to_train_on_are_guessed_by_the_lines_of_all_files(
 def test_nothing_is_guessed_where_a_source_has_no_lines(folder: Path) -> None:
     node = plan(validate(raw({"path": "a.jsonl"}, {"path": "demo:sft"}))).nodes["data sft"]
     assert dry_run.guessed_rows(node.params, "sft", "train") is None
+
+
+# --- the command line ---
+
+
+def test_the_data_of_a_config_is_checked_as_a_run_would_read_it(folder: Path) -> None:
+    config = raw({"path": "a.jsonl", "weight": 3}, {"path": "b.jsonl", "weight": 1}, eval_fraction=0.25)
+    config["data"]["preference"] = {"path": "p.jsonl", "kind": "preference", "eval_fraction": 0.5}
+    write(folder / "b.jsonl", [{"prompt": f"b {i}", "response": "two"} for i in range(40)])
+    (folder / "my.yaml").write_text(json.dumps(config))
+    answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out")
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((folder / "out" / "report.json").read_text())
+    drawn = {name: source["drawn"]["sft"] for name, source in report["sources"].items()}
+    have = {name: source["parts"]["train"]["sft"] for name, source in report["sources"].items()}
+    assert drawn["a"] == have["a"] and abs(drawn["b"] - have["a"] / 3) < 1  # a ends first
+    assert report["notes"]["held_out_elsewhere"] > 0  # `preference` may hold those prompts out
+    first = answer.stdout.splitlines()
+    assert first[0] == "my.yaml: data.sft: 80 rows, 80 kept, 0 quarantined"
+    assert first[1].split() == ["source", "rows", "kept", "quarantined", "train", "drawn", "share", "eval"]
+    assert first[2].split()[:4] == ["a", "40", "40", "0"]
+    assert "next      alignflow run my.yaml --dry-run" in first
+    again = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
+    assert again.returncode == 0 and json.loads(again.stdout)["source"] == "my.yaml: data.sft"
+    write(folder / "b.jsonl", [*A, *B])
+    other = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out")
+    assert other.returncode == 65 and "add --force to replace them" in other.stderr
+
+
+def test_a_single_source_of_a_config_is_checked_too(folder: Path) -> None:
+    config = raw()
+    config["data"]["sft"] = {"path": "a.jsonl", "kind": "sft", "limit": 30}
+    (folder / "my.yaml").write_text(json.dumps(config))
+    answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
+    assert answer.returncode == 0 and json.loads(answer.stdout)["rows"] == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kind", "preference"], "--kind = preference: my.yaml has no data.preference. Fix: use one of sft"),
+        (["--kind", "sft", "--max-bad", "0.5"], "--max-bad = 0.5: how data is read and split stands in the config."),
+        (["--kind", "sft", "--columns", "prompt=q"], "--columns = "),
+    ],
+)
+def test_options_that_a_config_says_itself(options: list[str], words: str, folder: Path) -> None:
+    (folder / "my.yaml").write_text(json.dumps(raw()))
+    answer = alignflow("validate", "my.yaml", "--out", "out", *options)
+    assert answer.returncode == 65 and words in answer.stderr and not (folder / "out").exists()
 
 
 # --- lineage ---

@@ -199,6 +199,15 @@ def test_bad_rows_are_counted_and_bounded_for_each_source(tmp_path: Path) -> Non
     assert str(refused.value).startswith("source b: ") and "2 of 10 rows (20.0%) are bad" in str(refused.value)
 
 
+def test_each_source_lists_its_own_first_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.validate.quarantine.LISTED", 2)
+    rows = {name: [*answers(name, 10), "{", "{", "{"] for name in "ab"}
+    mixed(tmp_path, rows, max_bad=0.5)
+    told = [(one["source"], one["row"], one["reason"]) for one in quarantine(tmp_path / "out")]
+    assert sorted(told[:4]) == [(name, row, "malformed_json") for name in "ab" for row in (10, 11)]
+    assert sorted(told[4:]) == [("a", None, "left_out"), ("b", None, "left_out")]
+
+
 def test_contradictions_between_sources_are_seen(tmp_path: Path) -> None:
     """What a prefers b rejects: neither answer is imitated, and none has a thumb."""
     pair = {"prompt": "which", "chosen": "one", "rejected": "two"}
