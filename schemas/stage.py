@@ -135,9 +135,14 @@ class Request(Strict):
         return {**self.params, "sources": [self._without_path(source) for source in sources]}
 
     def _without_path(self, source: JsonValue) -> JsonValue:
-        if not isinstance(source, dict) or source_input(str(source.get("name"))) not in self.inputs:
+        if not isinstance(source, dict) or not self.brings(source):
             return source
         return {name: value for name, value in source.items() if name != "path"}
+
+    def brings(self, source: Mapping[str, JsonValue]) -> bool:
+        """Whether the file of one of several `sources` is an input, which is then read in its path's place."""
+        name = source.get("name")
+        return isinstance(name, str) and source_input(name) in self.inputs
 
 
 class Result(Strict):

@@ -17,7 +17,7 @@ from schemas.config import EndpointJudge, ModelConfig, PipelineConfig, RewardJud
 from schemas.data import sources_of
 from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, Remote, data_source, model_source, template_file
-from schemas.stage import SOURCE, Request, source_input
+from schemas.stage import SOURCE, Request
 
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
 """Schemes of artifacts in MLflow's stores, which name no path on a disk."""
@@ -160,7 +160,7 @@ def paths_of_request(request: Request) -> Iterator[Named]:
         yield from _path_of_data("params.path", path, revision)
     sources = request.params.get("sources") if request.stage == "validate" else None
     for place, source in enumerate(sources if isinstance(sources, list) else ()):
-        if isinstance(source, dict) and source_input(str(source.get("name"))) not in request.inputs:
+        if isinstance(source, dict) and not request.brings(source):
             field = f"params.sources.{place}.path"
             yield from _path_of_data(field, str(source.get("path")), source.get("revision"))
     judge = request.params.get("judge")

@@ -154,7 +154,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("spent, opening = spent - look.alpha,", "spent, opening = spent - gate.alpha,"),
     ],
     ("flows/retrain.py", (RETRAIN,)): [
-        ('data[name] = request.inputs["source"].sha256', 'data[name] = request.inputs["source"].uri'),
+        ("{name: file.sha256 for name, file", "{name: file.uri for name, file"),
         ("made_from.tags().items() <= champion.tags.items()", "champion.tags"),
         (
             "return _digest([asked, given, None if champion is None else champion.artifact.sha256])",

@@ -121,15 +121,17 @@ def test_roots_hold_for_every_source_of_a_request(folder: Path, monkeypatch: pyt
     write(inside / "a.jsonl", A)
     monkeypatch.setenv(environment.ROOTS, str(inside))
     sources = [{"name": name, "path": f"/etc/{name}.jsonl", "kind": "sft"} for name in "abc"]
+    sources.append({"path": "/etc/d.jsonl", "kind": "sft"})  # of its default name, whatever input is called None
     inputs = {
         "source.a": Artifact(uri=str(inside / "a.jsonl"), sha256="0" * 64),
         "source.b": Artifact(uri=str(folder / "b.jsonl"), sha256="0" * 64),
+        "source.None": Artifact(uri=str(inside / "a.jsonl"), sha256="0" * 64),
     }
     request = Request(stage="validate", version=1, params={"sources": sources}, inputs=inputs)  # type: ignore[dict-item]
     with pytest.raises(StageError) as refused:
         allowed_paths.check_request_roots(request, deployed=True)
     problems = [line.partition(" = ")[0] for line in str(refused.value).splitlines()]
-    assert problems == ["params.sources.2.path", "inputs.source.b.uri"]
+    assert problems == ["params.sources.2.path", "params.sources.3.path", "inputs.source.b.uri"]
 
 
 # --- the plan ---
