@@ -26,7 +26,7 @@ from schemas import read_stored
 from schemas.config import PipelineConfig
 from schemas.errors import StageError, refuse
 from schemas.promotion import Decision, PromoteConfig
-from schemas.stage import STAGES, Artifact, Request, Result
+from schemas.stage import SOURCE, STAGES, Artifact, Request, Result
 from stages import tracking
 
 Ending = Literal["Unchanged", "Promoted", "Rejected"]
@@ -65,9 +65,10 @@ def fingerprint(planned: Plan) -> Fingerprint:
     for name, node in {**planned.nodes, **promotion(planned, champion=False).nodes}.items():
         asked = Request(stage=node.stage, version=STAGES[node.stage].version, params=node.params, seed=node.seed)
         request = requests.with_sources(asked, node.field)
-        if node.stage == "validate" and "source" in request.inputs:
-            data[name] = request.inputs["source"].sha256
-            blank = {"source": Artifact(uri="", sha256="")}  # the data's part; without it the path would count
+        if node.stage == "validate" and request.inputs:
+            files = {name: file.sha256 for name, file in request.inputs.items()}
+            data[name] = files.get(SOURCE, files)
+            blank = dict.fromkeys(files, Artifact(uri="", sha256=""))  # the data's part; else the path would count
             request = request.model_copy(update={"inputs": blank})
         rest[name] = [request.key(), sorted(node.inputs.items())]
     return Fingerprint(_digest(data), _digest(rest))

@@ -3,12 +3,13 @@
 from pydantic import Field
 
 from schemas import Strict
-from schemas.config import GenerateConfig, ValidateParams
+from schemas.config import GenerateConfig
+from schemas.data import MixtureParams, ValidateParams
 from schemas.source import FilePath, PathText
 
 
-class ValidateCommand(ValidateParams):
-    """Check a data file, alone."""
+class _Checking(Strict):
+    """What every check of data is asked beside the data."""
 
     out: FilePath
     """Folder for Parquet, quarantine.jsonl and report.json."""
@@ -19,6 +20,19 @@ class ValidateCommand(ValidateParams):
     as_json: bool = False
     force: bool = False
     """Replace what an earlier call left in `out`, also where it was of other data."""
+
+
+class ValidateCommand(_Checking, ValidateParams):
+    """Check a data file, alone."""
+
+
+class MixtureCommand(_Checking, MixtureParams):
+    """Check the mixture of a config."""
+
+    config: FilePath
+    """Where the mixture stands."""
+    slot: str
+    """Its place in the config's `data`."""
 
 
 class GenerateCommand(GenerateConfig):

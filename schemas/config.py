@@ -8,37 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonVal
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
+from schemas.data import PipelineData
 from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
-from schemas.source import Hub, PathText, Remote, could_exist, data_source, template_file
+from schemas.source import PathText, could_exist, template_file
 from schemas.stage import STAGES
 from schemas.text import short
 from schemas.training import Training
-
-Kind = Literal["sft", "preference", "ranking", "feedback", "prompt"]
-Format = Literal[
-    "alpaca",
-    "sharegpt",
-    "ultrafeedback",
-    "helpsteer",
-    "nectar",
-    "pku",
-    "shp",
-    "oasst",
-    "webgpt",
-    "summarize",
-    "arena",
-]
-"""Public data sets whose rows are read as they come (stages/validate/presets.py)."""
-DERIVES: dict[Kind, dict[str, int | None]] = {
-    "preference": {"preference": 1, "ranking": 1, "feedback": 2, "sft": 1, "prompt": 1},
-    "ranking": {"ranking": 1, "preference": None, "feedback": None, "sft": None, "prompt": 1},
-    "feedback": {"feedback": 1, "sft": None, "prompt": 1},
-    "sft": {"sft": 1, "prompt": 1},
-    "prompt": {"prompt": 1},
-}
-"""The kinds that a source of each kind gives, and how many rows each of its rows gives at most; None where it varies.
-"""
 
 
 class Scratch(Strict):
@@ -93,88 +69,6 @@ class ModelConfig(Strict):
     @classmethod
     def _could_be_a_file(cls, template: str | None) -> str | None:
         return template if template is None or template_file(template) is None else could_exist(template)
-
-
-def _label_texts(value: Any) -> Any:
-    """YAML reads `1: up` and `true: up` with a number and a truth value as keys, and `up: yes` with one as a value."""
-    return {str(label): meaning for label, meaning in value.items()} if isinstance(value, dict) else value
-
-
-class DataConfig(Strict):
-    """One source of rows. Stage `validate` cleans, splits and derives other kinds from it."""
-
-    path: PathText
-    """JSONL, JSONL.gz, Parquet or CSV (`input:rows` inside a pipeline), on this disk or at `s3://`, `gs://` or
-    `https://`; `hub:NAME` for a Hugging Face dataset; `demo:sft` or `demo:prompt`."""
-    kind: Kind
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Digest that the file must have, so that the same config means the same rows; required of a file at an address."""
-    revision: str | None = None
-    """Commit of the Hugging Face dataset."""
-    subset: str | None = None
-    """Configuration of a Hugging Face dataset that has several (`main` of gsm8k)."""
-    split: str = "train"
-    columns: dict[str, str] = {}
-    """Our column name -> the file's."""
-    format: Format | None = None
-    """The public data set whose shape the rows have; by default it is recognised where that is unmistakable."""
-    label_map: Annotated[dict[str, str], BeforeValidator(_label_texts)] = {}
-    """A value of the label column, or a bound such as `>=4` -> what it means: `up`, `down` or `skip` (feedback), `a`,
-    `b`, `tie` or `skip` (preference). Without it the column has to speak for itself."""
-    limit: int | None = Field(default=None, ge=1, lt=2**63)
-    """Use only the first N rows."""
-    eval_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Share of prompts held out for evaluation. A prompt's part is told by the hash of its first user turn with the
-    system message, so that a conversation and its later turns are on one side, and the same in all data."""
-    test_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of prompts that nothing trains on and no comparison looks at: `alignflow sweep` measures its winner there.
-    """
-    gold_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training prompts kept for the gold reward model, which judges and never trains a policy."""
-    max_bad: float = Field(default=0.1, ge=0, le=1)
-    """Share of quarantined rows above which the flow stops."""
-    max_length: int = Field(default=1024, ge=8)
-    """Tokens of prompt and answer together above which a row is quarantined."""
-    ngrams: int | None = Field(default=None, ge=2, le=50)
-    """Count prompts that are nearly an earlier one, and rows to train on that overlap with prompts of the evaluation,
-    by sequences of so many words: 13 is usual. None: neither is looked for."""
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> "DataConfig":
-        if self.eval_fraction + self.test_fraction > 1 + 1e-9:
-            raise PydanticCustomError(
-                "parts",
-                "eval_fraction = {held} and test_fraction = {test} are more than all prompts. Fix: lower one of them",
-                {"held": self.eval_fraction, "test": self.test_fraction},
-            )
-        return self
-
-    @field_validator("path")
-    @classmethod
-    def _names_something(cls, path: str) -> str:
-        source = data_source(path)
-        if not path.strip() or (isinstance(source, Hub) and not source.name.strip()):
-            raise PydanticCustomError("no_name", "must name a file, or hub:NAME")
-        if isinstance(source, Remote) and source.has_secrets:
-            fix = "leave it out (s3:// and gs:// take credentials from the environment), or fetch the file"
-            what = "what stands before @ or after ? would be logged with the config"
-            raise PydanticCustomError("secrets", "{what}. Fix: {fix}", {"what": what, "fix": fix})
-        return path
-
-
-class PipelineData(Strict):
-    """The data of a pipeline. What is left out is derived from the others where that is possible."""
-
-    sft: DataConfig | None = None
-    """Default: the preferred answers of `preference`."""
-    preference: DataConfig | None = None
-    """Pairs or rankings. Left out when `generate` makes them."""
-    feedback: DataConfig | None = None
-    """Thumbs for KTO. Default: derived from `preference`."""
-    prompt: DataConfig | None = None
-    """Prompts for PPO and `generate`. Default: those of `preference`, else of `sft`."""
-    evaluation: DataConfig | None = None
-    """Prompts to evaluate on, all of them. Default: the held-out ones of `prompt`."""
 
 
 class RuleJudge(Strict):
@@ -235,20 +129,6 @@ Judge = Annotated[_Judge, BeforeValidator(_choose_judge, json_schema_input_type=
 
 class BaseParams(ModelConfig):
     """Stage `base`."""
-
-
-class ValidateParams(DataConfig):
-    """Stage `validate`."""
-
-    min_eval_prompts: int = Field(default=0, ge=0)
-    """Refuse data that holds out fewer prompts; the pipeline sets it where it evaluates, before anything is trained."""
-    min_test_prompts: int = Field(default=0, ge=0)
-    """The same for the test part, where a sweep evaluates on it."""
-    others_eval_fraction: float = Field(default=0.0, ge=0, le=1)
-    """The largest `eval_fraction` in the pipeline's data. What lies between it and this data's own is left out of
-    training, since other data may hold those prompts out."""
-    others_test_fraction: float = Field(default=0.0, ge=0, le=1)
-    """The same of `test_fraction`."""
 
 
 class SFTConfig(Training):

@@ -14,7 +14,7 @@ import polars as pl
 from pandera.errors import SchemaError, SchemaErrors
 from pandera.polars import PolarsData
 
-from schemas.config import Kind
+from schemas.data import Kind
 
 Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 Strings = pl.List(pl.String)
@@ -42,7 +42,7 @@ class PromptRow(pa.DataFrameModel):
     """A prompt to answer: messages that end with the user's. Every other kind has these columns too."""
 
     row: pl.Int64 = pa.Field(ge=0)
-    """Number of the source row, from 0."""
+    """Number of the source row, from 0. Rows of a mixture are published with the column `source` beside it."""
     prompt: Messages  # type: ignore[valid-type]
     prompt_id: pl.String = pa.Field(str_matches=r"^[0-9a-f]{16}$")
     """`prompt_id()` of the messages: equal for prompts that differ in case, marks, space and unseen characters."""

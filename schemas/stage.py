@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,15 @@ ENGINE_VERSION = 5
 
 # Parameters that change no result: how often to save and to log, and when to give up.
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations"}
+
+
+SOURCE = "source"
+"""The input that is the file or folder which `path` in a request's parameters names."""
+
+
+def source_input(name: str) -> str:
+    """The input that is the file of one of several sources."""
+    return f"{SOURCE}.{name}"
 
 
 class Artifact(Strict):
@@ -101,20 +111,38 @@ class Request(Strict):
     def key(self) -> str:
         """sha256 over what decides the result: never paths, pools, threads or run ids.
 
-        A path in `params` gives way to the input `source`, the digest of the file or folder.
+        A path in `params` gives way to the input `source`, the digest of the file or folder; those of several `sources`
+        to an input each.
         """
-        neutral = NEUTRAL | ({"path"} if "source" in self.inputs else set())
+        neutral = NEUTRAL | ({"path"} if SOURCE in self.inputs else set())
         decides = {
             "stage": self.stage,
             "version": self.version,
             "engine": ENGINE_VERSION,
-            "params": {k: v for k, v in self.params.items() if k not in neutral},
+            "params": {k: v for k, v in self._params().items() if k not in neutral},
             "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
             "seed": self.seed,
         }
         if not self.log_text and self.spec.shows_text:
             decides["log_text"] = False
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _params(self) -> Mapping[str, JsonValue]:
+        """The parameters, where several sources are asked for without the paths of those whose files are inputs."""
+        sources = self.params.get("sources")
+        if not isinstance(sources, list):
+            return self.params
+        return {**self.params, "sources": [self._without_path(source) for source in sources]}
+
+    def _without_path(self, source: JsonValue) -> JsonValue:
+        if not isinstance(source, dict) or not self.brings(source):
+            return source
+        return {name: value for name, value in source.items() if name != "path"}
+
+    def brings(self, source: Mapping[str, JsonValue]) -> bool:
+        """Whether the file of one of several `sources` is an input, which is then read in its path's place."""
+        name = source.get("name")
+        return isinstance(name, str) and source_input(name) in self.inputs
 
 
 class Result(Strict):

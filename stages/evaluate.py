@@ -15,9 +15,10 @@ from typing import Any
 from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from schemas.stage import Request
-from stages.engine.data.examples import read_if_there
+from stages.engine.data.examples import Row, read_if_there
 from stages.engine.evaluator import Answers, Evaluator, Messages
 from stages.engine.scoring import metrics
+from stages.engine.scoring.by_source import by_source
 from stages.engine.scoring.endpoint import EndpointJudge
 from stages.engine.scoring.evaluation_record import (
     Evaluation,
@@ -76,6 +77,7 @@ def run(context: StageContext) -> dict[str, float]:
         samples += some
         values = summary(some, resamples=config.bootstrap, seed=request.seed)
         values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
+        values |= summaries_by_source(evaluator.asked, some, resamples=config.bootstrap, seed=request.seed)
         final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
 
     if 1.0 not in distances:  # the KL is that of the model itself, so it takes answers of its own
@@ -83,9 +85,15 @@ def run(context: StageContext) -> dict[str, float]:
     clusters = [row.cluster for row in samples[: len(asked)]]
     final["eval/kl_to_reference"] = metrics.mean_and_error(distances[1.0])[0]
     final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
+    answered = [row for row in evaluator.asked for _ in range(draws)]
+    for source, own in by_source(answered, distances[1.0]).items():
+        final[f"eval/{source}/kl_to_reference"] = metrics.mean_and_error(own)[0]
     pairs = evaluator.pairs_right(context.input("pairs")) if context.has("pairs") else []
     if pairs:
-        final["eval/preference_accuracy"] = metrics.win_rate([right for _, right in pairs])
+        rights = [right for _, right in pairs]
+        final["eval/preference_accuracy"] = metrics.win_rate(rights)
+        for source, own in by_source([row for row, _ in pairs], rights).items():
+            final[f"eval/{source}/preference_accuracy"] = metrics.win_rate(own)
     if context.has("pairs") and evaluator.itself and isinstance(judge, Scoring):  # once a comparison, not once a model
         final |= judge_accuracy(judge, context.input("pairs"), resamples=config.bootstrap, seed=request.seed)
     if isinstance(judge, EndpointJudge):
@@ -93,7 +101,10 @@ def run(context: StageContext) -> dict[str, float]:
         final["judge/unreadable"] = judge.unreadable / (2 * len(samples))
     final["compute/generated_tokens"] = float(evaluator.generated_tokens)
     final["compute/seconds"] = time.monotonic() - started
-    publish(context, Evaluation(final, samples, settings, pairs))
+    if counted := by_source(evaluator.asked, prompts):
+        settings["sources"] = {source: len(some) for source, some in counted.items()}
+    clustered = [(cluster_of(row["prompt"]), right) for row, right in pairs]
+    publish(context, Evaluation(final, samples, settings, clustered))
     return final
 
 
@@ -250,6 +261,33 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
     if rewards:
         values["reward_score"] = metrics.mean_and_error(rewards)[0]
     return {f"eval/{name}": value for name, value in values.items()}
+
+
+def summaries_by_source(
+    asked: Sequence[Row], samples: Sequence[Sample], *, resamples: int, seed: int
+) -> dict[str, float]:
+    """For each source of a mixture the main metrics of `summary`, on the answers to its prompts: `eval/chat/length`.
+
+    asked: the rows of the prompts; of each prompt as many samples follow each other as there are draws.
+    """
+    draws = len(samples) // max(1, len(asked))
+    values: dict[str, float] = {}
+    for source, own in by_source([row for row in asked for _ in range(draws)], samples).items():
+        won = [row.win for row in own]
+        interval = bootstrap(won, [row.cluster for row in own], resamples=resamples, seed=seed)
+        some = {
+            "judge_score": metrics.mean_and_error([row.score for row in own])[0],
+            "win_rate_vs_sft": metrics.win_rate(won),
+            "win_rate_vs_sft_low": interval.low,
+            "win_rate_vs_sft_high": interval.high,
+            "length": metrics.mean_and_error([row.length for row in own])[0],
+            "prompts": float(sum(row.draw == 0 for row in own)),
+        }
+        rewards = [row.reward_score for row in own if row.reward_score is not None]
+        if rewards:
+            some["reward_score"] = metrics.mean_and_error(rewards)[0]
+        values |= {f"eval/{source}/{name}": value for name, value in some.items()}
+    return values
 
 
 def publish(context: StageContext, evaluation: Evaluation) -> None:

@@ -26,6 +26,7 @@ from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.sampling import sample, seed_of
+from stages.engine.scoring.by_source import by_source
 from stages.engine.training.loop import train_and_publish
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineMethod
@@ -125,19 +126,28 @@ class Reward(OfflineMethod):
         return measured | {"data/score_mean": mean, "data/score_std": std}
 
     def held_out(self) -> dict[str, float]:
-        """Accuracy and calibration on the held-out comparisons."""
+        """Accuracy and calibration on the held-out comparisons; of a mixture for each source too."""
         rows = [row for row in read_if_there(self.context.input("data"), "eval", "ranking") if row["winners"]]
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]
         scores = self.per_answer(self.scores, [example.tree for example in examples])
         pairs = [  # equal answers are a tie: their scores may differ by rounding, which depends on the batch's layout
-            0.0 if example.tree.answers[winner] == example.tree.answers[loser] else score[winner] - score[loser]
+            (example, 0.0 if example.tree.answers[win] == example.tree.answers[lose] else score[win] - score[lose])
             for score, example in zip(scores, examples, strict=True)
-            for winner, loser in zip(example.row["winners"], example.row["losers"], strict=True)
+            for win, lose in zip(example.row["winners"], example.row["losers"], strict=True)
         ]
         if not pairs:
             return {}
-        accuracy = fmean(map(_right, pairs))
-        return {"eval/accuracy": accuracy, "eval/calibration": calibration_error(pairs), "eval/pairs": len(pairs)}
+        differences = [difference for _, difference in pairs]
+        measured = {f"eval/{name}": value for name, value in _measures(differences).items()}
+        for source, some in by_source([example.row for example, _ in pairs], differences).items():
+            measured |= {f"eval/{source}/{name}": value for name, value in _measures(some).items()}
+        return measured
+
+
+def _measures(differences: Sequence[float]) -> dict[str, float]:
+    """Of r_winner - r_loser per comparison: the share that is right, the calibration error, and how many there are."""
+    error = calibration_error(differences)
+    return {"accuracy": fmean(map(_right, differences)), "calibration": error, "pairs": len(differences)}
 
 
 def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[Example]:

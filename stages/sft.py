@@ -10,6 +10,7 @@ from torch import Tensor
 
 from schemas.config import SFTConfig
 from stages.engine.data.examples import Row
+from stages.engine.scoring.by_source import by_source
 from stages.engine.training.loop import train_and_publish
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, PolicyMethod
@@ -39,13 +40,25 @@ class SFT(PolicyMethod):
         return sft_loss(logps_N, totals["tokens"]), {"compute/train_tokens": self.scalar(micro.batch.tokens)}
 
     def finish(self, folder: Path) -> dict[str, float]:
-        """Adds the mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity."""
-        saved, trees = super().finish(folder), self.held_out()
-        if not trees:
+        """Adds the mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity.
+
+        Of a mixture for each source too.
+        """
+        saved, examples = super().finish(folder), self.held_out_examples()
+        if not examples:
             return saved
-        total = sum(value for values in self.per_answer(self.logps, trees) for value in values)
-        loss = -total / sum(len(tree.answers[0]) for tree in trees)
-        return saved | {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+        values = self.per_answer(self.logps, [example.tree for example in examples])
+        logps = [(logp, len(example.tree.answers[0])) for (logp,), example in zip(values, examples, strict=True)]
+        for source, some in by_source([example.row for example in examples], logps).items():
+            saved |= {f"eval/{source}/{name}": value for name, value in _mean_loss(some).items()}
+            saved[f"eval/{source}/rows"] = float(len(some))
+        return saved | {f"eval/{name}": value for name, value in _mean_loss(logps).items()}
+
+
+def _mean_loss(logps: list[tuple[float, int]]) -> dict[str, float]:
+    """Mean over all tokens, in nats, of answers' log-probs and their numbers of tokens; and its perplexity."""
+    loss = -sum(logp for logp, _ in logps) / sum(tokens for _, tokens in logps)
+    return {"loss": loss, "perplexity": math.exp(loss)}
 
 
 def run(context: StageContext) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -31,8 +31,15 @@ def presets(
 
 def validate(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME.")],
-    kind: Annotated[str, typer.Option(help="What a row is: sft, preference, ranking, feedback or prompt.")],
+    path: Annotated[
+        str, typer.Argument(help="JSONL, JSONL.gz, Parquet or CSV file, or hub:NAME; or a config's .yaml file.")
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="What a row is: sft, preference, ranking, feedback or prompt. Of a config: whose data, such as sft."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the clean rows, the quarantine and the report.")],
     columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
     format: Annotated[
@@ -71,6 +78,7 @@ def validate(
     - alignflow validate answers.csv --kind sft --columns prompt=question --columns response=answer --out checked
     - alignflow validate stars.csv --kind feedback --label-map '<3=down' --label-map '>=3=up' --out checked
     - alignflow validate pairs.jsonl --kind preference --out checked --json
+    - alignflow validate my.yaml --kind sft --out checked
     """
     from schemas.commands import ValidateCommand
     from schemas.errors import refuse
@@ -82,12 +90,44 @@ def validate(
         raise refuse("--evaluation", evaluation, "there are no held-out prompts.", fix)
     if out.exists() and not out.is_dir():
         raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
+    if path.endswith((".yaml", ".yml")):
+        _validate_config(context, Path(path), kind)
     named = [pair.partition("=") for pair in columns]
     theirs = _pairs("--columns", named, "a pair of column names", "OURS=THEIRS, such as prompt=question")
     meant = [pair.rpartition("=") for pair in label_map]  # a bound has its own: >=4=up
     form = "VALUE=MEANING, such as 5=up or '>=4=up'"
     meanings = _pairs("--label-map", meant, "a value and what it means", form)
     start(context, ValidateCommand, columns=theirs, label_map=meanings)
+
+
+_OF_THE_COMMAND = {"path", "kind", "out", "model", "evaluation", "as_json", "force"}
+"""Options of `validate` that a config does not say."""
+
+
+def _validate_config(context: typer.Context, file: Path, slot: str) -> NoReturn:
+    """Check the data that a config has in a slot, as a run would read and split it. Raises StageError."""
+    from flows.planning import config_file
+    from flows.planning.explain import validate as checked
+    from flows.planning.plan import Planner
+    from schemas.commands import MixtureCommand, ValidateCommand
+    from schemas.errors import refuse
+
+    config = checked(config_file.read(file))
+    slots = [name for name in type(config.data).model_fields if getattr(config.data, name) is not None]
+    if slot not in slots:
+        message = f"{file} has no data.{slot}."
+        raise refuse("--kind", slot, message, f"use one of {', '.join(slots)}" if slots else "set data in it")
+    given = [name for name, value in context.params.items() if value and name not in _OF_THE_COMMAND]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        fix = f"write it into data.{slot}, or check a file by itself"
+        raise refuse(option, context.params[given[0]], "how data is read and split stands in the config.", fix)
+    planner = Planner(config, {})
+    params = planner.data_params(slot) | planner.held_out_elsewhere()
+    params = dict.fromkeys(context.params.keys() - _OF_THE_COMMAND) | params  # which are not given: the config's
+    if "sources" in params:
+        start(context, MixtureCommand, **params | {"path": None, "kind": None, "config": file, "slot": slot})
+    start(context, ValidateCommand, **params)
 
 
 def _pairs(option: str, parts: Sequence[tuple[str, str, str]], what: str, form: str) -> dict[str, str]:

@@ -14,9 +14,10 @@ from urllib.parse import unquote, urlparse, urlsplit
 from flows.planning.config_file import refusal
 from schemas import environment
 from schemas.config import EndpointJudge, ModelConfig, PipelineConfig, RewardJudge
+from schemas.data import sources_of
 from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, Remote, data_source, model_source, template_file
-from schemas.stage import Request
+from schemas.stage import SOURCE, Request
 
 STORES = {"runs", "models", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss"}
 """Schemes of artifacts in MLflow's stores, which name no path on a disk."""
@@ -139,8 +140,8 @@ def paths_of_config(config: PipelineConfig) -> Iterator[Named]:
     yield from _paths_of_model("model", config.model)
     for slot in type(config.data).model_fields:
         data = getattr(config.data, slot)
-        if data is not None:
-            yield from _path_of_data(f"data.{slot}.path", data.path, data.revision)
+        for below, source in () if data is None else sources_of(data):
+            yield from _path_of_data(f"data.{slot}{below}.path", source.path, source.revision)
     if config.reward_model is not None:
         yield from _path_of_model("reward_model", config.reward_model, None)
     for field, part in (("evaluate", config.evaluate), ("generate", config.generate)):
@@ -151,12 +152,17 @@ def paths_of_config(config: PipelineConfig) -> Iterator[Named]:
 def paths_of_request(request: Request) -> Iterator[Named]:
     """Every path that a request names, in what stages `base` and `validate` read and in its inputs."""
     path, revision = request.params.get("path"), request.params.get("revision")
-    if "source" in request.inputs:  # read in the path's place
+    if SOURCE in request.inputs:  # read in the path's place
         path = None
     if request.stage == "base":
         yield from _paths_of_model("params", ModelConfig.model_validate({**request.params, "path": path}))
     if request.stage == "validate" and isinstance(path, str):
         yield from _path_of_data("params.path", path, revision)
+    sources = request.params.get("sources") if request.stage == "validate" else None
+    for place, source in enumerate(sources if isinstance(sources, list) else ()):
+        if isinstance(source, dict) and not request.brings(source):
+            field = f"params.sources.{place}.path"
+            yield from _path_of_data(field, str(source.get("path")), source.get("revision"))
     judge = request.params.get("judge")
     model = judge.get("model") if isinstance(judge, dict) and judge.get("judge") == "reward" else None
     if isinstance(model, str) and model != "gold":

@@ -10,16 +10,8 @@ from pathlib import Path
 
 from flows.planning.explain import closest_match
 from schemas.architectures import positions, why_none_trained
-from schemas.config import (
-    DataConfig,
-    EndpointJudge,
-    Judge,
-    ModelConfig,
-    PipelineConfig,
-    RewardConfig,
-    RewardJudge,
-    SentimentJudge,
-)
+from schemas.config import EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge, SentimentJudge
+from schemas.data import SourceConfig, sources_of
 from schemas.errors import Problem, problem
 from schemas.methods import PPO
 from schemas.model_folder import config_of, why_unusable
@@ -32,8 +24,8 @@ def check(config: PipelineConfig) -> Iterator[Problem]:
     yield from _check_model(config.model)
     for slot in ("sft", "preference", "feedback", "prompt", "evaluation"):
         data = getattr(config.data, slot)
-        if data is not None:
-            yield from _check_data(f"data.{slot}", data)
+        for below, source in () if data is None else sources_of(data):
+            yield from _check_data(f"data.{slot}{below}", source)
     if config.reward_model is not None:
         yield from _check_folder("reward_model", config.reward_model, scorer=True)
     yield from _check_judge("evaluate.judge", config.evaluate.judge)
@@ -129,7 +121,7 @@ def _check_folder(field: str, path: str, scorer: bool) -> Iterator[Problem]:
         yield problem(field, path, f"{unusable[0]}.", unusable[1])
 
 
-def _check_data(field: str, data: DataConfig) -> Iterator[Problem]:
+def _check_data(field: str, data: SourceConfig) -> Iterator[Problem]:
     match data_source(data.path):
         case Hub() if not data.revision:
             yield problem(

@@ -202,7 +202,11 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def apply(raw: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` in place; the value is YAML, and maps on the way are made where they are missing."""
+    """Set `a.b=value` in place; the value is YAML, and maps on the way are made where they are missing.
+
+    Of a list a number names an item: `data.sft.0.weight=2`; as in a mixture that is no bare list, `sources` may stand
+    before it.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -213,15 +217,33 @@ def apply(raw: dict[str, Any], override: str) -> None:
         wrong = f"--set {one_line(override, 200)}: the value is not valid YAML. Fix: quote it"
         raise StageError(wrong, kind="config") from None
     place: Any = raw
-    for depth, key in enumerate(keys[:-1], 1):
-        if place.get(key) is None:
-            place[key] = {}
-        place = place[key]
-        if not isinstance(place, dict):
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if key == "sources" and not last:
+                continue
+            if not (re.fullmatch("[0-9]{1,6}", key) and int(key) < len(place)):
+                raise _no_item(override, ".".join(keys[:depth]), place)
+            if last:
+                place[int(key)] = value
+            else:
+                place = place[int(key)]
+        elif not isinstance(place, dict):
             here = ".".join(keys[:depth])
             wrong = f"--set {one_line(override, 200)}: {here} is {short(place)} and has no keys"
             raise StageError(wrong, kind="config", fix=f"set {here} as a whole")
-    if value is None and keys[:-1] == ["align"]:
-        place.pop(keys[-1], None)  # as `sft=null` leaves SFT out; in a file `dpo:` alone is DPO with its defaults
-    else:
-        place[keys[-1]] = value
+        elif last and value is None and keys[:-1] == ["align"]:
+            place.pop(key, None)  # as `sft=null` leaves SFT out; in a file `dpo:` alone is DPO with its defaults
+        elif last:
+            place[key] = value
+        else:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+
+
+def _no_item(override: str, here: str, items: list[Any]) -> StageError:
+    """The error of an override that goes into a list by something else than the number of an item."""
+    wrong = f"--set {one_line(override, 200)}: {here} is a list of {len(items)}"
+    numbers = f", such as {here}.0, or" if items else ", or"
+    return StageError(wrong, kind="config", fix=f"name an item by its number from 0{numbers} set {here} as a whole")

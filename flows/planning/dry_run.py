@@ -5,13 +5,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flows.planning import memory as planning_memory
 from flows.planning.plan import Node, Plan
 from flows.planning.requests import request_for
 from flows.servers import checks
-from schemas.config import DERIVES, PipelineConfig, ValidateParams
+from schemas.config import PipelineConfig
+from schemas.data import DERIVES, MixtureParams, ValidateParams
 from schemas.methods import CONFIGS, MethodConfig
 from schemas.stage import Result
 from schemas.training import Training
@@ -86,13 +87,23 @@ def steps_of(node: Node, training: Training, data: Outlook) -> str:
     exact = planning_memory.steps(training, None)
     if exact is not None:
         return str(exact)
-    guess = planning_memory.steps(
-        training, guessed_rows(ValidateParams.model_validate(data.node.params), str(kind), part)
-    )
+    guess = planning_memory.steps(training, guessed_rows(data.node.params, str(kind), part))
     return "?" if guess is None else f"~{guess}"
 
 
-def guessed_rows(data: ValidateParams, kind: str, part: str) -> int | None:
+def guessed_rows(params: Mapping[str, Any], kind: str, part: str) -> int | None:
+    """Rows of a part of the data that a request for `validate` asks for; None where a source tells no number."""
+    if "sources" not in params:
+        return _guessed(ValidateParams.model_validate(params), kind, part)
+    mixture = MixtureParams.model_validate(params)
+    each = {source.name: _guessed(mixture.of(source), kind, part) for source in mixture.sources}
+    known = {name: rows for name, rows in each.items() if rows is not None}
+    if len(known) < len(each):
+        return None
+    return sum((mixture.drawn(known) if part == "train" else known).values())
+
+
+def _guessed(data: ValidateParams, kind: str, part: str) -> int | None:
     """Rows of a part of a JSONL file, by its lines and the shares that are held out; None for what has no lines."""
     lines = count_lines(Path(data.path).expanduser())
     each = DERIVES[data.kind].get(kind)

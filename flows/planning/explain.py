@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from schemas.config import PipelineConfig
+from schemas.data import DataConfig
 from schemas.errors import StageError
 from schemas.text import one_line, short
 
@@ -96,6 +97,8 @@ def _models(loc: tuple[str | int, ...], raw: Any) -> list[type[BaseModel]]:
 def _inside(outer: Any, key: str | int) -> Iterator[Any]:
     if get_origin(outer) is dict:
         yield from _members(get_args(outer)[1])
+    elif get_origin(outer) is list:
+        yield from _members(get_args(outer)[0])
     elif isinstance(outer, type) and issubclass(outer, BaseModel) and key in outer.model_fields:
         yield from _members(outer.model_fields[str(key)].annotation)
 
@@ -111,9 +114,12 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 
 def _named(member: Any, key: str | int, raw: Any) -> bool:
-    """False for a union's member that another `method` or `judge` was asked for; a method's name is its default."""
+    """False for a union's member that another `method` or `judge` was asked for, a method's name being its default; and
+    for a single source of data where several are given."""
     if not (isinstance(member, type) and issubclass(member, BaseModel) and isinstance(raw, dict)):
         return True
+    if member is DataConfig and "sources" in raw:
+        return False
     tags = {"method": raw.get("method", key), "judge": raw.get("judge")}
     annotations = {name: member.model_fields[name].annotation for name in tags if name in member.model_fields}
     return all(tags[name] in get_args(kind) for name, kind in annotations.items() if get_origin(kind) is Literal)

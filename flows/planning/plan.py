@@ -15,17 +15,15 @@ from typing import Any, Literal
 from flows.planning import plan_checks
 from flows.planning.nodes import Node, Output, Plan, params_of, variants_of
 from schemas.config import (
-    DERIVES,
     BaselinesParams,
-    DataConfig,
     EndpointJudge,
     ModelConfig,
     PipelineConfig,
-    PipelineData,
     RewardConfig,
     RewardJudge,
     seeded_name,
 )
+from schemas.data import DataConfig, Mixture, PipelineData
 from schemas.errors import refuse
 from schemas.methods import MethodConfig
 from schemas.promotion import GATE_TAG, PromoteConfig
@@ -191,8 +189,8 @@ class Planner:
     def slot(self, kind: str) -> str | None:
         """The slot of `data` that gives rows of a kind, else None."""
         for slot in SLOTS[kind]:
-            source: DataConfig | None = getattr(self.config.data, slot)
-            if source is not None and kind in DERIVES[source.kind]:
+            source: DataConfig | Mixture | None = getattr(self.config.data, slot)
+            if source is not None and kind in source.gives:
                 return slot
         return None
 
@@ -211,7 +209,7 @@ class Planner:
             return self.data(slot)
         if own:
             source = getattr(self.config.data, kind)
-            given = ", ".join(sorted(DERIVES[source.kind]))
+            given = ", ".join(sorted(source.gives))
             message = f"{who} needs rows of kind {kind}; from this kind come {given} only."
             raise refuse(f"data.{kind}.kind", source.kind, message, FIXES[kind])
         raise refuse(who, "set", f"needs {kind} data, which nothing gives.", FIXES[kind])
@@ -225,14 +223,22 @@ class Planner:
 
     def data(self, slot: str) -> Output:
         """Stage `validate` of one slot. All but the evaluation's leave out the evaluation's prompts."""
-        source: DataConfig = getattr(self.config.data, slot)
-        params = source.model_dump(mode="json")
-        if slot == "evaluation":
-            params["eval_fraction"] = 1.0 - source.test_fraction
+        params = self.data_params(slot)
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
         return self.validated(slot, f"data.{slot}", params, {})
+
+    def data_params(self, slot: str) -> dict[str, Any]:
+        """What decides the rows of a slot by themselves."""
+        source: DataConfig | Mixture = getattr(self.config.data, slot)
+        params = source.model_dump(mode="json")
+        if isinstance(source, Mixture):
+            seed = self.config.seed if source.seed is None else source.seed
+            params["seed"] = seed if source.draws else None
+        if slot == "evaluation":
+            params["eval_fraction"] = 1.0 - source.test_fraction
+        return params
 
     def validated(self, slot: str, field: str, params: dict[str, Any], inputs: dict[str, Output]) -> Output:
         name = f"data {slot}"
@@ -265,7 +271,7 @@ class Planner:
             inputs["judge"] = self.published(name, "generate.judge", ModelConfig(path=generate.judge.model))
         params = generate.model_dump(mode="json")
         rows = self.add(Node("generate", "generate", "generate", params, inputs, self.config.seed), "rows")
-        source: DataConfig = getattr(self.config.data, slot)
+        source: DataConfig | Mixture = getattr(self.config.data, slot)
         kept = source.model_dump(include={"eval_fraction", "test_fraction", "max_bad", "max_length"})
         made = DataConfig(path=GENERATED, kind="ranking", **kept)
         return self.validated("generated", "generate", made.model_dump(mode="json"), {"rows": rows})
@@ -283,7 +289,7 @@ class Planner:
 
     def has_test(self) -> bool:
         """Whether the winner of a sweep is evaluated on prompts that it was not chosen by."""
-        source: DataConfig = getattr(self.config.data, self.evaluation_slot())
+        source: DataConfig | Mixture = getattr(self.config.data, self.evaluation_slot())
         return self.config.sweep is not None and source.test_fraction > 0
 
     def evaluation(self, name: str, models: dict[str, Output], part: Literal["eval", "test"] = "eval") -> Output:

@@ -8,7 +8,7 @@ from flows.planning.plan import Node
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from schemas.source import File, Package, data_source, model_source, read_template, template_file
-from schemas.stage import STAGES, Artifact, Placement, Request, Result
+from schemas.stage import SOURCE, STAGES, Artifact, Placement, Request, Result, source_input
 from stages import tracking
 
 
@@ -57,6 +57,8 @@ def with_sources(request: Request, field: str) -> Request:
     Raises:
         StageError: a file is missing; `field` says where the config names it.
     """
+    if request.stage == "validate":
+        return _with_data_files(request, field)
     params, inputs = dict(request.params), dict(request.inputs)
     template, path, file = params.get("chat_template"), params.get("path"), None
     if request.stage == "base" and isinstance(template, str):
@@ -65,14 +67,29 @@ def with_sources(request: Request, field: str) -> Request:
             params["chat_template"] = read_template(template_path)
     if request.stage == "base" and isinstance(path, str):
         file = model_file(path)
-    if request.stage == "validate" and isinstance(source := data_source(str(path)), File):
-        file = source.path.absolute()
     if file is not None:
-        if not file.exists():
-            fix = f"give its path as seen from {Path.cwd()}"
-            raise refuse(f"{field}.path", str(file), "there is no such file.", fix, kind="file")
-        inputs["source"] = Artifact(uri=str(file), sha256=tracking.digest(file))
+        inputs[SOURCE] = _artifact(file, field)
     return request.model_copy(update={"params": params, "inputs": inputs})
+
+
+def _with_data_files(request: Request, field: str) -> Request:
+    """The same for rows: of one source, or of several."""
+    inputs, sources = dict(request.inputs), request.params.get("sources")
+    named = [(SOURCE, field, request.params.get("path"))]
+    if isinstance(sources, list):
+        every = [(place, source) for place, source in enumerate(sources) if isinstance(source, dict)]
+        named = [(source_input(str(one["name"])), f"{field}.sources.{place}", one["path"]) for place, one in every]
+    for name, where, path in named:
+        if isinstance(source := data_source(str(path)), File):
+            inputs[name] = _artifact(source.path.absolute(), where)
+    return request.model_copy(update={"inputs": inputs})
+
+
+def _artifact(file: Path, field: str) -> Artifact:
+    if not file.exists():
+        fix = f"give its path as seen from {Path.cwd()}"
+        raise refuse(f"{field}.path", str(file), "there is no such file.", fix, kind="file")
+    return Artifact(uri=str(file), sha256=tracking.digest(file))
 
 
 def model_file(path: str) -> Path | None:

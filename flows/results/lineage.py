@@ -16,7 +16,7 @@ from typing import Any
 from flows.results import lookup, registry
 from flows.results.registry import Version
 from schemas.errors import StageError, refuse
-from schemas.stage import STAGES
+from schemas.stage import SOURCE, STAGES
 from schemas.text import one_line
 from stages import tracking
 
@@ -191,13 +191,21 @@ def origin(graph: Graph, name: str, sha256: str, seen: set[str]) -> Item:
         return Item(f"{name}: {step.label} (see above)", {"sha256": sha256, "run_id": step.run_id})
     seen.add(step.run_id)
     below = [
-        # The input `source` is the file that the step has read.
-        Item(f"source: {step.params.get('path', 'a file')}", {"sha256": given, "path": step.params.get("path")})
-        if inner == "source"
-        else origin(graph, inner, given, seen)
+        source(step, inner, given) if inner.partition(".")[0] == SOURCE else origin(graph, inner, given, seen)
         for inner, given in sorted(step.inputs.items())
     ]
     return Item(f"{name}: {step.label}", {"sha256": sha256, **facts_of(step)}, below)
+
+
+def source(step: Step, name: str, sha256: str) -> Item:
+    """The file that a step has read, or one of several, each an input of its own: `source.chat`."""
+    path = path_of(step, name)
+    return Item(f"{name.replace('.', ' ', 1)}: {path or 'a file'}", {"sha256": sha256, "path": path})
+
+
+def path_of(step: Step, name: str) -> str | None:
+    """The path from which a step has read an input; None for what another stage has made."""
+    return step.params.get("path" if name == SOURCE else f"{name}.path")
 
 
 def facts_of(step: Step) -> dict[str, Any]:
@@ -220,7 +228,7 @@ def facts_of(step: Step) -> dict[str, Any]:
 def forward(graph: Graph, sha256: str, what: str) -> Item:
     """Data, and below it every stage that made something of it, down to the models."""
     maker = graph.makers.get(sha256)
-    paths = sorted({step.params["path"] for _, step in graph.users.get(sha256, []) if "path" in step.params})
+    paths = sorted({path for name, step in graph.users.get(sha256, []) if (path := path_of(step, name))})
     facts = {"sha256": sha256, "made_by": maker.run_id if maker else None, "paths": paths}
     below = uses(graph, sha256, set())
     if not below:

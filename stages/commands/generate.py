@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.commands import GenerateCommand
-from schemas.config import ValidateParams
+from schemas.data import ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show, show_tracebacks
 from stages.engine.data.codec import Codec

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.commands import ValidateCommand
-from schemas.config import DataConfig
+from schemas.commands import MixtureCommand, ValidateCommand
+from schemas.data import DataConfig, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, show, show_tracebacks
-from stages.validate import check
+from stages.validate import check, check_mixture
 from stages.validate.context import Context
+from stages.validate.mixtures import report as mixtures
 from stages.validate.readers import records
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ _SLOTS = {"ranking": "preference"}
 """A kind -> its place in a config's `data`, where that has another name."""
 
 
-def main(command: ValidateCommand) -> int:
-    """Check the file, print what came of it; returns 0, or 65 when the data is refused."""
+Command = ValidateCommand | MixtureCommand
+
+
+def main(command: Command) -> int:
+    """Check the data, print what came of it; returns 0, or 65 when it is refused."""
     report: dict[str, Any] = {"rows": 0, "kept": 0, "quarantined": 0, "reasons": {}}
     error, checked = None, False
     try:
@@ -39,7 +43,11 @@ def main(command: ValidateCommand) -> int:
         checked = True
         command.out.mkdir(parents=True, exist_ok=True)
         (command.out / _SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        check(Context(command, codec, command.evaluation), command.out)
+        if isinstance(command, ValidateCommand):
+            check(Context(command, codec, command.evaluation), command.out)
+        else:
+            read = {one.name: Context(command.of(one), codec, command.evaluation) for one in command.sources}
+            check_mixture(command, read, command.out)
     except StageError as refusal:
         error = refusal
     if checked:  # a refusal writes its report too
@@ -48,19 +56,26 @@ def main(command: ValidateCommand) -> int:
     return 0 if error is None else EXIT_CODES[error.status]
 
 
-def _source(command: ValidateCommand) -> dict[str, str | None]:
-    """What tells one source from another: the bytes of a file, else its name and revision."""
-    match data_source(command.path):
+def _source(command: Command) -> dict[str, Any]:
+    """What tells one source from another: the bytes of a file, else its name and revision; of a mixture those of each
+    source by its name."""
+    if isinstance(command, ValidateCommand):
+        return _identity(command)
+    return {one.name: _identity(command.of(one)) for one in command.sources}
+
+
+def _identity(params: ValidateParams) -> dict[str, str | None]:
+    match data_source(params.path):
         case File(path):
-            next(records(command), None)  # one that cannot be read is named, and costs no earlier results
+            next(records(params), None)  # one that cannot be read is named, and costs no earlier results
             with path.open("rb") as stream:
-                return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "kind": command.kind}
+                return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "kind": params.kind}
         case _:
-            named = {"path": command.path, "revision": command.revision, "subset": command.subset}
-            return {**named, "split": command.split, "kind": command.kind}
+            named = {"path": params.path, "revision": params.revision, "subset": params.subset}
+            return {**named, "split": params.split, "kind": params.kind}
 
 
-def _refuse_other_data(command: ValidateCommand, source: dict[str, str | None]) -> None:
+def _refuse_other_data(command: Command, source: dict[str, Any]) -> None:
     """Raise StageError where the folder holds something else than an earlier check of the same data."""
     if command.force or not command.out.is_dir() or not any(command.out.iterdir()):
         return
@@ -86,12 +101,16 @@ def _codec(folder: Path) -> "Codec":
         raise StageError(named, status=error.status) from error
 
 
-def _print(command: ValidateCommand, report: dict[str, Any], error: StageError | None) -> None:
+def _print(command: Command, report: dict[str, Any], error: StageError | None) -> None:
+    single = isinstance(command, ValidateCommand)
+    name = command.path if single else f"{command.config}: data.{command.slot}"
     if command.as_json:
-        places = {"source": command.path, "out": str(command.out), "quarantine": str(command.out / "quarantine.jsonl")}
+        places = {"source": name, "out": str(command.out), "quarantine": str(command.out / "quarantine.jsonl")}
         show(json.dumps(report | {"error": None if error is None else str(error)} | places))
         return
-    show(f"{one_line(command.path)}: {report['rows']} rows, {report['kept']} kept, {report['quarantined']} quarantined")
+    show(f"{one_line(name)}: {report['rows']} rows, {report['kept']} kept, {report['quarantined']} quarantined")
+    for line in mixtures.lines(mixtures.MixtureReport.model_validate(report)) if report.get("sources") else ():
+        show(f"  {line}")
     for name, count in [*report.get("checks", {}).items(), *report.get("notes", {}).items()]:
         show(f"  {count:8d}  {one_line(name)}")
     for what in report.get("read", ()):
@@ -104,7 +123,8 @@ def _print(command: ValidateCommand, report: dict[str, Any], error: StageError |
     if error is not None:
         show(f"refused: {error}", sys.stderr)
         return
-    parts = [f"{part} {_count(kinds, command.kind)}" for part, kinds in report["parts"].items() if kinds]
+    kind = command.kind
+    parts = [f"{part} {_count(kinds, kind)}" for part, kinds in report["parts"].items() if kinds]
     show(f"split     {', '.join(parts)}")
     if lengths := report["lengths"]:
         sizes = f"median {lengths['median']}, 95 % at most {lengths['p95']}, longest {lengths['longest']}"
@@ -122,8 +142,10 @@ def _count(kinds: dict[str, int], kind: str) -> str:
     return prompts if kind == "prompt" else f"{kinds.get(kind, 0)} rows of {prompts}"
 
 
-def _next(command: ValidateCommand) -> str:
+def _next(command: Command) -> str:
     """The command that plans a run on this data, with every option that was given here."""
+    if isinstance(command, MixtureCommand):
+        return shlex.join(["alignflow", "run", str(command.config), "--dry-run"])
     slot = f"data.{_SLOTS.get(command.kind, command.kind)}"
     given = DataConfig.model_validate(command.model_dump(include=set(DataConfig.model_fields)))
     values = given.model_dump(mode="json", exclude_defaults=True)
@@ -134,4 +156,5 @@ def _next(command: ValidateCommand) -> str:
 
 if __name__ == "__main__":
     show_tracebacks()
-    sys.exit(main(ValidateCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    sys.exit(main((MixtureCommand if "sources" in asked else ValidateCommand).model_validate(asked)))

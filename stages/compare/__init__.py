@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
-from stages.compare import curve, frontier, head_to_head
+from stages.compare import by_source, curve, frontier, head_to_head
 from stages.compare.findings import COVERS, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
@@ -170,6 +170,7 @@ def compare(
         baselines=corners,
         points=points,
         chosen=chosen,
+        sources=first.settings.get("sources", {}),
     )
 
 
@@ -222,7 +223,9 @@ def text(comparison: Comparison) -> str:
         said += [f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these."] if baselines else []
     said += [comparison.agreement, *(line for line in lines if line == COVERS)]
     below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
-    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}"
+    each = "" if points else by_source.render_text(comparison.table, comparison.sources)
+    sources = f"\n\n{each}\n{textwrap.fill(by_source.NOTE, WIDTH)}" if each else ""
+    return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}{sources}"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from schemas.text import visible
-from stages.compare import frontier, plots
+from stages.compare import by_source, frontier, plots
 from stages.compare.findings import findings
 from stages.compare.head_to_head import STARTING_POINTS, cell
 from stages.compare.plots import colours, colours_of
@@ -71,6 +71,9 @@ def render_html(comparison: Comparison) -> str:
             {"model": row["model"], "colour": colour[row["model"]], "cells": [_cell(column, row) for column in columns]}
             for row in table
         ],
+        source_head=by_source.HEAD,
+        source_note=by_source.NOTE,
+        source_lines=by_source.lines(table, comparison.sources),
         shown=comparison.prompts[:SAMPLES],
     )
 

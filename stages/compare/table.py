@@ -40,6 +40,9 @@ class Comparison:
     baselines: Sequence[Point] = ()
     """The SFT model and its baselines, from near to far."""
 
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Where the prompts are a mixture's: name of a source -> its prompts."""
+
     @property
     def first_duels(self) -> Mapping[tuple[str, str], Duel]:
         """Those of the first temperature."""
@@ -176,7 +179,7 @@ COLUMNS = [
 def shown_columns(table: Sequence[Row]) -> list[Column]:
     """The columns in which at least one model has a value."""
     # The win rates at the other temperatures than the first, a column each.
-    matches = (re.fullmatch(r"t(\S+)/win_rate_vs_sft", key) for row in table for key in row)
+    matches = (re.fullmatch(r"t([0-9.e+-]+)/win_rate_vs_sft", key) for row in table for key in row)
     temperatures = list(dict.fromkeys(match[1] for match in matches if match))
     meaning = (
         "The win rate against SFT where both answer at temperature {}: what is left beyond a sharper distribution."

@@ -12,7 +12,7 @@ from torch import Tensor
 from schemas.config import EvaluateParams
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec
-from stages.engine.data.examples import encode, fitting, has, read
+from stages.engine.data.examples import Row, encode, fitting, has, read
 from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_policy
@@ -58,6 +58,8 @@ class Evaluator:
         self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
         self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
         self.generated_tokens = 0
+        self.asked: list[Row] = []
+        """The rows of `prompts`, once they are read; those of a mixture have a source."""
         own, other = (p.plain.config.get_text_config().vocab_size for p in (self.policy, self.reference))
         if own != other:
             message = f"it knows {own} tokens, and the SFT model {other}: it was trained from another base model."
@@ -67,12 +69,12 @@ class Evaluator:
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
         rows = read(self.context.input("data"), self.config.part, "prompt")
-        first: dict[str, Messages] = {}
+        first: dict[str, Row] = {}
         for row in rows:
-            first.setdefault(row["prompt_id"], row["prompt"])
+            first.setdefault(row["prompt_id"], row)
         distinct = list(first.values())
         room = (context_length(self.policy.hf) or math.inf) - self.config.max_new_tokens
-        kept = [prompt for prompt in distinct if len(self.codec.prompt(prompt)) <= room]
+        kept = [row for row in distinct if len(self.codec.prompt(row["prompt"])) <= room]
         if len(kept) < len(distinct):
             log.warning(
                 "%d of %d prompts leave no room for an answer: left out", len(distinct) - len(kept), len(distinct)
@@ -83,7 +85,8 @@ class Evaluator:
             share = f"data.*.{self.config.part}_fraction"
             fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
             raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
-        return kept
+        self.asked = kept
+        return [row["prompt"] for row in kept]
 
     def answer(
         self, prompts: Sequence[Messages], temperature: float, draws: int | None = None, policy: Policy | None = None
@@ -162,9 +165,9 @@ class Evaluator:
             self.policy, self.reference, trees, temperature, TOKENS_PER_BATCH, self.codec.pad_id
         )
 
-    def pairs_right(self, folder: Path) -> list[tuple[str, float]]:
-        """Of each held-out pair of a data folder: its prompt's cluster, and 1 where the chosen answer has gained more
-        probability over the SFT model than the other one, 1/2 for a tie, else 0.
+    def pairs_right(self, folder: Path) -> list[tuple[Row, float]]:
+        """Each held-out pair of a data folder, and 1 where the chosen answer has gained more probability over the SFT
+        model than the other one, 1/2 for a tie, else 0.
         """
         if not has(folder, "eval", "preference"):
             log.warning("no pairs are held out (eval_fraction), so there is no eval/preference_accuracy")
@@ -177,4 +180,4 @@ class Evaluator:
         policy, reference = self._logps(self.policy, "model", trees), self._logps(self.reference, "reference", trees)
         ratios = [[p - r for p, r in zip(*pair, strict=True)] for pair in zip(policy, reference, strict=True)]
         right = metrics.wins([chosen for chosen, _ in ratios], [rejected for _, rejected in ratios])
-        return list(zip([cluster_of(example.row["prompt"]) for example in examples], right, strict=True))
+        return list(zip([example.row for example in examples], right, strict=True))

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from schemas.errors import Problem, StageError, refuse
-from schemas.stage import Artifact, Request, Result
+from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.journal import Journal, journal_file, points_of
@@ -254,11 +254,11 @@ class StageRun:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""
         if self.rank > 0:
             return Artifact(uri="", sha256="")
-        source = self.request.inputs.get("source")
-        if source is not None and digest(self.input("source")) != source.sha256:
-            message = "it changed while it was read; nothing is published."
-            fix = "start the run again once nothing writes to it"
-            raise refuse("source", source.uri, message, fix, kind="source_changed")
+        for read, source in self.request.inputs.items():
+            if read.partition(".")[0] == SOURCE and digest(self.input(read)) != source.sha256:
+                message = "it changed while it was read; nothing is published."
+                fix = "start the run again once nothing writes to it"
+                raise refuse(read, source.uri, message, fix, kind="source_changed")
         sha256 = digest(folder)
         if model:
             uri = self._publish_model(folder, sha256)

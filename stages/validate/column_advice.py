@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed, one_line
 from stages.validate.presets import recognised

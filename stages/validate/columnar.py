@@ -11,7 +11,7 @@ import re
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.rows import Messages, with_prompt_ids
 from stages.validate.cells import BadRow
 from stages.validate.columns import NOTHING, Plan

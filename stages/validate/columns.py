@@ -6,7 +6,7 @@ What is not read is listed with an example; a row that means something else with
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schemas.config import ValidateParams
+from schemas.data import ValidateParams
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # importing it takes seconds, and a check without a model does without
@@ -30,6 +30,8 @@ class Context:
     log_text: bool = True
     """Without it the quarantine holds no values and the report no column of unknown name: a CSV file without a header
     has its first row there."""
+    place: Callable[[int], tuple[str, int]] = lambda row: ("", row)
+    """Of a row's number in a frame: the name of its source where there are several, and its number there."""
     read: int = field(default=0, init=False)
     """Rows read, the broken ones too."""
     columns: dict[str, None] = field(default_factory=dict, init=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
 from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
 
@@ -34,12 +34,17 @@ def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int
         rows = frame.filter(pl.col("part") == name).drop("part")
         for derived, table in derive(kind, rows):
             if table.height:
-                (out / name).mkdir(exist_ok=True)
-                # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
-                pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
-                pieces.write_parquet(out / name / f"{derived}.parquet", compression_level=1)
+                store(table, out / name, derived)
                 counts[name][derived] = table.height
     return counts
+
+
+def store(table: pl.DataFrame, folder: Path, kind: str) -> None:
+    """Write the rows of a kind as Parquet."""
+    folder.mkdir(exist_ok=True)
+    # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
+    pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
+    pieces.write_parquet(folder / f"{kind}.parquet", compression_level=1)
 
 
 def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
@@ -48,11 +53,11 @@ def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame
     Frames may be empty; exact repetitions are left out. A ranking without any comparison (all answers tied) gives its
     prompt only.
     """
-    yield "prompt", _distinct(frame.select(HEAD), "prompt")
+    yield "prompt", distinct(frame.select(HEAD), "prompt")
     if kind == "ranking":
         ranked = frame.filter(pl.col("winners").list.len() > 0)
         yield "ranking", ranked
-        yield "preference", _distinct(_pairs(ranked))
+        yield "preference", distinct(_pairs(ranked))
         yield from _liked_of("ranking", ranked)
     elif kind == "preference":
         yield "preference", frame
@@ -63,7 +68,7 @@ def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame
         unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
         liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
         yield "feedback", frame
-        yield "sft", _distinct(liked.select(*HEAD, response="completion"))
+        yield "sft", distinct(liked.select(*HEAD, response="completion"))
     elif kind == "sft":
         yield "sft", frame
 
@@ -141,7 +146,7 @@ def _text_of(answer: str) -> pl.Expr:
     return pl.col("responses").list.get(pl.col(answer))
 
 
-def _distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:
+def distinct(frame: pl.DataFrame, *content: str) -> pl.DataFrame:
     """The first of rows that are equal in some columns; where none is named, in all but their number."""
     names = content or [name for name in frame.columns if name != "row"]
     maybe = may_repeat(frame, names)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
 from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
 from stages.validate.labels import canonical

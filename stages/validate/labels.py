@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import one_line
 from stages.validate.cells import BadRow, text

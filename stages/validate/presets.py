@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from schemas.config import Kind
+from schemas.data import Kind
 from stages.validate.cells import BadRow, Row, listed, number, text
 
 Numbered = tuple[int, Row | BadRow | str]

@@ -11,19 +11,19 @@ import polars as pl
 from pydantic import field_validator
 
 from schemas import Strict
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.errors import StageError
 from schemas.text import visible
 from stages.validate.context import Context, Finding
-from stages.validate.table_checks import ANSWERS
+from stages.validate.table_checks import ANSWERS, IN_ANOTHER
 
 LEFT_OUT = "(left out: log_text is false)"
 LISTED = 10_000
 """Entries that quarantine.jsonl lists. All are counted."""
 _CUT = 200
 _NOTED = 20
-_UNJUDGED = {"tie", "skipped", "one_answer"}
-"""Reasons that say nothing against a row: it prefers no answer. Each is its row's only one."""
+_NOT_BAD = {"tie", "skipped", "one_answer", IN_ANOTHER}
+"""Reasons that say nothing against a row: it prefers no answer, or is there already. Each is its row's only one."""
 
 
 class Lengths(Strict):
@@ -36,23 +36,32 @@ class Lengths(Strict):
     longest: int
 
     @classmethod
-    def of(cls, frame: pl.DataFrame | None, context: Context) -> "Lengths | None":
-        """In tokens where a tokenizer has seen the rows, else in characters; None where there are none."""
-        if context.lengths is not None:
-            sizes, unit = pl.Series(np.asarray(context.lengths, dtype=np.int64)), "tokens"
-        elif frame is None:
-            return None
-        else:
-            kind = context.params.kind
-            asked = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
-            longest = pl.col("responses").list.eval(pl.element().str.len_chars()).list.max()
-            answers = [longest if kind == "ranking" else pl.col(name).str.len_chars() for name in ANSWERS[kind]]
-            counted = [frame.select(size=asked + answer) for answer in answers or [pl.lit(0)]]
-            sizes, unit = pl.concat(counted)["size"].drop_nulls(), "characters"
+    def of(cls, checked: Iterable[tuple[pl.DataFrame | None, Context]]) -> "Lengths | None":
+        """In tokens where a tokenizer has seen the rows, else in characters; None where there are none.
+
+        `checked`: the rows that are left, all of one kind each time, or None, and what they were checked with.
+        """
+        tokens, characters = [], []
+        for frame, context in checked:
+            if context.lengths is not None:
+                tokens.append(pl.Series(np.asarray(context.lengths, dtype=np.int64)))
+            elif frame is not None:
+                characters.append(_characters(frame, context.params.kind))
+        sizes = pl.concat(tokens or characters) if tokens or characters else pl.Series()
         if not len(sizes):
             return None
         at = {share: sizes.quantile(share, "nearest") or 0 for share in (0.5, 0.95, 1.0)}
+        unit = "tokens" if tokens else "characters"
         return cls(unit=unit, median=int(at[0.5]), p95=int(at[0.95]), longest=int(at[1.0]))
+
+
+def _characters(frame: pl.DataFrame, kind: Kind) -> pl.Series:
+    """Characters of each prompt with each of its answers, of a ranking with the longest one."""
+    asked = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
+    longest = pl.col("responses").list.eval(pl.element().str.len_chars()).list.max()
+    answers = [longest if kind == "ranking" else pl.col(name).str.len_chars() for name in ANSWERS[kind]]
+    counted = [frame.select(size=asked + answer) for answer in answers or [pl.lit(0)]]
+    return pl.concat(counted)["size"].drop_nulls().cast(pl.Int64)
 
 
 class Report(Strict):
@@ -102,13 +111,18 @@ class Report(Strict):
         counts |= {f"data/{part}/{kind}": n for part, kinds in self.parts.items() for kind, n in kinds.items()}
         return {name: float(count) for name, count in counts.items()}
 
+    def write(self, folder: Path) -> None:
+        """Leave it as report.json."""
+        (folder / "report.json").write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
 
 class Quarantine:
     """Writes bad rows as JSON lines and counts what is found. Without `log_text` their values stay out."""
 
-    def __init__(self, file: Path, log_text: bool = True) -> None:
-        self.file, self.log_text = file, log_text
-        self._stream = file.open("w", encoding="utf-8", errors="backslashreplace")
+    def __init__(self, file: Path, log_text: bool = True, source: str = "", beside: "Quarantine | None" = None) -> None:
+        """`source`: the name of one of several. They share a file: all others stand `beside` the first, closed last."""
+        self.file, self.log_text, self.source, self._shared = file, log_text, source, beside is not None
+        self._stream = beside._stream if beside else file.open("w", encoding="utf-8", errors="backslashreplace")
         self.rows = Rows()
         self.listed = 0
         """Entries in the file."""
@@ -130,10 +144,12 @@ class Quarantine:
         if self.left_out:
             rest = f"{self.left_out} more entries: only the first {LISTED} are listed"
             self._write({"row": None, "column": "", "reason": "left_out", "value": rest})
-        self._stream.close()
+        if not self._shared:
+            self._stream.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        source = {"source": self.source} if self.source else {}
+        self._stream.write(json.dumps({**source, **entry}, ensure_ascii=False) + "\n")
 
     def add(self, finding: Finding) -> None:
         """Put a row aside, or count what is odd about one that stays."""
@@ -166,8 +182,8 @@ class Quarantine:
 
     @property
     def bad(self) -> int:
-        """Rows that are put aside because something is wrong with them, not because nobody preferred an answer."""
-        return len(self.rows) - sum(len(rows) for reason, rows in self._reasons.items() if reason in _UNJUDGED)
+        """Rows that are put aside because something is wrong with them, and for no other reason."""
+        return len(self.rows) - sum(len(rows) for reason, rows in self._reasons.items() if reason in _NOT_BAD)
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -185,9 +201,9 @@ class Quarantine:
         error: StageError | None,
         frame: pl.DataFrame | None = None,
     ) -> Report:
-        """What came of the rows, written as report.json too. `frame`: the rows that are left."""
-        lengths = Lengths.of(frame, context)
-        report = Report(
+        """What came of the rows. `frame`: those that are left."""
+        lengths = Lengths.of([(frame, context)])
+        return Report(
             kind=context.params.kind,
             rows=context.read,
             kept=context.read - len(self.rows),
@@ -205,8 +221,6 @@ class Quarantine:
             sha256=context.digest.hexdigest(),
             error=None if error is None else str(error),
         )
-        self.file.with_name("report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return report
 
 
 class Rows:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.data import Kind
 from schemas.rows import HIDING, IGNORED, Messages, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
@@ -19,6 +19,8 @@ ANSWERS: dict[Kind, tuple[str, ...]] = {
     "prompt": (),
 }
 """The columns that hold a kind's answers."""
+IN_ANOTHER = "in_another_source"
+"""Reason of a row that an earlier source of a mixture has too."""
 
 # Without a tokenizer: text has fewer characters per token than this in any language and any vocabulary in use.
 _CHARACTERS_PER_TOKEN = 16
@@ -32,15 +34,20 @@ def broken_fields(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
 
 
 def repetitions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
-    """Rows that repeat an earlier one in all it says."""
+    """Rows that repeat an earlier one in all it says; those of another source have a reason of their own."""
     content = [name for name in frame.columns if name not in ("row", "prompt_id", "cluster")]
     frame = frame.filter(may_repeat(frame, content))
     again = frame.filter(~frame.select(pl.struct(content).is_first_distinct()).to_series())
     if again.height:
         firsts = frame.unique(content, keep="first", maintain_order=True).select(*content, first="row")
         pairs = again.join(firsts, on=content, nulls_equal=True, maintain_order="left").select("row", "first")
+        column = _first_answer(context.params.kind)
         for row, first in pairs.rows():
-            yield Finding(row, _first_answer(context.params.kind), "duplicate", f"same as row {first}")
+            (own, _), (source, number) = context.place(row), context.place(first)
+            if source == own:
+                yield Finding(row, column, "duplicate", f"same as row {number}")
+            else:
+                yield Finding(row, column, IN_ANOTHER, f"same as row {number} of {source}")
 
 
 def too_many_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from jinja2 import TemplateError
 
-from schemas.config import Kind
+from schemas.data import Kind
 from stages.validate.context import Context, Finding, note
 from stages.validate.table_checks import ANSWERS
 

@@ -4,6 +4,7 @@ import re
 
 import polars as pl
 
+from schemas.data import MixtureParams, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, short
@@ -15,12 +16,12 @@ from stages.validate.readers.files import how_to_convert
 
 
 def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> StageError | None:
-    """Why the rows, with column `part`, cannot be used; None when they can."""
+    """Why the rows of one source cannot be used; None when they can."""
     params, bad = context.params, quarantine.bad
     share = bad / context.read
     usable = frame.filter(pl.col("winners").list.len() > 0) if params.kind == "ranking" else frame
     if share <= params.max_bad and usable.height:
-        return _few_held_out(frame, context)
+        return None
     if frame.height and not usable.height and "all_tied" not in quarantine.notes:
         return _unranked(frame.height, context, quarantine)
     counts = f"{one_line(params.path)}: {bad} of {context.read} rows ({share:.1%}) are bad"
@@ -118,14 +119,17 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
     return StageError(message, kind="not_ranked", fix=f"fill in `{column}` on each line{how}")
 
 
-def _few_held_out(frame: pl.DataFrame, context: Context) -> StageError | None:
-    """There would be too few prompts to evaluate on; found here, nothing has been trained yet."""
-    params, prompts = context.params, frame["prompt_id"].n_unique()
+def few_held_out(frame: pl.DataFrame, params: ValidateParams | MixtureParams, name: str) -> StageError | None:
+    """There would be too few prompts to evaluate on; found here, nothing has been trained yet.
+
+    `frame`: all rows, with column `part`; `name`: of the data, for people.
+    """
+    prompts = frame["prompt_id"].n_unique()
     for part, least in {"eval": params.min_eval_prompts, "test": params.min_test_prompts}.items():
         held_out = frame.filter(pl.col("part") == part)["prompt_id"].n_unique()
         if held_out < least:
             where = "held out" if part == "eval" else "in the test part"
-            message = f"{one_line(params.path)}: {held_out} of {prompts} prompts are {where}, too few to evaluate on."
+            message = f"{one_line(name)}: {held_out} of {prompts} prompts are {where}, too few to evaluate on."
             fix = f"raise {part}_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
             if part == "eval":
                 fix += " (and promote.gate.prompts_min, where the config has promote)"

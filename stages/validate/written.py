@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from schemas.config import Kind
+from schemas.data import Kind
 from stages.validate.cells import ROLES, BadRow, Turns
 
 COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")

@@ -3,6 +3,8 @@
 H2H, CURVE, FRONTIER = (f"tests/stages/test_{name}.py" for name in ("head_to_head", "curve", "frontier"))
 PROMOTE, EVALUATE = "tests/stages/test_promote.py", "tests/stages/test_evaluate.py"
 SPLIT = "tests/stages/validate/test_split.py"
+MIXTURES, MIXED = "tests/schemas/test_mixtures.py", "tests/stages/validate/test_mixtures.py"
+BY_SOURCE = "tests/stages/test_by_source.py"
 PLAN, SWEEP = "tests/flows/planning/test_plan.py", "tests/flows/planning/test_sweep.py"
 INTERVALS, RETRAIN = "tests/engine/test_intervals.py", "tests/flows/test_retrain.py"
 
@@ -152,7 +154,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("spent, opening = spent - look.alpha,", "spent, opening = spent - gate.alpha,"),
     ],
     ("flows/retrain.py", (RETRAIN,)): [
-        ('data[name] = request.inputs["source"].sha256', 'data[name] = request.inputs["source"].uri'),
+        ("{name: file.sha256 for name, file", "{name: file.uri for name, file"),
         ("made_from.tags().items() <= champion.tags.items()", "champion.tags"),
         (
             "return _digest([asked, given, None if champion is None else champion.artifact.sha256])",
@@ -211,6 +213,22 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("stages/validate/verdict.py", (SPLIT,)): [
         ('"test": params.min_test_prompts}', '"test": params.min_eval_prompts}'),
+    ],
+    ("schemas/data.py", (MIXTURES,)): [
+        ("floor(min(reach))", "floor(max(reach))"),
+        ("floor(exact[name]) - exact[name])", "exact[name] - floor(exact[name]))"),
+        ("n * times[name] + Fraction(1, 2)", "n * times[name]"),
+    ],
+    ("stages/validate/mixtures/__init__.py", (MIXED,)): [
+        ("_replace(row=finding.row - source.start)", "_replace(row=finding.row)"),
+        ('if part == "train":\n                    wanted', "if True:\n                    wanted"),
+    ],
+    ("stages/validate/mixtures/drawing.py", (MIXED,)): [
+        ('f"draw/{seed}/{name}"', 'f"draw/{name}"'),
+        ("every.gather(rows)", "every.gather(pl.Series(range(len(rows))))"),
+    ],
+    ("stages/engine/training/offline.py", (BY_SOURCE,)): [
+        ("by_source(self.test_rows, changes)", "by_source(self.test_rows[::-1], changes)"),
     ],
     ("flows/planning/plan.py", (PLAN, SWEEP)): [
         ('config.seed if name == "reward" else config.seed + 1', "config.seed"),

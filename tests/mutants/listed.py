@@ -221,7 +221,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("go_on_B = ~torch.isin(token_B, stop_ids)", "go_on_B = torch.ones_like(token_B).bool()"),
     ],
     ("stages/engine/training/offline.py", ("tests/stages/align/test_dpo.py", "tests/stages/align/test_kto.py")): [
-        ("change = fmean(a[0] - b[0] for", "change = fmean(b[0] - a[0] for"),
+        ("changes = [a[0] - b[0] for", "changes = [b[0] - a[0] for"),
         (
             'rows = read_if_there(self.context.input("data"), "eval", self.kind)',
             'rows = read_if_there(self.context.input("data"), "train", self.kind)',

@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 
 from schemas.commands import GenerateCommand
-from schemas.config import BaseParams, GenerateConfig, Scratch, ValidateParams
+from schemas.config import BaseParams, GenerateConfig, Scratch
+from schemas.data import ValidateParams
 from schemas.errors import StageError
 from stages import generate
 from stages.base import build

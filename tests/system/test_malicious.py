@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 import flows
 from flows.execution import work_pool
-from schemas.config import BaseParams, SFTConfig, ValidateParams
+from schemas.config import BaseParams, SFTConfig
+from schemas.data import ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
 from stages import base, tracking

@@ -27,6 +27,7 @@ from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, Scorer, context_length, sums
 from stages.engine.models.saving import save_policy
 from stages.engine.scoring.batched import over_trees
+from stages.engine.scoring.by_source import by_source
 from stages.engine.scoring.reference_cache import ReferenceCache
 from stages.engine.training.method import Metrics, Totals
 from stages.runtime.context import StageContext
@@ -157,11 +158,15 @@ class PolicyMethod(OfflineMethod):
         """log pi(y|x) of the batch's answers, A."""
         return sums(self.model(batch).logps_N, batch.answer_N, batch.answers)
 
-    def held_out(self) -> list[Tree]:
+    def held_out_examples(self) -> list[Example]:
         """The held-out rows that are short enough and whose first answer is liked; none where the data holds none."""
         rows = read_if_there(self.context.input("data"), "eval", self.kind)
         examples = encode([row for row in rows if self.is_liked(row)], self.answers, self.codec)
-        return [example.tree for example in examples if longest(example.tree) <= self.limit]
+        return [example for example in examples if longest(example.tree) <= self.limit]
+
+    def held_out(self) -> list[Tree]:
+        """The trees of `held_out_examples`."""
+        return [example.tree for example in self.held_out_examples()]
 
     def finish(self, folder: Path) -> dict[str, float]:
         save_policy(self.policy, self.codec, folder, base=self.context.request.inputs["model"].sha256)
@@ -174,7 +179,8 @@ class OfflineAlignment(PolicyMethod):
     def __init__(self, config: MethodConfig, context: StageContext) -> None:
         super().__init__(config, context)
         self.reference = self.reference_logps(self.trees)
-        self.test = self.held_out()[:HELD_OUT]
+        held_out = self.held_out_examples()[:HELD_OUT]
+        self.test, self.test_rows = [example.tree for example in held_out], [example.row for example in held_out]
         self.test_reference = self.reference_logps(self.test)
 
     def reference_logps(self, trees: Sequence[Tree]) -> list[list[float]]:
@@ -195,12 +201,16 @@ class OfflineAlignment(PolicyMethod):
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
 
     def finish(self, folder: Path) -> dict[str, float]:
-        """Adds how much likelier the held-out liked answers are now, in nats: such methods often make them less so."""
+        """Adds how much likelier the held-out liked answers are now, in nats: such methods often make them less so.
+
+        Of a mixture for each source too.
+        """
         saved = super().finish(folder)
         if not self.test:
             return saved
         after = self.per_answer(self.logps, self.test)
-        change = fmean(a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True))
+        changes = [a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True)]
+        change = fmean(changes)
         if change < 0:
             per_token = -change / fmean(len(tree.answers[0]) for tree in self.test)
             log.log(
@@ -211,4 +221,6 @@ class OfflineAlignment(PolicyMethod):
                 -change,
                 per_token,
             )
+        for source, some in by_source(self.test_rows, changes).items():
+            saved |= {f"eval/{source}/chosen_logp_change": fmean(some), f"eval/{source}/rows": float(len(some))}
         return saved | {"eval/chosen_logp_change": change}

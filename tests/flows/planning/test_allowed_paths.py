@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from flows.planning import allowed_paths
 from schemas import environment
-from schemas.config import DataConfig, ModelConfig, PipelineConfig, RewardJudge, ValidateParams
+from schemas.config import ModelConfig, PipelineConfig, RewardJudge
+from schemas.data import DataConfig, ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages.validate.readers import records

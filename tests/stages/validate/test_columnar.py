@@ -9,7 +9,7 @@ from typing import Any, get_args
 import polars as pl
 import pytest
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check, readers, reading
 from stages.validate.columnar import take

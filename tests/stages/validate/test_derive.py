@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.config import DERIVES, Kind
+from schemas.data import DERIVES, Kind
 from schemas.rows import problems
 from stages.validate.derive import derive
 from stages.validate.formats import parse, to_frame

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from schemas.config import Kind
+from schemas.data import Kind
 from stages.validate.cells import BadRow
 from stages.validate.column_advice import fitting_kinds
 from stages.validate.formats import parse, to_frame

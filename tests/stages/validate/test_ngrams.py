@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from schemas.config import ValidateParams
+from schemas.data import ValidateParams
 from stages.validate.ngrams import ngrams
 from tests.stages.validate.test_validate import checked, table, write
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import polars as pl
 import pytest
 
-from schemas.config import Format, Kind, ValidateParams
+from schemas.data import Format, Kind, ValidateParams
 from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.validate import check

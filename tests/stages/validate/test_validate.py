@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from flows.planning import config_file
 from schemas.commands import ValidateCommand
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import problems, prompt_id
 from schemas.stage import STAGES, Artifact, Request

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.config import Kind, ValidateParams
+from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check
 from stages.validate.cells import BadRow, parsed_list, turns
