@@ -1,15 +1,18 @@
 """Supervised fine-tuning: maximum likelihood of the answer and the token that ends it, given the prompt.
 
-The prompt is read and not learned. A step's loss is the mean over all its answer tokens, however it is cut.
+The prompt is read and not learned; with `learn: all` the assistant's turns in it are learned too. A step's loss is the
+mean over all its learned tokens, however it is cut: a long answer, or a row of many turns, weighs as much as it has.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from schemas.config import SFTConfig
-from stages.engine.data.examples import Row
+from schemas.config import Learn, SFTConfig
+from stages.engine.data.codec import Codec
+from stages.engine.data.examples import Example, Row, encode_sft
 from stages.engine.training.loop import train_and_publish
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, PolicyMethod
@@ -17,21 +20,31 @@ from stages.runtime.context import StageContext
 
 
 def sft_loss(logps_N: Tensor, tokens: Tensor) -> Tensor:
-    """Summand of the step's mean negative log-prob per answer token, in nats; `tokens` counts the whole step's."""
+    """Summand of the step's mean negative log-prob per learned token, in nats; `tokens` counts the whole step's."""
     return -logps_N.sum() / tokens
 
 
 class SFT(PolicyMethod):
-    """Learns from single answers."""
+    """Learns from single answers, or from all of a conversation's."""
 
     kind = "sft"
+
+    def __init__(self, config: SFTConfig, context: StageContext) -> None:
+        self.learn: Learn = config.learn
+        super().__init__(config, context)
+        if config.learn == "all":
+            rows = len({id(example.row) for example in self.examples})
+            context.metrics({"data/turns_apart": len(self.examples) - rows})
+
+    def encoded(self, rows: Sequence[Row], codec: Codec) -> list[Example]:
+        return encode_sft(rows, self.learn, codec)
 
     @staticmethod
     def answers(row: Row) -> list[str]:
         return [row["response"]]
 
     def prepare(self, micros: list[Micro]) -> Totals:
-        """This rank's answer tokens of the step."""
+        """This rank's learned tokens of the step."""
         return {"tokens": self.scalar(sum(len(micro.batch.labels_N) for micro in micros))}
 
     def loss(self, micro: Micro, totals: Totals) -> tuple[Tensor, Metrics]:
@@ -39,12 +52,12 @@ class SFT(PolicyMethod):
         return sft_loss(logps_N, totals["tokens"]), {"compute/train_tokens": self.scalar(micro.batch.tokens)}
 
     def finish(self, folder: Path) -> dict[str, float]:
-        """Adds the mean negative log-prob per answer token of the held-out rows, in nats, and its perplexity."""
+        """Adds the mean negative log-prob per learned token of the held-out rows, in nats, and its perplexity."""
         saved, trees = super().finish(folder), self.held_out()
         if not trees:
             return saved
         total = sum(value for values in self.per_answer(self.logps, trees) for value in values)
-        loss = -total / sum(len(tree.answers[0]) for tree in trees)
+        loss = -total / sum(tree.learned for tree in trees)
         return saved | {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
 
 

@@ -229,6 +229,8 @@ class Planner:
         params = source.model_dump(mode="json")
         if slot == "evaluation":
             params["eval_fraction"] = 1.0 - source.test_fraction
+        if slot == self.slot("sft") and self.config.sft is not None:
+            params["learn"] = self.config.sft.learn
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
