@@ -248,10 +248,13 @@ def with_tools(prompt: Turns, value: object, column: str) -> Turns:
 
 
 def odd_calls(parsed: Parsed) -> list[str]:
-    """Notes on the calls of a row: of functions that it does not list."""
+    """Notes on the calls of a row."""
+    if "calls" not in parsed and all(len(turn) == 2 for turn in parsed["prompt"]):
+        return []
     extras = [extra_of_turn(turn) for turn in parsed["prompt"] if len(turn) > 2]
     calls = [call for extra in extras for call in extra.get("tool_calls", ())] + list(parsed.get("calls") or ())
-    return odd([tool for extra in extras for tool in extra.get("tools", ())], calls)
+    texts = [turn[1] for turn in parsed["prompt"] if turn[0] == "assistant"] + [parsed.get("response") or ""]
+    return odd([tool for extra in extras for tool in extra.get("tools", ())], calls, texts)
 
 
 _OF_OBJECTS = frozenset(

@@ -134,8 +134,10 @@ def check_order(turns: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
         raise WrongTools("call_without_result", turns[-1][1])
 
 
-def odd(tools: Sequence[Mapping[str, Any]], calls: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Notes on calls of functions that the row does not list."""
+def odd(tools: Sequence[Mapping[str, Any]], calls: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()) -> list[str]:
+    """Notes on calls of functions that the row does not list, and on texts beside tools that spell out calls."""
+    if tools and any(mark in text for text in texts for mark in _IN_TEXT):
+        return ["looks_like_calls"]
     if not calls:
         return []
     known = {tool["function"]["name"] for tool in tools}

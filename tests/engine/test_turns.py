@@ -94,6 +94,31 @@ def test_a_tag_around_each_part_of_a_turn_is_not_taken_for_turns() -> None:
     assert learned(own, messages) == learned(codec("ChatML"), messages)
 
 
+_HEAD = "{{ '<|im_start|>assistant\\n' }}OPEN"
+
+
+@pytest.mark.parametrize(
+    "tagged_from", ["{{ '<|im_start|>assistant' }}OPEN{{ '\\n' }}", "OPEN{{ '<|im_start|>assistant\\n' }}"]
+)
+def test_tags_that_begin_within_the_generation_prompt(tagged_from: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the generation prompt says is no part of a turn, as where nothing is tagged."""
+    plain = codec("Qwen")
+    assert _HEAD in STYLES["Qwen"]
+    monkeypatch.setitem(STYLES, "Qwen", STYLES["Qwen"].replace(_HEAD, tagged_from))
+    assert learned(codec("Qwen", True), talk("<|im_end|>")) == learned(plain, talk("<|im_end|>"))
+
+
+@pytest.mark.parametrize("tagged", [False, True], ids=["prefixes", "tags"])
+def test_a_second_token_behind_the_end_is_not_learned(tagged: bool) -> None:
+    """As Cohere's templates have it: an answer stops at the first, and a call too."""
+    twice = template("Qwen", tagged).replace("{{ '<|im_end|>' }}", "{{ '<|im_end|><|head|>' }}")
+    own = Codec(tokenizer(twice, "<|im_end|>"))
+    messages = talk("<|im_end|>")
+    assert marked(own, messages) == ["the blue bird<|im_end|>", "No, it <|im_end|> flew away<|im_end|>"]
+    ids = answer_ids(own, messages[:1], said("assistant", "", tool_calls=[CALL]))
+    assert ids[-1] == own.end_id and ids.count(own.end_id) == 1
+
+
 # --- turns that change once others follow ---
 
 

@@ -65,7 +65,10 @@ class Codec:
         """Any of these ends a sampled answer."""
         self.control_ids: frozenset[int] = self.stop_ids | controls(tokenizer)
         """What only the template may write: special tokens, without the one for unknown words."""
-        self._thought = Thought(self.render(GREETING))
+        prompt, asked = self.render(GREETING), self.render(GREETING, add_generation_prompt=False)
+        self.generation_prompt = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        """What the template writes where the assistant is to begin; empty where it writes nothing, or all otherwise."""
+        self._thought = Thought(prompt)
         self._left_out: dict[tuple[tuple[str, ...], ...], list[str]] = {}
         """Conversations that say nothing of their own -> what the template leaves out of their kind."""
         self._anchor, self.lead = before_answers(self)

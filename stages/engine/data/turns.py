@@ -7,6 +7,7 @@ one) is no turn that the model would ever write at that place: it is learned beh
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,9 @@ def learned(codec: Codec, messages: Sequence[Message]) -> Learned:
     if codec.has_tags and places:
         _, tagged = codec.write_tagged(conversation)
         if len(tagged) == len(places):  # a template may tag the parts of a turn one by one
-            spans = {place: _to_its_end(codec, rendered, *span) for place, span in zip(places, tagged, strict=True)}
+            spans = {
+                place: _tagged(codec, conversation, rendered, *span) for place, span in zip(places, tagged, strict=True)
+            }
     tokens = codec.tokens_of(rendered, conversation)
     if not spans:
         spans = {place: span for place in places if (span := _span(codec, conversation, place, rendered, tokens))}
@@ -86,7 +89,7 @@ def _turn(codec: Codec, conversation: Guarded, place: int) -> tuple[str, str] | 
     through = codec.write(conversation._replace(chat=chat[: place + 1]), add_generation_prompt=False)
     if not through.startswith(before):
         return None
-    turn = without_empty_thought(through[len(before) :]).rstrip()
+    turn = _up_to_its_end(codec, conversation, without_empty_thought(through[len(before) :]))
     return (before, turn) if turn else None
 
 
@@ -105,8 +108,23 @@ def _span(
     return None if shared else (start, end)
 
 
-def _to_its_end(codec: Codec, rendered: str, start: int, end: int) -> tuple[int, int]:
-    """A tagged turn up to the token that ends it: templates tag it with that, without, or with what follows too."""
+def _tagged(codec: Codec, conversation: Guarded, rendered: str, start: int, end: int) -> tuple[int, int]:
+    """A tagged turn from where the generation prompt ends up to the token that ends it: templates tag it with a part of
+    that prompt too, and with its end, without, or with what follows.
+    """
+    prompt = codec.generation_prompt
+    places = range(max(start - len(prompt), 0), start + 1)
+    start = next((at + len(prompt) for at in places if rendered.startswith(prompt, at)), start)
     if rendered.startswith(codec.end, end):
         return start, end + len(codec.end)
-    return start, start + len(rendered[start:end].rstrip())
+    return start, start + len(_up_to_its_end(codec, conversation, rendered[start:end]))
+
+
+def _up_to_its_end(codec: Codec, conversation: Guarded, turn: str) -> str:
+    """The turn without what the template writes behind the token that ends it: white space, or another such token."""
+    turn = turn.rstrip()
+    for found in reversed(list(re.finditer(re.escape(codec.end), turn))):
+        spelled = conversation.left and turn[: found.start()].endswith(conversation.left)
+        if not spelled and not codec.special.sub("", turn[found.end() :]).strip():
+            return turn[: found.end()]
+    return turn

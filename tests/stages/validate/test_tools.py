@@ -239,6 +239,14 @@ def test_odd_calls_are_noted(tmp_path: Path) -> None:
     assert bad == {} and report.noted == {"unknown_tool": [1, 3], "calls_without_tools": [2]}
 
 
+def test_calls_that_stand_in_the_answers_text_are_noted(tmp_path: Path) -> None:
+    """They are learned as they are spelled, which is right for a template that spells them so alone."""
+    spelled = '<tool_call>\n{"name": "sky"}\n</tool_call>'
+    rows = [{"messages": [user(), answer(spelled)], "tools": TOOLS}, {"messages": [user("you?"), answer(spelled)]}]
+    report, bad = checked(rows, tmp_path)
+    assert bad == {} and report.noted == {"looks_like_calls": [0]}
+
+
 # --- what is refused ---
 
 BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
