@@ -11,13 +11,14 @@ from typing import Any
 
 from stages.validate.tools import (
     CALL_KEYS,
-    CALL_ROLE,
+    CALL_ROLES,
     RESULT_ROLES,
     WrongTools,
     as_json,
     calls_of,
     check_order,
     parsed_calls,
+    refuse_tools_within,
     result_of,
 )
 
@@ -34,7 +35,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 """A role as data sets name it -> ours."""
-_TOOL_ROLES = {*RESULT_ROLES, CALL_ROLE}
+_TOOL_ROLES = {*RESULT_ROLES, *CALL_ROLES}
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 _WEIGHT_KEYS = ("weight", "train", "training", "loss")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -143,7 +144,8 @@ def _words(content: object, column: str) -> str:
 
 def _turn_with_tools(name: str, message: dict[str, Any], content: object, column: str) -> Turn:
     """The turn of a message that may call tools, be a result, or be weighed."""
-    if name == CALL_ROLE:  # its text is the call
+    refuse_tools_within(message)
+    if name in CALL_ROLES:  # its text is the call
         return turn_with(("assistant", ""), {"tool_calls": parsed_calls(content), **_weight(message)}, column)
     role = ROLES.get(name, "tool")
     calls = calls_of(message)

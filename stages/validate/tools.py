@@ -2,7 +2,7 @@
 
 Read are OpenAI's form (`tools`, `tool_calls`, role `tool`), its older one (`functions`, `function_call`, role
 `function`), lists and objects that were written down as JSON, and turns of ShareGPT from `function_call`,
-`observation` and `tool`. Whatever could mean two things is refused by name.
+`observation` and the like. Whatever could mean two things is refused by name.
 """
 
 import json
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 from schemas.conversation import written
 
-RESULT_ROLES = ("tool", "function", "function_response", "observation", "ipython")
+RESULT_ROLES = ("tool", "function", "function_response", "tool_response", "observation", "ipython")
 """Roles of messages that say what a call gave; ours is `tool`."""
-CALL_ROLE = "function_call"
-"""ShareGPT's role of an assistant's message whose text is the call."""
+CALL_ROLES = ("function_call", "tool_call")
+"""ShareGPT's roles of an assistant's message whose text is the call."""
 CALL_KEYS = ("tool_calls", "function_call")
 _NOTHING = (None, "", [], {})
 _IN_TEXT = ("<tool_call>", "<function_call>", "<functioncall>", "[TOOL_CALLS]", "<|python_tag|>")
@@ -52,6 +52,13 @@ def _tool(value: object) -> dict[str, Any]:
     if not isinstance(function.get("parameters") or {}, dict):
         raise WrongTools("not_a_tool", value)
     return {"type": "function", "function": {key: part for key, part in function.items() if key != "type"}}
+
+
+def refuse_tools_within(message: Mapping[str, Any]) -> None:
+    """Raise WrongTools where tools stand in a message: they belong to the whole conversation."""
+    for key in ("tools", "functions"):
+        if message.get(key) not in _NOTHING:
+            raise WrongTools("tools_in_a_message", message[key])
 
 
 def calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -67,6 +67,7 @@ _ALLOWED = {
     "broken_tools": "write `tools` as JSON",
     "not_a_tool": 'write each tool as {"type": "function", "function": {"name": ..., "parameters": {...}}}',
     "two_lists_of_tools": "give the tools in one column: `tools`",
+    "tools_in_a_message": "give the tools in a column of their own, beside the messages",
     "broken_tool_calls": "write the calls as JSON",
     "not_a_tool_call": 'write each call as {"type": "function", "function": {"name": ..., "arguments": {...}}}',
     "two_kinds_of_calls": "keep `tool_calls` and take `function_call` out",

@@ -1,6 +1,7 @@
 """Which tokens of a conversation are the assistant's own, on six templates; calls as answers; what is left out."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def codec(style: str, tagged: bool = False) -> Codec:
     return Codec(tokenizer(template(style, tagged), ENDS[style]))
 
 
-def marked(codec: Codec, messages: list[Message]) -> list[str]:
+def marked(codec: Codec, messages: Sequence[Message]) -> list[str]:
     """The stretches of text that are learned."""
     ids, mask, _ = learned(codec, messages)
     assert ids == codec.prompt(messages)  # the tokens stay those that sampling would see
@@ -76,7 +77,7 @@ def test_tags_as_transformers_reads_them(style: str) -> None:
     """Its mask lies within ours: to it belongs the end where the tags leave it out, and no line break behind one."""
     own = codec(style, True)
     messages = [said("user", "hello"), said("assistant", "the bird"), said("user", "you?")]
-    theirs = own.tokenizer.apply_chat_template(
+    theirs: Any = own.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask, _ = learned(own, messages)
@@ -84,6 +85,12 @@ def test_tags_as_transformers_reads_them(style: str) -> None:
     differ = [place for place, (a, b) in enumerate(zip(theirs["assistant_masks"], mask, strict=True)) if a != b]
     expected = {"Zephyr": ["</s>"], "Gemma": ["\n"]}.get(style, [])
     assert [own.tokenizer.decode([ids[place]]) for place in differ] == expected
+
+
+def test_a_template_without_ends() -> None:
+    """The text alone is learned: neither an end that is not there nor the line break behind it."""
+    own = Codec(tokenizer("{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}", "<|endoftext|>"))
+    assert marked(own, talk("<|endoftext|>")) == ["the blue bird", "No, it <|endoftext|> flew away"]
 
 
 def test_a_tag_around_each_part_of_a_turn_is_not_taken_for_turns() -> None:

@@ -129,8 +129,18 @@ def test_spellings_of_one_conversation(name: str, tmp_path: Path) -> None:
             {"name": "sky", "arguments": {}},
             {},
         ),
+        (
+            [
+                user(),
+                {"role": "tool_call", "content": '{"name": "sky", "arguments": {"x": 1}}'},
+                {"role": "tool_response", "content": "blue"},
+                answer(),
+            ],
+            {"name": "sky", "arguments": {"x": 1}},
+            {},
+        ),
     ],
-    ids=["older OpenAI", "ShareGPT", "bare call without arguments"],
+    ids=["older OpenAI", "ShareGPT", "bare call without arguments", "roles of calls and responses"],
 )
 def test_other_forms(messages: Rows, called: dict, named: dict, tmp_path: Path) -> None:
     row = written({"messages": messages, "tools": TOOLS}, tmp_path)
@@ -336,6 +346,14 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "tools whose parameters are a text": (
         {"messages": TALK, "tools": [{"name": "sky", "parameters": "none"}]},
         ("tools", "not_a_tool"),
+    ),
+    "fewer results than calls at the end": (
+        {"messages": [user(), calls(CALL, CALL), result()]},
+        ("messages", "call_without_result"),
+    ),
+    "tools in a message": (
+        {"messages": [{"role": "system", "content": "Be kind", "tools": TOOLS}, *TALK]},
+        ("messages", "tools_in_a_message"),
     ),
     "a weight that is a text": ({"messages": [user(), answer(weight="0")]}, ("messages", "unknown_weight")),
     "half a weight": ({"messages": [user(), answer(weight=0.5)]}, ("messages", "unknown_weight")),
