@@ -204,3 +204,15 @@ def test_a_batch_holds_what_is_learned(layout: Layout) -> None:
 def test_masks_that_do_not_fit_are_refused(masks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tree((1,), ((2, 3),), masks)
+
+
+def test_what_a_step_learns_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    """So a training that begins again at step 2 learns the very tokens that it would have learned."""
+    method, _ = make(tmp_path, ROWS, batch_size=2, epochs=3)
+
+    def learned(start: int) -> list[list[int]]:
+        return [
+            [token for micro in micros for token in micro.batch.labels_N.tolist()] for micros in method.batches(start)
+        ]
+
+    assert learned(2) == learned(0)[2:] and len(learned(0)) == math.ceil(3 * 3 / 2)
