@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonVal
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
-from schemas.data import PipelineData
+from schemas.data import Learn, PipelineData
 from schemas.methods import Method, MethodConfig
 from schemas.promotion import PromoteConfig
 from schemas.source import PathText, could_exist, template_file
@@ -135,6 +135,9 @@ class SFTConfig(Training):
     """Supervised fine-tuning."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
+    learn: Learn = "last"
+    """`last`: the last answer of a conversation alone. `all`: every turn of the assistant with the token that ends it,
+    but those of `weight: 0`. The loss is the mean over all learned tokens of a step in both."""
 
 
 class RewardConfig(Training):

@@ -30,6 +30,8 @@ Format = Literal[
     "arena",
 ]
 """Public data sets whose rows are read as they come (stages/validate/presets.py)."""
+Learn = Literal["last", "all"]
+"""Which of the assistant's turns SFT learns."""
 DERIVES: dict[Kind, Mapping[str, int | None]] = {
     "preference": {"preference": 1, "ranking": 1, "feedback": 2, "sft": 1, "prompt": 1},
     "ranking": {"ranking": 1, "preference": None, "feedback": None, "sft": None, "prompt": 1},
@@ -327,6 +329,8 @@ class _Beside(Strict):
     training, since other data may hold those prompts out."""
     others_test_fraction: float = Field(default=0.0, ge=0, le=1)
     """The same of `test_fraction`."""
+    learn: Learn = "last"
+    """`sft.learn`; the pipeline sets it. Only where all turns are learned the weights of earlier ones count."""
 
 
 class ValidateParams(_Beside, DataConfig):

@@ -14,9 +14,12 @@ import polars as pl
 from pandera.errors import SchemaError, SchemaErrors
 from pandera.polars import PolarsData
 
+from schemas.conversation import EXTRA, words_of
 from schemas.data import Kind
 
 Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+MessagesWithExtra = pl.List(pl.Struct({"role": pl.String, "content": pl.String, EXTRA: pl.String}))
+"""Of a table in which some message holds more than role and text (schemas/conversation.py); null where one does not."""
 Strings = pl.List(pl.String)
 Indices = pl.List(pl.Int64)
 Numbers = pl.List(pl.Float64)
@@ -25,8 +28,8 @@ Numbers = pl.List(pl.Float64)
 _BLANK = r"^[\s\p{Cc}\p{Cf}]*$"
 _NUL = "\x00"
 _TEXTS = r"^(prompt|response|responses|chosen|rejected|completion)$"
-# An optional system message, then user and assistant in turn, the user last.
-_TURNS = r"^(system )?user( assistant user)*$"
+# An optional system message, then user and assistant in turn, between them what tools gave; the user or a tool last.
+_TURNS = r"^(system )?user( assistant( tool)+)*( assistant user( assistant( tool)+)*)*$"
 
 
 def _no_text(column: str, wrong: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
@@ -39,7 +42,7 @@ def _no_text(column: str, wrong: Callable[[pl.Expr], pl.Expr]) -> pl.Expr:
 
 
 class PromptRow(pa.DataFrameModel):
-    """A prompt to answer: messages that end with the user's. Every other kind has these columns too."""
+    """A prompt to answer: messages that end with the user's, or a tool's. Every other kind has these columns too."""
 
     row: pl.Int64 = pa.Field(ge=0)
     """Number of the source row, from 0. Rows of a mixture are published with the column `source` beside it."""
@@ -66,13 +69,16 @@ class PromptRow(pa.DataFrameModel):
 
     @pa.check("prompt")
     def roles_out_of_order(cls, data: PolarsData) -> pl.LazyFrame:
-        """System first if at all, then user and assistant in turn, the user last."""
+        """System first if at all, then user and assistant in turn, results after calls, the user or a result last."""
         roles = pl.col(str(data.key)).list.eval(pl.element().struct.field("role")).list.join(" ")
         return data.lazyframe.select(roles.str.contains(_TURNS))
 
 
 class SFTRow(PromptRow):
-    """A prompt and the answer to imitate."""
+    """A prompt and the answer to imitate.
+
+    A table in which an answer calls tools has the column `calls` too: the calls as JSON, null where there are none.
+    """
 
     response: pl.String
 
@@ -141,11 +147,42 @@ def problems(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
     """
     failures: list[pl.DataFrame] = []
     try:
-        ROWS[kind].validate(frame, lazy=True)
+        ROWS[kind].validate(_without_extra(frame), lazy=True)
     except SchemaErrors as errors:
         failures = [_failures(kind, error) for error in errors.schema_errors]
     empty = pl.DataFrame(schema={"index": pl.Int64, "column": pl.String, "reason": pl.String})
     return pl.concat([empty, *failures])
+
+
+def _without_extra(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame in the columns and types of its kind alone, with words where tools make up for an empty text."""
+    if "calls" in frame.columns:
+        said = pl.when(pl.col("calls").is_not_null() & (pl.col("response") == "")).then(pl.lit("calls"))
+        frame = frame.with_columns(response=said.otherwise("response")).drop("calls")
+    if not is_wide(frame):
+        return frame
+    role, content, extra = (pl.element().struct.field(name) for name in ("role", "content", EXTRA))
+    silent = (content == "") & ((role == "tool") | extra.str.contains('"tool_calls"', literal=True).fill_null(False))
+    words = pl.when(silent).then(pl.lit("calls")).otherwise(content)
+    return frame.with_columns(prompt=pl.col("prompt").list.eval(pl.struct(role=role, content=words)))
+
+
+def is_wide(frame: pl.DataFrame) -> bool:
+    """Whether the frame's messages have the field `extra`."""
+    return frame.schema.get("prompt") == MessagesWithExtra
+
+
+def concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of one kind below each other, also where only some of them hold tools."""
+    if any(map(is_wide, frames)):
+        frames = [frame if is_wide(frame) or "prompt" not in frame.columns else _widened(frame) for frame in frames]
+    return pl.concat(frames, how="diagonal")
+
+
+def _widened(frame: pl.DataFrame) -> pl.DataFrame:
+    role, content = (pl.element().struct.field(name) for name in ("role", "content"))
+    message = pl.struct(role.alias("role"), content.alias("content"), pl.lit(None, pl.String).alias(EXTRA))
+    return frame.with_columns(prompt=pl.col("prompt").list.eval(message).cast(MessagesWithExtra))
 
 
 # Names of checks that are not their reasons: pandera's own, and one that pandera keeps for itself.
@@ -234,25 +271,26 @@ def text_ids(texts: pl.Series) -> list[str]:
 
 
 def prompt_id(messages: Iterable[Mapping[str, str]]) -> str:
-    """`text_id` of all the messages' contents: which rows ask the same."""
-    return text_id("\n".join(message["content"] for message in messages))
+    """`text_id` of all that the messages say, tools among it: which rows ask the same."""
+    return text_id("\n".join(map(words_of, messages)))
 
 
 def cluster_id(messages: Sequence[Mapping[str, str]]) -> str:
-    """`text_id` of the messages up to the user's first, a system message among them; of all where no user speaks.
+    """`text_id` of the texts up to the user's first, a system message among them; of all where no user speaks.
 
     Later turns of a conversation repeat what its earlier ones say, so that rows of one cluster stand on one side of the
     split, and bootstraps draw clusters.
     """
     roles = [message["role"] for message in messages]
-    return prompt_id(messages[: roles.index("user") + 1] if "user" in roles else messages)
+    opening = messages[: roles.index("user") + 1] if "user" in roles else messages
+    return text_id("\n".join(message["content"] for message in opening))
 
 
 def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with the columns `prompt_id` and `cluster` after `prompt`."""
     place = frame.columns.index("prompt") + 1
     prompt = pl.col("prompt")
-    if (frame["prompt"].list.len() == 1).all():  # the same, many times as fast
+    if not is_wide(frame) and (frame["prompt"].list.len() == 1).all():  # the same, many times as fast
         ids = text_ids(frame["prompt"].list.first().struct.field("content").fill_null(""))
         columns = (pl.Series(name, ids, dtype=pl.String) for name in ("cluster", "prompt_id"))
         for column in columns:
@@ -262,9 +300,11 @@ def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     opening = prompt.list.head(
         pl.when(by_user.list.any()).then(by_user.list.arg_max() + 1).otherwise(prompt.list.len())
     )
-    joined = (
-        messages.list.eval(pl.element().struct.field("content")).list.join("\n") for messages in (prompt, opening)
-    )
+    content = pl.element().struct.field("content")
+    words = content
+    if is_wide(frame):
+        words = content + (pl.lit("\n") + pl.element().struct.field(EXTRA)).fill_null("")
+    joined = (prompt.list.eval(words).list.join("\n"), opening.list.eval(content).list.join("\n"))
     whole, first = (frame.select(texts).to_series() for texts in joined)
     ids = pl.Series("prompt_id", text_ids(whole), dtype=pl.String)
     # Most conversations have one turn, and a hash costs more than to compare them.

@@ -38,7 +38,7 @@ from schemas.source import File, Hub, Package, is_commit, model_source, read_tem
 from schemas.text import one_line
 from stages.engine import demo
 from stages.engine.data.codec import Codec, load_tokenizer
-from stages.engine.data.template import options, with_arguments, with_system_prompt
+from stages.engine.data.template import one_template, options, with_arguments, with_system_prompt
 from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
 from stages.engine.sampling import why_not_sampled
 from stages.runtime.context import StageContext
@@ -230,7 +230,7 @@ def copy_reward_model(source: Path, folder: Path) -> int:
 def set_template(tokenizer: PreTrainedTokenizerBase, params: BaseParams) -> Codec:
     """Write the config's chat template and system prompt into the tokenizer, and try them."""
     if isinstance(tokenizer.chat_template, dict):  # some models bring several, for tools and the like
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
+        tokenizer.chat_template = one_template(tokenizer.chat_template)
     if params.chat_template is not None:
         file = template_file(params.chat_template)  # else it is the template itself
         if file is not None and not file.is_file():

@@ -8,8 +8,9 @@ Writes rows.jsonl, one row per prompt, which stage `validate` reads as kind `ran
 - with label noise:         {"prompt": [...], "responses": [...], "comparisons": [{"a": 0, "b": 1, "winner": 1}, ...]}
 - for people to rank:       {"prompt": [...], "responses": [...], "order": []}
 
-All K answers are written, equal ones too: how often a model repeats itself is worth knowing, and `validate` makes one
-of them and reports it. For people, a README beside the file explains how to fill in `order`.
+Where a prompt has tools, `tools` holds them. All K answers are written, equal ones too: how often a model repeats
+itself is worth knowing, and `validate` makes one of them and reports it. For people, a README beside the file explains
+how to fill in `order`.
 """
 
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.config import GenerateConfig
+from schemas.conversation import opened
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import has, read
@@ -67,7 +69,8 @@ class Generated:
 
 def label(item: Generated, noise: float, seed: int) -> dict[str, Any]:
     """One row of rows.jsonl. With noise, a function of (seed, the prompt) decides every pair of unequal answers."""
-    row: dict[str, Any] = {"prompt": item.prompt, "responses": item.responses}
+    prompt, tools = opened(item.prompt)
+    row: dict[str, Any] = {"prompt": prompt, **({"tools": tools} if tools else {}), "responses": item.responses}
     if item.scores is None:
         return {**row, "order": []}
     if noise == 0:

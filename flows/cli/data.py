@@ -55,6 +55,9 @@ def validate(
     ngrams: Annotated[
         int | None, typer.Option(help="Count near-duplicates and overlap with the evaluation by N words; 13 is usual.")
     ] = None,
+    learn: Annotated[
+        str | None, typer.Option(help="The assistant's turns that SFT is to learn: last (the default) or all.")
+    ] = None,
     eval_fraction: Annotated[float | None, typer.Option(help="Share of prompts to hold out.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="Share of prompts to keep for a last test.")] = None,
     gold_fraction: Annotated[float | None, typer.Option(help="Share of prompts for the gold reward model.")] = None,

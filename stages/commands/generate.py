@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.commands import GenerateCommand
+from schemas.conversation import EXTRA
 from schemas.data import ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show, show_tracebacks
@@ -27,7 +28,8 @@ class Asked(NamedTuple):
     beside: dict[str, Any]
 
 
-_WRITTEN = {"responses", "order", "scores", "comparisons", "ranks"}
+_FIELDS: tuple[str, ...] = ("role", "content", EXTRA)
+_WRITTEN = {"responses", "order", "scores", "comparisons", "ranks", "tools"}
 
 
 def prompts_of(path: str, limit: int | None) -> list[Asked]:
@@ -51,9 +53,9 @@ def prompts_of(path: str, limit: int | None) -> list[Asked]:
             fix = "`alignflow validate --kind prompt` cleans a file"
             message = f"row {number} holds no prompt: {problem}"
             raise refuse("--prompts", path, message, fix, kind="bad_data") from problem
-        prompt = [{"role": role, "content": content} for role, content in turns]
+        prompt: Messages = [dict(zip(_FIELDS, turn, strict=False)) for turn in turns]
         plan = columns.plan(record.row)
-        spoken = {*KNOWN["prompt"], *plan.takes.values(), plan.system, plan.input, plan.history}
+        spoken = {*KNOWN["prompt"], *plan.takes.values(), plan.system, plan.input, plan.history, plan.tools}
         beside = {
             f"prompt_{name}" if name in _WRITTEN else name: value
             for name, value in record.row.items()

@@ -150,7 +150,8 @@ def _next(command: Command) -> str:
     given = DataConfig.model_validate(command.model_dump(include=set(DataConfig.model_fields)))
     values = given.model_dump(mode="json", exclude_defaults=True)
     texts = {key: value if _PLAIN.fullmatch(str(value)) else json.dumps(value) for key, value in values.items()}
-    settings = (shlex.quote(f"{slot}.{key}={text}") for key, text in texts.items())
+    settings = [shlex.quote(f"{slot}.{key}={text}") for key, text in texts.items()]
+    settings += ["sft.learn=all"] if command.learn == "all" else []
     return "alignflow run my.yaml --dry-run " + " ".join(f"--set {setting}" for setting in settings)
 
 

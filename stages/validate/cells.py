@@ -9,9 +9,22 @@ import tokenize
 from collections.abc import Mapping
 from typing import Any
 
+from stages.validate.tools import (
+    CALL_KEYS,
+    CALL_ROLES,
+    RESULT_ROLES,
+    WrongTools,
+    as_json,
+    calls_of,
+    check_order,
+    parsed_calls,
+    refuse_tools_within,
+    result_of,
+)
+
 Row = Mapping[str, Any]
-Turn = tuple[str, str]
-"""Role and content of a message."""
+Turn = tuple[str, str] | tuple[str, str, str]
+"""Role and content of a message, and where it holds more, its extra (schemas/conversation.py)."""
 Turns = tuple[Turn, ...]
 Parsed = dict[str, Any]
 """A row in its kind's form, the prompt as Turns; key `notes` names what is worth reporting about it."""
@@ -22,9 +35,8 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 """A role as data sets name it -> ours."""
-_TOOL_ROLES = {"tool", "function", "function_call", "function_response", "observation", "ipython"}
+_TOOL_ROLES = {*RESULT_ROLES, *CALL_ROLES}
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-_TOOL_KEYS = ("tool_calls", "function_call")
 _WEIGHT_KEYS = ("weight", "train", "training", "loss")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -52,7 +64,7 @@ def text(value: object, column: str) -> str:
 
 
 def turns(value: object, column: str) -> Turns:
-    """A prompt or conversation in any of its forms, as (role, content) in order. Empty system messages are left out."""
+    """A prompt or conversation in any of its forms, turn by turn. Empty system messages are left out."""
     if isinstance(value, str):
         if value.startswith("\n\nHuman:"):
             return transcript(value, column)
@@ -71,9 +83,28 @@ def turns(value: object, column: str) -> Turns:
             spoken.append(turn)
     if not spoken:
         raise BadRow(column, "empty", value)
-    if spoken[-1][0] == "assistant":
-        _refuse_unlearned(value[-1], column)
+    if any(len(turn) > 2 or turn[0] == "tool" for turn in spoken):
+        try:
+            check_order([(turn[0], turn[1], extra_of_turn(turn)) for turn in spoken])
+        except WrongTools as wrong:
+            raise BadRow(column, wrong.reason, wrong.value) from wrong
     return tuple(spoken)
+
+
+def extra_of_turn(turn: Turn) -> dict[str, Any]:
+    """What a turn holds beside role and content; empty for most."""
+    return json.loads(turn[2]) if len(turn) > 2 else {}
+
+
+def turn_with(turn: Turn, extra: Mapping[str, Any], column: str) -> Turn:
+    """The turn with another extra. Raises BadRow where that cannot be written down."""
+    try:
+        text_ = as_json(extra)
+    except WrongTools as wrong:
+        raise BadRow(column, wrong.reason, wrong.value) from wrong
+    if text_ is None:
+        return turn[0], turn[1]
+    return turn[0], turn[1], text(text_, column)
 
 
 def rows_of(value: object) -> object:
@@ -94,16 +125,44 @@ def _turn(message: dict[str, Any], column: str) -> Turn | None:
     content = message.get("content")
     if content is None:
         content = _first(message, _TEXT_KEYS)
-    if len(message) > 2:
-        for key in _TOOL_KEYS:
-            if message.get(key):
-                raise BadRow(column, "tools", message[key])
     name = role.strip().lower() if isinstance(role, str) else ""
-    if name not in ROLES:
-        raise BadRow(column, "tools" if name in _TOOL_ROLES else "unknown_role", role)
-    if ROLES[name] == "system" and (content is None or (isinstance(content, str) and not content.strip())):
+    if name not in ROLES and name not in _TOOL_ROLES:
+        raise BadRow(column, "unknown_role", role)
+    if ROLES.get(name) == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
-    return ROLES[name], _joined_parts(content, column) if isinstance(content, list) else text(content, column)
+    if len(message) > 2 or name in _TOOL_ROLES:
+        try:
+            return _turn_with_tools(name, message, content, column)
+        except WrongTools as wrong:
+            raise BadRow(column, wrong.reason, wrong.value) from wrong
+    return ROLES[name], _words(content, column)
+
+
+def _words(content: object, column: str) -> str:
+    return _joined_parts(content, column) if isinstance(content, list) else text(content, column)
+
+
+def _turn_with_tools(name: str, message: dict[str, Any], content: object, column: str) -> Turn:
+    """The turn of a message that may call tools, be a result, or be weighed."""
+    refuse_tools_within(message)
+    if name in CALL_ROLES:  # its text is the call
+        return turn_with(("assistant", ""), {"tool_calls": parsed_calls(content), **_weight(message)}, column)
+    role = ROLES.get(name, "tool")
+    calls = calls_of(message)
+    if calls and role != "assistant":
+        raise WrongTools("calls_of_another_role", name)
+    if role == "tool":
+        return turn_with((role, _words(content, column)), result_of(message), column)
+    said = "" if calls and content in (None, []) else _words(content, column)
+    if role != "assistant":
+        return role, said
+    return turn_with((role, said), {**({"tool_calls": calls} if calls else {}), **_weight(message)}, column)
+
+
+def _weight(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The weight of an assistant's message, where it has another than 1; `train: false` is weight 0."""
+    odd = next((message[key] for key in _WEIGHT_KEYS if message.get(key) not in (None, 1)), 1)
+    return {} if odd == 1 else {"weight": 0 if odd is False else odd}
 
 
 def _first(message: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
@@ -130,15 +189,44 @@ def _joined_parts(parts: list[Any], column: str) -> str:
     return "\n".join(texts)
 
 
-def _refuse_unlearned(answer: dict[str, Any], column: str) -> None:
-    """The last answer is the one that is learned: a weight that says otherwise is not passed over."""
-    for key in _WEIGHT_KEYS:
-        if answer.get(key) not in (None, 1):
-            raise BadRow(column, "not_learned", {key: answer[key]})
+def is_learned(turn: Turn, column: str) -> bool:
+    """Whether an assistant's turn is to be learned. Raises BadRow for a weight that is neither 0 nor 1."""
+    weight = extra_of_turn(turn).get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadRow(column, "unknown_weight", weight)
+    return weight == 1
 
 
-KNOWN_KEYS = frozenset((*_ROLE_KEYS, *_TEXT_KEYS, *_TOOL_KEYS, *_WEIGHT_KEYS, "input", "output"))
+def unweighed(spoken: Turns, column: str) -> Turns:
+    """The turns without their weights."""
+    return tuple(
+        turn_with(turn, {key: part for key, part in extra_of_turn(turn).items() if key != "weight"}, column)
+        if len(turn) > 2 and turn[0] == "assistant"
+        else turn
+        for turn in spoken
+    )
+
+
+def weighed(spoken: Turns, learn: str, column: str) -> Turns:
+    """The turns before an answer: with their weights where all turns are learned, else without. Raises BadRow."""
+    if learn == "last":
+        return unweighed(spoken, column)
+    for turn in spoken:
+        if len(turn) > 2 and turn[0] == "assistant":
+            is_learned(turn, column)
+    return spoken
+
+
+KNOWN_KEYS = frozenset((*_ROLE_KEYS, *_TEXT_KEYS, *CALL_KEYS, *_WEIGHT_KEYS, "input", "output"))
 """The keys of a message that are read."""
+_RESULT_KEYS = frozenset({"name", "tool_call_id"})
+
+
+def known_keys(message: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that are read of this message: a tool's result says whose it is."""
+    role = _first(message, _ROLE_KEYS)
+    is_result = isinstance(role, str) and role.strip().lower() in RESULT_ROLES
+    return KNOWN_KEYS | _RESULT_KEYS if is_result else KNOWN_KEYS
 
 
 def transcript(value: str, column: str) -> Turns:
@@ -189,7 +277,7 @@ def _is_message(value: object) -> bool:
         return False
     role = _first(value, _ROLE_KEYS)
     known = isinstance(role, str) and role.strip().lower() in ROLES.keys() | _TOOL_ROLES
-    return known and any(key in value for key in (*_TEXT_KEYS, *_TOOL_KEYS))
+    return known and any(key in value for key in (*_TEXT_KEYS, *CALL_KEYS))
 
 
 def parsed_list(value: str) -> Any:

@@ -29,8 +29,9 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
 """What a file must have to be read as a kind. The first form is the one that errors speak of."""
 KNOWN: dict[Kind, frozenset[str]] = {kind: frozenset(sum(forms, ())) for kind, forms in COLUMNS.items()}
 KNOWN["preference"] |= {"margin"}
-AROUND = frozenset({"system", "input", "history"})
-"""What may stand around a prompt in columns of its own: its system message, what it is about, the turns before it."""
+AROUND = frozenset({"system", "input", "history", "tools"})
+"""What may stand around a prompt in columns of its own: its system message, what it is about, the turns before it, and
+what the assistant may call."""
 
 _SIDES = ("chosen", "rejected")
 """Never guessed: the wrong way round they invert every preference."""

@@ -115,7 +115,7 @@ def _sources(kind: Kind, names: tuple[str, ...], plan: Plan) -> dict[str, str] |
 
 def _pattern(names: tuple[str, ...], source: dict[str, str], plan: Plan) -> str:
     """What a plain line looks like."""
-    empty = {*plan.unread, *plan.refused, plan.system, plan.input, plan.history}
+    empty = {*plan.unread, *plan.refused, plan.system, plan.input, plan.history, plan.tools}
     values = dict.fromkeys(names, _ANYTHING) | dict.fromkeys(empty.intersection(names), _NOTHING)
     values |= dict.fromkeys(source.values(), f'"{_TEXT}"')
     values |= {source[ours]: value for ours, value in (("label", _LABEL), ("margin", _MARGIN)) if ours in source}

@@ -10,10 +10,24 @@ from schemas.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line
-from stages.validate.cells import KNOWN_KEYS, BadRow, Parsed, Row, Turns, listed, text, turns
+from stages.validate.cells import (
+    KNOWN_KEYS,
+    BadRow,
+    Parsed,
+    Row,
+    Turns,
+    extra_of_turn,
+    known_keys,
+    listed,
+    text,
+    turn_with,
+    turns,
+    weighed,
+)
 from stages.validate.column_advice import COLUMNS, KNOWN
 from stages.validate.labels import Names
 from stages.validate.presets import PRESETS, Numbered, Shape, recognised
+from stages.validate.tools import WrongTools, odd, tools_of
 
 _PROMPTS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation")
@@ -30,9 +44,10 @@ _INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query
 """Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
 _SCORED = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"))
 """Columns that say by how much the better answer is better, as data sets call them. Only held against the verdict."""
-_SAYS = {"system": "the system message", "input": "part of the prompt", "history": "earlier turns"}
+_TOOLS = ("tools", "functions")
+_SAYS = {"system": "the system message", "input": "part of the prompt", "history": "earlier turns", "tools": "tools"}
 _REFUSED = {
-    **dict.fromkeys(("tools", "functions"), "tools"),
+    **dict.fromkeys(_TOOLS, "two_lists_of_tools"),
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
 }
 """Columns without which a row means something else -> the reason to put it aside."""
@@ -56,6 +71,7 @@ class Plan:
     history: str | None = None
     scored: tuple[str, str] | None = None
     """The columns with the scores of the better and of the worse answer."""
+    tools: str | None = None
     refused: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     """Columns without an example yet."""
@@ -82,7 +98,7 @@ class Columns:
         self.whole: Callable[[Iterable[tuple[int, Row]], Kind], Iterator[Numbered]] | None = None
         """Set where the file's rows give rows of ours only together."""
         self.beside = False
-        """Whether system messages or earlier turns stand in columns of their own."""
+        """Whether system messages, earlier turns or tools stand in columns of their own."""
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._last: tuple[tuple[str, ...], Plan] | None = None
 
@@ -117,22 +133,24 @@ class Columns:
         if shape is None or not shape.whole:
             prompt = ours.get("prompt", "prompt")
             around = {"system": _SYSTEMS, "input": _INPUTS.get(prompt, ()), "history": ("history",)}
+            around["tools"] = _TOOLS
             beside = {
                 name: next((theirs for theirs in usual if theirs in given - read), None)
                 for name, usual in around.items()
             }
             beside |= {name: params.columns[name] for name in around if name in params.columns}
-            plan.system, plan.input, plan.history = (beside[name] for name in around)
+            plan.system, plan.input, plan.history, plan.tools = (beside[name] for name in around)
             plan.before = prompt in _PROMPTS[1:]
             if params.kind == "preference" and {"chosen", "rejected"} <= given | ours.keys():
                 plan.scored = next((pair for pair in _SCORED if given >= set(pair)), None)
                 if plan.scored is not None:
                     self.say("`{}` and `{}`: held against the verdict".format(*plan.scored))
-            self.beside = self.beside or any((plan.system, plan.history, plan.scored))
-        for name, theirs in {**ours, "system": plan.system, "input": plan.input, "history": plan.history}.items():
-            if theirs in given and name not in params.columns:
+            self.beside = self.beside or any((plan.system, plan.history, plan.tools, plan.scored))
+        beside = {"system": plan.system, "input": plan.input, "history": plan.history, "tools": plan.tools}
+        for name, theirs in {**ours, **beside}.items():
+            if theirs in given and theirs != name and name not in params.columns:
                 self.say(f"`{theirs}` as {_SAYS.get(name, name)}")
-        read |= {name for name in (plan.system, plan.input, plan.history, *(plan.scored or ())) if name}
+        read |= {name for name in (*beside.values(), *(plan.scored or ())) if name}
         plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}
         plan.unread = [name for name in names if name not in read and name not in plan.refused]
         for name in plan.unread:
@@ -197,14 +215,14 @@ class Columns:
         for column, value in row.items():
             for entry in value if isinstance(value, list) and column in _OF_OBJECTS else ():
                 if isinstance(entry, dict) and not entry.keys() <= _KNOWN_KEYS:
-                    for key in sorted(entry.keys() - _KNOWN_KEYS):
+                    for key in sorted(entry.keys() - _KNOWN_KEYS - known_keys(entry)):
                         if entry[key] not in NOTHING:
                             self._unread(f"{column}[].{key}", entry[key])
 
     def around(self, source: Row, parsed: Parsed) -> Parsed:
-        """The parsed row with its system message and its earlier turns, where columns of their own hold them.
+        """The parsed row with its system message, earlier turns and tools, where columns of their own hold them.
 
-        Notes where columns of scores say that the rejected answer is the better one.
+        Notes where columns of scores say that the rejected answer is the better one. Raises BadRow.
         """
         plan = self.plan(source)
         if plan.scored is not None:
@@ -212,18 +230,43 @@ class Columns:
             if isinstance(better, int | float) and isinstance(worse, int | float) and better < worse:
                 parsed["notes"] = [*parsed.get("notes", ()), "scores_contradict"]
         if plan.history is not None and source.get(plan.history) not in NOTHING:
-            parsed["prompt"] = (*_earlier(source[plan.history], plan.history), *parsed["prompt"])
-        if plan.system is None or source.get(plan.system) in NOTHING:
-            return parsed
-        system = text(source[plan.system], plan.system)
-        if not system.strip():
-            return parsed
-        prompt: Turns = parsed["prompt"]
-        if prompt[0][0] != "system":
-            parsed["prompt"] = (("system", system), *prompt)
-        elif prompt[0][1].strip() != system.strip():
-            raise BadRow(plan.system, "two_system_messages", system)
+            earlier = weighed(_earlier(source[plan.history], plan.history), self.params.learn, plan.history)
+            parsed["prompt"] = (*earlier, *parsed["prompt"])
+        if plan.system is not None and source.get(plan.system) not in NOTHING:
+            parsed["prompt"] = _with_system(parsed["prompt"], text(source[plan.system], plan.system), plan.system)
+        if plan.tools is not None and source.get(plan.tools) not in NOTHING:
+            parsed["prompt"] = with_tools(parsed["prompt"], source[plan.tools], plan.tools)
         return parsed
+
+
+def _with_system(prompt: Turns, system: str, column: str) -> Turns:
+    if not system.strip():
+        return prompt
+    if prompt[0][0] != "system":
+        return (("system", system), *prompt)
+    if prompt[0][1].strip() != system.strip():
+        raise BadRow(column, "two_system_messages", system)
+    return prompt
+
+
+def with_tools(prompt: Turns, value: object, column: str) -> Turns:
+    """The prompt with the tools of a column on its first turn. Raises BadRow."""
+    try:
+        tools = tools_of(value)
+    except WrongTools as wrong:
+        raise BadRow(column, wrong.reason, wrong.value) from wrong
+    first, *rest = prompt
+    return (turn_with(first, {**extra_of_turn(first), "tools": tools}, column), *rest) if tools else prompt
+
+
+def odd_calls(parsed: Parsed) -> list[str]:
+    """Notes on the calls of a row."""
+    if "calls" not in parsed and all(len(turn) == 2 for turn in parsed["prompt"]):
+        return []
+    extras = [extra_of_turn(turn) for turn in parsed["prompt"] if len(turn) > 2]
+    calls = [call for extra in extras for call in extra.get("tool_calls", ())] + list(parsed.get("calls") or ())
+    texts = [turn[1] for turn in parsed["prompt"] if turn[0] == "assistant"] + [parsed.get("response") or ""]
+    return odd([tool for extra in extras for tool in extra.get("tools", ())], calls, texts)
 
 
 _OF_OBJECTS = frozenset(

@@ -12,6 +12,8 @@ since a frame would have to guess them; what can be said about whole columns is 
    down.
 6. prompt: prompt, or the first of `turns`, or `messages` up to the last of the user's.
 
+Conversations may hold calls of tools and their results (tools.py); answers that are calls are for sft alone.
+
 What the file calls its columns is for columns.py; conversations within one text for written.py. What a label means only
 its whole column tells: it stays as it is until all rows are read (labels.py).
 """
@@ -21,16 +23,33 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from schemas.data import Kind
-from schemas.rows import Indices, Messages, Numbers, Strings, with_prompt_ids
-from stages.validate.cells import SPEAKER, BadRow, Parsed, Row, Turns, listed, number, text, turns, written_messages
+from schemas.conversation import EXTRA
+from schemas.data import Kind, Learn
+from schemas.rows import Indices, Messages, MessagesWithExtra, Numbers, Strings, with_prompt_ids
+from stages.validate.cells import (
+    SPEAKER,
+    BadRow,
+    Parsed,
+    Row,
+    Turn,
+    Turns,
+    extra_of_turn,
+    is_learned,
+    listed,
+    number,
+    text,
+    turns,
+    weighed,
+    written_messages,
+)
 from stages.validate.labels import canonical
 from stages.validate.rankings import ranking
 
 
-def parse(kind: Kind, row: Row) -> Parsed:
-    """The row in its kind's form. Raises BadRow."""
-    parsed = _PARSERS[kind](row)
+def parse(kind: Kind, row: Row, learn: Learn = "last") -> Parsed:
+    """The row in its kind's form; `learn`: the turns that SFT learns, which only then have weights. Raises BadRow."""
+    parsed = _sft(row, learn) if kind == "sft" else _PARSERS[kind](row)
+    parsed["prompt"] = weighed(parsed["prompt"], learn, "messages" if "messages" in row else "prompt")
     if _is_list(row.get("prompt")):  # it may be what a person typed, or turns that were written down as JSON
         parsed["notes"] = [*parsed.get("notes", ()), "prompt_is_a_list"]
     return parsed
@@ -50,13 +69,31 @@ def _is_list(value: object) -> bool:
 # --- sft, prompt, feedback ---
 
 
-def _sft(row: Row) -> Parsed:
+def _sft(row: Row, learn: Learn) -> Parsed:
+    notes: list[str] = []
     if row.get("messages") is None or row.get("response") is not None:
-        given, notes = _given(row), []
-        before, response = _side(row.get("response"), "response", given, notes)
-        return {"prompt": _one_prompt(given, [("response", before)]), "response": response, **_noted(notes)}
-    prompt, response = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
-    return {"prompt": prompt, "response": response}
+        given, column = _given(row), "response"
+        before, answer = _side(row.get(column), column, given, notes)
+        prompt = _one_prompt(given, [(column, before)])
+    else:
+        column = "messages"
+        prompt, answer = _last_answer(turns(_messages(row["messages"]), column), column)
+    while not is_learned(answer, column):  # what stands behind the last learned turn teaches nothing
+        if learn == "last" or not any(turn[0] == "assistant" for turn in prompt):
+            raise BadRow(column, "not_learned", answer[1])
+        last = max(place for place, turn in enumerate(prompt) if turn[0] == "assistant")
+        prompt, answer = prompt[:last], prompt[last]
+    calls = extra_of_turn(answer).get("tool_calls")
+    return {"prompt": prompt, "response": answer[1], **({"calls": calls} if calls else {}), **_noted(notes)}
+
+
+def _text_of(answer: Turn, column: str) -> str:
+    """The text of an answer that is learned or judged. Raises BadRow where it is a call, or says that it is not."""
+    if extra_of_turn(answer).get("tool_calls"):
+        raise BadRow(column, "answer_is_a_call", extra_of_turn(answer)["tool_calls"])
+    if not is_learned(answer, column):
+        raise BadRow(column, "not_learned", answer[1])
+    return answer[1]
 
 
 def _given(row: Row) -> Turns | None:
@@ -67,12 +104,12 @@ def _messages(value: object) -> object:
     return listed(value, "messages") if isinstance(value, str) and not value.startswith("\n\nHuman:") else value
 
 
-def _last_answer(conversation: Turns, column: str) -> tuple[Turns, str]:
+def _last_answer(conversation: Turns, column: str) -> tuple[Turns, Turn]:
     """A conversation, cut before the assistant's last turn."""
-    *before, (role, content) = conversation
-    if role != "assistant" or not before:
-        raise BadRow(column, "no_answer", content)
-    return tuple(before), content
+    *before, last = conversation
+    if last[0] != "assistant" or not before:
+        raise BadRow(column, "no_answer", last[1])
+    return tuple(before), last
 
 
 def _prompt(row: Row) -> Parsed:
@@ -93,11 +130,13 @@ def _prompt(row: Row) -> Parsed:
 def _feedback(row: Row) -> Parsed:
     column, notes = "completion" if "completion" in row or "response" not in row else "response", []
     if row.get(column) is None and row.get("messages") is not None:
-        prompt, completion = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
+        column = "messages"
+        prompt, answer = _last_answer(turns(_messages(row["messages"]), "messages"), "messages")
     else:
         given = _given(row)
-        before, completion = _side(row.get(column), column, given, notes)
+        before, answer = _side(row.get(column), column, given, notes)
         prompt = _one_prompt(given, [(column, before)])
+    completion = _text_of(answer, column)
     return {"prompt": prompt, "completion": completion, "label": canonical(row.get("label")), **_noted(notes)}
 
 
@@ -111,17 +150,21 @@ def _preference(row: Row) -> Parsed:
     given, notes = _given(row), []
     (chosen_prompt, chosen), (rejected_prompt, rejected) = (_side(row.get(name), name, given, notes) for name in names)
     befores = [(names[0], chosen_prompt), (names[1], rejected_prompt)]
+    texts = {side: _text_of(answer, name) for side, answer, name in zip(_SIDES, (chosen, rejected), names, strict=True)}
     margin = None if row.get("margin") in (None, "") else number(row["margin"], "margin")
     prompt = _one_prompt(given, befores)
     # Until all labels are read `chosen` is the first answer, a.
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, **label, **_noted(notes)}
+    return {"prompt": prompt, **texts, "margin": margin, **label, **_noted(notes)}
+
+
+_SIDES = ("chosen", "rejected")
 
 
 def _noted(notes: list[str]) -> Parsed:
     return {"notes": list(dict.fromkeys(notes))} if notes else {}
 
 
-def _side(value: object, column: str, given: Turns | None, notes: list[str]) -> tuple[Turns | None, str]:
+def _side(value: object, column: str, given: Turns | None, notes: list[str]) -> tuple[Turns | None, Turn]:
     """One of the answers, and the conversation before it where the value holds that too.
 
     A text that spells out another conversation than the prompt's is the answer itself: an example of one, say.
@@ -129,19 +172,19 @@ def _side(value: object, column: str, given: Turns | None, notes: list[str]) -> 
     if isinstance(value, str) and not value.startswith("\n\nHuman:"):
         messages = written_messages(value, column)
         if messages is None:
-            return None, text(value, column)
+            return None, ("assistant", text(value, column))
         before, answer = _side(messages, column, None, [])
         if before is None or given is None or _merged(given, before) is not None:
             return before, answer
         notes.append("looks_like_messages")
-        return None, text(value, column)
+        return None, ("assistant", text(value, column))
     if isinstance(value, str):
         pieces = SPEAKER.split(value)
         if pieces[-2] == "Assistant" and not pieces[-1].strip():
             raise BadRow(column, "empty", value)
     conversation = turns([value] if isinstance(value, dict) and value.keys() & {"role", "from"} else value, column)
     if len(conversation) == 1 and conversation[0][0] == "assistant":
-        return None, conversation[0][1]
+        return None, conversation[0]
     return _last_answer(conversation, column)
 
 
@@ -169,18 +212,21 @@ def _one_prompt(given: Turns | None, befores: Sequence[tuple[str, Turns | None]]
 
 def _merged(given: Turns, prompt: Turns) -> Turns | None:
     """The conversation of which one says a part and the other more; None where they are different ones."""
-    part, whole = (_without_system([(role, said.strip()) for role, said in turns_]) for turns_ in (given, prompt))
+    part, whole = (_without_system([_stripped(turn) for turn in turns_]) for turns_ in (given, prompt))
     if any(whole[place : place + len(part)] == part for place in range(len(whole))):
         return given[:1] + prompt if given[0][0] == "system" and prompt[0][0] != "system" else prompt
     return given if part[-len(whole) :] == whole and prompt[0][0] != "system" else None
 
 
-def _without_system(conversation: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _stripped(turn: Turn) -> Turn:
+    return (turn[0], turn[1].strip(), turn[2]) if len(turn) > 2 else (turn[0], turn[1].strip())
+
+
+def _without_system(conversation: list[Turn]) -> list[Turn]:
     return conversation[1:] if conversation[0][0] == "system" else conversation
 
 
 _PARSERS: dict[Kind, Callable[[Row], Parsed]] = {
-    "sft": _sft,
     "preference": _preference,
     "ranking": ranking,
     "feedback": _feedback,
@@ -202,6 +248,9 @@ _TYPES: dict[Kind, dict[str, pl.DataType | type[pl.DataType]]] = {
 def to_frame(kind: Kind, numbers: Sequence[int], parsed: Sequence[Parsed]) -> pl.DataFrame:
     """Parsed rows and their row numbers as a frame with the columns of schemas/rows.py, their labels still as given."""
     columns = {name: pl.Series(name, [row[name] for row in parsed], dtype=t) for name, t in _TYPES[kind].items()}
+    if kind == "sft" and any("calls" in row for row in parsed):
+        calls = [json.dumps(row["calls"], ensure_ascii=False) if "calls" in row else None for row in parsed]
+        columns["calls"] = pl.Series("calls", calls, dtype=pl.String)
     if kind == "preference" and any("label" in row for row in parsed):
         columns["label"] = pl.Series("label", [row.get("label") for row in parsed], dtype=pl.String)
     frame = pl.DataFrame({"row": pl.Series(numbers, dtype=pl.Int64), "prompt": _messages_of(parsed), **columns})
@@ -211,12 +260,16 @@ def to_frame(kind: Kind, numbers: Sequence[int], parsed: Sequence[Parsed]) -> pl
 def _messages_of(parsed: Sequence[Parsed]) -> pl.Series:
     """The prompts as one column of messages, made from flat columns: from lists of dicts takes 40 times as long."""
     owner = [i for i, row in enumerate(parsed) for _ in row["prompt"]]
-    flat = pl.DataFrame(
-        {
-            "owner": pl.Series(owner, dtype=pl.Int64),
-            "role": pl.Series([turn[0] for row in parsed for turn in row["prompt"]], dtype=pl.String),
-            "content": pl.Series([turn[1] for row in parsed for turn in row["prompt"]], dtype=pl.String),
-        }
-    )
-    lists = flat.group_by("owner", maintain_order=True).agg(prompt=pl.struct("role", "content"))
-    return lists.get_column("prompt").cast(Messages)
+    every = [turn for row in parsed for turn in row["prompt"]]
+    columns = {
+        "owner": pl.Series(owner, dtype=pl.Int64),
+        "role": pl.Series([turn[0] for turn in every], dtype=pl.String),
+        "content": pl.Series([turn[1] for turn in every], dtype=pl.String),
+    }
+    wide = any(len(turn) > 2 for turn in every)
+    if wide:
+        extras = [turn[2] if len(turn) > 2 else None for turn in every]
+        columns[EXTRA] = pl.Series(extras, dtype=pl.String)
+    _, *fields = columns
+    lists = pl.DataFrame(columns).group_by("owner", maintain_order=True).agg(prompt=pl.struct(fields))
+    return lists.get_column("prompt").cast(MessagesWithExtra if wide else Messages)

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
+from stages.validate.columns import with_tools
 from stages.validate.labels import side_of
 
 _TIES = (None, 0, "")
@@ -78,12 +79,13 @@ def generated(row: Row) -> Parsed:
 
     A model sometimes answers nothing, which does not make its rows bad.
     """
+    prompt = with_tools(turns(row["prompt"], "prompt"), row.get("tools"), "tools")
     texts = row["responses"]
     used = [place for place, answer in enumerate(texts) if not _unusable(answer)]
     notes = ["empty_answers"] * (len(used) < len(texts))
     if len(used) < 2:
         nothing = {"responses": [texts[i] for i in used], "winners": [], "losers": [], "margins": None}
-        return {"prompt": turns(row["prompt"], "prompt"), **nothing, "notes": [*notes, "all_tied"]}
+        return {"prompt": prompt, **nothing, "notes": [*notes, "all_tied"]}
     places = {old: new for new, old in enumerate(used)}
     fewer: dict[str, Any] = {**row, "responses": [texts[i] for i in used]}
     if row.get("scores"):
@@ -97,7 +99,7 @@ def generated(row: Row) -> Parsed:
         if not fewer["comparisons"]:
             fewer["scores"] = [0] * len(used)
     parsed = ranking(fewer)
-    return {**parsed, "notes": [*notes, *parsed["notes"]]}
+    return {**parsed, "prompt": prompt, "notes": [*notes, *parsed["notes"]]}
 
 
 def _unusable(answer: str) -> bool:

@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import polars as pl
 
 from schemas.errors import StageError, refuse
+from schemas.rows import concat
 from schemas.source import Generated, data_source
 from stages.validate.cells import BadRow, Parsed, Row
 from stages.validate.column_advice import other_json, shown, unknown_mapping, wrong_columns
 from stages.validate.columnar import Taken, count_texts, take
-from stages.validate.columns import Columns, wrong_format
+from stages.validate.columns import Columns, odd_calls, wrong_format
 from stages.validate.context import Context, Finding, note
 from stages.validate.formats import parse, to_frame
 from stages.validate.labels import meanings, wrong_map
@@ -66,7 +67,7 @@ def read(context: Context, quarantine: Quarantine) -> pl.DataFrame:
         raise error
     if error := _other_winners(context, quarantine):
         raise error
-    frame = _judged(pl.concat(frames, how="diagonal"), reading.columns, context, quarantine)
+    frame = _judged(concat(frames), reading.columns, context, quarantine)
     frame, cut = cut_repeated_prompts(frame, ANSWERS[params.kind], params.kind)
     for row in cut:
         quarantine.add(note(row, "repeated_prompt_cut"))
@@ -132,7 +133,7 @@ class _Reading:
         if not plain.height:
             return rows
         plain = plain.with_columns(pl.col("row") + first)
-        return pl.concat([plain, rows], how="diagonal").sort("row") if rows.height else plain
+        return concat([plain, rows]).sort("row") if rows.height else plain
 
     def _plain(self, chunk: Lines) -> tuple[pl.DataFrame, Iterable[int]]:
         """The rows that are plain, by their places in the chunk; the places of the others."""
@@ -216,11 +217,12 @@ class _Reading:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                parsed = made(row) if made else parse(kind, row)
+                parsed = made(row) if made else parse(kind, row, self.context.params.learn)
                 if record is not None and record.row is not None and made is None:
                     columns.keys(row)
                     if columns.beside:
                         parsed = columns.around(record.row, parsed)
+                notes += [(name, place) for name in odd_calls(parsed)]
             except BadRow as bad:
                 line = None if record is None else record.line
                 self.quarantine.add(Finding(place, bad.column, bad.reason, bad.value, line))

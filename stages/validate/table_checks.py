@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from schemas.data import Kind
-from schemas.rows import HIDING, IGNORED, Messages, may_repeat, problems
+from schemas.rows import HIDING, IGNORED, Messages, concat, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
 from stages.validate.rankings import has_cycle
@@ -127,7 +127,7 @@ def evaluation_prompts(context: Context, column: str) -> pl.DataFrame:
     folders = [] if context.evaluation is None else [context.evaluation / name for name in ("eval", "test")]
     files = [folder / "prompt.parquet" for folder in folders]
     tables = [pl.read_parquet(file, columns=[column], glob=False) for file in files if file.is_file()]
-    return pl.concat([pl.DataFrame(schema={column: types[column]}), *tables])
+    return concat([pl.DataFrame(schema={column: types[column]}), *tables])
 
 
 def _shared_first_turns(frame: pl.DataFrame) -> pl.Series:

@@ -40,7 +40,7 @@ def groups(kind: Kind, frame: pl.DataFrame) -> Iterator[list[_Ranking]]:
     group: dict[int, list[_Ranking]] = {}  # place -> the group that it is in, one list for all of its rows
     sharing = frame.filter(pl.col("place").is_in(shares.implode()))
     for row in rankings(kind, sharing).with_columns(sharing["place"]).iter_rows(named=True):
-        prompt = tuple((message["role"], message["content"]) for message in row["prompt"])
+        prompt = tuple(tuple(message.values()) for message in row["prompt"])
         mine = group[row["place"]] = [row]
         for answer in row["responses"]:
             other = group[first.setdefault((prompt, answer.strip()), row["place"])]
@@ -98,7 +98,7 @@ def opposed_thumbs(frame: pl.DataFrame) -> pl.DataFrame:
     votes: dict[tuple[Any, str], list[int]] = {}
     keys: list[tuple[Any, str]] = []
     for prompt, completion, label in frame.select("prompt", "completion", "label").iter_rows():
-        key = tuple((message["role"], message["content"]) for message in prompt), completion.strip()
+        key = tuple(tuple(message.values()) for message in prompt), completion.strip()
         votes.setdefault(key, []).append(1 if label else -1)
         keys.append(key)
     opposed = [min(votes[key]) < max(votes[key]) for key in keys]

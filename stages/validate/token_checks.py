@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from jinja2 import TemplateError
 
-from schemas.data import Kind
+from schemas.data import Kind, Learn
 from stages.validate.context import Context, Finding, note
 from stages.validate.table_checks import ANSWERS
 
@@ -24,9 +24,9 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     if context.codec is None:
         return
     kind = context.params.kind
-    tokens = _Tokens(kind, context.codec, context.params.max_length)
-    compared = ("winners", "losers") if kind == "ranking" else ()
-    frame = frame.select("row", "prompt", *ANSWERS[kind], *compared)
+    tokens = _Tokens(kind, context.codec, context.params.max_length, context.params.learn)
+    further = [name for name in ("winners", "losers", "calls") if name in frame.columns]
+    frame = frame.select("row", "prompt", *ANSWERS[kind], *further)
     for start in range(0, frame.height, _BATCH):
         yield from tokens.findings(frame.slice(start, _BATCH).to_dicts())
         if context.progress:
@@ -43,6 +43,7 @@ def prompt_tokens_differ(frame: pl.DataFrame, context: Context) -> Iterator[Find
     kind, codec = context.params.kind, context.codec
     if codec is None:
         return
+    frame = frame.filter(pl.col("calls").is_null()) if "calls" in frame.columns else frame
     for row in frame.head(_SAMPLE).select("row", "prompt", *ANSWERS[kind]).iter_rows(named=True):
         prompt = codec.render(row["prompt"])
         length = len(codec.prompt(row["prompt"]))
@@ -66,6 +67,13 @@ def _answers(kind: Kind, row: dict) -> list[tuple[str, str]]:
     return [(column, row[column]) for column in ANSWERS[kind]]
 
 
+def _refusal(error: TemplateError) -> tuple[str, str]:
+    """(reason, value) of a conversation that the template refuses, or of which it leaves out tools."""
+    from stages.engine.data.tools import LeftOut  # late, as the codec is
+
+    return "tools_left_out" if isinstance(error, LeftOut) else "template_refuses", str(error)
+
+
 def _unknown_ids(codec: "Codec") -> frozenset[int]:
     """The token that stands for whatever the tokenizer does not know; nothing where every text has tokens."""
     tokenizer: Any = codec.tokenizer
@@ -78,12 +86,13 @@ def _unknown_ids(codec: "Codec") -> frozenset[int]:
 class _Tokens:
     """Looks at batches of rows through a tokenizer."""
 
-    def __init__(self, kind: Kind, codec: "Codec", max_length: int) -> None:
+    def __init__(self, kind: Kind, codec: "Codec", max_length: int, learn: Learn = "last") -> None:
         self.kind: Kind = kind
+        self.learn: Learn = learn
         self.codec, self.max_length = codec, min(max_length, codec.positions or max_length)
         # No token is longer, so that longer texts need not be tokenized to be found too long.
         self._most_characters = self.max_length * max(map(len, codec.tokenizer.get_vocab()))
-        self._template_controls: dict[tuple[str, ...], int] = {}
+        self._template_controls: dict[tuple[tuple[str, ...], ...], int] = {}
         self._unknown = _unknown_ids(codec)
         self._unknown_prompts: set[int] = set()
         """Rows whose prompts hold words that the tokenizer does not know, beside others."""
@@ -102,6 +111,8 @@ class _Tokens:
                 yield Finding(row["row"], "prompt", *verdict)
         if self.kind == "prompt":
             self.lengths.extend(lengths)
+        if self.kind == "sft":
+            yield from self._turns(usable, lengths)
         answers = [_answers(self.kind, row) for row in usable]
         encoded = iter(self._encode([text for of_row in answers for _, text in of_row]))
         for row, length, of_row in zip(usable, lengths, answers, strict=True):
@@ -118,6 +129,34 @@ class _Tokens:
                 continue
             if number in self._unknown_prompts or any(self._unknown.intersection(ids or ()) for ids in every):
                 yield note(number, "unknown_tokens")
+
+    def _turns(self, usable: list[dict], lengths: list[int]) -> Iterator[Finding]:
+        """What is wrong with, or odd about, turns whose tokens the template writes: calls as answers, and earlier
+        answers that are learned. Rows with a call as their answer are taken out of both lists.
+        """
+        from stages.engine.data.turns import answer_ids, answer_of, learned  # late, as the codec is
+
+        kept: list[tuple[dict, int]] = []
+        for row, length in zip(usable, lengths, strict=True):
+            several = any(message["role"] == "assistant" for message in row["prompt"])
+            if not row.get("calls") and not (several and self.learn == "all"):
+                kept.append((row, length))
+                continue
+            try:
+                if self.learn == "all" and learned(self.codec, row["prompt"]).apart:
+                    yield note(row["row"], "turns_learned_apart")
+                if not row.get("calls"):
+                    kept.append((row, length))
+                    continue
+                length += len(answer_ids(self.codec, row["prompt"], answer_of(row)))
+            except TemplateError as error:
+                yield Finding(row["row"], "response", *_refusal(error))
+                continue
+            if length > self.max_length:
+                yield Finding(row["row"], "response", "too_long", f"{length} tokens")
+            else:
+                self.lengths.append(length)
+        usable[:], lengths[:] = [row for row, _ in kept], [length for _, length in kept]
 
     def _equal_answers(
         self, row: dict, answers: list[tuple[str, str]], every: list[list[int] | None]
@@ -148,7 +187,7 @@ class _Tokens:
                 continue
             ids = next(encoded)
             if isinstance(ids, TemplateError):
-                yield "template_refuses", str(ids)
+                yield _refusal(ids)
             elif (forged := self._controls(ids) - self._written_by_template(row["prompt"])) > 0:
                 yield "control_tokens", f"{forged} more than the template writes"
             elif len(ids) >= self.max_length:
@@ -162,7 +201,7 @@ class _Tokens:
                 yield len(ids)
 
     def _says_nothing(self, prompt: list[dict[str, str]]) -> bool:
-        """Whether all that the user says last is unknown to the tokenizer."""
+        """Whether all that is said last is unknown to the tokenizer."""
         [ids] = self.codec.encode_all([prompt[-1]["content"]], split_special_tokens=True)
         return self._unknown.issuperset(ids)
 
@@ -175,11 +214,13 @@ class _Tokens:
         `Codec` keeps spelled-out special tokens text. A normalizer, or a vocabulary that has one as a plain word, may
         make it one still: a row could then end its own turn and speak as another role.
         """
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._template_controls:
-            plain = [{"role": role, "content": "a"} for role in roles]
-            self._template_controls[roles] = self._controls(self.codec.prompt(plain))
-        return self._template_controls[roles]
+        from stages.engine.data.tools import stand_in  # late, as the codec is
+
+        plain, _ = stand_in(messages)
+        kind = tuple(tuple(message.values()) for message in plain)
+        if kind not in self._template_controls:
+            self._template_controls[kind] = self._controls(self.codec.prompt(plain))
+        return self._template_controls[kind]
 
     def _answer(self, prompt: int, answer: str, ids: Sequence[int] | None) -> tuple[str, str] | None:
         """(reason, value) of what is wrong with an answer after a prompt of that many tokens."""

@@ -209,7 +209,7 @@ class Written:
                 reason = "rendered_template" if _rendered(name) else "not_a_transcript"
                 rows[place] = number, BadRow(column, reason, row[column])
             else:
-                row = {**row, column: [{"role": role, "content": said} for role, said in turns]}
+                row = {**row, column: [{"role": turn[0], "content": turn[1]} for turn in turns]}
                 if isinstance(row.get("responses"), list) and _rendered(name):
                     row["responses"] = [_bare(answer) for answer in row["responses"]]
                 rows[place] = number, row

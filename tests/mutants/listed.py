@@ -1,10 +1,11 @@
 """One-line mistakes, each with the tests that are to notice it. Golden numbers are not among them: they notice any
-change, and are recorded anew where one is meant. Those in what is concluded from numbers are in `conclusions`.
+change, and are recorded anew where one is meant. Those in what is concluded from numbers are in `conclusions`, those
+about conversations in `conversations`.
 """
 
 from dataclasses import dataclass
 
-from tests.mutants import conclusions
+from tests.mutants import conclusions, conversations
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
 
 MUTANTS = [
     Mutant(file, old, new, tests)
-    for listed in (conclusions.BY_FILE, BY_FILE)
+    for listed in (conclusions.BY_FILE, conversations.BY_FILE, BY_FILE)
     for (file, tests), pairs in listed.items()
     for old, new in pairs
 ]

@@ -1,33 +1,41 @@
 """From messages to token ids and back. Everything that touches a tokenizer's text goes through `Codec`. No torch."""
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateRuntimeError
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from schemas.architectures import positions
-from schemas.errors import StageError, refuse
+from schemas.conversation import Message, has_extra, opened
+from schemas.errors import refuse
 from schemas.model_folder import UNREADABLE, config_of, listed_ends, stale_end
 from schemas.text import one_line
+from stages.engine.data.guard import Guarded, Piece, guard, pieces
+from stages.engine.data.marks import (
+    GREETING,
+    MARK,
+    before_answers,
+    controls,
+    find_end,
+    make_special,
+    number,
+    pattern_of,
+    turn_marks,
+)
 from stages.engine.data.template import Thought, default_template, without_clock
+from stages.engine.data.tools import LeftOut, missing_marks, stand_in
 from stages.runtime.limits import TooMuch, limited
-
-Message = Mapping[str, str]
 
 RENDER_SECONDS = 30.0
 RENDER_BYTES = 2 << 30
 """What a chat template may take for the conversations that it is given at once: milliseconds and kilobytes each."""
 
-_GREETING = [{"role": "user", "content": "hello"}]
-_MARK = "alignflow"
-"""Stands for an answer where it is looked up what the template writes around one."""
-_ANCHOR = 32  # characters before an answer that may decide its first token
+_TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Codec:
@@ -45,20 +53,25 @@ class Codec:
             tokenizer.chat_template = default_template(tokenizer)
         if isinstance(tokenizer.chat_template, str):
             tokenizer.chat_template = without_clock(tokenizer.chat_template)
-        self._special = _pattern_of(tokenizer)
-        _make_special(tokenizer, _turn_marks(self))
-        self._special = _pattern_of(tokenizer)
-        self.end_id: int = _find_end(self)
+        self.special = pattern_of(tokenizer)
+        make_special(tokenizer, turn_marks(self))
+        self.special = pattern_of(tokenizer)
+        self.end_id: int = find_end(self)
         """Ends an assistant's turn."""
-        pad, eos = _number(tokenizer.pad_token_id), _number(tokenizer.eos_token_id)
+        pad, eos = number(tokenizer.pad_token_id), number(tokenizer.eos_token_id)
         self.pad_id: int = self.end_id if pad is None else pad
         """Fills rows; may equal `end_id`, so masks go by length and never by id."""
         self.stop_ids: frozenset[int] = frozenset([self.end_id, *([] if eos is None else [eos]), *stop_ids])
         """Any of these ends a sampled answer."""
-        self.control_ids: frozenset[int] = self.stop_ids | _controls(tokenizer)
+        self.control_ids: frozenset[int] = self.stop_ids | controls(tokenizer)
         """What only the template may write: special tokens, without the one for unknown words."""
-        self._thought = Thought(self.render(_GREETING))
-        self._anchor, self.lead = _before_answers(self)
+        prompt, asked = self.render(GREETING), self.render(GREETING, add_generation_prompt=False)
+        self.generation_prompt = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        """What the template writes where the assistant is to begin; empty where it writes nothing, or all otherwise."""
+        self._thought = Thought(prompt)
+        self._left_out: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+        """Conversations that say nothing of their own -> what the template leaves out of their kind."""
+        self._anchor, self.lead = before_answers(self)
         """`lead`: what the template writes between a generation prompt and an answer, where tokens depend on it."""
 
     @classmethod
@@ -86,7 +99,10 @@ class Codec:
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | TemplateError]:
         """`prompt` of each conversation, or the template's refusal; tokenized together, on all cores."""
-        plain = [not self._special.search("".join(m["content"] for m in messages)) for messages in conversations]
+        plain = [
+            not (has_extra(messages) or self.special.search("".join(m["content"] for m in messages)))
+            for messages in conversations
+        ]
         rendered = self._render_all([c for c, is_plain in zip(conversations, plain, strict=True) if is_plain])
         ids = iter(self.encode_all([text for text in rendered if isinstance(text, str)]))
         texts = (text if isinstance(text, TemplateError) else next(ids) for text in rendered)
@@ -99,10 +115,10 @@ class Codec:
         """Raise StageError for a prompt that the template refuses, or that leaves no room for `new_tokens`, before
         anything long starts. `who` reads them: "the judge".
         """
-        for number, ids in enumerate(self.check_templates(conversations, field, who)):
+        for place, ids in enumerate(self.check_templates(conversations, field, who)):
             if self.positions is not None and len(ids) + new_tokens > self.positions:
                 room = self.positions - len(ids)
-                where = _which(conversations, number)
+                where = _which(conversations, place)
                 message = f"{who} has {self.positions} positions, and {where} takes {len(ids)} of them."
                 fix = f"set max_new_tokens to at most {room}, or " if room > 0 else ""
                 fix += f"use a model of at least {len(ids) + new_tokens} positions, or give shorter prompts"
@@ -111,10 +127,10 @@ class Codec:
     def check_templates(self, conversations: Sequence[Sequence[Message]], field: str, who: str) -> list[list[int]]:
         """Ids of all prompts. Raises StageError for one that the template refuses; `who` reads them: "the judge"."""
         encoded: list[list[int]] = []
-        for number, ids in enumerate(self.prompts(conversations)):
+        for place, ids in enumerate(self.prompts(conversations)):
             if isinstance(ids, TemplateError):
-                roles = ", ".join(dict.fromkeys(message["role"] for message in conversations[number]))
-                where = f"{_which(conversations, number)}, with the roles {roles}"
+                roles = ", ".join(dict.fromkeys(message["role"] for message in conversations[place]))
+                where = f"{_which(conversations, place)}, with the roles {roles}"
                 message = f"the chat template of {who} refuses {where}: {one_line(ids, 200)}."
                 fix = "take out what it refuses (a system message, turns that do not alternate), or use another model"
                 raise refuse(field, len(conversations), message, fix, kind="chat_template")
@@ -189,8 +205,8 @@ class Codec:
         special = sorted(
             (i for i, token in names.items() if token.special), key=lambda i: "pad" not in names[i].content
         )
-        first = [_number(self.tokenizer.pad_token_id), _number(self.tokenizer.unk_token_id)]
-        bos = _number(self.tokenizer.bos_token_id)
+        first = [number(self.tokenizer.pad_token_id), number(self.tokenizer.unk_token_id)]
+        bos = number(self.tokenizer.bos_token_id)
         for token in [*first, *(i for i in special if i != bos), bos]:
             if token is not None and token not in self.stop_ids | {self.end_id}:
                 self.pad_id = token
@@ -204,28 +220,82 @@ class Codec:
         return self._thought.whole(str(self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True)))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it.
+        """The conversation, with its tools, as the template writes it.
 
         Raises:
-            TemplateError: the template refuses it, or fails.
+            TemplateError: the template refuses it, fails, or leaves out tools, calls or results (`LeftOut`).
             StageError: it goes beyond the bounds of time and memory.
         """
-        return str(self._apply([dict(message) for message in messages], add_generation_prompt))
+        chat, tools = opened(messages)
+        rendered = self.write(Guarded(chat, tools), add_generation_prompt)
+        self.refuse_left_out(messages, add_generation_prompt)
+        return rendered
+
+    def refuse_left_out(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> None:
+        """Raise LeftOut where the template passes over tools, calls or results of a conversation without a word."""
+        if not has_extra(messages) and not any(message["role"] == "tool" for message in messages):
+            return
+        plain, marks = stand_in(messages)
+        kind = (("", str(add_generation_prompt)), *(tuple(message.values()) for message in plain))
+        if kind not in self._left_out:
+            rendered = self.write(Guarded(*opened(plain)), add_generation_prompt)
+            self._left_out[kind] = missing_marks(marks, rendered)
+        if self._left_out[kind]:
+            raise LeftOut(f"the chat template leaves out {', '.join(self._left_out[kind])}")
 
     def writes_system(self) -> bool:
         """Whether a system message reaches the model; true too where the template refuses it, and so says it."""
         try:
-            return _MARK in self.render([{"role": "system", "content": _MARK}, *_GREETING])
+            return MARK in self.render([{"role": "system", "content": MARK}, *GREETING])
         except TemplateError:
             return True
 
-    def _apply(self, chats: Any, add_generation_prompt: bool) -> Any:
-        """What the template, which may come from anywhere, writes of one conversation or of several."""
+    def guarded(self, messages: Sequence[Message]) -> Guarded:
+        """The conversation, so that its own texts never become control tokens."""
+        return guard(*opened(messages), self.special)
+
+    def write(self, conversation: Guarded, add_generation_prompt: bool) -> str:
+        """What the template writes of one conversation, whatever it leaves out. Raises TemplateError, StageError."""
+        return str(self._apply(conversation.chat, conversation.tools, add_generation_prompt))
+
+    def write_tagged(self, conversation: Guarded) -> tuple[str, list[tuple[int, int]]]:
+        """A prompt as the template writes it, and where in it `{% generation %}` begins and ends. Raises TemplateError,
+        StageError.
+        """
+        template = str(self.tokenizer.chat_template)
+        named: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        tools: list[Any] | None = conversation.tools
+
+        def tagged() -> Any:
+            return render_jinja_template(
+                [conversation.chat],
+                tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=True,
+                **named,
+            )
+
+        [text], [spans] = self._bounded(tagged)
+        return str(text), list(spans)
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether the template says itself what the assistant has generated."""
+        return _TAGS.search(str(self.tokenizer.chat_template)) is not None
+
+    def _apply(self, chats: Any, tools: Any, add_generation_prompt: bool) -> Any:
+        """What the template writes of one conversation or of several."""
+        apply = self.tokenizer.apply_chat_template
+        return self._bounded(
+            lambda: apply(chats, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _bounded(self, apply: Callable[[], Any]) -> Any:
+        """What `apply` makes of the template, which may come from anywhere."""
         try:
             with limited(RENDER_SECONDS, RENDER_BYTES):
-                return self.tokenizer.apply_chat_template(
-                    chats, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+                return apply()
         except TemplateError:
             raise
         except TooMuch as error:
@@ -247,31 +317,41 @@ class Codec:
         self.tokenizer.save_pretrained(str(folder))
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        """Render and tokenize, with the special tokens that contents hold kept apart as text."""
-        contents = "".join(message["content"] for message in messages)
-        if not self._special.search(contents):
-            return self._encode_control(self.render(messages, add_generation_prompt))
-        left, right = _unused_characters(contents)
-        marked = [
-            {**message, "content": self._special.sub(rf"{left}\g<0>{right}", message["content"])}
-            for message in messages
-        ]
-        rendered = self.render(marked, add_generation_prompt)
+        """Render and tokenize, with the special tokens that the conversation spells out kept apart as text."""
+        conversation = self.guarded(messages)
+        rendered = self.write(conversation, add_generation_prompt)
+        self.refuse_left_out(messages, add_generation_prompt)
+        return self.ids_of(rendered, conversation)
+
+    def ids_of(self, rendered: str, conversation: Guarded) -> list[int]:
+        """Ids of what the template wrote of a conversation, or of a part of it."""
+        if not conversation.left:
+            return self.encode_control(rendered)
         ids: list[int] = []
-        for piece in re.split(f"({left}[^{right}]*{right})", rendered):
-            if piece.startswith(left):
-                ids += self._encode_text(piece[1:-1])
-            elif piece:
-                ids += self._encode_control(piece)
+        for _, piece, is_text in pieces(rendered, conversation):
+            ids += self._encode_text(piece) if is_text else self.encode_control(piece)
         return ids
+
+    def tokens_of(self, rendered: str, conversation: Guarded) -> list[Piece]:
+        """`ids_of`, with the characters of `rendered` that each token stands for."""
+        backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        backend.no_truncation()
+        backend.no_padding()
+        tokens: list[Piece] = []
+        for at, piece, is_text in pieces(rendered, conversation):
+            backend.encode_special_tokens = is_text
+            encoding = backend.encode(piece, add_special_tokens=False)
+            places = zip(encoding.ids, encoding.offsets, strict=True)
+            tokens += [Piece(token, at + start, at + end) for token, (start, end) in places]
+        return tokens
 
     def _render_all(self, conversations: list[Sequence[Message]]) -> list[str | TemplateError]:
         """All in one call; one by one only where the template refuses some of them."""
         if not conversations:
             return []
-        chats = [[dict(message) for message in messages] for messages in conversations]
+        chats = [opened(messages)[0] for messages in conversations]
         try:
-            return [str(text) for text in self._apply(chats, add_generation_prompt=True)]
+            return [str(text) for text in self._apply(chats, None, add_generation_prompt=True)]
         except TemplateError:
             return [self._render_or_refusal(messages) for messages in conversations]
 
@@ -287,7 +367,7 @@ class Codec:
         except TemplateError as error:
             return error
 
-    def _encode_control(self, text: str) -> list[int]:
+    def encode_control(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
 
     def _encode_text(self, text: str) -> list[int]:
@@ -315,99 +395,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         quiet.setLevel(level)
 
 
-def _which(conversations: Sequence[Sequence[Message]], number: int) -> str:
+def _which(conversations: Sequence[Sequence[Message]], place: int) -> str:
     """One of several prompts, so that a person finds it."""
-    return f"prompt {number + 1} of {len(conversations)} ({one_line(conversations[number][-1]['content'], 60)!r})"
-
-
-def _pattern_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches any special token, longest first. Added tokens that are not special (`<think>`) may be written."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special += [str(token) for token in tokenizer.all_special_tokens]
-    return re.compile("|".join(re.escape(token) for token in sorted(set(special), key=len, reverse=True)) or "(?!)")
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special.union(tokenizer.all_special_ids) - {_number(tokenizer.unk_token_id)}
-
-
-def _around_answer(codec: Codec, before: Sequence[Message] = _GREETING) -> tuple[str, str]:
-    """What the template writes before and after an assistant's text; all of it before where the text is not there."""
-    chat = [*before, {"role": "assistant", "content": _MARK}]
-    rendered = codec.render(chat, add_generation_prompt=False)
-    left, found, right = rendered.rpartition(_MARK)
-    return (left, right) if found else (rendered, "")
-
-
-def _turn_marks(codec: Codec) -> list[Any]:
-    """The added tokens that the template writes around messages and that are not special, though they should be.
-
-    Some models declare `<|im_end|>` so: a user's text could then end its turn, and sampling would run past it. Tags
-    that answers write themselves, such as `<think>`, come in pairs and stand in the assistant's turn alone.
-    """
-    plain = [t for t in codec.tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
-    if not plain:
-        return []
-    names = {token.content for token in codec.tokenizer.added_tokens_decoder.values()}
-    left, right = _around_answer(codec)
-    of_user = codec.render(_GREETING, add_generation_prompt=False)
-    with contextlib.suppress(TemplateError):  # of a template without a system role
-        of_user += codec.render([{"role": "system", "content": "hello"}, *_GREETING], add_generation_prompt=False)
-    pattern = re.compile("|".join(re.escape(t.content) for t in sorted(plain, key=lambda t: -len(t.content))))
-    ends = pattern.findall(right)[:1] if not codec._special.search(right) else []
-    written = {*pattern.findall(of_user), *ends}
-    tags = {name for name in names if {name.replace("<", "</", 1), name.replace("</", "<", 1)} & (names - {name})}
-    written |= set(pattern.findall(left + right + codec.render(_GREETING))) - tags
-    return [token for token in plain if token.content in written]
-
-
-def _make_special(tokenizer: PreTrainedTokenizerBase, added: Iterable[Any]) -> None:
-    """Declare added tokens special: they keep their ids, and their spelling inside a message stays text."""
-    tokens = [AddedToken(t.content, special=True, normalized=False, lstrip=t.lstrip, rstrip=t.rstrip) for t in added]
-    if tokens:
-        tokenizer.add_tokens(tokens, special_tokens=True)  # type: ignore[arg-type]
-
-
-def _before_answers(codec: Codec) -> tuple[str, str]:
-    """(text that stands before an answer, what the template puts between it and the answer).
-
-    Both are empty where an answer's tokens do not depend on what comes before, as with byte-level tokenizers.
-    """
-    line_break, probe = "\n", "a"
-    before, joint, alone = codec.encode_all([line_break, line_break + probe, probe], split_special_tokens=True)
-    if joint == [*before, *alone]:
-        return "", ""
-    prompt = codec.render(_GREETING)
-    left, _ = _around_answer(codec)
-    lead = left.removeprefix(prompt) if left.startswith(prompt) else ""
-    *_, tail = codec._special.split(prompt)
-    if tail:
-        return tail[-_ANCHOR:], lead
-    # Behind a special token the tokenizer decides whether a space begins the text.
-    behind = codec._encode_control(prompt + probe)[len(codec._encode_control(prompt)) :]
-    return ("", "") if behind == alone else (line_break, lead)
-
-
-def _find_end(codec: Codec) -> int:
-    """The first special token that the template writes after an assistant's text, else the end-of-sequence token."""
-    tokenizer = codec.tokenizer
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = tokenizer.encode(_around_answer(codec)[1], add_special_tokens=False)
-    ends = [token for token in ids if token in special and token != tokenizer.unk_token_id]
-    end = ends[0] if ends else _number(tokenizer.eos_token_id)
-    if end is None:
-        message = "the tokenizer has no token that ends an answer"
-        raise StageError(message, kind="no_end_token", fix="set eos_token in tokenizer_config.json")
-    return end
-
-
-def _number(token_id: Any) -> int | None:
-    """A token id of the tokenizer's, which declares them as all sorts of things."""
-    return None if token_id is None else int(token_id)
-
-
-def _unused_characters(text: str) -> tuple[str, str]:
-    """Two private-use characters that the text does not hold, to mark places in it."""
-    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    return next(unused), next(unused)
+    return f"prompt {place + 1} of {len(conversations)} ({one_line(conversations[place][-1]['content'], 60)!r})"

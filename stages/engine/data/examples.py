@@ -8,9 +8,12 @@ from typing import Any
 
 import polars as pl
 
+from schemas.config import Learn
+from schemas.conversation import EXTRA, Message
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
+from stages.engine.data.turns import answer_ids, answer_of, learned
 
 log = logging.getLogger("alignflow")
 
@@ -28,7 +31,14 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
         kinds = ", ".join(sorted(path.stem for path in (folder / part).glob("*.parquet"))) or "nothing"
         message = f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {kinds}."
         raise refuse(f"data.{kind}", "missing", message, _fix(part, kind), kind="data")
-    return pl.read_parquet(folder / part / f"{kind}.parquet", glob=False).to_dicts()
+    rows = pl.read_parquet(folder / part / f"{kind}.parquet", glob=False).to_dicts()
+    for row in rows:  # a table in which one row has tools has a place for them in all
+        row["prompt"] = [message if message.get(EXTRA, "") else _plain(message) for message in row["prompt"]]
+    return rows
+
+
+def _plain(message: Message) -> Message:
+    return {"role": message["role"], "content": message["content"]}
 
 
 def read_if_there(folder: Path, part: str, kind: str) -> list[Row]:
@@ -58,6 +68,33 @@ def encode(rows: Sequence[Row], answers: Callable[[Row], Sequence[str]], codec: 
         Example(row, Tree(tuple(codec.prompt(row["prompt"])), tuple(tuple(codec.answer(a)) for a in answers(row))))
         for row in rows
     ]
+
+
+def encode_sft(rows: Sequence[Row], learn: Learn, codec: Codec) -> list[Example]:
+    """Tokenize rows of kind `sft`. `all`: every turn of the assistant is learned, in one example per row, and one more
+    for each turn that the template writes otherwise once others follow (turns.py).
+    """
+    if learn == "last":
+        return [Example(row, _last(row["prompt"], answer_of(row), codec)) for row in rows]
+    return [Example(row, tree) for row in rows for tree in _conversation(row, codec)]
+
+
+def _last(prompt: Sequence[Message], answer: Message, codec: Codec) -> Tree:
+    return Tree(tuple(codec.prompt(prompt)), (tuple(answer_ids(codec, prompt, answer)),))
+
+
+def _conversation(row: Row, codec: Codec) -> list[Tree]:
+    """The whole conversation, its turns marked, and those that are learned by themselves."""
+    prompt, answer = row["prompt"], answer_of(row)
+    ids, mask, apart = learned(codec, prompt)
+    last = answer_ids(codec, prompt, answer)
+    first = next((place for place, is_learned in enumerate(mask) if is_learned), len(ids))
+    if first == len(ids):  # one answer: as where the last one alone is learned
+        whole = Tree(tuple(ids), (tuple(last),))
+    else:
+        masks = ((*mask[first:], *[True] * len(last)),)
+        whole = Tree(tuple(ids[:first]), ((*ids[first:], *last),), masks)
+    return [whole, *(_last(prompt[:place], prompt[place], codec) for place in apart)]
 
 
 def longest(tree: Tree) -> int:

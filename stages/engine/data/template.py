@@ -7,10 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# What a tokenizer without a chat template gets: the messages' text, one after the other, each on a line of its own.
+# What a tokenizer without a chat template gets: the messages' text, one after the other, each on a line of its own;
+# before them each tool as a line of JSON, and below an assistant's text each of its calls.
 # An assistant's turn ends with the end-of-sequence token. `{BOS}` is filled in where the tokenizer starts texts so.
 DEFAULT_TEMPLATE = (
-    "{BOS}{% for message in messages %}{{ message['content'] }}"
+    "{BOS}{% for tool in tools or [] %}{{ tool['function'] | tojson }}{{ '\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\\n' if message['content'] or not loop.first else '' }}{{ call['function'] | tojson }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"
@@ -30,6 +34,14 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """`DEFAULT_TEMPLATE`, starting with BOS exactly when the tokenizer starts its own texts with it."""
     starts = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     return DEFAULT_TEMPLATE.replace("{BOS}", "{{ bos_token }}" if starts else "")
+
+
+def one_template(templates: Mapping[str, str]) -> str | None:
+    """A model's templates as one: that for tools where a conversation has some, else the default; None without one."""
+    default, tools = templates.get("default"), templates.get("tool_use")
+    if default is None or tools is None:
+        return default
+    return f"{{% if tools %}}\n{tools}{{% else %}}\n{default}{{% endif %}}"
 
 
 def with_system_prompt(template: str, system_prompt: str) -> str:
@@ -82,7 +94,7 @@ class Thought:
     def behind(self, answer: str) -> str:
         """The answer as it goes on behind the prompt: no tag twice, and a plain answer not inside the thought."""
         if self.empty:
-            return _EMPTY_THOUGHT_FIRST.sub("", answer, count=1)
+            return without_empty_thought(answer)
         if not self.opened:
             return answer
         tag = self.opened.rstrip()
@@ -99,6 +111,11 @@ class Thought:
             if answer.startswith(f"\n{self.closes}")
             else self.opened + answer
         )
+
+
+def without_empty_thought(turn: str) -> str:
+    """A turn without the empty thought that templates put before a last answer without one."""
+    return _EMPTY_THOUGHT_FIRST.sub("", turn, count=1)
 
 
 def _closing(tag: str) -> str:

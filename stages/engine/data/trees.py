@@ -26,10 +26,21 @@ class Tree:
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
+    masks: tuple[tuple[bool, ...], ...] | None = None
+    """Per answer, which of its tokens are learned; None: all. A conversation is an answer behind its first turn."""
 
     def __post_init__(self) -> None:
         if not (self.prompt and self.answers and all(self.answers)):
             raise ValueError("a tree needs a prompt and answers of at least one token each")
+        if self.masks is not None and [*map(len, self.masks)] != [*map(len, self.answers)]:
+            raise ValueError("a tree's masks need a truth value for each token of its answers")
+        if self.masks is not None and not all(map(any, self.masks)):
+            raise ValueError("of each of a tree's answers a token at least has to be learned")
+
+    @property
+    def learned(self) -> int:
+        """Tokens of its answers that are learned."""
+        return sum(map(len, self.answers)) if self.masks is None else sum(map(sum, self.masks))
 
 
 @dataclass
@@ -43,7 +54,8 @@ class Batch:
     segments: Segments | None
     """Shared and packed layouts: what attention needs."""
     predict_N: Tensor
-    """Flat index of the hidden state that predicts each answer token."""
+    """Flat index of the hidden state that predicts each answer token. Where a tree has masks, N counts what is learned.
+    """
     labels_N: Tensor
     """The answer tokens themselves."""
     answer_N: Tensor
@@ -53,7 +65,7 @@ class Batch:
     last_A: Tensor
     """Flat index of each answer's last token."""
     lengths_A: Tensor
-    """Tokens of each answer."""
+    """Tokens of each answer, where a tree has masks those that are learned."""
     tokens: int
     """Tokens of the trees, the same in every layout: a prompt once for all its answers, no padding."""
 
@@ -78,7 +90,11 @@ def collate(trees: Sequence[Tree], layout: Layout, pad_id: int) -> Batch:
     if layout == "padded":
         return _padded(trees, pad_id, tokens)
     if layout == "packed":
-        trees = [Tree(tree.prompt, (answer,)) for tree in trees for answer in tree.answers]
+        trees = [
+            Tree(tree.prompt, (answer,), None if tree.masks is None else (tree.masks[number],))
+            for tree in trees
+            for number, answer in enumerate(tree.answers)
+        ]
     return _one_row(trees, tokens)
 
 
@@ -157,11 +173,16 @@ def _answers(trees: Sequence[Tree], before_A: Tensor, starts_A: Tensor) -> dict[
     firsts_A = lengths_A.cumsum(0) - lengths_A
     step_N = torch.arange(len(answer_N)) - firsts_A[answer_N]
     token_N = starts_A[answer_N] + step_N
-    return {
+    per_token = {
         "predict_N": torch.where(step_N == 0, before_A[answer_N], token_N - 1),
         "labels_N": torch.tensor(list(chain.from_iterable(answers))),
         "answer_N": answer_N,
         "token_N": token_N,
-        "last_A": starts_A + lengths_A - 1,
-        "lengths_A": lengths_A,
     }
+    last_A = starts_A + lengths_A - 1
+    if any(tree.masks is not None for tree in trees):
+        masks = (tree.masks or [[True] * len(answer) for answer in tree.answers] for tree in trees)
+        learned_N = torch.tensor(list(chain.from_iterable(chain.from_iterable(masks))))
+        per_token = {name: values_N[learned_N] for name, values_N in per_token.items()}
+        lengths_A = torch.bincount(per_token["answer_N"], minlength=len(answers))
+    return {**per_token, "last_A": last_A, "lengths_A": lengths_A}

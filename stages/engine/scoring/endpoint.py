@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from schemas.config import EndpointJudge as EndpointConfig
+from schemas.conversation import Message, shown, shown_tools
 from schemas.errors import StageError, refuse
-from stages.engine.data.codec import Message
 
 TRIES = 4
 PAUSE = 1.0  # seconds before the second try; doubles with each further one
@@ -132,8 +132,9 @@ class EndpointJudge:
 
     def _ask(self, client: httpx.Client, prompt: Sequence[Message], a: str, b: str) -> float:
         """One question: 1 when the first answer is called better, 0 the second, 1/2 a tie or no verdict."""
-        conversation = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-        parts = {"conversation": conversation, "answer_A": a, "answer_B": b}
+        conversation = "\n\n".join(f"{message['role']}: {shown(message)}" for message in prompt)
+        tools = shown_tools(prompt)
+        parts = {**({"tools": tools} if tools else {}), "conversation": conversation, "answer_A": a, "answer_B": b}
         text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
         question = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         reply = self._post(client, question)

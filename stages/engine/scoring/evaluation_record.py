@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from schemas.conversation import Message, shown, words_of
 from schemas.errors import refuse
 from stages.engine.scoring.intervals import RESAMPLES
-
-Message = Mapping[str, str]  # as in stages/engine/data/codec.py, which costs the import of transformers
 
 # Evaluations that differ in any of these cannot be compared.
 CONDITIONS = ("judge", "judge_model", "temperatures", "samples_per_prompt", "max_new_tokens", "seed")
@@ -169,7 +168,7 @@ def digest_of(prompt: Sequence[Message]) -> str:
     """sha256 of a prompt, also of one whose text was not kept."""
     if [message["role"] for message in prompt] == ["sha256"]:
         return prompt[0]["content"]
-    turns = [[message["role"], message["content"]] for message in prompt]
+    turns = [[message["role"], words_of(message)] for message in prompt]
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()
 
 
@@ -198,7 +197,7 @@ def text_of(messages: Sequence[Message]) -> str:
     """A prompt for people: a single message's text, else each message after its role."""
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return "\n\n".join(f"{message['role']}: {shown(message)}" for message in messages)
 
 
 def check_comparable(

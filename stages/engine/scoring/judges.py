@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from schemas import config as settings
+from schemas.conversation import Message
 from schemas.errors import refuse
 from stages.engine import demo
-from stages.engine.data.codec import Codec, Message
+from stages.engine.data.codec import Codec
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import load_judge
 from stages.engine.scoring import metrics

@@ -142,7 +142,11 @@ class PolicyMethod(OfflineMethod):
         rows = read(context.input("data"), "train", self.kind)
         codec = Codec.load(context.input("model"))
         self.policy = load_policy(context.input("model"), config, seed=context.request.seed)
-        super().__init__(self.policy, codec, encode(rows, self.answers, codec), config, context)
+        super().__init__(self.policy, codec, self.encoded(rows, codec), config, context)
+
+    def encoded(self, rows: Sequence[Row], codec: Codec) -> list[Example]:
+        """The rows' tokens. Called before the method is whole."""
+        return encode(rows, self.answers, codec)
 
     @staticmethod
     @abstractmethod
@@ -161,7 +165,7 @@ class PolicyMethod(OfflineMethod):
     def held_out_examples(self) -> list[Example]:
         """The held-out rows that are short enough and whose first answer is liked; none where the data holds none."""
         rows = read_if_there(self.context.input("data"), "eval", self.kind)
-        examples = encode([row for row in rows if self.is_liked(row)], self.answers, self.codec)
+        examples = self.encoded([row for row in rows if self.is_liked(row)], self.codec)
         return [example for example in examples if longest(example.tree) <= self.limit]
 
     def held_out(self) -> list[Tree]:

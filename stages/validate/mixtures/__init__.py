@@ -14,6 +14,7 @@ import polars as pl
 
 from schemas.data import Kind, MixtureParams
 from schemas.errors import StageError, refuse
+from schemas.rows import concat
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import PARTS, derive, distinct, store
 from stages.validate.mixtures.drawing import alternate, draw
@@ -84,7 +85,7 @@ class Mixed:
                 frame = read(source.context, source.quarantine)
             frames.setdefault(source.context.params.kind, []).append(frame.with_columns(pl.col("row") + start))
             start += source.context.read
-        return [(self._context(kind), pl.concat(some, how="diagonal")) for kind, some in frames.items()]
+        return [(self._context(kind), concat(some)) for kind, some in frames.items()]
 
     def _context(self, kind: Kind) -> Context:
         """What the rows of a kind are checked with once they are together."""
@@ -173,7 +174,7 @@ class Mixed:
 
     def _joined(self, kind: Kind, tables: list[pl.DataFrame]) -> pl.DataFrame:
         """One table of what rows of several kinds have given; notes what one of another kind has given already."""
-        every = pl.concat(tables, how="diagonal").sort("row", maintain_order=True).with_row_index("at")
+        every = concat(tables).sort("row", maintain_order=True).with_row_index("at")
         content = ["prompt"] if kind == "prompt" else [name for name in every.columns if name not in ("row", "at")]
         once = distinct(every, *content)
         if kind == self.params.kind and kind != "prompt":

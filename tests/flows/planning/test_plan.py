@@ -310,3 +310,14 @@ def test_who_asks_an_endpoint_about_two_models_has_its_address_from_the_config()
         for node in (planned.nodes["compare"], promote):
             assert ("judge" in node.params) == asked
             assert not asked or node.params["judge"]["url"] == judge["url"]
+
+
+def test_the_data_that_sft_learns_from_knows_which_turns() -> None:
+    """Only there do weights of earlier turns count; other data, and a run without SFT, stay as they are."""
+    answers = {"path": "demo:sft", "kind": "sft"}
+    made = nodes(data={"sft": answers, "preference": PAIRS}, sft={"learn": "all"})
+    assert made["data sft"].params["learn"] == made["sft"].params["learn"] == "all"
+    assert "learn" not in made["data preference"].params
+    derived = nodes(data={"preference": PAIRS}, sft={"learn": "all"})
+    assert derived["data preference"].params["learn"] == "all"
+    assert "learn" not in nodes(data={"preference": PAIRS}, sft=None)["data preference"].params

@@ -141,8 +141,9 @@ def test_keys_of_messages_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"tools": [{"name": "price"}]}, "tools"),
-        ({"tools": '[{"name": "price"}]'}, "tools"),
+        ({"tools": "hammer"}, "broken_tools"),
+        ({"tools": {"name": "price"}}, "tools_not_a_list"),
+        ({"tools": [{"name": "price"}], "functions": [{"name": "price"}]}, "two_lists_of_tools"),
         ({"images": ["a.png"]}, "has_image"),
         ({"audio": {"path": "a.wav"}}, "has_audio"),
         (
@@ -212,12 +213,12 @@ def test_parts_are_joined() -> None:
         (message("user", [{"type": "poem", "text": "x"}]), "unknown_part", None),
         (message("user", [{"type": "tool_result", "content": "x"}]), "tools", None),
         (message("user", []), "empty", []),
-        (message("tool", "x"), "tools", "tool"),
+        (message("tool", "x"), "result_without_call", "x"),
         (message("ghost", "x"), "unknown_role", "ghost"),
-        (message("assistant", "x", tool_calls=[{"id": "1"}]), "tools", [{"id": "1"}]),
-        (message("assistant", None, function_call={"name": "f"}), "tools", {"name": "f"}),
-        (message("assistant", "x", weight=0), "not_learned", {"weight": 0}),
-        (message("assistant", "x", loss=0.5), "not_learned", {"loss": 0.5}),
+        (message("assistant", "x", tool_calls=[{"id": "1"}]), "not_a_tool_call", {"id": "1"}),
+        (message("assistant", None, function_call={"title": "f"}), "not_a_tool_call", {"title": "f"}),
+        (message("assistant", "x", weight=0), "not_learned", "x"),
+        (message("assistant", "x", loss=0.5), "unknown_weight", 0.5),
     ],
 )
 def test_messages_that_are_not_read(bad: dict[str, Any], reason: str, value: Any) -> None:
