@@ -18,6 +18,7 @@ from stages.engine.data.trees import Layout, Tree, collate
 from stages.engine.training.loop import train_and_publish
 from stages.validate import check
 from stages.validate.context import Context
+from stages.validate.formats import parse
 from stages.validate.quarantine import Report
 from tests.support import models
 from tests.support.context import MemoryContext
@@ -68,6 +69,14 @@ def test_all_turns_by_hand(tmp_path: Path) -> None:
         Tree((7, 18, 1, 8), ((15, 1),)),
         Tree((9,), ((17, 1),)),
     ]
+
+
+def test_a_row_is_cut_behind_the_last_learned_turn() -> None:
+    """Of three turns the last has weight 0: the second becomes the answer, and the first stays before it."""
+    spoken = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")]
+    messages = [{"role": role, "content": content} for role, content in spoken]
+    messages[-1] = {**messages[-1], "weight": 0}  # type: ignore[dict-item]
+    assert parse("sft", {"messages": messages}, "all") == {"prompt": tuple(spoken[:3]), "response": "d"}
 
 
 def test_the_last_turn_by_hand(tmp_path: Path) -> None:
