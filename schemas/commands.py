@@ -4,7 +4,7 @@ from pydantic import Field
 
 from schemas import Strict
 from schemas.config import GenerateConfig
-from schemas.data import MixtureParams, ValidateParams
+from schemas.config.data import MixtureParams, ValidateParams
 from schemas.source import FilePath, PathText
 
 

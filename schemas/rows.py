@@ -14,8 +14,8 @@ import polars as pl
 from pandera.errors import SchemaError, SchemaErrors
 from pandera.polars import PolarsData
 
+from schemas.config.data import Kind
 from schemas.conversation import EXTRA, words_of
-from schemas.data import Kind
 
 Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 MessagesWithExtra = pl.List(pl.Struct({"role": pl.String, "content": pl.String, EXTRA: pl.String}))

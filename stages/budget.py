@@ -12,8 +12,8 @@ from statistics import fmean
 
 from transformers import AutoConfig
 
-from schemas.methods import CONFIGS, PPO, MethodConfig
-from schemas.training import NO_END, steps_for
+from schemas.config.methods import CONFIGS, PPO, MethodConfig
+from schemas.config.training import NO_END, steps_for
 from stages.align import BUDGET, METHODS
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode, fitting, read
@@ -47,7 +47,7 @@ def run(context: StageContext) -> dict[str, float]:
 
 
 def own_tokens(config: MethodConfig, context: StageContext) -> int:
-    """Training tokens (schemas/training.py) that a method sees in its own setting, order left aside."""
+    """Training tokens (schemas/config/training.py) that a method sees in its own setting, order left aside."""
     if config.train_tokens is not None:
         return config.train_tokens
     codec = Codec.load(context.input("model"))

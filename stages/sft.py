@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from schemas.config import SFTConfig
-from schemas.data import Learn
+from schemas.config.data import Learn
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Example, Row, encode_sft
 from stages.engine.scoring.by_source import by_source

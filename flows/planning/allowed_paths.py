@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse, urlsplit
 from flows.planning.config_file import refusal
 from schemas import environment
 from schemas.config import EndpointJudge, ModelConfig, PipelineConfig, RewardJudge
-from schemas.data import sources_of
+from schemas.config.data import sources_of
 from schemas.errors import Problem, problem
 from schemas.source import File, Hub, Package, Remote, data_source, model_source, template_file
 from schemas.stage import SOURCE, Request

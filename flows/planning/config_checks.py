@@ -11,12 +11,12 @@ from pathlib import Path
 from flows.planning.explain import closest_match
 from schemas.architectures import positions, why_none_trained
 from schemas.config import EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge, SentimentJudge
-from schemas.data import SourceConfig, sources_of
+from schemas.config.data import SourceConfig, sources_of
+from schemas.config.methods import PPO
+from schemas.config.training import Training
 from schemas.errors import Problem, problem
-from schemas.methods import PPO
 from schemas.model_folder import config_of, why_unusable
 from schemas.source import HOW_TO_PIN, File, Hub, Package, Remote, data_source, model_source, template_file
-from schemas.training import Training
 
 
 def check(config: PipelineConfig) -> Iterator[Problem]:

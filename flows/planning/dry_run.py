@@ -12,10 +12,10 @@ from flows.planning.plan import Node, Plan
 from flows.planning.requests import request_for
 from flows.servers import checks
 from schemas.config import PipelineConfig
-from schemas.data import DERIVES, MixtureParams, ValidateParams
-from schemas.methods import CONFIGS, MethodConfig
+from schemas.config.data import DERIVES, MixtureParams, ValidateParams
+from schemas.config.methods import CONFIGS, MethodConfig
+from schemas.config.training import Training
 from schemas.stage import Result
-from schemas.training import Training
 from stages import tracking
 
 _MOST_COUNTED = 16 << 30  # bytes, unpacked

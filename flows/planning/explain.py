@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from schemas.config import PipelineConfig
-from schemas.data import DataConfig
+from schemas.config.data import DataConfig
 from schemas.errors import StageError
 from schemas.text import one_line, short
 

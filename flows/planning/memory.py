@@ -26,8 +26,8 @@ from pathlib import Path
 
 from flows.planning.requests import model_file
 from schemas.config import ModelConfig, PipelineConfig, Scratch
-from schemas.methods import PPO
-from schemas.training import LoRA, Training, steps_for
+from schemas.config.methods import PPO
+from schemas.config.training import LoRA, Training, steps_for
 
 CHUNK = 2**23
 """Logits that the head computes at once."""

@@ -5,7 +5,7 @@ from dataclasses import field as default
 from typing import Any
 
 from schemas.config import PipelineConfig, seeded_name
-from schemas.training import Training
+from schemas.config.training import Training
 
 Output = tuple[str, str]
 """A node's name and the name of one of its outputs."""

@@ -23,9 +23,9 @@ from schemas.config import (
     RewardJudge,
     seeded_name,
 )
-from schemas.data import DataConfig, Mixture, PipelineData
+from schemas.config.data import DataConfig, Mixture, PipelineData
+from schemas.config.methods import MethodConfig
 from schemas.errors import refuse
-from schemas.methods import MethodConfig
 from schemas.promotion import GATE_TAG, PromoteConfig
 from schemas.source import GENERATED
 

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from flows.planning import config_file, explain
 from flows.planning.plan import Plan
 from schemas.config import PipelineConfig, seeded_name
+from schemas.config.methods import CONFIGS, PPO, MethodConfig
 from schemas.errors import refuse
-from schemas.methods import CONFIGS, PPO, MethodConfig
 from schemas.stage import Result
 from stages import tracking
 

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import psutil
 
-from flows.servers import databases, passwords
+from flows.servers import passwords
 from flows.servers.passwords import Passwords
 from flows.servers.supervisor import HOST, Server, address
 from schemas.environment import LOGIN
 from schemas.errors import refuse
 from stages import tracking
-from stages.runtime import workspace
-from stages.runtime.databases import check_and_back_up
+from stages.runtime import databases, workspace
+from stages.runtime.databases import Schema
+
+PREFECT = Schema("Prefect", "prefect", "server/database/_migrations/versions/sqlite", holds=())
+USERS = Schema("MLflow", "mlflow", "server/auth/db/migrations/versions", ("users",), table="alembic_version_auth")
 
 # Passwords that MLflow or its handbook have used.
 KNOWN_PASSWORDS = {"password", "password1234", "admin", "changeme"}
@@ -79,7 +82,7 @@ def prefect_server(number: int, *more: str, host: str = HOST, password: str | No
             fix = "begin it with postgresql+asyncpg:// (or sqlite+aiosqlite:///)"
             shown = tracking.without_passwords(uri)
             raise refuse(variable, shown, "Prefect has no driver for it.", fix, kind="server")
-    databases.check_prefect()
+    check_prefect()
     module = "flows.servers.door"
     command = [sys.executable, "-P", "-m", module, "server", "start", "--host", host, "--port", str(number), *more]
     environment = {**KEEP_LEASES, "PREFECT_HOME": str(workspace.home() / "prefect")}
@@ -153,7 +156,7 @@ def check_passwords(server: str) -> None:
 def auth_config() -> Path:
     """MLflow's file about its users: their database is beside that of the runs. Holds no password."""
     path = workspace.home() / "mlflow-auth.ini"
-    check_and_back_up(workspace.home() / "mlflow-auth.db", databases.USERS)  # before a newer MLflow migrates it
+    databases.check_and_back_up(workspace.home() / "mlflow-auth.db", USERS)  # before a newer MLflow migrates it
     lines = [
         "[mlflow]",
         "default_permission = NO_PERMISSIONS",
@@ -183,3 +186,28 @@ def allowed_hosts(host: str) -> str:
     # MLflow reads patterns, in which brackets have a meaning of their own.
     names = [name.replace("[", "[[]") for name in sorted(own)]
     return ",".join([*names, *(f"{name}:*" for name in names), *([more] if more else [])])
+
+
+# --- Prefect's database ---
+
+
+def check_prefect() -> None:
+    """Keep a copy of Prefect's database before a newer Prefect migrates it.
+
+    Raises:
+        StageError: it is damaged, or a newer Prefect has made it.
+    """
+    path = prefect_file()
+    if path is not None:
+        with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # not while another run's server makes it
+            databases.check_and_back_up(path, PREFECT)
+
+
+def prefect_file() -> Path | None:
+    """Where Prefect's server will keep its database; None where that is no file."""
+    for variable in ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"):
+        uri = os.environ.get(variable)
+        if uri:
+            path = uri.partition(":///")[2].partition("?")[0]
+            return Path(path) if uri.startswith("sqlite") and path and not path.startswith(":memory:") else None
+    return workspace.home() / "prefect" / "prefect.db"

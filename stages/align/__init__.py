@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from schemas.methods import CONFIGS, MethodConfig
+from schemas.config.methods import CONFIGS, MethodConfig
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
 from stages.align.ppo import PPO

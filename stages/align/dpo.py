@@ -10,7 +10,7 @@ Suffixes: P pairs, 2 the chosen and the rejected answer.
 import torch.nn.functional as F
 from torch import Tensor
 
-from schemas import methods
+from schemas.config import methods
 from stages.engine.data.examples import Row
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment

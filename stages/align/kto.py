@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas import methods
+from schemas.config import methods
 from schemas.errors import refuse
 from stages.engine.data.examples import Row
 from stages.engine.data.trees import Tree, tree_tokens

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from schemas import methods
+from schemas.config import methods
+from schemas.config.training import NO_END
 from schemas.errors import refuse
-from schemas.training import NO_END
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Row, read
 from stages.engine.data.order import order, step_rows

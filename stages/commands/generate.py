@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.commands import GenerateCommand
+from schemas.config.data import ValidateParams
 from schemas.conversation import EXTRA
-from schemas.data import ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show, show_tracebacks
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
 from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, SentimentJudge
 from stages.generate import HOW_TO_RANK, Messages, Progress, answer, label, score, summary, write
-from stages.validate import formats, readers
-from stages.validate.cells import BadRow
-from stages.validate.column_advice import KNOWN
-from stages.validate.columns import Columns
+from stages.validate import readers
+from stages.validate.forms import formats
+from stages.validate.forms.cells import BadRow
+from stages.validate.forms.column_advice import KNOWN
+from stages.validate.forms.columns import Columns
 
 
 class Asked(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.commands import MixtureCommand, ValidateCommand
-from schemas.data import DataConfig, ValidateParams
+from schemas.config.data import DataConfig, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, show, show_tracebacks

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, get_args
 
 import polars as pl
 
-from schemas.data import Kind, MixtureParams, ValidateParams
+from schemas.config.data import Kind, MixtureParams, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.stage import SOURCE, source_input
-from stages.validate import ngrams, table_checks, token_checks
+from stages.validate.checks import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
 from stages.validate.derive import PARTS, part, write
 from stages.validate.mixtures import Mixed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # importing it takes seconds, and a check without a model does without

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.rows import Numbers, may_repeat
 from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
 

@@ -11,11 +11,11 @@ import polars as pl
 from pydantic import field_validator
 
 from schemas import Strict
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.errors import StageError
 from schemas.text import visible
+from stages.validate.checks.table_checks import ANSWERS, IN_ANOTHER
 from stages.validate.context import Context, Finding
-from stages.validate.table_checks import ANSWERS, IN_ANOTHER
 
 LEFT_OUT = "(left out: log_text is false)"
 LISTED = 10_000

@@ -14,19 +14,19 @@ import polars as pl
 from schemas.errors import StageError, refuse
 from schemas.rows import concat
 from schemas.source import Generated, data_source
-from stages.validate.cells import BadRow, Parsed, Row
-from stages.validate.column_advice import other_json, shown, unknown_mapping, wrong_columns
-from stages.validate.columnar import Taken, count_texts, take
-from stages.validate.columns import Columns, odd_calls, wrong_format
+from stages.validate.checks.table_checks import ANSWERS
 from stages.validate.context import Context, Finding, note
-from stages.validate.formats import parse, to_frame
-from stages.validate.labels import meanings, wrong_map
-from stages.validate.presets import Numbered
+from stages.validate.forms.cells import BadRow, Parsed, Row
+from stages.validate.forms.column_advice import other_json, shown, unknown_mapping, wrong_columns
+from stages.validate.forms.columnar import Taken, count_texts, take
+from stages.validate.forms.columns import Columns, odd_calls, wrong_format
+from stages.validate.forms.formats import parse, to_frame
+from stages.validate.forms.labels import meanings, wrong_map
+from stages.validate.forms.rankings import generated
+from stages.validate.forms.whole_files import Numbered
+from stages.validate.forms.written import Written, cut_repeated_prompts
 from stages.validate.quarantine import Quarantine
-from stages.validate.rankings import generated
 from stages.validate.readers import Chunk, Lines, Record, chunks
-from stages.validate.table_checks import ANSWERS
-from stages.validate.written import Written, cut_repeated_prompts
 
 _HOPELESS = 200_000
 """Rows without a usable one among them after which the rest is not read: it is another kind of file."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.rows import may_repeat
 
 HEAD = ["row", "prompt", "prompt_id", "cluster"]

@@ -4,13 +4,13 @@ import re
 
 import polars as pl
 
-from schemas.data import MixtureParams, ValidateParams
+from schemas.config.data import MixtureParams, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, short
-from stages.validate.cells import ROLES
-from stages.validate.column_advice import KNOWN
 from stages.validate.context import Context
+from stages.validate.forms.cells import ROLES
+from stages.validate.forms.column_advice import KNOWN
 from stages.validate.quarantine import Quarantine
 from stages.validate.readers.files import how_to_convert
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from schemas import methods
-from schemas.config import RewardConfig, SFTConfig
-from schemas.training import Training
+from schemas.config import RewardConfig, SFTConfig, methods
+from schemas.config.training import Training
 from stages.align import ppo
 from stages.align.dpo import DPO
 from stages.align.kto import KTO

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import pytorch_utils
 
-from schemas.training import LoRA
+from schemas.config.training import LoRA
 from stages.engine.data.trees import collate
 from stages.engine.models import cpu
 from stages.engine.models.loading import load_policy

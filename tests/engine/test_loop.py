@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from schemas.config.training import Training, steps_for
 from schemas.errors import StageError
-from schemas.training import Training, steps_for
 from stages.engine.data import order
 from stages.engine.training import checkpoint, loop
 from stages.engine.training.method import Metrics, Totals

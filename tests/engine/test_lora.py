@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from schemas.config.training import LoRA, Training
 from schemas.errors import StageError
-from schemas.training import LoRA, Training
 from stages.engine.data.trees import Batch, collate
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.lora import base_of

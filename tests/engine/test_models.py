@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from schemas.config.training import LoRA, Training
 from schemas.errors import StageError
-from schemas.training import LoRA, Training
 from stages.engine.data.trees import Batch, collate
 from stages.engine.models import logprobs
 from stages.engine.models.cpu import threads_for

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.results import export
-from schemas.methods import PPO
+from schemas.config.methods import PPO
 from stages.align.ppo import RewardModel
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_judge, load_scorer

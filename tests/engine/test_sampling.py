@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from schemas.training import LoRA, Training
+from schemas.config.training import LoRA, Training
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy
 from stages.engine.sampling import draw, sample, seed_of, uniforms

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from schemas.commands import ChatCommand, GenerateCommand
+from schemas.config.methods import PPO
 from schemas.errors import StageError
-from schemas.methods import PPO
 from stages.align.ppo import RewardModel
 from stages.commands import chat
 from stages.commands import generate as generate_command

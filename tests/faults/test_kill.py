@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from schemas import methods
-from schemas.config import RewardConfig, SFTConfig
-from schemas.training import LoRA
+from schemas.config import RewardConfig, SFTConfig, methods
+from schemas.config.training import LoRA
 from stages.align import ppo
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from schemas import methods
-from schemas.config import BaseParams, Scratch, SFTConfig
+from schemas.config import BaseParams, Scratch, SFTConfig, methods
+from schemas.config.training import Training
 from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Artifact, Request, Result
-from schemas.training import Training
 from stages import tracking
 from stages.base import build
 from stages.engine import demo

@@ -9,7 +9,7 @@ import pytest
 
 from flows.execution import process
 from flows.planning import requests
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.stage import STAGES, Request, Result
 from stages import tracking
 from stages.runtime import workspace

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from schemas import methods
-from schemas.config import SFTConfig
+from schemas.config import SFTConfig, methods
+from schemas.config.training import Training
 from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Artifact, Request, Result
-from schemas.training import Training
 from stages import tracking
 from stages.align import ppo
 from stages.engine.data.codec import Codec

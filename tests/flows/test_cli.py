@@ -387,7 +387,12 @@ def test_adding_a_method_takes_what_the_readme_says(extended: Path, ready_home: 
         if not (ROOT / file.relative_to(extended)).exists()
         or file.read_text() != (ROOT / file.relative_to(extended)).read_text()
     }
-    assert changed == {"schemas/methods.py", "stages/align/__init__.py", "stages/align/orpo.py", "tests/test_orpo.py"}
+    assert changed == {
+        "schemas/config/methods.py",
+        "stages/align/__init__.py",
+        "stages/align/orpo.py",
+        "tests/test_orpo.py",
+    }
     added = sum(len((extended / name).read_text().splitlines()) for name in changed if not (ROOT / name).exists())
     assert added <= 80
     for tool in (["ruff", "check"], ["ruff", "format", "--check"]):

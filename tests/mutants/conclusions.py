@@ -206,7 +206,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("(draw < below) | (draw", "(draw < below) & (draw"),
         ("draw - below < gold * (above - below)", "draw - below < gold"),
     ],
-    ("stages/validate/table_checks.py", (SPLIT,)): [
+    ("stages/validate/checks/table_checks.py", (SPLIT,)): [
         ('for name in ("eval", "test")]', 'for name in ("eval",)]'),
         ('side.is_in(["train", "gold"])', 'side.is_in(["train"])'),
         ('& pl.col("cluster").is_in(clusters', '& pl.col("prompt_id").is_in(clusters'),
@@ -214,7 +214,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/validate/verdict.py", (SPLIT,)): [
         ('"test": params.min_test_prompts}', '"test": params.min_eval_prompts}'),
     ],
-    ("schemas/data.py", (MIXTURES,)): [
+    ("schemas/config/data.py", (MIXTURES,)): [
         ("floor(min(reach))", "floor(max(reach))"),
         ("floor(exact[name]) - exact[name])", "exact[name] - floor(exact[name]))"),
         ("n * times[name] + Fraction(1, 2)", "n * times[name]"),

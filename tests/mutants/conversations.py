@@ -40,7 +40,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("else sum(map(sum, self.masks))", "else sum(map(len, self.answers))"),
     ],
     ("stages/sft.py", _LEARN): [("(sum(logps), example.tree.learned)", "(sum(logps), len(example.tree.answers[0]))")],
-    ("stages/validate/tools.py", _TOOLS): [
+    ("stages/validate/forms/tools.py", _TOOLS): [
         ("open_calls -= 1", "pass"),
         ("if own is not None and ids and own not in ids:", "if False:"),
         ("        if open_calls:\n            raise", "        if False:\n            raise"),
@@ -49,19 +49,19 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("parse_constant=_refuse_constant", "parse_constant=None"),
         ("if not known:", "if False:"),
     ],
-    ("stages/validate/cells.py", _TOOLS + _LEARN): [
+    ("stages/validate/forms/cells.py", _TOOLS + _LEARN): [
         ('if calls and role != "assistant":', "if False:"),
         ("return weight == 1", "return True"),
         ("if isinstance(weight, bool) or weight not in (0, 1):", "if False:"),
         ('if learn == "last":\n        return unweighed', 'if learn == "all":\n        return unweighed'),
         ("0 if odd is False else odd", "odd"),
     ],
-    ("stages/validate/formats.py", _TOOLS + _LEARN): [
+    ("stages/validate/forms/formats.py", _TOOLS + _LEARN): [
         ('if learn == "last" or not any(', 'if learn == "all" or not any('),
         ("last = max(place for", "last = min(place for"),
         ('        raise BadRow(column, "answer_is_a_call"', '        print(column, "answer_is_a_call"'),
     ],
-    ("stages/validate/token_checks.py", _TOOLS): [
+    ("stages/validate/checks/token_checks.py", _TOOLS): [
         (
             "if length > self.max_length:\n                yield Finding(row",
             "if False:\n                yield Finding(row",
@@ -78,7 +78,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/generate.py", ("tests/stages/test_tools_everywhere.py",)): [
         ('**({"tools": tools} if tools else {}), "responses"', '"responses"'),
     ],
-    ("stages/validate/rankings.py", ("tests/stages/test_tools_everywhere.py",)): [
+    ("stages/validate/forms/rankings.py", ("tests/stages/test_tools_everywhere.py",)): [
         (
             'prompt = with_tools(turns(row["prompt"], "prompt"), row.get("tools"), "tools")',
             'prompt = turns(row["prompt"], "prompt")',

@@ -6,7 +6,7 @@ import pytest
 
 from flows.planning.explain import validate
 from schemas.config import PipelineConfig
-from schemas.data import DataConfig, Mixture, MixtureParams, PipelineData, default_name, sources_of
+from schemas.config.data import DataConfig, Mixture, MixtureParams, PipelineData, default_name, sources_of
 from schemas.errors import StageError
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from pandera.errors import SchemaError
 
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.rows import (
     ROWS,
     Indices,

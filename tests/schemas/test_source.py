@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from flows.planning.config_checks import check
 from flows.planning.requests import model_file
 from schemas.config import PipelineConfig
-from schemas.data import DataConfig
+from schemas.config.data import DataConfig
 from schemas.errors import StageError
 from schemas.source import (
     Demo,

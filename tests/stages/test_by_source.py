@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from schemas.config import RewardConfig, SFTConfig
-from schemas.data import MixtureParams
-from schemas.methods import DPO as DPOConfig
-from schemas.methods import KTO as KTOConfig
+from schemas.config.data import MixtureParams
+from schemas.config.methods import DPO as DPOConfig
+from schemas.config.methods import KTO as KTOConfig
 from stages import reward, sft
 from stages.align.dpo import DPO
 from stages.align.kto import KTO

@@ -14,7 +14,7 @@ import pytest
 
 from schemas.commands import GenerateCommand
 from schemas.config import BaseParams, GenerateConfig, Scratch
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from stages import generate
 from stages.base import build

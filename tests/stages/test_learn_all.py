@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas.config import Learn, SFTConfig, ValidateParams
+from schemas.config import SFTConfig
+from schemas.config.data import Learn, ValidateParams
 from stages import sft
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode_sft, read
@@ -18,7 +19,7 @@ from stages.engine.data.trees import Layout, Tree, collate
 from stages.engine.training.loop import train_and_publish
 from stages.validate import check
 from stages.validate.context import Context
-from stages.validate.formats import parse
+from stages.validate.forms.formats import parse
 from stages.validate.quarantine import Report
 from tests.support import models
 from tests.support.context import MemoryContext

@@ -9,7 +9,7 @@ import pytest
 
 from flows.planning.plan import plan
 from schemas.config import EndpointJudge, PipelineConfig
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
 from stages import __main__ as entry

@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from schemas.commands import GenerateCommand
-from schemas.config import BaseParams, GenerateConfig, ValidateParams
+from schemas.config import BaseParams, GenerateConfig
+from schemas.config.data import ValidateParams
 from schemas.conversation import opened, with_extra
 from schemas.errors import StageError
 from stages import generate
@@ -17,7 +18,7 @@ from stages.commands.generate import alone, prompts_of
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import read
 from stages.engine.data.template import one_template
-from stages.engine.scoring.endpoint import _question
+from stages.engine.scoring.endpoint import question
 from stages.engine.scoring.evaluation_record import cluster_of, digest_of, text_of
 from stages.engine.scoring.judges import RewardJudge
 from stages.validate import check
@@ -110,13 +111,13 @@ def test_a_reward_model_whose_template_has_no_tools_is_refused(tmp_path: Path) -
 
 
 def test_a_judge_behind_an_endpoint_is_shown_tools_and_calls() -> None:
-    text = _question(PROMPT, "x", "y")[1]["content"]
+    text = question(PROMPT, "x", "y")[1]["content"]
     call = json.dumps(CALLS[0]["function"])
     conversation = f"user: how are you?\n\nassistant: {call}\n\ntool: blue"
     assert text.startswith(
         f"<tools>\n{json.dumps(FUNCTION)}\n</tools>\n\n<conversation>\n{conversation}\n</conversation>"
     )
-    plain = _question([{"role": "user", "content": "hello"}], "x", "y")[1]["content"]
+    plain = question([{"role": "user", "content": "hello"}], "x", "y")[1]["content"]
     assert plain.startswith("<conversation>\nuser: hello\n</conversation>\n\n<answer_A>\nx\n")
 
 

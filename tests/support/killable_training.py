@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from schemas import methods
-from schemas.config import RewardConfig, SFTConfig
-from schemas.training import Training
+from schemas.config import RewardConfig, SFTConfig, methods
+from schemas.config.training import Training
 from stages import __main__ as entry
 from stages.align.dpo import DPO
 from stages.align.kto import KTO

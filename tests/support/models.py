@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from schemas.training import LoRA
+from schemas.config.training import LoRA
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 from stages.engine.training.method import Method, Metrics

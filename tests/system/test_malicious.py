@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 import flows
 from flows.execution import work_pool
 from schemas.config import BaseParams, SFTConfig
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
 from stages import base, tracking

@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.architectures import why_no_policy, why_no_scorer
+from schemas.config.training import Training
 from schemas.errors import StageError, refuse
 from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts, why_unreadable
 from schemas.text import one_line
-from schemas.training import Training
 from stages.engine.models import cpu, lora, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded

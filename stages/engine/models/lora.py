@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from schemas.config.training import LoRA
 from schemas.errors import StageError, refuse
-from schemas.training import LoRA
 
 TRAINED = "default"
 """The adapter in training."""

@@ -132,12 +132,7 @@ class EndpointJudge:
 
     def _ask(self, client: httpx.Client, prompt: Sequence[Message], a: str, b: str) -> float:
         """One question: 1 when the first answer is called better, 0 the second, 1/2 a tie or no verdict."""
-        conversation = "\n\n".join(f"{message['role']}: {shown(message)}" for message in prompt)
-        tools = shown_tools(prompt)
-        parts = {**({"tools": tools} if tools else {}), "conversation": conversation, "answer_A": a, "answer_B": b}
-        text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
-        question = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
-        reply = self._post(client, question)
+        reply = self._post(client, question(prompt, a, b))
         verdict = None if reply.cut else read_verdict(without_thoughts(reply.text))
         if verdict is not None:
             return verdict
@@ -273,6 +268,15 @@ def without_thoughts(reply: str) -> str:
         begins = reply.lower().find(opening)
         reply = reply if begins < 0 else reply[:begins]
     return reply
+
+
+def question(prompt: Sequence[Message], a: str, b: str) -> list[dict[str, str]]:
+    """What a judge is asked about two answers, as messages; tools and their calls as JSON."""
+    conversation = "\n\n".join(f"{message['role']}: {shown(message)}" for message in prompt)
+    tools = shown_tools(prompt)
+    parts = {**({"tools": tools} if tools else {}), "conversation": conversation, "answer_A": a, "answer_B": b}
+    text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
 
 
 def _completions_url(url: str, field: str) -> str:

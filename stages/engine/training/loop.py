@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
+from schemas.config.training import Training
 from schemas.errors import StageError, refuse
-from schemas.training import Training
 from stages.engine.distributed import processes, rank
 from stages.engine.training import checkpoint
 from stages.engine.training.method import Method, Metrics, PublishedMethod

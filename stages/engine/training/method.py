@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from schemas.training import Training
+from schemas.config.training import Training
 from stages.runtime.context import StageContext
 
 Micro = TypeVar("Micro")

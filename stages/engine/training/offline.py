@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from schemas.methods import MethodConfig
-from schemas.training import Training, steps_for
+from schemas.config.methods import MethodConfig
+from schemas.config.training import Training, steps_for
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Example, Row, encode, fitting, longest, read, read_if_there
 from stages.engine.data.order import step_rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from schemas.data import Kind, MixtureParams
+from schemas.config.data import Kind, MixtureParams
 from schemas.errors import StageError, refuse
 from schemas.rows import concat
 from stages.validate.context import Context, Finding, note

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.errors import StageError
 from stages.validate.quarantine import Lengths, Report
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.source import HOW_TO_PIN, Demo, File, Generated, Hub, Remote, data_source, is_commit
 from stages.validate.readers import bounds

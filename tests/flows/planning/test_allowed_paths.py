@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from flows.planning import allowed_paths
 from schemas import environment
 from schemas.config import ModelConfig, PipelineConfig, RewardJudge
-from schemas.data import DataConfig, ValidateParams
+from schemas.config.data import DataConfig, ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages.validate.readers import records

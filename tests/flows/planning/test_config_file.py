@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from flows.planning import config_file
 from schemas import Strict
 from schemas.config import RewardConfig, SFTConfig
+from schemas.config.methods import DPO, KTO, PPO
+from schemas.config.training import LoRA
 from schemas.errors import StageError
-from schemas.methods import DPO, KTO, PPO
 from schemas.stage import Result
-from schemas.training import LoRA
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from flows.planning import memory as planning_memory
 from flows.planning.memory import Sizes
 from schemas.config import ModelConfig, PipelineConfig, Scratch, SFTConfig
-from schemas.methods import DPO, PPO
-from schemas.training import LoRA, Training
+from schemas.config.methods import DPO, PPO
+from schemas.config.training import LoRA, Training
 
 # Two layers, h = 4, i = 6, V = 10: embedding 40; per layer q, k, v, o 4 * 16, gate, up, down 3 * 24, norms 8; norm 4.
 P = 40 + 2 * (64 + 72 + 8) + 4

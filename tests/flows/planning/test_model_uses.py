@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from flows.planning.config_checks import check
 from schemas.architectures import ENCODERS, NOT_SAMPLED, OTHER_HEADS, types, why_no_policy, why_no_scorer
 from schemas.config import BaseParams, PipelineConfig
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from stages.base import build, check_fit
 from stages.engine.data.codec import Codec

@@ -15,12 +15,11 @@ import torch
 from flows.planning import memory, requests, sweep
 from flows.planning.plan import Node, last_test, params_of, plan
 from flows.results import announce
-from schemas import methods
-from schemas.config import PipelineConfig, SFTConfig
+from schemas.config import PipelineConfig, SFTConfig, methods
+from schemas.config.methods import MethodConfig
+from schemas.config.training import Training
 from schemas.errors import StageError
-from schemas.methods import MethodConfig
 from schemas.stage import Artifact, Result
-from schemas.training import Training
 from stages import align, budget
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer

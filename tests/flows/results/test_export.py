@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.results import export, lookup
+from schemas.config.training import Training
 from schemas.errors import StageError
 from schemas.stage import Request, Result
-from schemas.training import Training
 from stages import tracking
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy, load_scorer

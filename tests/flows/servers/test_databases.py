@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.servers import databases, mlflow_prefect
+from flows.servers import mlflow_prefect
 from schemas.errors import EXIT_CODES, StageError
 from stages.runtime.databases import Schema
 
@@ -19,9 +19,9 @@ def opening(
     """A server's database, its schema, and what is called before the server starts."""
     if request.param == "users":
         monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "a long password")
-        return home / "mlflow-auth.db", databases.USERS, lambda: mlflow_prefect.mlflow_server(1)
+        return home / "mlflow-auth.db", mlflow_prefect.USERS, lambda: mlflow_prefect.mlflow_server(1)
     (home / "prefect").mkdir()
-    return home / "prefect" / "prefect.db", databases.PREFECT, lambda: mlflow_prefect.prefect_server(1)
+    return home / "prefect" / "prefect.db", mlflow_prefect.PREFECT, lambda: mlflow_prefect.prefect_server(1)
 
 
 def make(path: Path, schema: Schema, revision: str) -> None:
@@ -83,6 +83,6 @@ def test_an_older_one_is_kept_and_a_current_one_is_not(opening: tuple[Path, Sche
 def test_a_database_that_is_elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
     monkeypatch.setenv(name, f"sqlite+aiosqlite:///{tmp_path}/other.db?timeout=60")
-    assert databases.prefect_file() == tmp_path / "other.db"
+    assert mlflow_prefect.prefect_file() == tmp_path / "other.db"
     monkeypatch.setenv(name, "postgresql+asyncpg://me@host/prefect")
-    assert databases.prefect_file() is None
+    assert mlflow_prefect.prefect_file() is None

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from schemas.config import RewardConfig, SFTConfig
-from schemas.methods import DPO, KTO
-from schemas.training import Training
+from schemas.config.methods import DPO, KTO
+from schemas.config.training import Training
 from stages import align, reward, sft
 from stages.engine.training.loop import train
 from tests.support import models

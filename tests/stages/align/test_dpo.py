@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from schemas import methods
+from schemas.config import methods
 from schemas.errors import StageError
 from stages import align
 from stages.align.dpo import DPO, dpo_loss

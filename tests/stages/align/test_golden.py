@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from schemas import methods
-from schemas.config import RewardConfig, SFTConfig
+from schemas.config import RewardConfig, SFTConfig, methods
+from schemas.config.training import Training
 from schemas.stage import ENGINE_VERSION, STAGES
-from schemas.training import Training
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from schemas import methods
+from schemas.config import methods
+from schemas.config.training import LoRA
 from schemas.errors import StageError
-from schemas.training import LoRA
 from stages import align
 from stages.align.kto import KTO, class_weights, kto_loss, partners, reference_point
 from stages.engine.data.trees import Tree

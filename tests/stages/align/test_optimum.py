@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from schemas import methods
+from schemas.config import methods
 from stages.align.dpo import DPO
 from stages.align.ppo import PPO
 from stages.engine.data.codec import Codec

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from schemas.config import BaseParams, Scratch
+from schemas.config.methods import PPO as Config
+from schemas.config.training import LoRA
 from schemas.errors import StageError
-from schemas.methods import PPO as Config
-from schemas.training import LoRA
 from stages.align.ppo import (
     PPO,
     Sampled,

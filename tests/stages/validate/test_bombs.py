@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.commands import ValidateCommand
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from stages.commands import validate as command
 from stages.validate import check, quarantine, reading

@@ -9,11 +9,11 @@ from typing import Any, get_args
 import polars as pl
 import pytest
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check, readers, reading
-from stages.validate.columnar import take
 from stages.validate.context import Context
+from stages.validate.forms.columnar import take
 from stages.validate.readers import json_lines
 
 TEXTS = [

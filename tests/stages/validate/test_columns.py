@@ -7,12 +7,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check
-from stages.validate.cells import BadRow
 from stages.validate.context import Context
-from stages.validate.formats import parse
+from stages.validate.forms.cells import BadRow
+from stages.validate.forms.formats import parse
 from stages.validate.quarantine import Report
 
 Rows = list[dict[str, Any]]

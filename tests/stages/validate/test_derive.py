@@ -5,10 +5,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.data import DERIVES, Kind
+from schemas.config.data import DERIVES, Kind
 from schemas.rows import problems
 from stages.validate.derive import derive
-from stages.validate.formats import parse, to_frame
+from stages.validate.forms.formats import parse, to_frame
 
 
 def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from schemas.data import Kind
-from stages.validate.cells import BadRow
-from stages.validate.column_advice import fitting_kinds
-from stages.validate.formats import parse, to_frame
-from stages.validate.rankings import generated, has_cycle
+from schemas.config.data import Kind
+from stages.validate.forms.cells import BadRow
+from stages.validate.forms.column_advice import fitting_kinds
+from stages.validate.forms.formats import parse, to_frame
+from stages.validate.forms.rankings import generated, has_cycle
 
 USER, BOT, SYSTEM = (
     {"role": role, "content": text} for role, text in (("user", "u"), ("assistant", "a"), ("system", "s"))

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import AddedToken
 from flows.execution import process
 from flows.planning import config_file
 from schemas.config import BaseParams
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from schemas.rows import prompt_id
 from schemas.stage import STAGES, Artifact, Request

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check
 from stages.validate.context import Context

@@ -13,7 +13,7 @@ import pytest
 
 from flows.planning import config_file, explain
 from flows.planning.plan import Planner
-from schemas.data import MixtureParams, ValidateParams
+from schemas.config.data import MixtureParams, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check, check_mixture, run
 from stages.validate.context import Context

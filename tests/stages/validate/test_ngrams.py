@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from schemas.data import ValidateParams
-from stages.validate.ngrams import ngrams
+from schemas.config.data import ValidateParams
+from stages.validate.checks.ngrams import ngrams
 from tests.stages.validate.test_validate import checked, table, write
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

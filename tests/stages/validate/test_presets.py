@@ -7,12 +7,12 @@ from typing import Any, get_args
 import polars as pl
 import pytest
 
-from schemas.data import Format, Kind, ValidateParams
+from schemas.config.data import Format, Kind, ValidateParams
 from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.validate import check
 from stages.validate.context import Context
-from stages.validate.presets import PRESETS
+from stages.validate.forms.presets import PRESETS
 from stages.validate.quarantine import Report
 from tests.support import models
 

@@ -13,7 +13,7 @@ import pytest
 from flows.planning.allowed_paths import check_request_roots
 from flows.planning.config_checks import check as check_config
 from schemas.config import PipelineConfig
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
 from tests.stages.validate.test_validate import ROWS, checked, refused, table

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from schemas.data import ValidateParams
+from schemas.config.data import ValidateParams
 from stages.validate.derive import PARTS
 from tests.stages.validate.test_validate import ROWS, checked, quarantine, refused, table, write
 

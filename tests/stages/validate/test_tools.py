@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.config import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.conversation import extra_of, opened
 from schemas.rows import cluster_id, prompt_id
 from stages.engine.data.codec import Codec

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from flows.planning import config_file
 from schemas.commands import ValidateCommand
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import problems, prompt_id
 from schemas.stage import STAGES, Artifact, Request
@@ -27,11 +27,11 @@ from stages import tracking
 from stages.commands.validate import main
 from stages.engine.data.codec import Codec
 from stages.validate import check, run
+from stages.validate.checks.token_checks import prompt_tokens_differ
 from stages.validate.context import Context, note
 from stages.validate.derive import PARTS
 from stages.validate.quarantine import Report
 from stages.validate.readers import records
-from stages.validate.token_checks import prompt_tokens_differ
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
 

@@ -9,13 +9,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError
 from stages.validate import check
-from stages.validate.cells import BadRow, parsed_list, turns
 from stages.validate.context import Context
+from stages.validate.forms.cells import BadRow, parsed_list, turns
+from stages.validate.forms.written import conversation, dialect_of, without_end
 from stages.validate.quarantine import Report
-from stages.validate.written import conversation, dialect_of, without_end
 
 Rows = list[dict[str, Any]]
 FULL = (("system", "Be brief."), ("user", "Red?"), ("assistant", "Yes."), ("user", "Blue?"))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from jinja2 import TemplateError
 
-from schemas.data import Kind, Learn
+from schemas.config.data import Kind, Learn
+from stages.validate.checks.table_checks import ANSWERS
 from stages.validate.context import Context, Finding, note
-from stages.validate.table_checks import ANSWERS
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # importing it takes seconds, and a check without a model does without

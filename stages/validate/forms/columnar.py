@@ -11,13 +11,13 @@ import re
 
 import polars as pl
 
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.rows import Messages, with_prompt_ids
-from stages.validate.cells import BadRow
-from stages.validate.columns import NOTHING, Plan
-from stages.validate.labels import canonical
+from stages.validate.forms.cells import BadRow
+from stages.validate.forms.columns import NOTHING, Plan
+from stages.validate.forms.labels import canonical
+from stages.validate.forms.written import COLUMNS, may_be_written
 from stages.validate.readers import Lines
-from stages.validate.written import COLUMNS, may_be_written
 
 _TEXTS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "preference": (("prompt", "chosen", "rejected"),),

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from schemas.data import Kind
+from schemas.config.data import Kind
 from schemas.rows import HIDING, IGNORED, Messages, concat, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
-from stages.validate.rankings import has_cycle
+from stages.validate.forms.rankings import has_cycle
 from stages.validate.together import groups, joined, opposed_thumbs, pairs
 
 ANSWERS: dict[Kind, tuple[str, ...]] = {

@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from schemas.config.training import Training
 from schemas.text import short
-from schemas.training import Training
 
 
 class MethodConfig(Training):

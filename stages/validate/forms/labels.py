@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import one_line
-from stages.validate.cells import BadRow, text
+from stages.validate.forms.cells import BadRow, text
 
 Meanings = dict[str, str | None]
 """A label as `canonical` writes it -> `up`, `down`, `a`, `b`, `tie` or `skip`; None where it is none of the labels."""

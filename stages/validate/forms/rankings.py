@@ -16,9 +16,9 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from stages.validate.cells import BadRow, Parsed, Row, listed, number, text, turns
-from stages.validate.columns import with_tools
-from stages.validate.labels import side_of
+from stages.validate.forms.cells import BadRow, Parsed, Row, listed, number, text, turns
+from stages.validate.forms.columns import with_tools
+from stages.validate.forms.labels import side_of
 
 _TIES = (None, 0, "")
 _EMPTY = (None, [], "")

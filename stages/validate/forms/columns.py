@@ -6,11 +6,11 @@ What is not read is listed with an example; a row that means something else with
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed as shown_list
 from schemas.text import one_line
-from stages.validate.cells import (
+from stages.validate.forms.cells import (
     KNOWN_KEYS,
     BadRow,
     Parsed,
@@ -24,10 +24,11 @@ from stages.validate.cells import (
     turns,
     weighed,
 )
-from stages.validate.column_advice import COLUMNS, KNOWN
-from stages.validate.labels import Names
-from stages.validate.presets import PRESETS, Numbered, Shape, recognised
-from stages.validate.tools import WrongTools, odd, tools_of
+from stages.validate.forms.column_advice import COLUMNS, KNOWN
+from stages.validate.forms.labels import Names
+from stages.validate.forms.presets import PRESETS, Shape, recognised
+from stages.validate.forms.tools import WrongTools, odd, tools_of
+from stages.validate.forms.whole_files import Numbered
 
 _PROMPTS = ("instruction", "question", "query")
 _CONVERSATIONS = ("conversations", "conversation")

@@ -8,13 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonVal
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
-from schemas.data import Learn, PipelineData
-from schemas.methods import Method, MethodConfig
+from schemas.config.data import Learn, PipelineData
+from schemas.config.methods import Method, MethodConfig
+from schemas.config.training import Training
 from schemas.promotion import PromoteConfig
 from schemas.source import PathText, could_exist, template_file
 from schemas.stage import STAGES
 from schemas.text import short
-from schemas.training import Training
 
 
 class Scratch(Strict):

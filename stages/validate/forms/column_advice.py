@@ -4,10 +4,10 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
-from schemas.data import Kind, ValidateParams
+from schemas.config.data import Kind, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.text import listed, one_line
-from stages.validate.presets import recognised
+from stages.validate.forms.presets import recognised
 
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "ranking": (

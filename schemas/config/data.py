@@ -29,7 +29,7 @@ Format = Literal[
     "summarize",
     "arena",
 ]
-"""Public data sets whose rows are read as they come (stages/validate/presets.py)."""
+"""Public data sets whose rows are read as they come (stages/validate/forms/presets.py)."""
 Learn = Literal["last", "all"]
 """Which of the assistant's turns SFT learns."""
 DERIVES: dict[Kind, Mapping[str, int | None]] = {

@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Mapping
 from typing import Any
 
-from stages.validate.tools import (
+from stages.validate.forms.tools import (
     CALL_KEYS,
     CALL_ROLES,
     RESULT_ROLES,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from schemas.data import Kind
-from stages.validate.cells import ROLES, BadRow, Turns
+from schemas.config.data import Kind
+from stages.validate.forms.cells import ROLES, BadRow, Turns
 
 COLUMNS = ("prompt", "messages", "response", "completion", "chosen", "rejected", "a", "b")
 """The columns that may hold such texts."""
@@ -87,7 +87,7 @@ def dialect_of(value: str) -> str | None:
 
 def may_be_written(text: pl.Expr) -> pl.Expr:
     """Whether a text may hold a conversation, or messages, or the end of a rendered one: at the speed of columns, true
-    for all that `dialect_of`, `Written` and stages/validate/cells.py look at more closely, and for few others."""
+    for all that `dialect_of`, `Written` and stages/validate/forms/cells.py look at more closely, and for few others."""
     space = r"[\s\x1c-\x1f]*"
     begins = rf"^{space}(?:{_BEGINS.pattern}|(?:array\()?{space}[\[{{]|Human:)"
     ends = rf"(?:{'|'.join(map(re.escape, _ENDS))}){space}$"

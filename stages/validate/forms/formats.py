@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
+from schemas.config.data import Kind, Learn
 from schemas.conversation import EXTRA
-from schemas.data import Kind, Learn
 from schemas.rows import Indices, Messages, MessagesWithExtra, Numbers, Strings, with_prompt_ids
-from stages.validate.cells import (
+from stages.validate.forms.cells import (
     SPEAKER,
     BadRow,
     Parsed,
@@ -42,8 +42,8 @@ from stages.validate.cells import (
     weighed,
     written_messages,
 )
-from stages.validate.labels import canonical
-from stages.validate.rankings import ranking
+from stages.validate.forms.labels import canonical
+from stages.validate.forms.rankings import ranking
 
 
 def parse(kind: Kind, row: Row, learn: Learn = "last") -> Parsed:
