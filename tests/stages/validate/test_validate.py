@@ -277,7 +277,7 @@ def test_what_to_do_about_rows(tmp_path: Path, row: dict, kind: Kind, fix: str) 
     ("row", "kind", "mapping"),
     [
         (
-            {"prompt": "p", "model_a": "m", "model_b": "n", "response_a": "r", "response_b": "s", "winner": "model_a"},
+            {"prompt": "p", "model_a": "m", "model_b": "n", "response_a": "r", "response_b": "s", "verdict": "model_a"},
             "preference",
             "`--columns a=response_a --columns b=response_b --columns label=YOUR_COLUMN`",
         ),
