@@ -14,7 +14,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows.execution import process, warm
+from flows.execution import process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
@@ -87,15 +87,11 @@ def pipeline(config: PipelineConfig) -> State[Any]:
         planned = plan(config)  # here again: a worker is given the config alone
     except StageError as error:
         return Failed(message=str(error), data=error)
-    try:
-        with warm.warm():
-            results, errors = run_nodes(planned, str(flow_run.id))
-            if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
-                results, errors = run_nodes(tests, str(flow_run.id), results)
-                planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
-    except BaseException:
-        process.stop_all()
-        raise
+    with process.stages_of_flow():
+        results, errors = run_nodes(planned, str(flow_run.id))
+        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+            results, errors = run_nodes(tests, str(flow_run.id), results)
+            planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
     report(planned, results)
     if errors:
         first = next(iter(errors.values()))

@@ -15,7 +15,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import pipeline
-from flows.execution import process, warm
+from flows.execution import process
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
@@ -88,14 +88,11 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     try:
         if deployment.id and source not in config_file.presets():
             check_source(source, deployed=True)
-        with warm.warm():
+        with process.stages_of_flow():
             outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
     except StageError as error:
         conflict = error.problem.kind == "conflict"
         return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
-    except BaseException:
-        process.stop_all()
-        raise
     return Completed(name=outcome.ending, message=outcome.message, data=outcome)
 
 

@@ -54,8 +54,8 @@ def absolute(config: PipelineConfig) -> dict[str, Any]:
     for field, value, path in paths_of_config(config):
         if path is not None and value == path and Path(path).expanduser().exists():
             *way, last = field.split(".")
-            place = values
+            place: Any = values
             for key in way:
-                place = place[key]
+                place = place[int(key) if isinstance(place, list) else key]
             place[last] = str(Path(path).expanduser().absolute())
     return values

@@ -44,7 +44,10 @@ def hand_over(argv: list[str]) -> None:
     message = {"argv": argv, "environment": dict(os.environ), "folder": os.getcwd(), "group": os.getpgrp()}
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
+    sent: list[int] = []
+
     def forward(signum: int, frame: FrameType | None) -> None:
+        sent.append(signum)
         with contextlib.suppress(OSError):
             here.send(bytes([signum]))
 
@@ -54,6 +57,8 @@ def hand_over(argv: list[str]) -> None:
     if _received(here) != _TAKEN:  # it has died, or the environment is too large for one message
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        for signum in sent:
+            os.kill(os.getpid(), signum)
         return
     code = int(_received(here) or -signal.SIGKILL)
     if code < 0:
@@ -109,17 +114,20 @@ def serve(asks: socket.socket) -> list[str] | None:
                 message, descriptors, _, _ = socket.recv_fds(asks, _MESSAGE_BYTES, 3)
                 if not message:
                     return None
-                stand_in, *streams = socket.socket(fileno=descriptors[0]), *descriptors[1:]
-                pid = os.fork()
+                pid, ends = _fork() if len(descriptors) == 3 else (-1, -1)
                 if pid == 0:
-                    for held in (asks, stand_in, *forks, waiting):
+                    for held in (asks, *forks, waiting):
                         held.close()
-                    return _become(json.loads(message), streams, own)
-                for stream in streams:
-                    os.close(stream)
+                    os.close(descriptors[0])
+                    return _become(json.loads(message), descriptors[1:], own)
+                for descriptor in descriptors[1:] if pid > 0 else descriptors:
+                    os.close(descriptor)
+                if pid < 0:
+                    continue  # its stand-in sees that nobody has taken it, and starts the stage by itself
+                stand_in = socket.socket(fileno=descriptors[0])
                 forks[stand_in] = pid
                 waiting.register(stand_in, selectors.EVENT_READ)
-                waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, stand_in)
+                waiting.register(ends, selectors.EVENT_READ, stand_in)
                 with contextlib.suppress(OSError):
                     stand_in.send(_TAKEN)
             elif isinstance(key.fileobj, socket.socket):
@@ -141,6 +149,22 @@ def serve(asks: socket.socket) -> list[str] | None:
                 stand_in.close()
 
 
+def _fork() -> tuple[int, int]:
+    """A fork's pid and a descriptor that tells its end; pid 0 in the fork, -1 where the system has no room for one."""
+    try:
+        pid = os.fork()
+    except OSError:
+        return -1, -1
+    if pid == 0:
+        return 0, -1
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return -1, -1
+
+
 def _become(message: dict[str, Any], streams: list[int], own: int) -> list[str]:
     """Make this fork what the stage's process would be; returns the arguments."""
     os.setpgid(0, message["group"])  # what ends the stage ends its group
@@ -152,7 +176,8 @@ def _become(message: dict[str, Any], streams: list[int], own: int) -> list[str]:
         os.dup2(stream, target)
         os.close(stream)
     sys.argv[1:] = message["argv"]
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # read when torch was imported
+    threads = os.environ.get("OMP_NUM_THREADS", "")  # read when torch was imported
+    if threads.isdecimal() and int(threads):
         import torch  # known here, but a stand-in must not import it
 
         torch.set_num_threads(min(int(threads), os.cpu_count() or 1))  # no more than it takes by itself

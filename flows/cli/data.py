@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from click.core import ParameterSource
 
 from flows.cli.child import start
 
@@ -120,10 +121,12 @@ def _validate_config(context: typer.Context, file: Path, slot: str) -> NoReturn:
     if slot not in slots:
         message = f"{file} has no data.{slot}."
         raise refuse("--kind", slot, message, f"use one of {', '.join(slots)}" if slots else "set data in it")
-    given = [name for name, value in context.params.items() if value and name not in _OF_THE_COMMAND]
+    said = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    given = [name for name in said if name not in _OF_THE_COMMAND]
     if given:
         option = f"--{given[0].replace('_', '-')}"
-        fix = f"write it into data.{slot}, or check a file by itself"
+        place = "sft.learn" if given[0] == "learn" else f"data.{slot}"
+        fix = f"write it into {place}, or check a file by itself"
         raise refuse(option, context.params[given[0]], "how data is read and split stands in the config.", fix)
     planner = Planner(config, {})
     params = planner.data_params(slot) | planner.held_out_elsewhere()

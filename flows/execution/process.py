@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from flows.execution import gpu_slots, warm
@@ -31,6 +32,19 @@ GRACE_SECONDS = 4.0
 _processes: set[subprocess.Popen[bytes]] = set()
 _guard = threading.Lock()
 _stopping = threading.Event()
+
+
+@contextlib.contextmanager
+def stages_of_flow() -> Iterator[None]:
+    """Around the stages of a flow: they are forks where they can be; when it is stopped so are they, politely first."""
+    with warm.warm():
+        try:
+            yield
+        except StageError:
+            raise
+        except BaseException:
+            stop_all()  # before the process that they are forks of ends
+            raise
 
 
 def stopping() -> bool:
@@ -102,19 +116,24 @@ def run_process(request: Request, path: Path, log: Log) -> int:
 def start(request: Request, path: Path, shown: dict[str, str], locks: list[int]) -> subprocess.Popen[bytes]:
     """The stage's process; `shown` are variables that show it its devices, `locks` the descriptors it holds with us."""
     variables, command, inherited = environment(request) | shown, COMMAND, list(locks)
-    if (asks := warm.asks(request, variables)) is not None:
+    asks = warm.asks(request, variables)
+    if asks is not None:
         variables[WARM], command = str(asks), warm.COMMAND
         inherited.append(asks)
-    process = subprocess.Popen(
-        [*launcher(), *command, request.stage, str(path)],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-        umask=workspace.PRIVATE,
-        pass_fds=inherited,
-    )
+    try:
+        process = subprocess.Popen(
+            [*launcher(), *command, request.stage, str(path)],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            umask=workspace.PRIVATE,
+            pass_fds=inherited,
+        )
+    finally:
+        if asks is not None:
+            os.close(asks)
     with _guard:
         _processes.add(process)
     return process

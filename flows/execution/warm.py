@@ -1,6 +1,7 @@
 """A flow's warm process (stages/warm.py), of which its stages are forks instead of importing everything anew."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ class Warm:
         self._asks: socket.socket | None = None
 
     def asks(self, request: Request, environment: Mapping[str, str]) -> int | None:
-        """The descriptor on which a stage asks for its fork; None where it has to start by itself."""
+        """A descriptor, the caller's to close, on which a stage asks for its fork; None where it starts by itself."""
         if request.placement.devices > 1 or sys.platform != "linux" or _NVIDIA.is_dir() or launcher():
             return None
         if self._process is None and not (request.spec.needs_device or request.stage == "base"):
@@ -46,7 +47,7 @@ class Warm:
                         pass_fds=[theirs.fileno()],
                     )
             assert self._asks is not None
-            return self._asks.fileno()
+            return os.dup(self._asks.fileno())  # another thread may find the process dead, and close its own
 
     def end(self) -> None:
         """End the process, and with it the stages that are its forks."""

@@ -224,8 +224,6 @@ class Planner:
     def data(self, slot: str) -> Output:
         """Stage `validate` of one slot. All but the evaluation's leave out the evaluation's prompts."""
         params = self.data_params(slot)
-        if slot == self.slot("sft") and self.config.sft is not None:
-            params["learn"] = self.config.sft.learn
         if slot == self.evaluation_slot():
             params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
@@ -240,6 +238,8 @@ class Planner:
             params["seed"] = seed if source.draws else None
         if slot == "evaluation":
             params["eval_fraction"] = 1.0 - source.test_fraction
+        if slot == self.slot("sft") and self.config.sft is not None:
+            params["learn"] = self.config.sft.learn
         return params
 
     def validated(self, slot: str, field: str, params: dict[str, Any], inputs: dict[str, Output]) -> Output:

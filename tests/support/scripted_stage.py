@@ -3,6 +3,7 @@
 Where a flow has a warm process it stands in for its fork, or is that process, which imports what FAKE_HEAVY names.
 """
 
+import errno
 import json
 import os
 import signal
@@ -57,6 +58,11 @@ def run(run: StageRun) -> dict[str, float]:
     return {"eval/loss": 0.5, "resumed/at": float(start)}
 
 
+def no_room() -> int:
+    """What fork does where the system allows no more processes."""
+    raise BlockingIOError(errno.EAGAIN, "no room")
+
+
 def write(folder: Path, text: str) -> Path:
     """A folder with something in it."""
     (folder / "inner").mkdir(parents=True, exist_ok=True)
@@ -66,4 +72,7 @@ def write(folder: Path, text: str) -> Path:
 
 if __name__ == "__main__":
     warm._HEAVY[:] = os.environ.get("FAKE_HEAVY", "").split()
+    if "FAKE_FORKS" in os.environ:  # so many succeed
+        forks, fork = iter(range(int(os.environ["FAKE_FORKS"]))), os.fork
+        os.fork = lambda: fork() if next(forks, None) is not None else no_room()
     sys.exit((warm if WARM in os.environ else entry).main(sys.argv[1:]))

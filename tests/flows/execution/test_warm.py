@@ -43,17 +43,17 @@ def test_a_fork_is_as_a_process_of_its_own(fake: Path, tmp_path: Path, monkeypat
     """The same folder, variables, arguments, permissions and threads, also where those of the warm process differ."""
     monkeypatch.setenv("FAKE_HEAVY", "torch")
     (tmp_path / "other").mkdir()
-    for name, threads in (("alone", 2), ("fork", 1), ("later", 2)):
-        asked = fake_request(steps=0, state=str(tmp_path / name))
-        asked = asked.model_copy(update={"placement": Placement(threads=threads)})
-        monkeypatch.setenv("FAKE_WORD", name if name == "fork" else "same")
-        monkeypatch.chdir(tmp_path if name == "fork" else tmp_path / "other")
-        if name == "fork":
-            monkeypatch.setattr(warm, "COMMAND", FAKE)
-            around = warm.warm()
-            around.__enter__()
-        state_of(tmp_path / name, asked)
-    around.__exit__(None, None, None)
+    with contextlib.ExitStack() as around:
+        for name, threads in (("alone", 2), ("fork", 1), ("later", 2)):
+            asked = fake_request(steps=0, state=str(tmp_path / name))
+            asked = asked.model_copy(update={"placement": Placement(threads=threads)})
+            monkeypatch.setenv("FAKE_WORD", name if name == "fork" else "same")
+            monkeypatch.setenv("OMP_NUM_THREADS", "2,1")  # of nested teams; the placement's number counts
+            monkeypatch.chdir(tmp_path if name == "fork" else tmp_path / "other")
+            if name == "fork":
+                monkeypatch.setattr(warm, "COMMAND", FAKE)
+                around.enter_context(warm.warm())
+            state_of(tmp_path / name, asked)
     alone, fork, later = (json.loads((tmp_path / name).read_text()) for name in ("alone", "fork", "later"))
     assert fork["parent"] == later["parent"] != os.getpid() == alone["parent"]
     assert later["group"] != later["own"] and later["group"] != later["parent"]  # its stand-in's
@@ -82,6 +82,39 @@ def test_each_dies_with_the_other(victim: str, forking: Path) -> None:
     wait_for(lambda: not alive(fork.pid) and not alive(stand_in.pid), seconds=5)
     assert results[0].error is not None and "was killed by SIGKILL" in results[0].error.message
     assert process.run_stage(fake_request(steps=1)).status == "done"
+
+
+def test_a_stopped_flow_lets_its_forks_save(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: SIGTERM reaches the fork before the process that it is a fork of ends."""
+    monkeypatch.setattr(warm, "COMMAND", FAKE)
+    asked = fake_request(steps=1000, sleep=0.05)
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(process.run_stage(asked)))
+    with pytest.raises(KeyboardInterrupt), process.stages_of_flow():
+        thread.start()
+        wait_for((workspace.work_folder(asked.key()) / "checkpoints" / "count").exists)
+        raise KeyboardInterrupt
+    thread.join(30)
+    process.begin()
+    assert results[0].status == "preempted" and "SIGTERM" in str(results[0].error)
+
+
+def test_a_fork_that_fails_leaves_the_others_alone(
+    forking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system has no room for another process the stage starts by itself."""
+    monkeypatch.setenv("FAKE_FORKS", "1")
+    second, states = tmp_path / "second", list[Result]()
+    hold = fake_request(steps=1000, sleep=0.05)
+    thread = threading.Thread(target=lambda: states.append(process.run_stage(hold)))
+    thread.start()
+    wait_for((workspace.work_folder(hold.key()) / "checkpoints" / "count").exists)
+    state = state_of(second, fake_request(steps=0, state=str(second)))
+    assert not states and state["parent"] == os.getpid()
+    process.stop_all()
+    thread.join(30)
+    process.begin()
+    assert states[0].status == "preempted"
 
 
 def test_all_die_with_the_flow(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,7 @@ def test_a_single_source_has_the_key_that_it_had(folder: Path) -> None:
     """The digest of what decided it before there were mixtures, worked out here."""
     import hashlib
 
-    from schemas.stage import ENGINE_VERSION
+    from schemas.stage import ENGINE_VERSION, STAGES
 
     config = validate({**raw(), "data": {"sft": {"path": "a.jsonl", "kind": "sft"}}})
     request = asked(plan(config))
@@ -211,7 +211,7 @@ def test_a_single_source_has_the_key_that_it_had(folder: Path) -> None:
     assert "sources" not in params and list(request.inputs) == ["source"]
     decides = {
         "stage": "validate",
-        "version": 5,
+        "version": STAGES["validate"].version,
         "engine": ENGINE_VERSION,
         "params": params,
         "inputs": {"source": tracking.digest(folder / "a.jsonl")},
