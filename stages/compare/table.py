@@ -179,7 +179,7 @@ COLUMNS = [
 def shown_columns(table: Sequence[Row]) -> list[Column]:
     """The columns in which at least one model has a value."""
     # The win rates at the other temperatures than the first, a column each.
-    matches = (re.fullmatch(r"t([0-9.e+-]+)/win_rate_vs_sft", key) for row in table for key in row)
+    matches = (re.fullmatch(r"t([0-9.]+(?:e[+-]?[0-9]+)?)/win_rate_vs_sft", key) for row in table for key in row)
     temperatures = list(dict.fromkeys(match[1] for match in matches if match))
     meaning = (
         "The win rate against SFT where both answer at temperature {}: what is left beyond a sharper distribution."

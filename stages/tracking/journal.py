@@ -11,15 +11,11 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stages.runtime.workspace import home, lock_if_free, move_aside, work_folder, write_whole
 from stages.tracking.mlflow_client import client, plain_client, retrying, runs, value_classes
 from stages.tracking.names import acceptable_name
 from stages.tracking.problems import first_line
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("alignflow")
 

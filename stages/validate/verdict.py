@@ -8,6 +8,7 @@ from schemas.config.data import MixtureParams, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, short
+from stages.validate.checks.table_checks import IN_ANOTHER
 from stages.validate.context import Context
 from stages.validate.forms.cells import ROLES
 from stages.validate.forms.column_advice import KNOWN
@@ -24,6 +25,9 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
         return None
     if frame.height and not usable.height and "all_tied" not in quarantine.notes:
         return _unranked(frame.height, context, quarantine)
+    if not frame.height and quarantine.reasons.get(IN_ANOTHER, 0) == context.read - bad > 0:
+        message = f"{one_line(params.path)}: the sources before it have all of its rows that are not bad"
+        return StageError(f"{message}.", kind="nothing_left", fix="take it out, or put it before the others")
     counts = f"{one_line(params.path)}: {bad} of {context.read} rows ({share:.1%}) are bad"
     if not frame.height:
         message = f"{counts}: nothing is left"

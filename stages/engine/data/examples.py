@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from schemas.config import Learn
+from schemas.config.data import Learn
 from schemas.conversation import EXTRA, Message
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec

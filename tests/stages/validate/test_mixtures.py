@@ -182,6 +182,13 @@ def test_rows_that_two_sources_have_stay_with_the_first_and_are_no_bad_ones(tmp_
     assert taken == Counter([("a", i) for i in range(20)] + [("b", i) for i in range(10, 30)])
 
 
+def test_a_source_that_earlier_ones_hold_whole_is_refused_as_that(tmp_path: Path) -> None:
+    rows = answers("a", 10)
+    with pytest.raises(StageError, match="source b: .*: the sources before it have all of its rows") as refused:
+        mixed(tmp_path, {"a": rows, "b": rows[:4]}, {"a": {}, "b": {}})
+    assert str(refused.value.problem.fix).startswith("take it out")
+
+
 def test_bad_rows_are_counted_and_bounded_for_each_source(tmp_path: Path) -> None:
     """2 of b's 10 rows are bad, which among all 110 would be few."""
     b = [*answers("b", 8), "{", {"prompt": "b", "response": " "}]
