@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from click.core import ParameterSource
 
 from flows.cli.child import start
 
@@ -121,7 +120,8 @@ def _validate_config(context: typer.Context, file: Path, slot: str) -> NoReturn:
     if slot not in slots:
         message = f"{file} has no data.{slot}."
         raise refuse("--kind", slot, message, f"use one of {', '.join(slots)}" if slots else "set data in it")
-    said = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    said = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     given = [name for name in said if name not in _OF_THE_COMMAND]
     if given:
         option = f"--{given[0].replace('_', '-')}"

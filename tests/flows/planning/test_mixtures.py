@@ -13,6 +13,7 @@ from flows.planning.explain import validate
 from flows.planning.plan import Plan, plan
 from flows.planning.requests import request_for, with_sources
 from flows.results import lineage
+from flows.submit import absolute
 from schemas import environment
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
@@ -297,12 +298,34 @@ def test_a_single_source_of_a_config_is_checked_too(folder: Path) -> None:
     assert answer.returncode == 0 and json.loads(answer.stdout)["rows"] == 30
 
 
+def test_the_turns_that_sft_learns_are_those_of_the_config(folder: Path) -> None:
+    """A row whose last answer has weight 0 has an earlier one to learn."""
+    talk = [{"role": role, "content": f"{role} {turn}"} for turn in "ab" for role in ("user", "assistant")]
+    rows = [{"messages": [{**talk[0], "content": f"q {i}"}, *talk[1:3], {**talk[3], "weight": 0}]} for i in range(20)]
+    write(folder / "talks.jsonl", rows)
+    config = raw()
+    config["data"]["sft"] = {"path": "talks.jsonl", "kind": "sft"}
+    for learn, kept in (("all", 20), ("last", 0)):
+        config["sft"] = {"learn": learn}
+        (folder / "my.yaml").write_text(json.dumps(config))
+        answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", learn)
+        assert answer.returncode == (0 if kept else 65), answer.stderr
+        assert json.loads((folder / learn / "report.json").read_text())["kept"] == kept
+
+
+def test_a_mixture_is_submitted_with_whole_paths(folder: Path) -> None:
+    sources = absolute(validate(raw()))["data"]["sft"]["sources"]
+    assert [source["path"] for source in sources] == [str(folder / f"{name}.jsonl") for name in "ab"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--kind", "preference"], "--kind = preference: my.yaml has no data.preference. Fix: use one of sft"),
         (["--kind", "sft", "--max-bad", "0.5"], "--max-bad = 0.5: how data is read and split stands in the config."),
         (["--kind", "sft", "--columns", "prompt=q"], "--columns = "),
+        (["--kind", "sft", "--eval-fraction", "0"], "--eval-fraction = 0.0: how data is read and split stands in the"),
+        (["--kind", "sft", "--learn", "all"], "Fix: write it into sft.learn"),
     ],
 )
 def test_options_that_a_config_says_itself(options: list[str], words: str, folder: Path) -> None:

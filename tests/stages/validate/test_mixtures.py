@@ -184,7 +184,7 @@ def test_rows_that_two_sources_have_stay_with_the_first_and_are_no_bad_ones(tmp_
 
 def test_a_source_that_earlier_ones_hold_whole_is_refused_as_that(tmp_path: Path) -> None:
     rows = answers("a", 10)
-    with pytest.raises(StageError, match="source b: .*: the sources before it have all of its rows") as refused:
+    with pytest.raises(StageError, match=r"source b: .*: the sources before it have all of its rows") as refused:
         mixed(tmp_path, {"a": rows, "b": rows[:4]}, {"a": {}, "b": {}})
     assert str(refused.value.problem.fix).startswith("take it out")
 
