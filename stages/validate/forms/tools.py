@@ -16,6 +16,8 @@ RESULT_ROLES = ("tool", "function", "function_response", "tool_response", "obser
 CALL_ROLES = ("function_call", "tool_call")
 """ShareGPT's roles of an assistant's message whose text is the call."""
 CALL_KEYS = ("tool_calls", "function_call")
+_ARGUMENTS = ("arguments", "parameters")
+"""Where a call holds its arguments: OpenAI's key, or else Llama 3's."""
 _NOTHING = (None, "", [], {})
 _IN_TEXT = ("<tool_call>", "<function_call>", "<functioncall>", "[TOOL_CALLS]", "<|python_tag|>")
 """How calls that were rendered with a template begin within a text."""
@@ -85,7 +87,9 @@ def _call(value: object) -> dict[str, Any]:
     function = value.get("function", value)
     if not isinstance(function, dict) or not _is_name(function.get("name")):
         raise WrongTools("not_a_tool_call", value)
-    arguments = function.get("arguments")
+    where = next((key for key in _ARGUMENTS if function.get(key) not in (None, "")), "")
+    _refuse_further_keys(value, function, where)
+    arguments = function.get(where)
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parsed(arguments, "broken_arguments")
     if arguments in (None, ""):  # of a function that takes none
@@ -100,6 +104,19 @@ def _call(value: object) -> dict[str, Any]:
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
+
+
+def _refuse_further_keys(value: Mapping[str, Any], function: Mapping[str, Any], where: str) -> None:
+    """Raise WrongTools for what a call holds beside its name and the arguments at `where`: it may be the arguments."""
+    known = {"name", where}
+    if where == "arguments":  # beside them some files repeat what the function is
+        known |= {"description", "parameters"}
+    around = {"id", "type", "index"}
+    parts = [(value, around | known)] if function is value else [(value, around | {"function"}), (function, known)]
+    for part, keys in parts:
+        for key, held in part.items():
+            if key not in keys and held not in _NOTHING:
+                raise WrongTools("unknown_key_of_a_call", {key: held})
 
 
 def result_of(message: Mapping[str, Any]) -> dict[str, str]:

@@ -139,8 +139,30 @@ def test_spellings_of_one_conversation(name: str, tmp_path: Path) -> None:
             {"name": "sky", "arguments": {"x": 1}},
             {},
         ),
+        (
+            [user(), calls({"name": "sky", "parameters": {"x": 1}}), result(), answer()],
+            {"name": "sky", "arguments": {"x": 1}},
+            {},
+        ),
+        (
+            [
+                user(),
+                calls({"index": 0, "function": {"name": "sky", "arguments": "", "parameters": '{"x": 1}', "args": ""}}),
+                result(),
+                answer(),
+            ],
+            {"name": "sky", "arguments": {"x": 1}},
+            {},
+        ),
     ],
-    ids=["older OpenAI", "ShareGPT", "bare call without arguments", "roles of calls and responses"],
+    ids=[
+        "older OpenAI",
+        "ShareGPT",
+        "bare call without arguments",
+        "roles of calls and responses",
+        "Llama 3",
+        "Llama 3 as JSON, from a table with the keys of all",
+    ],
 )
 def test_other_forms(messages: Rows, called: dict, named: dict, tmp_path: Path) -> None:
     row = written({"messages": messages, "tools": TOOLS}, tmp_path)
@@ -292,6 +314,26 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     ),
     "arguments that are JSON of a number": (
         {"messages": [user(), calls({"name": "sky", "arguments": "3"})]},
+        ("messages", "arguments_not_an_object"),
+    ),
+    "arguments under another name": (
+        {"messages": [user(), calls({"name": "sky", "args": {"at": "noon"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "arguments under another name within": (
+        {"messages": [user(), calls({"function": {"name": "sky", "input": "noon"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "arguments beside the function": (
+        {"messages": [user(), calls({"arguments": {"at": "noon"}, "function": {"name": "sky"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "a tool where its call belongs": (
+        {"messages": [user(), calls(FUNCTION)]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "parameters that are a list": (
+        {"messages": [user(), calls({"name": "sky", "parameters": [1]})]},
         ("messages", "arguments_not_an_object"),
     ),
     "half a character in an argument": (
