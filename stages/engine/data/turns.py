@@ -55,6 +55,18 @@ def learned(codec: Codec, messages: Sequence[Message]) -> Learned:
     return Learned([token.id for token in tokens], mask, apart)
 
 
+def learned_apart(
+    codec: Codec, messages: Sequence[Message], places: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """(ids of the conversation up to a turn, those of the turn) of each turn at `places`, which `learned` found apart.
+
+    Raises TemplateError where the template refuses a conversation that ends there, or does not write calls behind its
+    generation prompt.
+    """
+    parts = [(messages[:place], messages[place]) for place in places]
+    return [(codec.prompt(before), answer_ids(codec, before, turn)) for before, turn in parts]
+
+
 def answer_ids(codec: Codec, prompt: Sequence[Message], answer: Message) -> list[int]:
     """Ids of an assistant's message behind a prompt, and the token that ends it.
 

@@ -211,7 +211,7 @@ def test_a_single_source_has_the_key_that_it_had(folder: Path) -> None:
     assert "sources" not in params and list(request.inputs) == ["source"]
     decides = {
         "stage": "validate",
-        "version": 5,
+        "version": 7,
         "engine": ENGINE_VERSION,
         "params": params,
         "inputs": {"source": tracking.digest(folder / "a.jsonl")},

@@ -261,6 +261,23 @@ def test_a_call_that_is_too_long(tmp_path: Path) -> None:
         assert bad == expected
 
 
+def test_earlier_calls_that_cannot_be_learned_are_put_aside(tmp_path: Path) -> None:
+    """A generation prompt that opens a thought: an earlier text is learned apart, an earlier call cannot be. What
+    `validate` keeps, training tokenizes.
+    """
+    plain = "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    assert template("Qwen", False).endswith(plain)
+    opens = template("Qwen", False).replace(plain, plain.replace("assistant\\n", "assistant\\n<think>\\n"))
+    own = Codec(tokenizer(opens, ENDS["Qwen"]))
+    spoken = [user("sat?"), answer("No"), user("how?"), answer("It flew.")]
+    unlearned = [user("you?"), calls(CALL, weight=0), *TALK[2:]]
+    rows = [{"messages": TALK, "tools": TOOLS}, {"messages": spoken}, {"messages": unlearned, "tools": TOOLS}]
+    report, bad = checked(rows, tmp_path / "all", reader=own, learn="all")
+    assert bad == {0: ("prompt", "template_refuses")} and report.noted == {"turns_learned_apart": [1]}
+    assert len(encode_sft(read(tmp_path / "all" / "data", "train", "sft"), "all", own)) == 3
+    assert checked(rows, tmp_path / "last", reader=own, learn="last")[1] == {}
+
+
 def test_odd_calls_are_noted(tmp_path: Path) -> None:
     other = {**CALL, "function": {"name": "sea", "arguments": {}}}
     rows = [
