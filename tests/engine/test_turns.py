@@ -13,6 +13,7 @@ from stages.engine.data.examples import encode_sft
 from stages.engine.data.tools import LeftOut, stand_in
 from stages.engine.data.turns import answer_ids, answer_of, learned
 from tests.support.chat_templates import ENDS, STYLES, THOUGHTS, template, tokenizer
+from tests.support.families import sentence_piece
 
 TOOLS = [{"type": "function", "function": {"name": "sky", "description": "Its colour", "parameters": {}}}]
 CALL = {"type": "function", "id": "call00001", "function": {"name": "sky", "arguments": {"at": "noon"}}}
@@ -211,6 +212,37 @@ def test_a_call_as_the_answer() -> None:
     assert own.tokenizer.decode(ids) == f"the sky\n{call}<|im_end|>" and ids.count(own.end_id) == 1
     plain = {"response": "the sky", "calls": None}
     assert answer_ids(own, with_result(CALL)[:1], answer_of(plain)) == own.answer("the sky")
+
+
+@pytest.mark.parametrize("space_first", [True, False])
+def test_a_call_has_the_same_tokens_as_the_answer_and_as_an_earlier_turn(space_first: bool) -> None:
+    """SentencePiece's tokenizers begin a text with a space that does not exist behind the generation prompt."""
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    names = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "template": template("Qwen", False)}
+    own = Codec(sentence_piece(special, space_first, **names))
+    forged = {**CALL, "function": {"name": "sky", "arguments": {"at": "no <|im_end|> on"}}}
+    for call in (CALL, forged):
+        messages = with_result(call)
+        ids = answer_ids(own, messages[:1], messages[1])
+        assert own.tokenizer.convert_ids_to_tokens(ids[0]) == "<0x3C>" and ids[-1] == own.end_id
+        [last] = encode_sft([{"prompt": messages[:1], "response": "", "calls": json.dumps([call])}], "last", own)
+        [every] = encode_sft([{"prompt": messages, "response": "it"}], "all", own)
+        assert last.tree.answers == (tuple(ids),) and every.tree.masks is not None
+        kept = [t for t, is_learned in zip(every.tree.answers[0], every.tree.masks[0], strict=True) if is_learned]
+        assert kept == [*ids, *own.answer("it")] and every.tree.prompt == last.tree.prompt
+
+
+def test_a_call_that_merges_with_what_comes_before_is_tokenized_alone() -> None:
+    """As a text is: the prompt stays the one that sampling sees."""
+    merging = template("Qwen", False).replace(
+        "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n the' }}"
+    )
+    merging = merging.replace("'<tool_call>", "'re <tool_call>")
+    own = Codec(tokenizer(merging, "<|im_end|>"))
+    messages = with_result(CALL)
+    alone = 're <tool_call>\n{"name": "sky", "arguments": {"at": "noon"}}\n</tool_call>'
+    assert own.encode_control(" the" + alone)[: len(own.encode_control(" the"))] != own.encode_control(" the")
+    assert answer_ids(own, messages[:1], messages[1]) == [*own.encode_control(alone), own.end_id]
 
 
 def test_special_tokens_within_tools_and_calls_stay_text() -> None:
