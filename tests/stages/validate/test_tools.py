@@ -220,6 +220,46 @@ def test_tools_are_part_of_a_prompts_id_and_not_of_its_cluster(tmp_path: Path) -
         assert (row["prompt_id"], row["cluster"]) == (prompt_id(row["prompt"]), cluster_id(row["prompt"]))
 
 
+def test_weights_are_no_part_of_a_prompt(tmp_path: Path) -> None:
+    """What a model is asked is the same with them: the same ids, one prompt. Only kind `sft` keeps them. An argument of
+    that name is no weight.
+    """
+    weighs = {**CALL, "function": {"name": "sky", "arguments": {"weight": 0}}}
+    other = {**CALL, "function": {"name": "sky", "arguments": {}}}
+    talks = [
+        [user(), calls(call, content="so", **weight), *TALK[2:]]
+        for call, weight in ((CALL, {}), (CALL, {"weight": 0}), (weighs, {}), (weighs, {"weight": 0}), (other, {}))
+    ]
+    plain = [[user("sat?"), answer("No", **weight), user(), answer()] for weight in ({"weight": 0}, {})]
+    checked([{"messages": talk} for talk in talks + plain], tmp_path, learn="all")
+    rows, asked = (read(tmp_path / "data", "train", kind) for kind in ("sft", "prompt"))
+    ids = [row["prompt_id"] for row in rows]
+    assert ids == [prompt_id(row["prompt"]) for row in rows]
+    assert ids[0] == ids[1] and ids[2] == ids[3] and ids[5] == ids[6] and len(set(ids)) == 4
+    assert ids[5] == prompt_id(plain[1][:3])
+    assert [[extra_of(message).get("weight") for message in row["prompt"]][1] for row in rows] == [
+        *[None, 0, None, 0, None],
+        *[0, None],
+    ]
+    assert [row["prompt"] for row in asked] == [rows[place]["prompt"] for place in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("preference", {"chosen": "It flew.", "rejected": "No"}),
+        ("feedback", {"completion": "It flew.", "label": True}),
+        ("ranking", {"responses": ["It flew.", "No"], "order": [0, 1]}),
+    ],
+)
+def test_no_judged_row_has_weights(kind: Kind, rest: dict[str, Any], tmp_path: Path) -> None:
+    prompt = [user(), answer("No", weight=0), user("sat?")]
+    checked([{"prompt": prompt, **rest}], tmp_path, kind, learn="all")
+    for table in (tmp_path / "data" / "train").glob("*.parquet"):
+        [row] = pl.read_parquet(table).to_dicts()[:1]
+        assert any(map(extra_of, row["prompt"])) == (table.stem == "sft"), table.stem
+
+
 # --- tokens ---
 
 
