@@ -80,6 +80,15 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "OpenAI": {"messages": [user(), calls(WRITTEN), result(tool_call_id="c1"), answer()], "tools": TOOLS},
     "objects": {"messages": TALK, "tools": TOOLS},
     "text beside it is empty": {"messages": [user(), calls(CALL, content=""), *TALK[2:]], "tools": TOOLS},
+    "no text beside it": {
+        "messages": [user(), {"role": "assistant", "tool_calls": [CALL]}, *TALK[2:]],
+        "tools": TOOLS,
+    },
+    "a blank text beside it": {"messages": [user(), calls(CALL, content=" \n"), *TALK[2:]], "tools": TOOLS},
+    "no calls as JSON": {
+        "messages": [{**user(), "tool_calls": "[]"}, *TALK[1:3], answer(tool_calls="[]", function_call="null")],
+        "tools": TOOLS,
+    },
     "tools as JSON": {"messages": TALK, "tools": json.dumps(TOOLS)},
     "bare functions": {"messages": TALK, "tools": json.dumps([FUNCTION])},
     "column `functions`": {"messages": TALK, "functions": [FUNCTION]},
@@ -400,6 +409,14 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "calls of the user": (
         {"messages": [{**user(), "tool_calls": [CALL]}, answer()]},
         ("messages", "calls_of_another_role"),
+    ),
+    "neither a text nor calls": (
+        {"messages": [user(), {"role": "assistant", "tool_calls": "[]"}]},
+        ("messages", "missing"),
+    ),
+    "tools in a message without a text": (
+        {"messages": [user(), {"role": "assistant", "tools": TOOLS}]},
+        ("messages", "tools_in_a_message"),
     ),
     "both kinds of calls": (
         {"messages": [user(), calls(CALL, function_call={"name": "sky"})]},
