@@ -148,7 +148,7 @@ class Columns:
             self.beside = self.beside or any((plan.system, plan.history, plan.tools, plan.scored))
         beside = {"system": plan.system, "input": plan.input, "history": plan.history, "tools": plan.tools}
         for name, theirs in {**ours, **beside}.items():
-            if theirs in given and theirs != name and name not in params.columns:
+            if theirs in given and not (theirs == name == "tools") and name not in params.columns:
                 self.say(f"`{theirs}` as {_SAYS.get(name, name)}")
         read |= {name for name in (*beside.values(), *(plan.scored or ())) if name}
         plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}
