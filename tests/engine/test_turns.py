@@ -8,12 +8,13 @@ import pytest
 from jinja2 import TemplateError
 
 from schemas.conversation import Message, with_extra
+from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode_sft
 from stages.engine.data.tools import LeftOut, stand_in
 from stages.engine.data.turns import answer_ids, answer_of, learned
 from tests.support.chat_templates import ENDS, STYLES, THOUGHTS, template, tokenizer
-from tests.support.families import sentence_piece
+from tests.support.families import byte_level, sentence_piece
 
 TOOLS = [{"type": "function", "function": {"name": "sky", "description": "Its colour", "parameters": {}}}]
 CALL = {"type": "function", "id": "call00001", "function": {"name": "sky", "arguments": {"at": "noon"}}}
@@ -125,6 +126,19 @@ def test_a_second_token_behind_the_end_is_not_learned(tagged: bool) -> None:
     assert marked(own, messages) == ["the blue bird<|im_end|>", "No, it <|im_end|> flew away<|im_end|>"]
     ids = answer_ids(own, messages[:1], said("assistant", "", tool_calls=[CALL]))
     assert ids[-1] == own.end_id and ids.count(own.end_id) == 1
+
+
+def test_a_template_that_wants_the_assistant_to_end_a_conversation() -> None:
+    """It is asked for the user's alone with a generation prompt only, and loads; turns are told as ever."""
+    wants = "{% if not add_generation_prompt and messages[-1].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+    special, plain = ["<|endoftext|>"], ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    usual, own = (
+        Codec(byte_level(special, plain, template=start + template("Qwen", False), **names)) for start in ("", wants)
+    )
+    assert (usual.generation_prompt, own.generation_prompt) == ("<|im_start|>assistant\n", "")
+    assert own.control_ids == usual.control_ids and own.end == "<|im_end|>"
+    assert learned(own, talk("<|im_end|>")) == learned(usual, talk("<|im_end|>"))
 
 
 # --- turns that change once others follow ---
@@ -296,6 +310,17 @@ def test_what_is_left_out_is_refused(old: str, new: str, messages: list[Message]
             read(messages)
     [refusal] = poor.prompts([messages])
     assert isinstance(refusal, LeftOut)
+
+
+def test_what_to_do_about_a_prompt_whose_tools_are_left_out() -> None:
+    """Taking out a system message would not help."""
+    with pytest.raises(StageError, match="leaves out tools") as caught:
+        codec("Zephyr").check_templates([with_result(CALL)[:1]], "prompts", "the judge")
+    assert "template writes them" in str(caught.value.problem.fix)
+    refusing = template("Zephyr", False).replace("{% else %}", "{% elif m.role == 'system' %}{{ 1 / 0 }}{% else %}", 1)
+    with pytest.raises(StageError) as caught:
+        Codec(tokenizer(refusing, "</s>")).check_templates([[said("system", "hello")]], "prompts", "the judge")
+    assert "a system message" in str(caught.value.problem.fix)
 
 
 def test_a_text_beside_a_call_that_is_left_out() -> None:
