@@ -60,9 +60,19 @@ def is_unlearned(message: Message) -> bool:
     return extra_of(message).get("weight") == 0
 
 
+def without_weight(text: str) -> str | None:
+    """A written extra without its weight, which no model sees; None where that is all."""
+    if '"weight"' not in text:
+        return text
+    return written({key: part for key, part in json.loads(text).items() if key != "weight"})
+
+
 def words_of(message: Message) -> str:
-    """All that a message says, as one text: ids of prompts and digests are made of it. A plain one's is its content."""
-    return f"{message['content']}\n{message[EXTRA]}" if message.get(EXTRA) else message["content"]
+    """All that a message says to the model, as one text: ids of prompts and digests are made of it. A plain one's is
+    its content.
+    """
+    extra = without_weight(message.get(EXTRA) or "")
+    return f"{message['content']}\n{extra}" if extra else message["content"]
 
 
 def shown(message: Message) -> str:

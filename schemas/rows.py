@@ -15,7 +15,7 @@ from pandera.errors import SchemaError, SchemaErrors
 from pandera.polars import PolarsData
 
 from schemas.config.data import Kind
-from schemas.conversation import EXTRA, words_of
+from schemas.conversation import EXTRA, without_weight, words_of
 
 Messages = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 MessagesWithExtra = pl.List(pl.Struct({"role": pl.String, "content": pl.String, EXTRA: pl.String}))
@@ -172,6 +172,20 @@ def is_wide(frame: pl.DataFrame) -> bool:
     return frame.schema.get("prompt") == MessagesWithExtra
 
 
+def without_weights(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame without the weights of its messages: they say what SFT learns, and no model sees them."""
+    if not is_wide(frame):
+        return frame
+    extras = frame["prompt"].explode().struct.field(EXTRA)
+    weighed = extras.filter(extras.str.contains('"weight"', literal=True)).unique().to_list()
+    if not weighed:
+        return frame
+    role, content, extra = (pl.element().struct.field(name) for name in ("role", "content", EXTRA))
+    plain = extra.replace(weighed, pl.Series(map(without_weight, weighed), dtype=pl.String)).alias(EXTRA)
+    message = pl.struct(role.alias("role"), content.alias("content"), plain)
+    return frame.with_columns(prompt=pl.col("prompt").list.eval(message).cast(MessagesWithExtra))
+
+
 def concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Frames of one kind below each other, also where only some of them hold tools."""
     if any(map(is_wide, frames)):
@@ -287,7 +301,7 @@ def cluster_id(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
-    """The frame with the columns `prompt_id` and `cluster` after `prompt`."""
+    """The frame with the columns `prompt_id` and `cluster` after `prompt`, as the functions of that name."""
     place = frame.columns.index("prompt") + 1
     prompt = pl.col("prompt")
     if not is_wide(frame) and (frame["prompt"].list.len() == 1).all():  # the same, many times as fast
@@ -305,7 +319,8 @@ def with_prompt_ids(frame: pl.DataFrame) -> pl.DataFrame:
     if is_wide(frame):
         words = content + (pl.lit("\n") + pl.element().struct.field(EXTRA)).fill_null("")
     joined = (prompt.list.eval(words).list.join("\n"), opening.list.eval(content).list.join("\n"))
-    whole, first = (frame.select(texts).to_series() for texts in joined)
+    said = without_weights(frame.select("prompt"))
+    whole, first = (said.select(texts).to_series() for texts in joined)
     ids = pl.Series("prompt_id", text_ids(whole), dtype=pl.String)
     # Most conversations have one turn, and a hash costs more than to compare them.
     later = whole != first

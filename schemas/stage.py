@@ -28,8 +28,8 @@ class StageSpec:
 
 STAGES = {
     "base": StageSpec(3, makes="model"),
-    "validate": StageSpec(6, makes="data", shows_text=True),
-    "sft": StageSpec(1, makes="model", needs_device=True),
+    "validate": StageSpec(7, makes="data", shows_text=True),
+    "sft": StageSpec(2, makes="model", needs_device=True),
     "generate": StageSpec(1, makes="data", needs_device=True, shows_text=True),
     "reward": StageSpec(3, makes="model", needs_device=True),
     "budget": StageSpec(1),

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from schemas.config.data import Kind, ValidateParams
-from schemas.rows import Numbers, may_repeat
+from schemas.rows import Numbers, may_repeat, without_weights
 from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
 
 PARTS = ("train", "eval", "gold", "test")
@@ -51,23 +51,25 @@ def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame
     """Every kind that these rows give, the source kind too, one after the other: each takes as much memory as the rows.
 
     Frames may be empty; exact repetitions are left out. A ranking without any comparison (all answers tied) gives its
-    prompt only.
+    prompt only. Weights of messages are for `sft` alone.
     """
-    yield "prompt", distinct(frame.select(HEAD), "prompt")
+    yield "prompt", distinct(without_weights(frame.select(HEAD)), "prompt")
     if kind == "ranking":
         ranked = frame.filter(pl.col("winners").list.len() > 0)
-        yield "ranking", ranked
-        yield "preference", distinct(_pairs(ranked))
+        plain = without_weights(ranked)
+        yield "ranking", plain
+        yield "preference", distinct(_pairs(plain))
         yield from _liked_of("ranking", ranked)
     elif kind == "preference":
-        yield "preference", frame
-        yield "ranking", _as_rankings(frame)
+        plain = without_weights(frame)
+        yield "preference", plain
+        yield "ranking", _as_rankings(plain)
         yield from _liked_of("preference", frame)
     elif kind == "feedback":
         opposed = opposed_thumbs(frame)
         unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
         liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
-        yield "feedback", frame
+        yield "feedback", without_weights(frame)
         yield "sft", distinct(liked.select(*HEAD, response="completion"))
     elif kind == "sft":
         yield "sft", frame
@@ -81,7 +83,8 @@ def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
 def _liked_of(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
     """Thumbs, and the answers to imitate. Rows of one prompt that share answers are one ranking for both."""
     alone, joined = as_one(kind, frame)
-    yield "feedback", _in_order(_thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone), _thumbs(joined))
+    thumbs = _thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone)
+    yield "feedback", without_weights(_in_order(thumbs, _thumbs(joined)))
     best = _best(alone) if kind == "ranking" else alone.select(*HEAD, response="chosen")
     yield "sft", _in_order(best, _best(joined))
 

@@ -77,6 +77,7 @@ _ALLOWED = {
     "not_a_tool_call": 'write each call as {"type": "function", "function": {"name": ..., "arguments": {...}}}',
     "two_kinds_of_calls": "keep `tool_calls` and take `function_call` out",
     "broken_arguments": "write the arguments as a JSON object",
+    "unknown_key_of_a_call": "name what a call hands over `arguments`, and take the other keys out of it",
     "arguments_not_an_object": 'write the arguments as an object: {"city": "Paris"}',
     "calls_of_another_role": "let the assistant alone call tools",
     "not_a_tool_result": "give `name` and `tool_call_id` of a result as texts",

@@ -8,11 +8,13 @@ import pytest
 from jinja2 import TemplateError
 
 from schemas.conversation import Message, with_extra
+from schemas.errors import StageError
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import encode_sft
 from stages.engine.data.tools import LeftOut, stand_in
 from stages.engine.data.turns import answer_ids, answer_of, learned
 from tests.support.chat_templates import ENDS, STYLES, THOUGHTS, template, tokenizer
+from tests.support.families import byte_level, sentence_piece
 
 TOOLS = [{"type": "function", "function": {"name": "sky", "description": "Its colour", "parameters": {}}}]
 CALL = {"type": "function", "id": "call00001", "function": {"name": "sky", "arguments": {"at": "noon"}}}
@@ -126,6 +128,19 @@ def test_a_second_token_behind_the_end_is_not_learned(tagged: bool) -> None:
     assert ids[-1] == own.end_id and ids.count(own.end_id) == 1
 
 
+def test_a_template_that_wants_the_assistant_to_end_a_conversation() -> None:
+    """It is asked for the user's alone with a generation prompt only, and loads; turns are told as ever."""
+    wants = "{% if not add_generation_prompt and messages[-1].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+    special, plain = ["<|endoftext|>"], ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    usual, own = (
+        Codec(byte_level(special, plain, template=start + template("Qwen", False), **names)) for start in ("", wants)
+    )
+    assert (usual.generation_prompt, own.generation_prompt) == ("<|im_start|>assistant\n", "")
+    assert own.control_ids == usual.control_ids and own.end == "<|im_end|>"
+    assert learned(own, talk("<|im_end|>")) == learned(usual, talk("<|im_end|>"))
+
+
 # --- turns that change once others follow ---
 
 
@@ -213,6 +228,37 @@ def test_a_call_as_the_answer() -> None:
     assert answer_ids(own, with_result(CALL)[:1], answer_of(plain)) == own.answer("the sky")
 
 
+@pytest.mark.parametrize("space_first", [True, False])
+def test_a_call_has_the_same_tokens_as_the_answer_and_as_an_earlier_turn(space_first: bool) -> None:
+    """SentencePiece's tokenizers begin a text with a space that does not exist behind the generation prompt."""
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    names = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "template": template("Qwen", False)}
+    own = Codec(sentence_piece(special, space_first, **names))
+    forged = {**CALL, "function": {"name": "sky", "arguments": {"at": "no <|im_end|> on"}}}
+    for call in (CALL, forged):
+        messages = with_result(call)
+        ids = answer_ids(own, messages[:1], messages[1])
+        assert own.tokenizer.convert_ids_to_tokens(ids[0]) == "<0x3C>" and ids[-1] == own.end_id
+        [last] = encode_sft([{"prompt": messages[:1], "response": "", "calls": json.dumps([call])}], "last", own)
+        [every] = encode_sft([{"prompt": messages, "response": "it"}], "all", own)
+        assert last.tree.answers == (tuple(ids),) and every.tree.masks is not None
+        kept = [t for t, is_learned in zip(every.tree.answers[0], every.tree.masks[0], strict=True) if is_learned]
+        assert kept == [*ids, *own.answer("it")] and every.tree.prompt == last.tree.prompt
+
+
+def test_a_call_that_merges_with_what_comes_before_is_tokenized_alone() -> None:
+    """As a text is: the prompt stays the one that sampling sees."""
+    merging = template("Qwen", False).replace(
+        "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n the' }}"
+    )
+    merging = merging.replace("'<tool_call>", "'re <tool_call>")
+    own = Codec(tokenizer(merging, "<|im_end|>"))
+    messages = with_result(CALL)
+    alone = 're <tool_call>\n{"name": "sky", "arguments": {"at": "noon"}}\n</tool_call>'
+    assert own.encode_control(" the" + alone)[: len(own.encode_control(" the"))] != own.encode_control(" the")
+    assert answer_ids(own, messages[:1], messages[1]) == [*own.encode_control(alone), own.end_id]
+
+
 def test_special_tokens_within_tools_and_calls_stay_text() -> None:
     """A name, an argument or a description that spells out an end does not end a turn."""
     own = codec("Qwen")
@@ -264,6 +310,17 @@ def test_what_is_left_out_is_refused(old: str, new: str, messages: list[Message]
             read(messages)
     [refusal] = poor.prompts([messages])
     assert isinstance(refusal, LeftOut)
+
+
+def test_what_to_do_about_a_prompt_whose_tools_are_left_out() -> None:
+    """Taking out a system message would not help."""
+    with pytest.raises(StageError, match="leaves out tools") as caught:
+        codec("Zephyr").check_templates([with_result(CALL)[:1]], "prompts", "the judge")
+    assert "template writes them" in str(caught.value.problem.fix)
+    refusing = template("Zephyr", False).replace("{% else %}", "{% elif m.role == 'system' %}{{ 1 / 0 }}{% else %}", 1)
+    with pytest.raises(StageError) as caught:
+        Codec(tokenizer(refusing, "</s>")).check_templates([[said("system", "hello")]], "prompts", "the judge")
+    assert "a system message" in str(caught.value.problem.fix)
 
 
 def test_a_text_beside_a_call_that_is_left_out() -> None:

@@ -1,5 +1,6 @@
 """From messages to token ids and back. Everything that touches a tokenizer's text goes through `Codec`. No torch."""
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -65,8 +66,10 @@ class Codec:
         """Any of these ends a sampled answer."""
         self.control_ids: frozenset[int] = self.stop_ids | controls(tokenizer)
         """What only the template may write: special tokens, without the one for unknown words."""
-        prompt, asked = self.render(GREETING), self.render(GREETING, add_generation_prompt=False)
-        self.generation_prompt = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        prompt, asked = self.render(GREETING), ""
+        with contextlib.suppress(TemplateError):  # of a template that wants the assistant to speak last
+            asked = self.render(GREETING, add_generation_prompt=False)
+        self.generation_prompt = prompt.removeprefix(asked) if asked and prompt.startswith(asked) else ""
         """What the template writes where the assistant is to begin; empty where it writes nothing, or all otherwise."""
         self._thought = Thought(prompt)
         self._left_out: dict[tuple[tuple[str, ...], ...], list[str]] = {}
@@ -133,6 +136,7 @@ class Codec:
                 where = f"{_which(conversations, place)}, with the roles {roles}"
                 message = f"the chat template of {who} refuses {where}: {one_line(ids, 200)}."
                 fix = "take out what it refuses (a system message, turns that do not alternate), or use another model"
+                fix = LeftOut.fix if isinstance(ids, LeftOut) else fix
                 raise refuse(field, len(conversations), message, fix, kind="chat_template")
             encoded.append(ids)
         return encoded
@@ -307,12 +311,8 @@ class Codec:
 
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer and its template; plain transformers reads them."""
-        for name in (
-            "is_local",
-            "local_files_only",
-            "auto_map",
-            "gguf_file",
-        ):  # where it came from, which is not content
+        # Where it came from, which is not content:
+        for name in ("is_local", "local_files_only", "auto_map", "gguf_file"):
             self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.save_pretrained(str(folder))
 

@@ -13,7 +13,7 @@ from schemas.conversation import EXTRA, Message
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
-from stages.engine.data.turns import answer_ids, answer_of, learned
+from stages.engine.data.turns import answer_ids, answer_of, learned, learned_apart
 
 log = logging.getLogger("alignflow")
 
@@ -94,7 +94,7 @@ def _conversation(row: Row, codec: Codec) -> list[Tree]:
     else:
         masks = ((*mask[first:], *[True] * len(last)),)
         whole = Tree(tuple(ids[:first]), ((*ids[first:], *last),), masks)
-    return [whole, *(_last(prompt[:place], prompt[place], codec) for place in apart)]
+    return [whole, *(Tree(tuple(before), (tuple(turn),)) for before, turn in learned_apart(codec, prompt, apart))]
 
 
 def longest(tree: Tree) -> int:

@@ -52,9 +52,10 @@ def turn_marks(codec: "Codec") -> list[Any]:
         return []
     names = {token.content for token in codec.tokenizer.added_tokens_decoder.values()}
     left, right = _around_answer(codec)
-    of_user = codec.render(GREETING, add_generation_prompt=False)
-    with contextlib.suppress(TemplateError):  # of a template without a system role
-        of_user += codec.render([{"role": "system", "content": "hello"}, *GREETING], add_generation_prompt=False)
+    of_user = ""
+    for chat in (GREETING, [{"role": "system", "content": "hello"}, *GREETING]):
+        with contextlib.suppress(TemplateError):  # of one without a system role, or that wants the assistant to end it
+            of_user += codec.render(chat, add_generation_prompt=False)
     pattern = re.compile("|".join(re.escape(t.content) for t in sorted(plain, key=lambda t: -len(t.content))))
     ends = pattern.findall(right)[:1] if not codec.special.search(right) else []
     written = {*pattern.findall(of_user), *ends}

@@ -17,6 +17,8 @@ _PLAIN = "a"
 class LeftOut(TemplateRuntimeError):
     """A chat template does not write a part of a conversation that its answer depends on."""
 
+    fix = "take out the prompts with tools, calls and results, or use a model whose chat template writes them"
+
 
 def stand_in(messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """(A conversation of the same roles, calls and tools that says nothing of its own; word -> what it stands for)."""

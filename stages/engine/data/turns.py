@@ -55,10 +55,23 @@ def learned(codec: Codec, messages: Sequence[Message]) -> Learned:
     return Learned([token.id for token in tokens], mask, apart)
 
 
+def learned_apart(
+    codec: Codec, messages: Sequence[Message], places: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """(ids of the conversation up to a turn, those of the turn) of each turn at `places`, which `learned` found apart.
+
+    Raises TemplateError where the template refuses a conversation that ends there, or does not write calls behind its
+    generation prompt.
+    """
+    parts = [(messages[:place], messages[place]) for place in places]
+    return [(codec.prompt(before), answer_ids(codec, before, turn)) for before, turn in parts]
+
+
 def answer_ids(codec: Codec, prompt: Sequence[Message], answer: Message) -> list[int]:
     """Ids of an assistant's message behind a prompt, and the token that ends it.
 
-    A text is tokenized as sampling would (`Codec.answer`); calls are as the template writes them. Raises TemplateError
+    A text is tokenized as sampling would (`Codec.answer`); calls are as the template writes them, with the tokens that
+    they have in the whole conversation. Raises TemplateError
     where it writes them otherwise than behind its generation prompt.
     """
     if "tool_calls" not in extra_of(answer):
@@ -69,8 +82,14 @@ def answer_ids(codec: Codec, prompt: Sequence[Message], answer: Message) -> list
     turn = _turn(codec, conversation, len(prompt))
     if turn is None:
         raise TemplateRuntimeError("an answer that calls tools is not written behind the generation prompt")
-    ids = codec.ids_of(turn[1], conversation)
+    ids = _ids_behind(codec, conversation, *turn)
     return ids if ids[-1] in codec.stop_ids else [*ids, codec.end_id]
+
+
+def _ids_behind(codec: Codec, conversation: Guarded, before: str, turn: str) -> list[int]:
+    """Ids of a turn as they stand behind what comes before; of the turn alone where letters merge across the border."""
+    prompt, whole = codec.ids_of(before, conversation), codec.ids_of(before + turn, conversation)
+    return whole[len(prompt) :] if whole[: len(prompt)] == prompt else codec.ids_of(turn, conversation)
 
 
 def answer_of(row: Mapping[str, Any]) -> Message:

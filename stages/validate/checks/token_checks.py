@@ -134,7 +134,7 @@ class _Tokens:
         """What is wrong with, or odd about, turns whose tokens the template writes: calls as answers, and earlier
         answers that are learned. Rows with a call as their answer are taken out of both lists.
         """
-        from stages.engine.data.turns import answer_ids, answer_of, learned  # late, as the codec is
+        from stages.engine.data.turns import answer_ids, answer_of, learned, learned_apart  # late, as the codec is
 
         kept: list[tuple[dict, int]] = []
         for row, length in zip(usable, lengths, strict=True):
@@ -142,15 +142,18 @@ class _Tokens:
             if not row.get("calls") and not (several and self.learn == "all"):
                 kept.append((row, length))
                 continue
+            column = "prompt"
             try:
-                if self.learn == "all" and learned(self.codec, row["prompt"]).apart:
+                if self.learn == "all" and (places := learned(self.codec, row["prompt"]).apart):
+                    learned_apart(self.codec, row["prompt"], places)  # raises where training could not
                     yield note(row["row"], "turns_learned_apart")
                 if not row.get("calls"):
                     kept.append((row, length))
                     continue
+                column = "response"
                 length += len(answer_ids(self.codec, row["prompt"], answer_of(row)))
             except TemplateError as error:
-                yield Finding(row["row"], "response", *_refusal(error))
+                yield Finding(row["row"], column, *_refusal(error))
                 continue
             if length > self.max_length:
                 yield Finding(row["row"], "response", "too_long", f"{length} tokens")

@@ -13,6 +13,7 @@ from stages.validate.forms.tools import (
     CALL_KEYS,
     CALL_ROLES,
     RESULT_ROLES,
+    TOOL_KEYS,
     WrongTools,
     as_json,
     calls_of,
@@ -38,6 +39,8 @@ ROLES = {
 _TOOL_ROLES = {*RESULT_ROLES, *CALL_ROLES}
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 _WEIGHT_KEYS = ("weight", "train", "training", "loss")
+_FURTHER_KEYS = frozenset((*CALL_KEYS, *_WEIGHT_KEYS, *TOOL_KEYS))
+"""The keys for which a message is more than a role and a text."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _PART_MEDIA = re.compile("image|video|audio|file")
@@ -130,7 +133,7 @@ def _turn(message: dict[str, Any], column: str) -> Turn | None:
         raise BadRow(column, "unknown_role", role)
     if ROLES.get(name) == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
-    if len(message) > 2 or name in _TOOL_ROLES:
+    if name in _TOOL_ROLES or not _FURTHER_KEYS.isdisjoint(message):
         try:
             return _turn_with_tools(name, message, content, column)
         except WrongTools as wrong:
@@ -154,6 +157,8 @@ def _turn_with_tools(name: str, message: dict[str, Any], content: object, column
     if role == "tool":
         return turn_with((role, _words(content, column)), result_of(message), column)
     said = "" if calls and content in (None, []) else _words(content, column)
+    if calls and not said.strip():
+        said = ""
     if role != "assistant":
         return role, said
     return turn_with((role, said), {**({"tool_calls": calls} if calls else {}), **_weight(message)}, column)

@@ -27,7 +27,7 @@ from stages.validate.forms.cells import (
 from stages.validate.forms.column_advice import COLUMNS, KNOWN
 from stages.validate.forms.labels import Names
 from stages.validate.forms.presets import PRESETS, Shape, recognised
-from stages.validate.forms.tools import WrongTools, odd, tools_of
+from stages.validate.forms.tools import TOOL_KEYS, WrongTools, odd, tools_of
 from stages.validate.forms.whole_files import Numbered
 
 _PROMPTS = ("instruction", "question", "query")
@@ -45,10 +45,9 @@ _INPUTS = {"instruction": ("input", "context"), "question": ("context",), "query
 """Where the prompt comes from -> what it is about. Beside a `prompt` such columns may be anything."""
 _SCORED = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"))
 """Columns that say by how much the better answer is better, as data sets call them. Only held against the verdict."""
-_TOOLS = ("tools", "functions")
 _SAYS = {"system": "the system message", "input": "part of the prompt", "history": "earlier turns", "tools": "tools"}
 _REFUSED = {
-    **dict.fromkeys(_TOOLS, "two_lists_of_tools"),
+    **dict.fromkeys(TOOL_KEYS, "two_lists_of_tools"),
     **{name: f"has_{name.rstrip('s')}" for name in ("image", "images", "video", "videos", "audio", "audios")},
 }
 """Columns without which a row means something else -> the reason to put it aside."""
@@ -134,7 +133,7 @@ class Columns:
         if shape is None or not shape.whole:
             prompt = ours.get("prompt", "prompt")
             around = {"system": _SYSTEMS, "input": _INPUTS.get(prompt, ()), "history": ("history",)}
-            around["tools"] = _TOOLS
+            around["tools"] = TOOL_KEYS
             beside = {
                 name: next((theirs for theirs in usual if theirs in given - read), None)
                 for name, usual in around.items()
@@ -149,7 +148,7 @@ class Columns:
             self.beside = self.beside or any((plan.system, plan.history, plan.tools, plan.scored))
         beside = {"system": plan.system, "input": plan.input, "history": plan.history, "tools": plan.tools}
         for name, theirs in {**ours, **beside}.items():
-            if theirs in given and theirs != name and name not in params.columns:
+            if theirs in given and not (theirs == name == "tools") and name not in params.columns:
                 self.say(f"`{theirs}` as {_SAYS.get(name, name)}")
         read |= {name for name in (*beside.values(), *(plan.scored or ())) if name}
         plan.refused = {name: reason for name, reason in _REFUSED.items() if name in given - read}

@@ -16,7 +16,11 @@ RESULT_ROLES = ("tool", "function", "function_response", "tool_response", "obser
 CALL_ROLES = ("function_call", "tool_call")
 """ShareGPT's roles of an assistant's message whose text is the call."""
 CALL_KEYS = ("tool_calls", "function_call")
+TOOL_KEYS = ("tools", "functions")
+_ARGUMENTS = ("arguments", "parameters")
+"""Where a call holds its arguments: OpenAI's key, or else Llama 3's."""
 _NOTHING = (None, "", [], {})
+_WRITTEN_NOTHING = ("", "[]", "{}", "null", "None")
 _IN_TEXT = ("<tool_call>", "<function_call>", "<functioncall>", "[TOOL_CALLS]", "<|python_tag|>")
 """How calls that were rendered with a template begin within a text."""
 
@@ -56,14 +60,14 @@ def _tool(value: object) -> dict[str, Any]:
 
 def refuse_tools_within(message: Mapping[str, Any]) -> None:
     """Raise WrongTools where tools stand in a message: they belong to the whole conversation."""
-    for key in ("tools", "functions"):
-        if message.get(key) not in _NOTHING:
+    for key in TOOL_KEYS:
+        if not _is_nothing(message.get(key)):
             raise WrongTools("tools_in_a_message", message[key])
 
 
 def calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a message calls; empty where it calls nothing. Raises WrongTools."""
-    given = [message[key] for key in CALL_KEYS if message.get(key) not in _NOTHING]
+    given = [message[key] for key in CALL_KEYS if not _is_nothing(message.get(key))]
     if len(given) > 1:
         raise WrongTools("two_kinds_of_calls", given)
     return parsed_calls(given[0]) if given else []
@@ -85,7 +89,9 @@ def _call(value: object) -> dict[str, Any]:
     function = value.get("function", value)
     if not isinstance(function, dict) or not _is_name(function.get("name")):
         raise WrongTools("not_a_tool_call", value)
-    arguments = function.get("arguments")
+    where = next((key for key in _ARGUMENTS if function.get(key) not in (None, "")), "")
+    _refuse_further_keys(value, function, where)
+    arguments = function.get(where)
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parsed(arguments, "broken_arguments")
     if arguments in (None, ""):  # of a function that takes none
@@ -100,6 +106,19 @@ def _call(value: object) -> dict[str, Any]:
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
+
+
+def _refuse_further_keys(value: Mapping[str, Any], function: Mapping[str, Any], where: str) -> None:
+    """Raise WrongTools for what a call holds beside its name and the arguments at `where`: it may be the arguments."""
+    known = {"name", where}
+    if where == "arguments":  # beside them some files repeat what the function is
+        known |= {"description", "parameters"}
+    around = {"id", "type", "index"}
+    parts = [(value, around | known)] if function is value else [(value, around | {"function"}), (function, known)]
+    for part, keys in parts:
+        for key, held in part.items():
+            if key not in keys and not _is_nothing(held):
+                raise WrongTools("unknown_key_of_a_call", {key: held})
 
 
 def result_of(message: Mapping[str, Any]) -> dict[str, str]:
@@ -159,6 +178,11 @@ def as_json(extra: Mapping[str, Any]) -> str | None:
         return written(extra)
     except (ValueError, RecursionError, TypeError) as error:
         raise WrongTools("not_json", str(error)) from error
+
+
+def _is_nothing(value: object) -> bool:
+    """Whether this holds nothing, as it is or written down."""
+    return value.strip() in _WRITTEN_NOTHING if isinstance(value, str) else value in _NOTHING
 
 
 def _is_name(value: object) -> bool:

@@ -205,6 +205,20 @@ def test_parts_are_joined() -> None:
     assert parse("prompt", {"prompt": [message("user", parts)]}) == {"prompt": (user("Look:\na cat"),)}
 
 
+def test_what_stands_beside_a_conversation_is_said(tmp_path: Path) -> None:
+    """Also where columns have the names by which we call them; `tools` are nothing but tools."""
+    rest = {"output": "Bo.", "history": [["Who?", "Al."]], "system": "Be brief."}
+    row = {"instruction": "And?", "input": "Now.", **rest, "tools": [{"name": "sky"}]}
+    report, _ = checked([row], "sft", tmp_path)
+    assert [what for what in report.read if " as " in what] == [
+        "`instruction` as prompt",
+        "`output` as response",
+        "`system` as the system message",
+        "`input` as part of the prompt",
+        "`history` as earlier turns",
+    ]
+
+
 @pytest.mark.parametrize(
     ("bad", "reason", "value"),
     [

@@ -80,6 +80,15 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "OpenAI": {"messages": [user(), calls(WRITTEN), result(tool_call_id="c1"), answer()], "tools": TOOLS},
     "objects": {"messages": TALK, "tools": TOOLS},
     "text beside it is empty": {"messages": [user(), calls(CALL, content=""), *TALK[2:]], "tools": TOOLS},
+    "no text beside it": {
+        "messages": [user(), {"role": "assistant", "tool_calls": [CALL]}, *TALK[2:]],
+        "tools": TOOLS,
+    },
+    "a blank text beside it": {"messages": [user(), calls(CALL, content=" \n"), *TALK[2:]], "tools": TOOLS},
+    "no calls as JSON": {
+        "messages": [{**user(), "tool_calls": "[]"}, *TALK[1:3], answer(tool_calls="[]", function_call="null")],
+        "tools": TOOLS,
+    },
     "tools as JSON": {"messages": TALK, "tools": json.dumps(TOOLS)},
     "bare functions": {"messages": TALK, "tools": json.dumps([FUNCTION])},
     "column `functions`": {"messages": TALK, "functions": [FUNCTION]},
@@ -139,8 +148,30 @@ def test_spellings_of_one_conversation(name: str, tmp_path: Path) -> None:
             {"name": "sky", "arguments": {"x": 1}},
             {},
         ),
+        (
+            [user(), calls({"name": "sky", "parameters": {"x": 1}}), result(), answer()],
+            {"name": "sky", "arguments": {"x": 1}},
+            {},
+        ),
+        (
+            [
+                user(),
+                calls({"index": 0, "function": {"name": "sky", "arguments": "", "parameters": '{"x": 1}', "args": ""}}),
+                result(),
+                answer(),
+            ],
+            {"name": "sky", "arguments": {"x": 1}},
+            {},
+        ),
     ],
-    ids=["older OpenAI", "ShareGPT", "bare call without arguments", "roles of calls and responses"],
+    ids=[
+        "older OpenAI",
+        "ShareGPT",
+        "bare call without arguments",
+        "roles of calls and responses",
+        "Llama 3",
+        "Llama 3 as JSON, from a table with the keys of all",
+    ],
 )
 def test_other_forms(messages: Rows, called: dict, named: dict, tmp_path: Path) -> None:
     row = written({"messages": messages, "tools": TOOLS}, tmp_path)
@@ -198,6 +229,46 @@ def test_tools_are_part_of_a_prompts_id_and_not_of_its_cluster(tmp_path: Path) -
         assert (row["prompt_id"], row["cluster"]) == (prompt_id(row["prompt"]), cluster_id(row["prompt"]))
 
 
+def test_weights_are_no_part_of_a_prompt(tmp_path: Path) -> None:
+    """What a model is asked is the same with them: the same ids, one prompt. Only kind `sft` keeps them. An argument of
+    that name is no weight.
+    """
+    weighs = {**CALL, "function": {"name": "sky", "arguments": {"weight": 0}}}
+    other = {**CALL, "function": {"name": "sky", "arguments": {}}}
+    talks = [
+        [user(), calls(call, content="so", **weight), *TALK[2:]]
+        for call, weight in ((CALL, {}), (CALL, {"weight": 0}), (weighs, {}), (weighs, {"weight": 0}), (other, {}))
+    ]
+    plain = [[user("sat?"), answer("No", **weight), user(), answer()] for weight in ({"weight": 0}, {})]
+    checked([{"messages": talk} for talk in talks + plain], tmp_path, learn="all")
+    rows, asked = (read(tmp_path / "data", "train", kind) for kind in ("sft", "prompt"))
+    ids = [row["prompt_id"] for row in rows]
+    assert ids == [prompt_id(row["prompt"]) for row in rows]
+    assert ids[0] == ids[1] and ids[2] == ids[3] and ids[5] == ids[6] and len(set(ids)) == 4
+    assert ids[5] == prompt_id(plain[1][:3])
+    assert [[extra_of(message).get("weight") for message in row["prompt"]][1] for row in rows] == [
+        *[None, 0, None, 0, None],
+        *[0, None],
+    ]
+    assert [row["prompt"] for row in asked] == [rows[place]["prompt"] for place in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("preference", {"chosen": "It flew.", "rejected": "No"}),
+        ("feedback", {"completion": "It flew.", "label": True}),
+        ("ranking", {"responses": ["It flew.", "No"], "order": [0, 1]}),
+    ],
+)
+def test_no_judged_row_has_weights(kind: Kind, rest: dict[str, Any], tmp_path: Path) -> None:
+    prompt = [user(), answer("No", weight=0), user("sat?")]
+    checked([{"prompt": prompt, **rest}], tmp_path, kind, learn="all")
+    for table in (tmp_path / "data" / "train").glob("*.parquet"):
+        [row] = pl.read_parquet(table).to_dicts()[:1]
+        assert any(map(extra_of, row["prompt"])) == (table.stem == "sft"), table.stem
+
+
 # --- tokens ---
 
 
@@ -237,6 +308,23 @@ def test_a_call_that_is_too_long(tmp_path: Path) -> None:
     for room, expected in ((length + prompt, {}), (length + prompt - 1, {0: ("response", "too_long")})):
         _, bad = checked([{"messages": TALK[:2]}, GOOD], tmp_path / str(room), reader=own, max_length=room)
         assert bad == expected
+
+
+def test_earlier_calls_that_cannot_be_learned_are_put_aside(tmp_path: Path) -> None:
+    """A generation prompt that opens a thought: an earlier text is learned apart, an earlier call cannot be. What
+    `validate` keeps, training tokenizes.
+    """
+    plain = "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    assert template("Qwen", False).endswith(plain)
+    opens = template("Qwen", False).replace(plain, plain.replace("assistant\\n", "assistant\\n<think>\\n"))
+    own = Codec(tokenizer(opens, ENDS["Qwen"]))
+    spoken = [user("sat?"), answer("No"), user("how?"), answer("It flew.")]
+    unlearned = [user("you?"), calls(CALL, weight=0), *TALK[2:]]
+    rows = [{"messages": TALK, "tools": TOOLS}, {"messages": spoken}, {"messages": unlearned, "tools": TOOLS}]
+    report, bad = checked(rows, tmp_path / "all", reader=own, learn="all")
+    assert bad == {0: ("prompt", "template_refuses")} and report.noted == {"turns_learned_apart": [1]}
+    assert len(encode_sft(read(tmp_path / "all" / "data", "train", "sft"), "all", own)) == 3
+    assert checked(rows, tmp_path / "last", reader=own, learn="last")[1] == {}
 
 
 def test_odd_calls_are_noted(tmp_path: Path) -> None:
@@ -294,6 +382,26 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
         {"messages": [user(), calls({"name": "sky", "arguments": "3"})]},
         ("messages", "arguments_not_an_object"),
     ),
+    "arguments under another name": (
+        {"messages": [user(), calls({"name": "sky", "args": {"at": "noon"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "arguments under another name within": (
+        {"messages": [user(), calls({"function": {"name": "sky", "input": "noon"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "arguments beside the function": (
+        {"messages": [user(), calls({"arguments": {"at": "noon"}, "function": {"name": "sky"}})]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "a tool where its call belongs": (
+        {"messages": [user(), calls(FUNCTION)]},
+        ("messages", "unknown_key_of_a_call"),
+    ),
+    "parameters that are a list": (
+        {"messages": [user(), calls({"name": "sky", "parameters": [1]})]},
+        ("messages", "arguments_not_an_object"),
+    ),
     "half a character in an argument": (
         {"messages": [user(), calls({"name": "sky", "arguments": {"at": "\ud83d"}})]},
         ("messages", "not_unicode"),
@@ -301,6 +409,14 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     "calls of the user": (
         {"messages": [{**user(), "tool_calls": [CALL]}, answer()]},
         ("messages", "calls_of_another_role"),
+    ),
+    "neither a text nor calls": (
+        {"messages": [user(), {"role": "assistant", "tool_calls": "[]"}]},
+        ("messages", "missing"),
+    ),
+    "tools in a message without a text": (
+        {"messages": [user(), {"role": "assistant", "tools": TOOLS}]},
+        ("messages", "tools_in_a_message"),
     ),
     "both kinds of calls": (
         {"messages": [user(), calls(CALL, function_call={"name": "sky"})]},
@@ -375,7 +491,7 @@ def test_every_reason_has_a_fix() -> None:
     from stages.validate.verdict import _ALLOWED
 
     named = {reason for _, (_, reason) in BAD.values()} | {"tools_left_out", "answer_is_a_call", "two_lists_of_tools"}
-    assert named - {"empty"} <= _ALLOWED.keys()
+    assert named - {"empty", "missing"} <= _ALLOWED.keys()
 
 
 @pytest.mark.parametrize(
