@@ -26,7 +26,7 @@ from flows.pipeline import pipeline
 from flows.servers import automations, mlflow_prefect, pools, supervisor
 from flows.stage import stage
 from schemas.config import PipelineConfig
-from schemas.stage import Request
+from schemas.stage import STAGES, Request
 from stages import tracking
 from tests.support.live_servers import alive, below, left_after
 
@@ -244,7 +244,7 @@ def test_one_device_holds_one_stage_at_a_time(plant: Plant) -> None:
     for seed in (1, 2):
         request = Request(
             stage="sft",
-            version=1,
+            version=STAGES["sft"].version,
             params=params.model_dump(mode="json", exclude_unset=False),
             inputs=inputs,
             seed=seed,
