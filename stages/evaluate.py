@@ -239,28 +239,36 @@ def summary(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str
     """The metrics that follow from the records of one temperature alone; intervals are over prompts."""
     won, answers = [row.win for row in samples], texts(samples, "the model")
     clusters, drawn = [row.cluster for row in samples], {"resamples": resamples, "seed": seed}
-    interval = bootstrap(won, clusters, **drawn)
     longer = [row.length - row.sft_length for row in samples]
     controlled = metrics.length_controlled_win_rate(won, longer, clusters, **drawn)
+    values = main_metrics(samples, **drawn) | {
+        "distinct_2": metrics.distinct_2(answers),
+        "empty": metrics.share([not answer.strip() for answer in answers]),
+        "ended": metrics.share([row.ended for row in samples]),
+    }
+    if controlled is not None:  # else it is not logged: a table shows "-"
+        rate, reach = controlled
+        values |= {"length_controlled_win_rate": rate, "length_controlled_win_rate_low": reach.low}
+        values["length_controlled_win_rate_high"] = reach.high
+    return {f"eval/{name}": value for name, value in values.items()}
+
+
+def main_metrics(samples: Sequence[Sample], *, resamples: int, seed: int) -> dict[str, float]:
+    """What is said of all prompts, and of each source's: scores, win rate against SFT with its interval, lengths."""
+    won = [row.win for row in samples]
+    interval = bootstrap(won, [row.cluster for row in samples], resamples=resamples, seed=seed)
     values = {
         "judge_score": metrics.mean_and_error([row.score for row in samples])[0],
         "win_rate_vs_sft": metrics.win_rate(won),
         "win_rate_vs_sft_low": interval.low,
         "win_rate_vs_sft_high": interval.high,
         "length": metrics.mean_and_error([row.length for row in samples])[0],
-        "distinct_2": metrics.distinct_2(answers),
-        "empty": metrics.share([not answer.strip() for answer in answers]),
-        "ended": metrics.share([row.ended for row in samples]),
         "prompts": float(sum(row.draw == 0 for row in samples)),
     }
-    if controlled is not None:  # else it is not logged: a table shows "-"
-        rate, reach = controlled
-        values |= {"length_controlled_win_rate": rate, "length_controlled_win_rate_low": reach.low}
-        values["length_controlled_win_rate_high"] = reach.high
     rewards = [row.reward_score for row in samples if row.reward_score is not None]
     if rewards:
         values["reward_score"] = metrics.mean_and_error(rewards)[0]
-    return {f"eval/{name}": value for name, value in values.items()}
+    return values
 
 
 def summaries_by_source(
@@ -273,19 +281,7 @@ def summaries_by_source(
     draws = len(samples) // max(1, len(asked))
     values: dict[str, float] = {}
     for source, own in by_source([row for row in asked for _ in range(draws)], samples).items():
-        won = [row.win for row in own]
-        interval = bootstrap(won, [row.cluster for row in own], resamples=resamples, seed=seed)
-        some = {
-            "judge_score": metrics.mean_and_error([row.score for row in own])[0],
-            "win_rate_vs_sft": metrics.win_rate(won),
-            "win_rate_vs_sft_low": interval.low,
-            "win_rate_vs_sft_high": interval.high,
-            "length": metrics.mean_and_error([row.length for row in own])[0],
-            "prompts": float(sum(row.draw == 0 for row in own)),
-        }
-        rewards = [row.reward_score for row in own if row.reward_score is not None]
-        if rewards:
-            some["reward_score"] = metrics.mean_and_error(rewards)[0]
+        some = main_metrics(own, resamples=resamples, seed=seed)
         values |= {f"eval/{source}/{name}": value for name, value in some.items()}
     return values
 

@@ -47,15 +47,21 @@ def tools_of(value: object) -> list[dict[str, Any]]:
 
 
 def _tool(value: object) -> dict[str, Any]:
-    value = _parsed(value, "broken_tools") if isinstance(value, str) else value
-    if not isinstance(value, dict) or value.get("type") not in (None, "function"):
-        raise WrongTools("not_a_tool", value)
-    function = value.get("function", value)
-    if not isinstance(function, dict) or not _is_name(function.get("name")):
-        raise WrongTools("not_a_tool", value)
+    value, function = _function_of(value, "not_a_tool", "broken_tools")
     if not isinstance(function.get("parameters") or {}, dict):
         raise WrongTools("not_a_tool", value)
     return {"type": "function", "function": {key: part for key, part in function.items() if key != "type"}}
+
+
+def _function_of(value: object, wrong: str, broken: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tool or a call, which may be JSON written as text, and the function that it names. Raises WrongTools."""
+    value = _parsed(value, broken) if isinstance(value, str) else value
+    if not isinstance(value, dict) or value.get("type") not in (None, "function"):
+        raise WrongTools(wrong, value)
+    function = value.get("function", value)
+    if not isinstance(function, dict) or not _is_name(function.get("name")):
+        raise WrongTools(wrong, value)
+    return value, function
 
 
 def refuse_tools_within(message: Mapping[str, Any]) -> None:
@@ -83,12 +89,7 @@ def parsed_calls(value: object) -> list[dict[str, Any]]:
 
 
 def _call(value: object) -> dict[str, Any]:
-    value = _parsed(value, "broken_tool_calls") if isinstance(value, str) else value
-    if not isinstance(value, dict) or value.get("type") not in (None, "function"):
-        raise WrongTools("not_a_tool_call", value)
-    function = value.get("function", value)
-    if not isinstance(function, dict) or not _is_name(function.get("name")):
-        raise WrongTools("not_a_tool_call", value)
+    value, function = _function_of(value, "not_a_tool_call", "broken_tool_calls")
     where = next((key for key in _ARGUMENTS if function.get(key) not in (None, "")), "")
     _refuse_further_keys(value, function, where)
     arguments = function.get(where)
