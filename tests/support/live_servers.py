@@ -66,11 +66,16 @@ def keys(home: Path) -> dict[str, str]:
 
 
 def ask(home: Path, method: str, url: str, **request: Any) -> httpx.Response:
-    """The answer of one of the servers of a home, with its password."""
+    """The answer of a server of a home, with its password; asked again while its database is locked (503)."""
     made = passwords.Passwords.model_validate_json((home / "passwords.json").read_text())
     word = f"{passwords.USER}:{made.mlflow}" if "/mlflow" in url else made.prefect
     headers = {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}", **request.pop("headers", {})}
-    return httpx.request(method, url, headers=headers, timeout=30, **request)
+    for _ in range(20):
+        answer = httpx.request(method, url, headers=headers, timeout=30, **request)
+        if answer.status_code != 503:
+            break
+        time.sleep(1)
+    return answer
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ class Plant:
     mlflow: str
     cpu: Host
     gpu: Host
+    watch: automations.RunWatch = field(default_factory=automations.RunWatch)
 
     def submit(self, config: dict[str, Any]) -> UUID:
         """A run of the deployed pipeline, not waited for."""
@@ -98,10 +99,15 @@ class Plant:
     def run(self, flow_run_id: UUID) -> FlowRun:
         return self.prefect.read_flow_run(flow_run_id)
 
-    def ended(self, flow_run_id: UUID, seconds: float = 400) -> FlowRun:
+    def ended(self, flow_run_id: UUID, seconds: float = 900) -> FlowRun:
         """The run in its final state; a crashed one is on its way to be started again."""
+        looked = time.monotonic()
 
         def final() -> bool:
+            nonlocal looked
+            if time.monotonic() - looked > 30:  # as `alignflow up` does: an event is lost where the database is locked
+                looked = time.monotonic()
+                self.watch()
             state = self.run(flow_run_id).state
             return state is not None and state.is_final() and not state.is_crashed()
 

@@ -234,9 +234,6 @@ def test_a_worker_runs_nothing_but_our_flows_whatever_the_server_has(
 
     def ask(method: str, path: str, **body: Any) -> Any:
         answer = live_servers.ask(home, method, f"{where.prefect}/{path}", json=body)
-        if answer.status_code == 503:  # SQLite under load: the server means later
-            time.sleep(1)
-            return ask(method, path, **body)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
