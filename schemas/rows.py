@@ -189,14 +189,15 @@ def without_weights(frame: pl.DataFrame) -> pl.DataFrame:
 def concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """Frames of one kind below each other, also where only some of them hold tools."""
     if any(map(is_wide, frames)):
-        frames = [frame if is_wide(frame) or "prompt" not in frame.columns else _widened(frame) for frame in frames]
+        role, content = (pl.element().struct.field(name) for name in ("role", "content"))
+        message = pl.struct(role.alias("role"), content.alias("content"), pl.lit(None, pl.String).alias(EXTRA))
+        widened = pl.col("prompt").list.eval(message).cast(MessagesWithExtra)
+        narrow = [not is_wide(frame) and "prompt" in frame.columns for frame in frames]
+        frames = [
+            frame.with_columns(prompt=widened) if needed else frame
+            for frame, needed in zip(frames, narrow, strict=True)
+        ]
     return pl.concat(frames, how="diagonal")
-
-
-def _widened(frame: pl.DataFrame) -> pl.DataFrame:
-    role, content = (pl.element().struct.field(name) for name in ("role", "content"))
-    message = pl.struct(role.alias("role"), content.alias("content"), pl.lit(None, pl.String).alias(EXTRA))
-    return frame.with_columns(prompt=pl.col("prompt").list.eval(message).cast(MessagesWithExtra))
 
 
 # Names of checks that are not their reasons: pandera's own, and one that pandera keeps for itself.

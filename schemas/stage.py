@@ -115,29 +115,25 @@ class Request(Strict):
         to an input each.
         """
         neutral = NEUTRAL | ({"path"} if SOURCE in self.inputs else set())
+        params = dict(self.params)
+        if isinstance(sources := params.get("sources"), list):
+            params["sources"] = [
+                {name: value for name, value in source.items() if name != "path"}
+                if isinstance(source, dict) and self.brings(source)
+                else source
+                for source in sources
+            ]
         decides = {
             "stage": self.stage,
             "version": self.version,
             "engine": ENGINE_VERSION,
-            "params": {k: v for k, v in self._params().items() if k not in neutral},
+            "params": {k: v for k, v in params.items() if k not in neutral},
             "inputs": {name: artifact.sha256 for name, artifact in self.inputs.items()},
             "seed": self.seed,
         }
         if not self.log_text and self.spec.shows_text:
             decides["log_text"] = False
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-    def _params(self) -> Mapping[str, JsonValue]:
-        """The parameters, where several sources are asked for without the paths of those whose files are inputs."""
-        sources = self.params.get("sources")
-        if not isinstance(sources, list):
-            return self.params
-        return {**self.params, "sources": [self._without_path(source) for source in sources]}
-
-    def _without_path(self, source: JsonValue) -> JsonValue:
-        if not isinstance(source, dict) or not self.brings(source):
-            return source
-        return {name: value for name, value in source.items() if name != "path"}
 
     def brings(self, source: Mapping[str, JsonValue]) -> bool:
         """Whether the file of one of several `sources` is an input, which is then read in its path's place."""

@@ -52,18 +52,14 @@ def _check(paths: Sequence[Named], endpoints: Sequence[tuple[str, Mapping[str, A
     problems = outside_roots(paths, roots) if roots or deployed else []
     if deployed:
         for field, judge in endpoints:
-            problems += undeclared_key(f"{field}.api_key_env", judge.get("api_key_env"))
+            key = judge.get("api_key_env")
+            if key is not None and key not in environment.api_keys():
+                fix = f"name it in {environment.API_KEYS} where the worker starts"
+                message = "a deployed run may send no variable that is not declared."
+                problems.append(problem(f"{field}.api_key_env", str(key), message, fix))
             problems += undeclared_host(f"{field}.url", judge.get("url"))
     if problems:
         raise refusal(problems)
-
-
-def undeclared_key(field: str, key: object) -> list[Problem]:
-    """The problem of a variable that would go to an endpoint, and that nobody has declared."""
-    if key is None or key in environment.api_keys():
-        return []
-    fix = f"name it in {environment.API_KEYS} where the worker starts"
-    return [problem(field, str(key), "a deployed run may send no variable that is not declared.", fix)]
 
 
 def undeclared_host(field: str, url: object) -> list[Problem]:
@@ -102,13 +98,21 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
         return problem(
             field, value, f"a deployed run may read no local path: {environment.ROOTS} is not set there.", fix
         )
+    home = environment.home().resolve()  # it may itself lie in a root
     try:
-        stray = next((place for place in _reached(Path(path)) if not _is_allowed(place, roots)), None)
+        stray = next(
+            (
+                place
+                for place in _reached(Path(path))
+                if place.is_relative_to(home) or not any(map(place.is_relative_to, roots))
+            ),
+            None,
+        )
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown user's home, NUL
         return problem(field, value, f"the path cannot be followed: {error}.", "give a plain path")
     if stray is None:
         return None
-    if stray.is_relative_to(environment.home().resolve()):
+    if stray.is_relative_to(home):
         fix = (
             "name files of your own; the home holds the servers' passwords, and models are named by models:/ or runs:/"
         )
@@ -116,11 +120,6 @@ def _outside(field: str, value: str, path: str | None, roots: Sequence[Path]) ->
     where = os.pathsep.join(map(str, roots))
     fix = f"put it into one of them, or add its folder to {environment.ROOTS} where the worker starts"
     return problem(field, value, f"it leads to {stray}, outside of the declared roots {where}.", fix)
-
-
-def _is_allowed(place: Path, roots: Sequence[Path]) -> bool:
-    """Whether a resolved path lies in a root, and not in the home, which may itself lie in a root."""
-    return any(map(place.is_relative_to, roots)) and not place.is_relative_to(environment.home().resolve())
 
 
 def _reached(path: Path) -> Iterator[Path]:
@@ -168,7 +167,11 @@ def paths_of_request(request: Request) -> Iterator[Named]:
     if isinstance(model, str) and model != "gold":
         yield from _path_of_model("params.judge.model", model, None)
     for name, artifact in request.inputs.items():
-        yield from _path_of_uri(f"inputs.{name}.uri", artifact.uri)
+        parsed = urlparse(artifact.uri)
+        if parsed.scheme in ("", "file"):
+            yield f"inputs.{name}.uri", artifact.uri, unquote(parsed.path) if parsed.scheme else artifact.uri
+        elif parsed.scheme not in STORES or ".." in unquote(artifact.uri).split("/"):
+            yield f"inputs.{name}.uri", artifact.uri, None
 
 
 def _paths_of_model(field: str, model: ModelConfig) -> Iterator[Named]:
@@ -201,11 +204,3 @@ def _path_of_data(field: str, path: str, revision: object) -> Iterator[Named]:
             yield field, path, name
         case Hub() if not revision:
             yield field, path, None
-
-
-def _path_of_uri(field: str, uri: str) -> Iterator[Named]:
-    parsed = urlparse(uri)
-    if parsed.scheme in ("", "file"):
-        yield field, uri, unquote(parsed.path) if parsed.scheme else uri
-    elif parsed.scheme not in STORES or ".." in unquote(uri).split("/"):
-        yield field, uri, None

@@ -3,7 +3,7 @@
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,13 +23,10 @@ def validate(raw: dict[str, Any]) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(raw)
     except ValidationError as error:
-        raise StageError("\n".join(explanations(error.errors(), raw)), kind="config") from None
-
-
-def explanations(errors: Sequence[Any], raw: dict[str, Any]) -> list[str]:
-    """One line for each of pydantic's errors; of very many the first."""
-    lines = [explain(details, raw) for details in errors[:_MOST]]
-    return [*lines, f"and {len(errors) - _MOST} more mistakes"] if len(errors) > _MOST else lines
+        lines = [explain(details, raw) for details in error.errors()[:_MOST]]
+        if error.error_count() > _MOST:
+            lines.append(f"and {error.error_count() - _MOST} more mistakes")
+        raise StageError("\n".join(lines), kind="config") from None
 
 
 def wording(details: Any) -> str:
@@ -60,17 +57,15 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
         message += f". {hint}" if hint else ""
     if details["type"] == "value_error":
         return f"{path}: {message}"
-    return f"{path} = {_value(details['input'])}: {message[0].lower()}{message[1:]}"
+    value = details["input"]
+    written = json.dumps(value) if value is None or isinstance(value, bool) else short(value)
+    return f"{path} = {written}: {message[0].lower()}{message[1:]}"
 
 
 def closest_match(word: str, known: Iterable[str]) -> str:
     """A question that names the closest known word; empty when none is close."""
     near = get_close_matches(word, list(known), 1)
     return f"Did you mean '{near[0]}'?" if near else ""
-
-
-def _value(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else short(value)
 
 
 def known_keys(loc: tuple[str | int, ...], raw: Any) -> list[str]:

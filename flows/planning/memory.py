@@ -20,6 +20,7 @@ What Python, torch and its allocator need comes on top, about 1 GB.
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,13 +113,10 @@ def gguf_sizes(file: Path) -> Sizes:
 
 def _sizes(shapes: dict[str, tuple[int, ...]], layers: int, hidden: int, intermediate: int, vocabulary: int) -> Sizes:
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    linear = sum(sum(shape) for name, shape in shapes.items() if len(shape) == 2 and not _is_vocabulary(name))
+    # Embeddings and the head, by the names of transformers and of GGUF.
+    vocabularies = re.compile(r"embed|embd|wte|wpe|lm_head|^output\.weight$")
+    linear = sum(sum(shape) for name, shape in shapes.items() if len(shape) == 2 and not vocabularies.search(name))
     return Sizes(parameters, linear, layers, hidden, intermediate, vocabulary)
-
-
-def _is_vocabulary(name: str) -> bool:
-    """Embeddings and the head, by the names of transformers and of GGUF."""
-    return any(part in name for part in ("embed", "embd", "wte", "wpe", "lm_head")) or name == "output.weight"
 
 
 def trained_bytes(sizes: Sizes, training: Training) -> int:

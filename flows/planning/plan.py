@@ -225,7 +225,9 @@ class Planner:
         """Stage `validate` of one slot. All but the evaluation's leave out the evaluation's prompts."""
         params = self.data_params(slot)
         if slot == self.evaluation_slot():
-            params["min_eval_prompts"] = plan_checks.prompts_needed(self.config)
+            # Without these nothing is trained: the evaluation needs them, and where one is set, the gate.
+            gate = 0 if self.config.promote is None else self.config.promote.gate.prompts_min
+            params["min_eval_prompts"] = max(self.config.evaluate.min_prompts, gate)
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
         return self.validated(slot, f"data.{slot}", params, {})
 

@@ -23,7 +23,12 @@ def check(config: PipelineConfig) -> None:
     if isinstance(judge, RewardJudge) and judge.model == "gold":
         _check_gold(config)
     if not config.log_text:
-        _check_endpoints(config)
+        # Without texts in evaluations there is nothing to compare, and what a server keeps or quotes is its own.
+        for name, part in {"evaluate": config.evaluate, "generate": config.generate}.items():
+            if part is not None and isinstance(part.judge, EndpointJudge):
+                fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
+                message = "an endpoint is sent prompts and answers, which log_text: false forbids."
+                raise refuse(f"{name}.judge", "endpoint", message, fix)
     # A plain run promotes nothing: who the candidate is must be clear to a retraining alone, which asks by itself.
     if config.promote is not None and (config.promote.candidate is not None or len(config.align) == 1):
         check_gate(config)
@@ -69,15 +74,6 @@ def _check_gold(config: PipelineConfig) -> None:
         raise refuse("data.preference.gold_fraction", 0, "the gold reward model has no rows.", fix)
 
 
-def _check_endpoints(config: PipelineConfig) -> None:
-    """Without texts in evaluations there is nothing to compare, and what a server keeps or quotes is its own."""
-    for name, part in {"evaluate": config.evaluate, "generate": config.generate}.items():
-        if part is not None and isinstance(part.judge, EndpointJudge):
-            fix = "use a judge that runs here (rule, sentiment, reward), or log_text: true"
-            message = "an endpoint is sent prompts and answers, which log_text: false forbids."
-            raise refuse(f"{name}.judge", "endpoint", message, fix)
-
-
 def check_gate(config: PipelineConfig) -> None:
     """Raise StageError unless it is clear who the candidate is, and the gate gets as many prompts as it asks for."""
     candidate(config)
@@ -86,12 +82,6 @@ def check_gate(config: PipelineConfig) -> None:
         fix = "raise evaluate.limit, or lower promote.gate.prompts_min"
         message = f"evaluate.limit is {limit}, which is too few for the gate."
         raise refuse("promote.gate.prompts_min", gate.prompts_min, message, fix)
-
-
-def prompts_needed(config: PipelineConfig) -> int:
-    """Held-out prompts without which nothing is trained: for the evaluation, and where one is set, for the gate."""
-    gate = 0 if config.promote is None else config.promote.gate.prompts_min
-    return max(config.evaluate.min_prompts, gate)
 
 
 def candidate(config: PipelineConfig) -> str:

@@ -328,8 +328,9 @@ class Codec:
         if not conversation.left:
             return self.encode_control(rendered)
         ids: list[int] = []
+        as_text = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         for _, piece, is_text in pieces(rendered, conversation):
-            ids += self._encode_text(piece) if is_text else self.encode_control(piece)
+            ids += self.tokenizer.encode(piece, **as_text) if is_text else self.encode_control(piece)
         return ids
 
     def tokens_of(self, rendered: str, conversation: Guarded) -> list[Piece]:
@@ -369,9 +370,6 @@ class Codec:
 
     def encode_control(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
-
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

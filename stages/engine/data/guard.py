@@ -31,7 +31,9 @@ def guard(chat: Chat, tools: list[dict[str, Any]] | None, special: re.Pattern[st
     everything = "\0".join(_texts(said))
     if not special.search(everything):
         return Guarded(chat, tools)
-    left, right = _unused_characters(everything)
+    # Two private-use characters that the texts do not hold, to mark places in them.
+    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in everything)
+    left, right = next(unused), next(unused)
 
     def marked(text: str) -> str:
         return special.sub(rf"{left}\g<0>{right}", text)
@@ -67,9 +69,3 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [_changed(part, change) for part in value]
     return {change(key): _changed(part, change) for key, part in value.items()} if isinstance(value, dict) else value
-
-
-def _unused_characters(text: str) -> tuple[str, str]:
-    """Two private-use characters that the text does not hold, to mark places in it."""
-    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-    return next(unused), next(unused)

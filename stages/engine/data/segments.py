@@ -69,14 +69,14 @@ class Segments:
         if window is not None and window >= self.longest:
             window = None
         if (window, dtype) not in self.masks:
-            booleans = [group.mask(window) for group in self.groups]
-            self.masks[window, dtype] = [m if m is None else _additive(m, dtype) for m in booleans]
+            made: list[Tensor | None] = []
+            for mask in (group.mask(window) for group in self.groups):
+                if mask is not None:  # 0 and -inf, which the kernel would otherwise make of booleans in every layer
+                    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                    mask = zeros.masked_fill_(~mask, float("-inf"))
+                made.append(mask)
+            self.masks[window, dtype] = made
         return self.masks[window, dtype]
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where True, -inf where False: what the kernel would otherwise make of booleans in every layer."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def segments(spans: list[Span], positions_T: Tensor) -> Segments:
