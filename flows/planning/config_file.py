@@ -223,7 +223,11 @@ def apply(raw: dict[str, Any], override: str) -> None:
             if key == "sources" and not last:
                 continue
             if not (re.fullmatch("[0-9]{1,6}", key) and int(key) < len(place)):
-                raise _no_item(override, ".".join(keys[:depth]), place)
+                here = ".".join(keys[:depth])
+                wrong = f"--set {one_line(override, 200)}: {here} is a list of {len(place)}"
+                numbers = f", such as {here}.0, or" if place else ", or"
+                fix = f"name an item by its number from 0{numbers} set {here} as a whole"
+                raise StageError(wrong, kind="config", fix=fix)
             if last:
                 place[int(key)] = value
             else:
@@ -240,10 +244,3 @@ def apply(raw: dict[str, Any], override: str) -> None:
             if place.get(key) is None:
                 place[key] = {}
             place = place[key]
-
-
-def _no_item(override: str, here: str, items: list[Any]) -> StageError:
-    """The error of an override that goes into a list by something else than the number of an item."""
-    wrong = f"--set {one_line(override, 200)}: {here} is a list of {len(items)}"
-    numbers = f", such as {here}.0, or" if items else ", or"
-    return StageError(wrong, kind="config", fix=f"name an item by its number from 0{numbers} set {here} as a whole")

@@ -81,7 +81,7 @@ def as_text(items: Sequence[Item], dry_run: bool) -> str:
 
 def unfinished_work(before: float) -> Iterator[Item]:
     """Checkpoints, journals and logs of stages that nobody works on now or has since a time."""
-    for folder in _entries(workspace.home() / "work"):
+    for folder in sorted((workspace.home() / "work").glob("*")):
         if folder.is_dir() and used_at(folder) < before:
             with workspace.lock_if_free(folder / "lock") as free:
                 inside = [path for path in folder.iterdir() if path.name != "lock"]
@@ -100,7 +100,10 @@ def _clear(folder: Path) -> None:
 
 def caches(before: float) -> Iterator[Item]:
     """Copies of artifacts that a server has, and cached reference log-probs, unused since a time."""
-    for path in [*_entries(workspace.home() / "cache" / "artifacts"), workspace.home() / "cache" / "reference.sqlite"]:
+    for path in [
+        *sorted((workspace.home() / "cache" / "artifacts").glob("*")),
+        workspace.home() / "cache" / "reference.sqlite",
+    ]:
         if path.suffix == ".lock" or not path.exists() or used_at(path) >= before:
             continue
         yield Item("cached copy", str(path), size_of(path), lambda path=path: _drop_copy(path))
@@ -120,11 +123,6 @@ def moved_aside(before: float) -> Iterator[Item]:
     for path in (path for pattern in ASIDE for path in sorted(workspace.home().glob(pattern))):
         if used_at(path) < before:
             yield Item("moved aside, unusable", str(path), size_of(path), lambda path=path: workspace.remove(path))
-
-
-def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder; none where there is no such folder."""
-    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def used_at(path: Path) -> float:

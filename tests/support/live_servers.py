@@ -70,12 +70,12 @@ def ask(home: Path, method: str, url: str, **request: Any) -> httpx.Response:
     made = passwords.Passwords.model_validate_json((home / "passwords.json").read_text())
     word = f"{passwords.USER}:{made.mlflow}" if "/mlflow" in url else made.prefect
     headers = {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}", **request.pop("headers", {})}
-    for _ in range(20):
+    end = time.monotonic() + 60
+    while True:
         answer = httpx.request(method, url, headers=headers, timeout=30, **request)
-        if answer.status_code != 503:
-            break
+        if answer.status_code != 503 or time.monotonic() > end:
+            return answer
         time.sleep(1)
-    return answer
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
                 try:
                     for host in hosts:
                         host.start()
-                    yield Plant(client, mlflow.url, *hosts)
+                    yield Plant(client, mlflow.url, hosts[0], hosts[1])
                 finally:
                     for host in hosts:
                         if host.worker is not None:

@@ -328,9 +328,11 @@ class Codec:
         if not conversation.left:
             return self.encode_control(rendered)
         ids: list[int] = []
-        as_text = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         for _, piece, is_text in pieces(rendered, conversation):
-            ids += self.tokenizer.encode(piece, **as_text) if is_text else self.encode_control(piece)
+            if is_text:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            else:
+                ids += self.encode_control(piece)
         return ids
 
     def tokens_of(self, rendered: str, conversation: Guarded) -> list[Piece]:
