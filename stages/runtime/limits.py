@@ -31,7 +31,8 @@ def limited(seconds: float, size: int) -> Iterator[None]:
     bound = taken + size
     try:
         resource.setrlimit(resource.RLIMIT_AS, (min(bound, soft) if soft != resource.RLIM_INFINITY else bound, hard))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Again and again: where the signal meets a finalizer, Python ignores what its handler raises.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
         yield
     except _Late:
         raise TooMuch(f"it takes more than {seconds:g} seconds") from None

@@ -188,6 +188,7 @@ LAYERS = text(b"llama.block_count") + struct.pack("<II", 4, 10**8)
     ],
     ids=range(14),
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where time is up in a finalizer
 def test_a_broken_gguf_head(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "GGUF_SECONDS", 2.0)
     pytest.importorskip("gguf", reason="the extra smollm2 is not installed")

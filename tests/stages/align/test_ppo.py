@@ -243,6 +243,13 @@ def test_minibatches_are_even(start: Callable[..., PPO]) -> None:
         steps = [[i for micro in ppo.minibatch(sampled, 3 * epoch + part) for i in micro] for part in range(3)]
         assert [len(step) for step in steps] == [3, 3, 4]
         assert sorted(i for step in steps for i in step) == list(range(10))
+    # Each epoch of each iteration has an order of its own.
+    firsts = [
+        sorted(i for micro in ppo.minibatch(Sampled(iteration, list(range(10)), [[1, 2]] * 10), within) for i in micro)
+        for iteration in (0, 1)
+        for within in (0, 3)
+    ]
+    assert len(set(map(tuple, firsts))) == 4
 
 
 def test_explained_variance_by_hand() -> None:
@@ -253,6 +260,56 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(returns_N, tensor([7.0, 7.0, 7.0])) == pytest.approx(0.0)
     assert explained_variance(returns_N, tensor([4.0, 2.0, 0.0])) == pytest.approx(-3.0)  # errors -4, 0, 4: 1 - 4
     assert explained_variance(tensor([1.0, 1.0]), tensor([0.0, 1.0])) == 0.0
+
+
+def test_an_updates_loss_is_that_of_the_formulas(start: Callable[..., PPO]) -> None:
+    """Both losses and their diagnostics, worked here from log-probs and values, with bounds that differ."""
+    clip, value_clip = 0.05, 0.2
+    ppo = start(batch_size=10, layout="padded", temperature=0.7, clip=clip, value_clip=value_clip, value_coef=0.3)
+    ppo.parts = lambda critic_alone=False: ("both",)
+    rollout = ppo.rollout = ppo.collect(0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in ppo.model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    loss, metrics = models.one_step(ppo)
+    logps, values = [], []
+    assert ppo.critic is not None
+    for row, answer in zip(rollout.rows, rollout.answers, strict=True):
+        ids, begin = torch.tensor([[*ppo.prompts[row], *answer]]), len(ppo.prompts[row]) - 1
+        with torch.no_grad():
+            logits_TV = ppo.policy.hf(input_ids=ids).logits[0, begin:-1].double() / 0.7
+            values.append(ppo.critic(ppo.batch(rollout, [len(values)]), every=True).double())
+        logps.append(logits_TV.log_softmax(-1)[range(len(answer)), answer])
+    logps_N, values_N, old_N, old_values_N, advantages_N, returns_N = (
+        torch.as_tensor(t, dtype=F64).tolist()
+        for t in (
+            torch.cat(logps),
+            torch.cat(values),
+            rollout.logps_N,
+            rollout.values_N,
+            rollout.advantages_N,
+            rollout.returns_N,
+        )
+    )
+    count, policy, value, clipped, value_clipped, kl = len(logps_N), 0.0, 0.0, 0, 0, 0.0
+    for n in range(count):
+        log_ratio, moved = logps_N[n] - old_N[n], values_N[n] - old_values_N[n]
+        ratio = math.exp(log_ratio)
+        policy -= min(ratio * advantages_N[n], min(max(ratio, 1 - clip), 1 + clip) * advantages_N[n])
+        near = old_values_N[n] + min(max(moved, -value_clip), value_clip)
+        value += max((values_N[n] - returns_N[n]) ** 2, (near - returns_N[n]) ** 2) / 2
+        clipped, value_clipped = clipped + (abs(ratio - 1) > clip), value_clipped + (abs(moved) > value_clip)
+        kl += ratio - 1 - log_ratio
+    between = sum(clip < abs(math.exp(a - b) - 1) < value_clip for a, b in zip(logps_N, old_N, strict=True))
+    moved_between = sum(clip < abs(a - b) < value_clip for a, b in zip(values_N, old_values_N, strict=True))
+    assert min(between, moved_between, value_clipped) > 0, "the two bounds make a difference"
+    assert loss == pytest.approx(policy / count + 0.3 * value / count, rel=1e-4)
+    assert float(metrics["train/policy_loss"]) == pytest.approx(policy / count, rel=1e-4)
+    assert float(metrics["train/value_loss"]) == pytest.approx(value / count, rel=1e-4)
+    assert float(metrics["train/clip_fraction"]) == pytest.approx(clipped / count)
+    assert float(metrics["train/value_clip_fraction"]) == pytest.approx(value_clipped / count)
+    assert float(metrics["train/approx_kl"]) == pytest.approx(kl / count, rel=1e-3)
 
 
 def test_a_rollouts_numbers_are_those_of_its_tokens(start: Callable[..., PPO]) -> None:
@@ -324,7 +381,8 @@ def test_the_exact_kl_is_that_of_the_whole_vocabulary(start: Callable[..., PPO],
 
 def test_advantages_are_those_of_the_formulas(start: Callable[..., PPO]) -> None:
     """The score of an answer that did not end by a stop token loses the penalty; the pad token ends nothing."""
-    ppo = start(kl_coef=0.5, missing_end_penalty=3.0, lam=1.0)
+    ppo = start(kl_coef=9.0, missing_end_penalty=3.0, lam=1.0)
+    ppo.kl_coef = 0.5  # where the controller has brought it
     end, pad = ppo.codec.end_id, ppo.codec.pad_id
     assert end != pad
     sampled = Sampled(0, [0, 1, 2], [[9, end], [9, 8, 7], [9, pad]])
@@ -449,7 +507,11 @@ def test_rollouts_are_functions_of_seed_and_iteration(start: Callable[..., PPO])
     assert torch.equal(one.advantages_N, same.advantages_N)
     assert one.answers != other.answers
     ppo = start()
-    assert ppo.collect(1).answers != ppo.collect(0).answers
+    assert not set(ppo.collect(1).rows) & set(ppo.collect(0).rows), "24 prompts: none twice in two rollouts of 10"
+    rows = list(range(10))
+    assert ppo.answer(1, rows) != ppo.answer(0, rows)
+    cold = start(temperature=1e-4)  # the likeliest token each time, whatever the seed
+    assert cold.answer(1, rows) == cold.answer(0, rows)
 
 
 @pytest.mark.parametrize(("cut_at", "lora"), [(3, None), (6, None), (8, None), (3, LoRA(rank=4)), (8, LoRA(rank=4))])

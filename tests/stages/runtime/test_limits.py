@@ -3,6 +3,7 @@
 import resource
 import signal
 import threading
+import time
 
 import pytest
 
@@ -25,6 +26,26 @@ def test_both_bounds_and_what_is_left_of_them() -> None:
         raise KeyError
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_meets_a_finalizer_is_sent_again() -> None:
+    """Python ignores what is raised in a finalizer: the first signal ends the finalizer alone."""
+    met: list[bool] = []
+
+    class Slow:
+        def __del__(self) -> None:
+            try:
+                time.sleep(20)
+            finally:
+                met.append(True)
+
+    end = time.monotonic() + 20
+    with pytest.raises(TooMuch, match=r"more than 0\.2 seconds"), limited(0.2, 1 << 30):
+        Slow()
+        assert met == [True]
+        while time.monotonic() < end:
+            sum(range(1000))
 
 
 def test_another_thread_is_not_bounded() -> None:
