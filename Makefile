@@ -14,7 +14,7 @@ PEERS := .venv-bench/ready
 help:  ## what can be made
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-demo: $(READY)  ## set up, then run the whole pipeline on the built-in demo (about 4 minutes on 2 cores)
+demo: $(READY)  ## set up, then run the whole pipeline on the built-in demo (under three minutes on 2 cores)
 	$(BIN)/alignflow run demo
 
 test: check  ## set up, then format, lint, types, import contracts and tests

@@ -483,6 +483,14 @@ def test_the_critic_warms_up_while_the_policy_stays(start: Callable[..., PPO], w
     assert logged["train/kl_to_reference"][-1] == pytest.approx(0, abs=1e-6)
 
 
+def test_only_rollouts_in_a_row_that_are_too_far_end_the_training(start: Callable[..., PPO]) -> None:
+    ppo = start(max_kl=5.0, max_kl_iterations=2)
+    for step, kl in enumerate((6.0, 5.0, 6.0, 4.0, math.nan)):
+        ppo.check_kl(kl, step)
+    with pytest.raises(StageError, match=r"max_kl.*6 nats at step 5, for 2 iterations above the bound"):
+        ppo.check_kl(6.0, 5)
+
+
 def test_a_warm_up_is_at_most_a_tenth(start: Callable[..., PPO]) -> None:
     assert [settings(iterations=n).critic_alone for n in (9, 10, 19, 20, 500)] == [0, 1, 1, 2, 2]
     assert settings(iterations=500, value_warmup=0).critic_alone == 0
