@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
     from stages.engine.data.trees import Batch
-    from tests.support.leak_pipeline import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(
@@ -78,27 +77,6 @@ def ready_home(home: Path, database: Path) -> Path:
     """An ALIGNFLOW_HOME in which MLflow's database stands already."""
     shutil.copy(database, home / "mlflow.db")
     return home
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Callable[..., Run]]":
-    """Runs a tiny whole pipeline with planted secrets (tests/support/leak_pipeline.py)."""
-    from tests.support.leak_pipeline import whole  # torch, which few tests need
-
-    with whole(tmp_path_factory.mktemp("whole")) as run:
-        yield run
-
-
-@pytest.fixture(scope="session")
-def quiet_run(whole: "Callable[..., Run]") -> "Run":
-    """All of it, with log_text false. The first run of its home."""
-    return whole("log_text=false")
-
-
-@pytest.fixture(scope="session")
-def plain_run(whole: "Callable[..., Run]", quiet_run: "Run") -> "Run":
-    """Data, evaluation and report, with log_text true."""
-    return whole("sft=null", "generate=null", "align={}")
 
 
 @pytest.fixture(scope="session")

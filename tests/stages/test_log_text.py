@@ -1,4 +1,6 @@
-"""`log_text: false`: prompts and answers stand in the rows that training reads, and nowhere else."""
+"""`log_text: false`: prompts and answers stand in the rows that training reads, and nowhere else. Whole runs are searched
+in tests/system/test_secrets.py.
+"""
 
 import json
 import logging
@@ -18,29 +20,7 @@ from stages.compare.page import render_html
 from stages.engine.scoring.evaluation_record import Evaluation, Sample, check_comparable, digest_of, texts, without_text
 from stages.validate import check
 from stages.validate.context import Context
-from tests.support.leak_pipeline import WORD, Run
-
-# The rows themselves, and the vocabulary of the test's model.
-ROWS = (".parquet", "rows.jsonl", "tokenizer.json")
-
-
-@pytest.mark.slow
-def test_a_whole_run_shows_no_prompt_and_no_answer(quiet_run: Run) -> None:
-    assert quiet_run.code == 0, quiet_run.said
-    assert [path for path in quiet_run.holding(WORD) if not path.name.endswith(ROWS)] == []
-    assert any(path.name == "rows.jsonl" for path in quiet_run.holding(WORD))  # answers say it, and were searched
-    assert WORD not in quiet_run.said
-    names = {path.name for path in quiet_run.files}
-    assert {"quarantine.jsonl", "samples.jsonl", "report.html", "mlflow.db", "prefect.db"} <= names
-    assert "samples.json" not in names
-
-
-@pytest.mark.slow
-def test_a_run_that_may_shows_them(plain_run: Run) -> None:
-    """The same search, so that it is known to find."""
-    assert plain_run.code == 0, plain_run.said
-    found = {path.name for path in plain_run.holding(WORD)}
-    assert {"samples.json", "samples.jsonl", "report.html", "quarantine.jsonl"} <= found
+from tests.support.leak_pipeline import WORD
 
 
 def config(**more: Any) -> PipelineConfig:

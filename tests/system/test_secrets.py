@@ -1,7 +1,9 @@
-"""Planted secrets, found nowhere: not in logs, databases, artifacts or results, whether a stage ends well or not."""
+"""What runs leave: planted secrets nowhere, in logs, databases, artifacts or results, whether a stage ends well or not; and
+with `log_text: false` no prompt and no answer but in the rows.
+"""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from schemas.stage import STAGES, StageSpec
 from stages import tracking
 from stages.tracking.problems import first_line
 from tests.flows.execution.test_process import FAKE, fake_request
+from tests.support import leak_pipeline
 from tests.support.leak_pipeline import SECRETS as PLANTED
-from tests.support.leak_pipeline import Run, encoded
+from tests.support.leak_pipeline import WORD, Run, encoded
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0000000000000000000000001",
@@ -48,11 +51,53 @@ def test_secrets_of_the_environment_are_written_nowhere(
         assert [path for path, content in found.items() if value.encode() in content] == []
 
 
+# The rows themselves, and the vocabulary of the test's model.
+ROWS = (".parquet", "rows.jsonl", "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
+    """Runs a tiny whole pipeline with planted secrets (tests/support/leak_pipeline.py)."""
+    with leak_pipeline.whole(tmp_path_factory.mktemp("whole")) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def quiet_run(whole: Callable[..., Run]) -> Run:
+    """All of it, with log_text false. The first run of its home."""
+    return whole("log_text=false")
+
+
+@pytest.fixture(scope="module")
+def plain_run(whole: Callable[..., Run], quiet_run: Run) -> Run:
+    """Data, evaluation and report, with log_text true."""
+    return whole("sft=null", "generate=null", "align={}")
+
+
 @pytest.fixture(scope="module")
 def failed_run(whole: Callable[..., Run], plain_run: Run) -> Run:
     """A judge's endpoint refuses, and quotes the key that it was sent."""
     judge = "{judge: endpoint, url: ENDPOINT_URL, model: m, api_key_env: MY_JUDGES_KEY}"
     return whole("sft=null", "align={}", f"generate.judge={judge}")
+
+
+@pytest.mark.slow
+def test_a_whole_run_shows_no_prompt_and_no_answer(quiet_run: Run) -> None:
+    assert quiet_run.code == 0, quiet_run.said
+    assert [path for path in quiet_run.holding(WORD) if not path.name.endswith(ROWS)] == []
+    assert any(path.name == "rows.jsonl" for path in quiet_run.holding(WORD))  # answers say it, and were searched
+    assert WORD not in quiet_run.said
+    names = {path.name for path in quiet_run.files}
+    assert {"quarantine.jsonl", "samples.jsonl", "report.html", "mlflow.db", "prefect.db"} <= names
+    assert "samples.json" not in names
+
+
+@pytest.mark.slow
+def test_a_run_that_may_shows_them(plain_run: Run) -> None:
+    """The same search, so that it is known to find."""
+    assert plain_run.code == 0, plain_run.said
+    found = {path.name for path in plain_run.holding(WORD)}
+    assert {"samples.json", "samples.jsonl", "report.html", "quarantine.jsonl"} <= found
 
 
 @pytest.mark.slow

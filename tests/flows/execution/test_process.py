@@ -25,11 +25,11 @@ FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 
 
 @pytest.fixture
-def fake(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", StageSpec(1, needs_device=True))
-    return home
+    return ready_home
 
 
 @pytest.fixture(params=["alone", "fork"])
