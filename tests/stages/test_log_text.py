@@ -1,5 +1,6 @@
-"""`log_text: false`: prompts and answers stand in the rows that training reads, and nowhere else. Whole runs are searched
-in tests/system/test_secrets.py.
+"""`log_text: false`: prompts and answers stand in the rows that training reads, and nowhere else.
+
+Whole runs are searched in tests/system/test_secrets.py.
 """
 
 import json

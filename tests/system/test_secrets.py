@@ -1,5 +1,6 @@
-"""What runs leave: planted secrets nowhere, in logs, databases, artifacts or results, whether a stage ends well or not; and
-with `log_text: false` no prompt and no answer but in the rows.
+"""What runs leave: planted secrets nowhere, in logs, databases, artifacts or results, whether they end well or not.
+
+With `log_text: false` neither prompts nor answers, but in the rows.
 """
 
 import logging
