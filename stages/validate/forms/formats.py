@@ -212,18 +212,13 @@ def _one_prompt(given: Turns | None, befores: Sequence[tuple[str, Turns | None]]
 
 def _merged(given: Turns, prompt: Turns) -> Turns | None:
     """The conversation of which one says a part and the other more; None where they are different ones."""
-    part, whole = (_without_system([_stripped(turn) for turn in turns_]) for turns_ in (given, prompt))
+    part, whole = (
+        [(turn[0], turn[1].strip(), *turn[2:]) for turn in turns_[turns_[0][0] == "system" :]]
+        for turns_ in (given, prompt)
+    )
     if any(whole[place : place + len(part)] == part for place in range(len(whole))):
         return given[:1] + prompt if given[0][0] == "system" and prompt[0][0] != "system" else prompt
     return given if part[-len(whole) :] == whole and prompt[0][0] != "system" else None
-
-
-def _stripped(turn: Turn) -> Turn:
-    return (turn[0], turn[1].strip(), turn[2]) if len(turn) > 2 else (turn[0], turn[1].strip())
-
-
-def _without_system(conversation: list[Turn]) -> list[Turn]:
-    return conversation[1:] if conversation[0][0] == "system" else conversation
 
 
 _PARSERS: dict[Kind, Callable[[Row], Parsed]] = {

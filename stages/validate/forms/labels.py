@@ -207,7 +207,8 @@ def wrong_map(params: ValidateParams) -> StageError | None:
         return None
     if params.kind not in MEANINGS:
         fix = "leave label_map out: only the kinds feedback and preference have labels"
-        return refuse("label_map", _map_text(params.label_map), f"kind {params.kind} has no labels", fix)
+        written = ", ".join(f"{label}={meaning}" for label, meaning in params.label_map.items())
+        return refuse("label_map", written, f"kind {params.kind} has no labels", fix)
     meant: dict[str, str] = {}
     for label, meaning in params.label_map.items():
         if meaning not in MEANINGS[params.kind]:
@@ -228,10 +229,6 @@ def wrong_map(params: ValidateParams) -> StageError | None:
             message = f"label {one_line(one, 60)} is given twice, as {meant[one]} and as {meaning}"
             return refuse("label_map", label, message, "give it once: letters' case and a number's zeros do not count")
     return None
-
-
-def _map_text(label_map: Mapping[str, str]) -> str:
-    return ", ".join(f"{label}={meaning}" for label, meaning in label_map.items())
 
 
 def _mapped(params: ValidateParams, counts: Mapping[str, int], names: Names) -> Meanings:

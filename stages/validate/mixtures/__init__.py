@@ -85,12 +85,11 @@ class Mixed:
                 frame = read(source.context, source.quarantine)
             frames.setdefault(source.context.params.kind, []).append(frame.with_columns(pl.col("row") + start))
             start += source.context.read
-        return [(self._context(kind), concat(some)) for kind, some in frames.items()]
-
-    def _context(self, kind: Kind) -> Context:
-        """What the rows of a kind are checked with once they are together."""
-        first = next(source.context for source in self.sources if source.context.params.kind == kind)
-        return replace(first, place=self.place)
+        checked: Checked = []
+        for kind, some in frames.items():  # together they are checked with what the first source was read with
+            first = next(source.context for source in self.sources if source.context.params.kind == kind)
+            checked.append((replace(first, place=self.place), concat(some)))
+        return checked
 
     def sift(self, frame: pl.DataFrame, findings: Iterable[Finding]) -> pl.DataFrame:
         """Add the findings; returns the frame without the rows that are bad."""

@@ -20,17 +20,12 @@ def draw(table: pl.DataFrame, counts: Mapping[str, int], seed: int | None) -> pl
         pieces += [rows] * times
         if rest:
             assert seed is not None, "a part of the rows is drawn, which takes a seed"
-            lots = _lots(f"draw/{seed}/{name}", rows["row"])
+            numbers = random.Random(f"draw/{seed}/{name}")  # one in [0, 1) for each row, by its number
+            every = pl.Series("lot", [numbers.random() for _ in range(int(str(rows["row"].max())) + 1)])
+            lots = every.gather(rows["row"])
             taken = rows.select(pl.int_range(pl.len()).alias("place"), lots).sort("lot", "place")["place"].head(rest)
             pieces.append(rows[taken.sort()])
     return pl.concat(pieces)
-
-
-def _lots(name: str, rows: pl.Series) -> pl.Series:
-    """A number in [0, 1) for each row, by its number."""
-    numbers = random.Random(name)
-    every = pl.Series("lot", [numbers.random() for _ in range(int(str(rows.max())) + 1)])
-    return every.gather(rows)
 
 
 def alternate(table: pl.DataFrame) -> pl.DataFrame:
