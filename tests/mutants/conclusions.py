@@ -225,7 +225,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("stages/validate/mixtures/drawing.py", (MIXED,)): [
         ('f"draw/{seed}/{name}"', 'f"draw/{name}"'),
-        ("every.gather(rows)", "every.gather(pl.Series(range(len(rows))))"),
+        ('every.gather(rows["row"])', "every.gather(pl.Series(range(len(rows))))"),
     ],
     ("stages/engine/training/offline.py", (BY_SOURCE,)): [
         ("by_source(self.test_rows, changes)", "by_source(self.test_rows[::-1], changes)"),
