@@ -90,7 +90,9 @@ class Loop:
 
     def __init__(self, method: Method[Any], context: StageContext) -> None:
         self.method, self.training, self.context = method, method.training, context
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
+        # Ranks may make different numbers of forwards; and gradients are parts of the buckets that DDP sends, where it
+        # would keep a second copy of all of them.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         processes()
         make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])

@@ -3,14 +3,15 @@
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from schemas.config import RewardConfig, SFTConfig
 from schemas.config.methods import DPO, KTO
@@ -103,9 +104,19 @@ def work_as_rank(rank: int, port: int, folder: Path) -> None:
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["ALIGNFLOW_HOME"] = str(folder / "home")
     torch.set_num_threads(1)
+    clip, shared = Accelerator.clip_grad_norm_, list[bool]()
+
+    def clip_and_look(self: Accelerator, parameters: Iterable[nn.Parameter], *bounds: Any) -> Tensor | None:
+        parameters = list(parameters)
+        places = [p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None]
+        shared.append(len(set(places)) < len(places))
+        return clip(self, parameters, *bounds)
+
+    Accelerator.clip_grad_norm_ = clip_and_look
     for name, lora in CASES:
         result = trained(folder, name, lora)
         save_file(result, saved(folder, name, lora, rank))
+    assert shared and all(shared), "gradients are parts of what DDP sends, and no copies of it"
     torch.distributed.destroy_process_group()
 
 
