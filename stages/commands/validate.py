@@ -15,6 +15,7 @@ from schemas.source import File, data_source
 from schemas.text import listed, one_line, show, show_tracebacks
 from stages.validate import check, check_mixture
 from stages.validate.context import Context
+from stages.validate.mixtures import about_source
 from stages.validate.mixtures import report as mixtures
 from stages.validate.readers import records
 
@@ -61,7 +62,13 @@ def _source(command: Command) -> dict[str, Any]:
     source by its name."""
     if isinstance(command, ValidateCommand):
         return _identity(command)
-    return {one.name: _identity(command.of(one)) for one in command.sources}
+    found: dict[str, Any] = {}
+    for place, one in enumerate(command.sources):
+        try:
+            found[one.name] = _identity(command.of(one))
+        except StageError as error:
+            raise about_source(place, one.name, error) from error
+    return found
 
 
 def _identity(params: ValidateParams) -> dict[str, str | None]:

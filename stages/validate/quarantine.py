@@ -14,7 +14,7 @@ from schemas import Strict
 from schemas.config.data import Kind
 from schemas.errors import StageError
 from schemas.text import visible
-from stages.validate.checks.table_checks import ANSWERS, IN_ANOTHER
+from stages.validate.checks.table_checks import ANSWERS, IN_ANOTHER, tools_of
 from stages.validate.context import Context, Finding
 
 LEFT_OUT = "(left out: log_text is false)"
@@ -60,7 +60,8 @@ def _characters(frame: pl.DataFrame, kind: Kind) -> pl.Series:
     asked = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars()).list.sum()
     longest = pl.col("responses").list.eval(pl.element().str.len_chars()).list.max()
     answers = [longest if kind == "ranking" else pl.col(name).str.len_chars() for name in ANSWERS[kind]]
-    counted = [frame.select(size=asked + answer) for answer in answers or [pl.lit(0)]]
+    tools = sum((text.str.len_chars() for text in tools_of(frame)), pl.lit(0))
+    counted = [frame.select(size=asked + tools + answer) for answer in answers or [pl.lit(0)]]
     return pl.concat(counted)["size"].drop_nulls().cast(pl.Int64)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import polars as pl
 
 from schemas.config.data import Kind
-from schemas.rows import HIDING, IGNORED, Messages, concat, may_repeat, problems
+from schemas.conversation import EXTRA
+from schemas.rows import HIDING, IGNORED, Messages, concat, is_wide, may_repeat, problems
 from stages.validate.context import Context, Finding, note
 from stages.validate.derive import part
 from stages.validate.forms.rankings import has_cycle
@@ -59,7 +60,8 @@ def too_many_characters(frame: pl.DataFrame, context: Context) -> Iterator[Findi
     answers = [pl.col(name).str.len_chars() for name in ANSWERS[kind]]
     if kind == "ranking":
         answers = [pl.col("responses").list.eval(pl.element().str.len_chars()).list.max().fill_null(0)]
-    sizes = frame.select("row", characters=prompt + (pl.max_horizontal(answers) if answers else 0))
+    tools = sum((text.str.len_chars() for text in tools_of(frame)), pl.lit(0))
+    sizes = frame.select("row", characters=prompt + tools + (pl.max_horizontal(answers) if answers else 0))
     longest = context.params.max_length * _CHARACTERS_PER_TOKEN
     for row, characters in sizes.filter(pl.col("characters") > longest).rows():
         yield Finding(row, _first_answer(kind), "too_long", f"{characters} characters")
@@ -67,7 +69,7 @@ def too_many_characters(frame: pl.DataFrame, context: Context) -> Iterator[Findi
 
 def look_alikes(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows that differ from an earlier one in case, marks, white space or compatible characters only."""
-    labels = [name for name in ("label", "winners") if name in frame.columns]
+    labels = [name for name in ("label", "winners", "calls") if name in frame.columns]
     frame = frame.filter(may_repeat(frame, ["prompt_id"]))  # few rows, and the rest costs ten times as much
     content = ["prompt_id", *(plain_text(answer) for answer in answers_of(context.params.kind)), *labels]
     frame = frame.filter(may_repeat(frame, content))
@@ -98,11 +100,17 @@ def contradictions(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     yield from (note(row, "cycle") for row in sorted(circular))
 
 
+_ESCAPED = r"(?:^|[^\\])(?:\\\\)*\\u00(?:0[1-8bef]|1[0-9a-f])"
+"""Those of HIDING that JSON writes as escapes; after an even number of backslashes, which stand for themselves."""
+
+
 def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
     contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
-    hides = pl.any_horizontal(text.str.contains(HIDING) for text in (contents, *answers_of(context.params.kind)))
-    yield from (note(row, "hidden_characters") for row in frame.filter(hides)["row"])
+    texts = (contents, *answers_of(context.params.kind))
+    hides = [text.str.contains(HIDING) for text in texts]
+    hides += [text.str.contains(rf"{HIDING}|{_ESCAPED}") for text in tools_of(frame)]
+    yield from (note(row, "hidden_characters") for row in frame.filter(pl.any_horizontal(hides))["row"])
 
 
 def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
@@ -146,6 +154,13 @@ def _shared_first_turns(frame: pl.DataFrame) -> pl.Series:
 
 def _first_answer(kind: Kind) -> str:
     return (*ANSWERS[kind], "prompt")[0]
+
+
+def tools_of(frame: pl.DataFrame) -> list[pl.Expr]:
+    """Tools, their calls and whose results there are, as JSON, one text per row; nothing in most frames."""
+    extra = pl.col("prompt").list.eval(pl.element().struct.field(EXTRA).fill_null("")).list.join("\n")
+    calls = [pl.col("calls").fill_null("")] if "calls" in frame.columns else []
+    return [extra, *calls] if is_wide(frame) else calls
 
 
 def answers_of(kind: Kind) -> list[pl.Expr]:

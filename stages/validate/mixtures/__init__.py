@@ -5,8 +5,7 @@ go back to the quarantine of the row's source under its number there, and what i
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +21,14 @@ from stages.validate.mixtures.report import MixtureReport, SourceReport, togethe
 from stages.validate.quarantine import Lengths, Quarantine, Rows
 from stages.validate.reading import read
 from stages.validate.verdict import few_held_out, refusal
+
+
+def about_source(place: int, name: str, error: StageError) -> StageError:
+    """The refusal of one source, which says of which it is: `sources.0.path` is a field of the first."""
+    field = error.problem.field and f"sources.{place}.{error.problem.field}"
+    message = f"source {name}: {error.problem.message}"
+    return StageError(error.problem.model_copy(update={"field": field, "message": message}), status=error.status)
+
 
 Checked = list[tuple[Context, pl.DataFrame]]
 """The rows of one kind each, with what they are checked with."""
@@ -81,8 +88,10 @@ class Mixed:
         start = 0
         for source in self.sources:
             source.start = start
-            with self._named(source):
+            try:
                 frame = read(source.context, source.quarantine)
+            except StageError as error:
+                raise about_source(self.sources.index(source), source.name, error) from error
             frames.setdefault(source.context.params.kind, []).append(frame.with_columns(pl.col("row") + start))
             start += source.context.read
         checked: Checked = []
@@ -101,29 +110,15 @@ class Mixed:
                 self._bad.add(finding.row)
         return frame.filter(~self._bad.of(frame["row"])) if len(self._bad) > before else frame
 
-    @contextmanager
-    def _named(self, source: Source) -> Iterator[None]:
-        """A refusal says which source it is about."""
-        try:
-            yield
-        except StageError as error:
-            raise self._about(source, error) from error
-
-    def _about(self, source: Source, error: StageError) -> StageError:
-        place = self.sources.index(source)
-        field = error.problem.field and f"sources.{place}.{error.problem.field}"
-        message = f"source {source.name}: {error.problem.message}"
-        return StageError(error.problem.model_copy(update={"field": field, "message": message}), status=error.status)
-
     # --- what becomes of them ---
 
     def refusal(self) -> StageError | None:
         """Why the rows, with column `part`, cannot be used: one source is too bad, or too little is held out."""
-        for source in self.sources:
+        for place, source in enumerate(self.sources):
             own = next(frame for context, frame in self.checked if context.params.kind == source.context.params.kind)
             own = source.of(own)
             if error := refusal(own, source.context, source.quarantine):
-                return self._about(source, error)
+                return about_source(place, source.name, error)
         names = " + ".join(source.name for source in self.sources)
         rows = pl.concat([frame.select("prompt_id", "part") for _, frame in self.checked])
         return few_held_out(rows, self.params, names)

@@ -106,11 +106,13 @@ def work_as_rank(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     clip, shared = Accelerator.clip_grad_norm_, list[bool]()
 
-    def clip_and_look(self: Accelerator, parameters: Iterable[nn.Parameter], *bounds: Any) -> Tensor | None:
+    def clip_and_look(
+        self: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: int = 2
+    ) -> Any:
         parameters = list(parameters)
         places = [p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None]
         shared.append(len(set(places)) < len(places))
-        return clip(self, parameters, *bounds)
+        return clip(self, parameters, max_norm, norm_type)
 
     Accelerator.clip_grad_norm_ = clip_and_look
     for name, lora in CASES:

@@ -13,8 +13,10 @@ import pytest
 
 from flows.planning import config_file, explain
 from flows.planning.plan import Planner
+from schemas.commands import MixtureCommand
 from schemas.config.data import MixtureParams, ValidateParams
 from schemas.errors import StageError
+from stages.commands.validate import main
 from stages.validate import check, check_mixture, run
 from stages.validate.context import Context
 from stages.validate.derive import PARTS
@@ -266,6 +268,18 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         check_mixture(params, contexts, tmp_path / "out")
     report = MixtureReport.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert report.sources["a"].rows == 5 and report.error
+
+
+def test_the_command_names_the_source_of_a_file_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_of(tmp_path, {"a": answers("a", 5), "b": answers("b", 5)}, {})
+    (tmp_path / "b.jsonl").unlink()
+    asked = {"config": tmp_path / "mix.yaml", "slot": "sft", "out": tmp_path / "out"}
+    assert main(MixtureCommand.model_validate({**params.model_dump(), **asked})) == 65
+    assert re.search(
+        r"refused: sources\.1\.path = .*b\.jsonl: source b: there is no such file", capsys.readouterr().err
+    )
 
 
 def test_too_few_held_out_prompts_are_of_all_sources(tmp_path: Path) -> None:

@@ -509,3 +509,36 @@ def test_calls_as_judged_answers_are_refused(kind: Kind, row: dict[str, Any], tm
     )
     _, bad = checked([row, plain], tmp_path, kind)
     assert bad == {0: ("chosen" if kind == "preference" else "messages", "answer_is_a_call")}
+
+
+def call_of(text: str) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": {"at": text}}}
+
+
+def test_what_cannot_be_seen_is_noted_in_calls_too(tmp_path: Path) -> None:
+    """A mark that turns text around, and a control, which JSON writes as an escape; before the answer and as it."""
+    rows = [
+        {"messages": [user("a"), calls(call_of("no\u202eon")), result(), answer()], "tools": TOOLS},
+        {"messages": [user("b"), calls(call_of("no\x07on")), result(), answer()], "tools": TOOLS},
+        {"messages": [user("c"), calls(call_of("no\u202eon"))], "tools": TOOLS},
+        {"messages": [user("d"), calls(call_of("no\x1bon"))], "tools": TOOLS},
+        {"messages": [user("e"), calls(call_of("noon\tu0007 \\u0007"))], "tools": TOOLS},
+        {"messages": [user("f"), calls(call_of("noon")), result(), answer()], "tools": TOOLS},
+    ]
+    report, bad = checked(rows, tmp_path)
+    assert not bad and report.notes["hidden_characters"] == 4
+
+
+def test_answers_that_call_something_else_are_no_look_alikes(tmp_path: Path) -> None:
+    rows = [{"messages": [user(), calls(call_of(at))], "tools": TOOLS} for at in ("noon", "night")]
+    report, bad = checked(rows, tmp_path)
+    assert not bad and "look_alike" not in report.notes
+
+
+def test_calls_count_where_characters_tell_that_a_row_is_too_long(tmp_path: Path) -> None:
+    """Without a tokenizer; at most 16 characters a token, so that 32 tokens have at most 512."""
+    rows = [
+        {"messages": [user("a"), calls(call_of("x" * size)), result(), answer()], "tools": TOOLS} for size in (1, 400)
+    ]
+    _, bad = checked(rows, tmp_path, max_length=32)
+    assert list(bad) == [1] and bad[1] == ("response", "too_long")
