@@ -90,7 +90,10 @@ class Loop:
 
     def __init__(self, method: Method[Any], context: StageContext) -> None:
         self.method, self.training, self.context = method, method.training, context
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # ranks may make different numbers of forwards
+        ddp = DistributedDataParallelKwargs(
+            broadcast_buffers=False,  # ranks may make different numbers of forwards
+            gradient_as_bucket_view=True,  # else every gradient is in memory twice
+        )
         processes()
         make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
