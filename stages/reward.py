@@ -25,6 +25,7 @@ from stages.engine.data.order import order
 from stages.engine.data.trees import Batch, Tree
 from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.saving import save_scorer
+from stages.engine.models.sharding import shard, whole
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring.by_source import by_source
 from stages.engine.training.loop import train_and_publish
@@ -164,21 +165,22 @@ def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[E
 
 def reference_scores(method: Reward) -> list[float]:
     """Scores of answers that the reference policy (the stage's `model`) gives to training prompts."""
-    policy = load_policy(method.context.input("model"), method.training, trainable=False)
+    policy = shard(load_policy(method.context.input("model"), method.training, trainable=False), method.training)
     codec, longest_answer = method.codec, max(len(answer) for tree in method.trees for answer in tree.answers)
     new = min(SAMPLE_TOKENS, max(1, longest_answer - 1))  # the last one is the end
     prompts = list(dict.fromkeys(tree.prompt for tree in method.trees if len(tree.prompt) + new < method.limit))
     chosen = [prompts[i] for i in order(len(prompts), method.seed, epoch=0)[:SAMPLES]]
-    answers = sample(
-        policy,
-        chosen,
-        max_new_tokens=new,
-        temperature=1.0,
-        seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
-        stop_ids=codec.stop_ids,
-        pad_id=codec.pad_id,
-        progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
-    )
+    with whole(policy) as one:
+        answers = sample(
+            one,
+            chosen,
+            max_new_tokens=new,
+            temperature=1.0,
+            seeds=[seed_of("reward", method.seed, i) for i in range(len(chosen))],
+            stop_ids=codec.stop_ids,
+            pad_id=codec.pad_id,
+            progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
+        )
     trees: list[Tree] = []
     for prompt, answer in zip(chosen, answers, strict=True):
         body = answer[:-1] if answer[-1] in codec.stop_ids else answer

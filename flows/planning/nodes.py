@@ -46,8 +46,12 @@ class Plan:
 
 
 def params_of(training: Training) -> dict[str, Any]:
-    """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named."""
-    unset = {"train_tokens"} if training.train_tokens is None else set[str]()
+    """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named.
+
+    Neither is sharding where nothing is sharded: it came later, and keys from before it stay.
+    """
+    later = {name: type(training).model_fields[name].default for name in ("train_tokens", "sharding", "gather")}
+    unset = {name for name, default in later.items() if getattr(training, name) == default}
     return training.model_dump(mode="json", exclude={"seed"} | unset)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -69,6 +69,13 @@ class Training(Strict):
     layout: Literal["shared", "packed", "padded"] = "shared"
     """How a batch is laid out in memory: answers share a prompt, sequences end to end, or rows with padding."""
     lora: LoRA | None = None
+    sharding: Literal["none", "full"] = "none"
+    """`none`: every device holds all weights, gradients and optimizer states. `full`: with several `devices` each holds
+    a share of them and gathers a layer where it is used (FSDP). Models that share frozen weights under `lora` have
+    copies of their own then. On one device both are the same. It changes results by rounding alone."""
+    gather: Literal["fp32", "bf16"] = "fp32"
+    """What `sharding: full` gathers: the weights as they are kept, or in bfloat16, which halves traffic and gathered
+    memory; with `precision: bf16` alone. Norms and residuals are then bfloat16 too."""
     checkpoint_minutes: float = Field(default=10.0, gt=0)
     checkpoint_steps: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
@@ -81,6 +88,17 @@ class Training(Strict):
         if isinstance(data, dict) and data.get("lora") is not None and "learning_rate" not in data:
             return {**data, "learning_rate": LORA_RATE * cls.model_fields["learning_rate"].default}
         return data
+
+    @model_validator(mode="after")
+    def _gathers_what_it_computes_in(self) -> Self:
+        if self.gather == "bf16" and not (self.sharding == "full" and self.precision == "bf16"):
+            raise PydanticCustomError(
+                "gather",
+                "gather is bf16, with sharding {sharding} and precision {precision}. Fix: set sharding to full and "
+                "precision to bf16, or leave gather at fp32",
+                {"sharding": self.sharding, "precision": self.precision},
+            )
+        return self
 
 
 LORA_RATE = 10

@@ -20,6 +20,7 @@ from schemas.config import methods
 from schemas.errors import refuse
 from stages.engine.data.examples import Row
 from stages.engine.data.trees import Tree, tree_tokens
+from stages.engine.models.sharding import missing
 from stages.engine.scoring.batched import undisturbed
 from stages.engine.training.method import Metrics, Totals
 from stages.engine.training.offline import Micro, OfflineAlignment
@@ -125,9 +126,12 @@ class KTO(OfflineAlignment):
         """Counts, and the sum of log pi/pi_ref over the step's mismatched answers."""
         rows = [row for micro in micros for row in micro.rows]
         ups, kl = sum(self.up[row] for row in rows), self.scalar(0)
-        for micro in micros:
+        added = missing(self.model, len(micros))
+        for i, micro in enumerate([*micros, *micros[-1:] * added]):
             with undisturbed(self.model):
                 logps = self.logps(self.collate([self.mismatched[row] for row in micro.rows]))
+            if i >= len(micros):
+                continue
             kl += (logps - logps.new_tensor([self.mismatched_reference[row][0] for row in micro.rows])).sum()
         counts = {"rows": len(rows), "up": ups, "down": len(rows) - ups}
         return {"kl": kl, **{name: self.scalar(count) for name, count in counts.items()}}

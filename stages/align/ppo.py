@@ -38,12 +38,13 @@ from stages.engine.data.examples import Row, read
 from stages.engine.data.order import order, step_rows
 from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.distributed import gather_in_order, rank, share, world
-from stages.engine.models.layouts import choose_layout
+from stages.engine.models.layouts import choose_and_shard
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.logprobs import Rows, exact_kl
 from stages.engine.models.lora import base_of
 from stages.engine.models.policy import Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
+from stages.engine.models.sharding import is_sharded, missing, shard, wanted, whole
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring.batched import over_trees
 from stages.engine.training.method import Metrics, Totals
@@ -228,12 +229,18 @@ class RewardModel:
         body = answer[:-1] if answer[-1] in self.codec.stop_ids else answer
         return self.scorer.read(prompt, (*body, self.codec.end_id))
 
+    def get_ready(self, trees: Sequence[Tree]) -> None:
+        """Choose the layout by some trees, and shard where that is wanted."""
+        wanted, pad_id = self.config.layout, self.codec.pad_id
+        self.layout = choose_and_shard(self.scorer, self.config, wanted, trees, pad_id)
+
     def __call__(self, trees: Sequence[Tree]) -> list[float]:
-        """One score per tree, at the last real token."""
-        if not trees:
+        """One score per tree, at the last real token. On sharded weights all ranks call it."""
+        if not trees and not is_sharded(self.scorer):
             return []
         if self.layout is None:
-            self.layout = choose_layout(self.scorer, self.config.layout, trees[:8], self.codec.pad_id)
+            self.get_ready(trees[:8])
+        assert self.layout is not None
         budget, pad_id = self.config.tokens_per_micro_batch, self.codec.pad_id
         scores: dict[int, list[float]] = {}
         for batch in over_trees(self.scorer, self.scorer, trees, self.layout, budget, pad_id):
@@ -275,9 +282,13 @@ class PPO:
             self.reward_model.codec.check_prompts(asked, config.max_new_tokens, "reward_model", "the reward model")
         # One in which policy and critic are exact; judged on prompts, each taken as its own answer.
         trees = [Tree(tuple(p), (tuple(p[: config.max_new_tokens]),)) for p in self.prompts[:8]]
-        self.layout: Layout = choose_layout(policy, config.layout, trees, self.codec.pad_id)
+        self.layout: Layout = choose_and_shard(policy, config, config.layout, trees, self.codec.pad_id)
         if self.critic is not None:
-            self.layout = choose_layout(self.critic, self.layout, trees, self.codec.pad_id)
+            self.layout = choose_and_shard(self.critic, config, self.layout, trees, self.codec.pad_id)
+        if wanted(config):  # together: later ranks may have different numbers of answers
+            tried = zip(self.rows[:8], trees, strict=False)
+            self.reward_model.get_ready([self.reward_model.tree(row, t.prompt, t.answers[0]) for row, t in tried])
+            self.frozen = None if self.frozen is None else shard(self.frozen, config)
         context.tag("layout", self.layout)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
@@ -491,15 +502,16 @@ class PPO:
     def answer(self, iteration: int, rows: list[int]) -> list[list[int]]:
         """One answer per row; the seed is a function of (seed, iteration, position in the rollout)."""
         mine = share(range(len(rows)), rank(), world())
-        answers = sample(
-            self.policy,
-            [self.prompts[rows[i]] for i in mine],
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seeds=[seed_of(self.seed, "rollout", iteration, i) for i in mine],
-            stop_ids=self.codec.stop_ids,
-            pad_id=self.codec.pad_id,
-        )
+        with whole(self.policy) as policy:  # ranks draw different numbers of tokens
+            answers = sample(
+                policy,
+                [self.prompts[rows[i]] for i in mine],
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                seeds=[seed_of(self.seed, "rollout", iteration, i) for i in mine],
+                stop_ids=self.codec.stop_ids,
+                pad_id=self.codec.pad_id,
+            )
         return gather_in_order(dict(zip(mine, answers, strict=True)))
 
     def score(self, sampled: Sampled) -> list[float]:
@@ -529,7 +541,9 @@ class PPO:
         """
         stats: dict[int, TokenStats] = {}
         for within in range(self.steps_per_epoch):
-            for positions in self.minibatch(sampled, within):
+            groups = self.minibatch(sampled, within)
+            added = missing(self.actor_critic, len(groups))
+            for number, positions in enumerate([*groups, *[[0]] * added]):
                 batch = self.batch(sampled, positions)
                 temperature = self.config.temperature
                 own = self.actor_critic(batch, entropy=True, temperature=temperature, log_probs=True)
@@ -539,6 +553,8 @@ class PPO:
                 with self.policy.reference() if self.frozen is None else nullcontext():
                     reference = sft(batch, temperature=temperature, log_probs=True)
                 assert logps_N is not None and rows is not None and reference.log_probs is not None
+                if number >= len(groups):
+                    continue
                 kl_N = exact_kl(rows, reference.log_probs, len(logps_N))
                 lengths = [len(sampled.answers[i]) for i in positions]
                 tensors = (logps_N, values_N, reference.logps_N, entropy_N, kl_N)

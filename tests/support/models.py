@@ -20,7 +20,7 @@ WORDS = [*"abcdefgh", "red", "blue", "green", "yes", "no", "good", "bad", "one",
 LORA = LoRA(rank=2, alpha=4.0)
 
 
-def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0) -> Path:
+def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0, tied: bool = False) -> Path:
     """A causal LM with two layers and a tokenizer of WORDS, large weights so that its distributions are not flat."""
     special = ["<pad>", "<end>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, "\n", *WORDS])}
@@ -43,6 +43,7 @@ def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0) -> Path:
         pad_token_id=vocabulary["<end>" if pad_is_end else "<pad>"],
         eos_token_id=vocabulary["<end>"],
         bos_token_id=None,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

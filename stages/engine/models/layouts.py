@@ -4,8 +4,12 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import broadcast_object_list
 
+from schemas.config.training import Training
 from stages.engine.data.trees import Layout, Tree, collate, tree_tokens
+from stages.engine.distributed import processes, rank
+from stages.engine.models import sharding
 from stages.engine.models.policy import Output, Policy, Scorer
 from stages.engine.models.tree_attention import why_padded
 
@@ -33,6 +37,22 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
         warnings.warn(f"layout {wanted!r} becomes 'padded': results differ by {difference:.2g}", stacklevel=2)
         return "padded"
     return wanted
+
+
+def choose_and_shard(
+    model: Policy | Scorer, training: Training, wanted: Layout, trees: Sequence[Tree], pad_id: int
+) -> Layout:
+    """`choose_layout`, then sharding where it is wanted; called on all ranks.
+
+    In this order: bfloat16 gathers differ by more than TOLERANCE, and before only the first rank has weights.
+    """
+    if not sharding.wanted(training):
+        return choose_layout(model, wanted, trees, pad_id)
+    processes()
+    layout: list[Layout] = [choose_layout(model, wanted, trees, pad_id) if rank() == 0 else wanted]
+    broadcast_object_list(layout)
+    sharding.shard(model, training)
+    return layout[0]
 
 
 def _difference(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> float:

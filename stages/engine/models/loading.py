@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +28,8 @@ from schemas.config.training import Training
 from schemas.errors import StageError, refuse
 from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts, why_unreadable
 from schemas.text import one_line
-from stages.engine.models import cpu, lora, tree_attention
+from stages.engine.distributed import rank
+from stages.engine.models import cpu, lora, sharding, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
 
@@ -43,9 +45,10 @@ def load_policy(
     """A causal LM from a local folder, in float32 on this process's device, dropout 0.
 
     With `training.lora` fresh adapters are added (a function of `seed`) and all else is frozen; `trainable=False` adds
-    none, freezes everything and sets evaluation mode. Raises StageError for a folder that cannot be used.
+    none, freezes everything and sets evaluation mode. One to be sharded stays on the first rank's CPU, the other ranks
+    have its shapes alone: `sharding.shard` comes next. Raises StageError for a folder that cannot be used.
     """
-    hf = _load(Path(folder), AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    hf = _load(Path(folder), AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, empty=_empty(training))
     policy = Policy(hf, value_head=value_head, precision=training.precision if training else "fp32")
     return _prepare(policy, training, trainable, seed)
 
@@ -62,22 +65,24 @@ def load_scorer(
     """A reward model from its folder, or from a causal LM's folder with a fresh score head (a function of `seed`).
 
     `on`: a model under LoRA, or frozen, whose trunk weights this one uses instead of a copy: they have to be those of
-    the folder, or with `adapter` those that the folder's adapter was trained on (`lora.base_of`).
+    the folder, or with `adapter` those that the folder's adapter was trained on (`lora.base_of`). Where weights are
+    sharded it gets copies: a weight can be a part of one sharded unit only.
     """
     path = Path(folder)
     fresh = not is_reward_model(read_config(path))
     names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     changes = {"fresh": ("score.weight",), "num_labels": 1} if fresh else {}
-    hf = _load(path, AutoModelForSequenceClassification, names, **changes)
+    hf = _load(path, AutoModelForSequenceClassification, names, empty=_empty(training), **changes)
     if hf.config.num_labels != 1 or not isinstance(getattr(hf, "score", None), nn.Linear):
         raise _unusable(path, "its head is not one linear score", "use a decoder-only reward model")
-    if fresh:
+    if fresh and not _empty(training):
         weight = hf.get_parameter("score.weight")
         generator = torch.Generator().manual_seed(seed)
         weight.data.normal_(0.0, 1 / math.sqrt(weight.shape[1] + 1), generator=generator)  # Huang et al. 2024
+    own = sharding.wanted(training)
     if on is not None and not adapter:
-        lora.share(hf, on.plain)
-    model = lora.put_on(hf, on.plain, path) if on is not None and adapter else hf
+        lora.share(hf, on.plain, copies=own)
+    model = lora.put_on(hf, on.plain, path, copies=own) if on is not None and adapter else hf
     scorer = Scorer(model, precision=training.precision if training else "fp32")
     return _prepare(scorer, training, trainable, seed)
 
@@ -93,9 +98,12 @@ def load_judge(folder: Path | str, training: Training | None = None, *, on: Poli
 
 
 def _load(
-    folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), **kwargs: Any
+    folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), *, empty: bool, **kwargs: Any
 ) -> PreTrainedModel:
-    """The model in float32, dropouts 0, every weight from the folder except those that are to be `fresh`."""
+    """The model in float32, dropouts 0, every weight from the folder except those that are to be `fresh`.
+
+    `empty`: no weights, only their shapes; no weight file is read.
+    """
     raw = read_config(folder)
     if problem := (why_no_policy if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else why_no_scorer)(raw):
         raise _unusable(folder, problem[0], problem[1])
@@ -111,7 +119,17 @@ def _load(
         setattr(config, name, 0.0)
     implementation = tree_attention.NAME if why_padded(config) is None else None
     options = {"config": config, "dtype": torch.float32, "attn_implementation": implementation}
+    if empty:
+        with init_empty_weights(include_buffers=False):
+            hf = auto.from_config(trust_remote_code=False, **options)
+        hf.tie_weights()
+        return hf
     return load_whole(auto, folder, fresh=fresh, local_files_only=True, **options)
+
+
+def _empty(training: Training | None) -> bool:
+    """Whether this rank is sent its share of the weights by the first one, and so loads none."""
+    return sharding.wanted(training) and rank() > 0
 
 
 def check_folder(folder: Path, names: Mapping[str, Any], field: str = "model") -> dict[str, Any]:
@@ -200,14 +218,14 @@ def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: in
     cpu.get_ready(model)
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
-        return model.requires_grad_(False).eval().to(device())
-    if training and training.lora:
+        model = model.requires_grad_(False).eval()
+    elif training and training.lora:
         model.hf = lora.add(model.hf, training.lora, seed)
         if isinstance(model, Scorer):
             model.plain.get_submodule("score").requires_grad_(True)
-    if training and training.gradient_checkpointing:
+    if trainable and training and training.gradient_checkpointing:
         checkpoint_layers(model.plain)
-    return model.to(device())
+    return model if sharding.wanted(training) else model.to(device())
 
 
 def checkpoint_layers(hf: PreTrainedModel) -> None:

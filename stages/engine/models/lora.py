@@ -123,12 +123,12 @@ def base_of(folder: Path) -> str | None:
     return str(_read(place)[BASE]) if (place / CONFIG).is_file() else None
 
 
-def put_on(hf: PreTrainedModel, base: PreTrainedModel, folder: Path) -> PeftModel:
+def put_on(hf: PreTrainedModel, base: PreTrainedModel, folder: Path, *, copies: bool = False) -> PeftModel:
     """A model that was loaded merged from `folder`, as its adapter, frozen, on the weights of `base`.
 
     `base` has to be, or to have begun as, the artifact that `base_of` names. Raises StageError for a broken adapter.
     """
-    share(hf, base)
+    share(hf, base, copies=copies)
     place = folder / FOLDER
     try:
         settings = _read(place)
@@ -142,8 +142,11 @@ def put_on(hf: PreTrainedModel, base: PreTrainedModel, folder: Path) -> PeftMode
     return adapted.requires_grad_(False)
 
 
-def share(hf: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Let a model's trunk use the very tensors of another of its type, which have to hold the same and stay frozen."""
+def share(hf: PreTrainedModel, base: PreTrainedModel, *, copies: bool = False) -> None:
+    """Let a model's trunk use the very tensors of another of its type, which have to hold the same and stay frozen.
+
+    `copies`: its own tensors, of the same values.
+    """
     theirs = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in base.base_model.named_parameters()
@@ -151,7 +154,8 @@ def share(hf: PreTrainedModel, base: PreTrainedModel) -> None:
     }
     for name, _ in list(hf.base_model.named_parameters()):
         module, _, last = name.rpartition(".")
-        setattr(hf.base_model.get_submodule(module), last, theirs[name])
+        tensor = nn.Parameter(theirs[name].detach().clone()) if copies else theirs[name]
+        setattr(hf.base_model.get_submodule(module), last, tensor)
 
 
 def _read(place: Path) -> dict[str, Any]:

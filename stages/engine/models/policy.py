@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from stages.engine.data.trees import Batch, Tree
@@ -35,6 +36,8 @@ class _Trunk(nn.Module):
         self.precision = precision
         self.dropouts: dict[str, Any] = {}
         """The dropouts of the config as loaded; all are 0 while the model is here."""
+        self.empty: tuple[Any, ...] = ()
+        """Of a sharded model: the same without weights and shards, in a tuple, so that it is not a part of this."""
 
     @property
     def plain(self) -> PreTrainedModel:
@@ -97,7 +100,7 @@ class Policy(_Trunk):
         pi is the model's distribution at `temperature`. `head_alone`: values send no gradient beyond their head.
         """
         with self.autocast():
-            logps_N, entropy_N, hidden_ND, rows = self._logps(batch, value, entropy, temperature)
+            logps_N, entropy_N, hidden_ND, rows = self._logps(batch, value, entropy, temperature, log_probs)
         if head_alone:
             hidden_ND = hidden_ND.detach()
         values_N = None
@@ -109,14 +112,17 @@ class Policy(_Trunk):
         return Output(logps_N, values_N, entropy_N, rows if log_probs else None)
 
     def _logps(
-        self, batch: Batch, value: bool, entropy: bool, temperature: float
+        self, batch: Batch, value: bool, entropy: bool, temperature: float, log_probs: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Rows]:
         """The head works at `predict_N` alone; models with more than a linear head make their own logits."""
         head = self.plain.get_output_embeddings()
         if type(head) is cpu.Linear and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
             given = (hidden_ND, head.weight, head.bias, batch.labels_N)
-            rows = linear_log_probs(*given[:3], temperature)
+            kept = given[:3]
+            if log_probs and isinstance(self, FSDPModule):  # read after this pass, when what it gathered is gone
+                kept = (hidden_ND, head.weight.detach().clone(), None if head.bias is None else head.bias.clone())
+            rows = linear_log_probs(*kept, temperature)
             return *linear_logps(*given, entropy=entropy, temperature=temperature), hidden_ND, rows
         out = self.hf(**self.inputs(batch), output_hidden_states=value)
         logits_NV = out.logits.flatten(0, 1).index_select(0, batch.predict_N).float()

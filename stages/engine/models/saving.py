@@ -6,9 +6,11 @@ from typing import Protocol
 
 from peft import PeftModel
 
+from stages.engine.distributed import rank
 from stages.engine.models import lora
 from stages.engine.models.loading import quiet
-from stages.engine.models.policy import Policy, Scorer, _Trunk
+from stages.engine.models.policy import Policy, Scorer
+from stages.engine.models.sharding import is_sharded, whole
 
 
 class SavesTokenizer(Protocol):
@@ -25,6 +27,7 @@ class SavesTokenizer(Protocol):
 def save_policy(policy: Policy, codec: SavesTokenizer, folder: Path | str, base: str | None = None) -> None:
     """Write a plain transformers folder of the policy, adapters merged, value head left out. Changes nothing here.
 
+    On sharded weights all ranks have to call it; the first one writes the folder that one process would have written.
     `base`: the digest of the artifact that it was trained from; an adapter is then written apart too (`lora.save`).
     """
     _save(policy, codec, Path(folder), base)
@@ -49,14 +52,19 @@ def save_scorer(
     """
     if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
         raise ValueError(f"scores cannot be normalised by mean {mean} and std {std}")
-    config = scorer.plain.config
+    config = (scorer.empty[0] if is_sharded(scorer) else scorer).plain.config
     config.get_text_config().pad_token_id = codec.pad_apart()
     config.alignflow_score = {"mean": mean, "std": std}
     config.alignflow_answer = {"lead": codec.lead, "end": codec.end}
     _save(scorer, codec, Path(folder), base)
 
 
-def _save(model: _Trunk, codec: SavesTokenizer, folder: Path, base: str | None) -> None:
+def _save(model: Policy | Scorer, codec: SavesTokenizer, folder: Path, base: str | None) -> None:
+    if is_sharded(model):
+        with whole(model, first_rank_only=True) as one:
+            if rank() == 0:
+                _save(one, codec, folder, base)
+        return
     plain = model.plain
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)

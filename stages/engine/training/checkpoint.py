@@ -1,7 +1,7 @@
 """Checkpoints that verify: written beside, sealed by a manifest, renamed into place. Only safetensors and JSON.
 
 Training waits for the copy of its state in memory (`snapshot`); a side thread (`Writer`) does the rest. torch's
-distributed checkpoints are not used: their metadata is a pickle.
+distributed checkpoints are not used: their metadata is a pickle. Those of sharded weights: `shards.py`.
 """
 
 import errno
@@ -10,11 +10,11 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,8 @@ from stages.runtime.workspace import move_aside, remove, sync
 
 log = logging.getLogger("alignflow")
 
+ENDS = (".json", ".safetensors")
+"""Of the files of one part."""
 MANIFEST = "manifest.json"
 KEEP = 2
 
@@ -41,7 +43,7 @@ def split_state(state: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     return {"value": state}
 
 
-def join_state(state: Any, tensors: dict[str, Tensor]) -> Any:
+def join_state(state: Any, tensors: Mapping[str, Any]) -> Any:
     """The inverse of `split_state`."""
     ((kind, content),) = state.items()
     if kind == "tensor":
@@ -83,21 +85,36 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(draft: Path, target: Path, *, key: str, step: int) -> None:
+class Digest(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+def digest(path: Path) -> Digest:
+    """A file's size and sha256, once it is on disk."""
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def seal(draft: Path, target: Path, *, key: str, step: int, known: Mapping[str, Digest] | None = None) -> None:
     """Turn a folder of written files into a checkpoint: manifest, fsync, rename. Once it verifies, prune older ones.
+
+    known: digests of files by those who wrote them; these are not read here.
 
     Raises:
         OSError: it cannot be written, or does not read back as it was written. Older ones are kept then.
     """
-    files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(draft.iterdir())}
+    known = known or {}
+    files = {p.name: known[p.name] if p.name in known else digest(p) for p in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps({"key": key, "step": step, "files": files}, indent=1))
-    for path in draft.iterdir():
-        sync(path)
+    sync(draft / MANIFEST)
     sync(draft)
     remove(target)  # the same step, saved twice
     draft.rename(target)
     sync(target.parent)
-    reason = fault(target, key)
+    reason = fault(target, key, lambda name: name not in known)
     if reason is not None:
         raise OSError(errno.EIO, f"the checkpoint does not read back as it was written: {reason}", str(target))
     for old in list(_newest_first(target.parent))[KEEP:]:
@@ -151,8 +168,10 @@ def _newest_first(folder: Path) -> Iterator[Path]:
     yield from sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def fault(checkpoint: Path, key: str) -> str | None:
+def fault(checkpoint: Path, key: str, read: Callable[[str], bool] = lambda name: True) -> str | None:
     """What is wrong with a checkpoint, or None: a missing, cut or altered file, or another run's key.
+
+    read: which files are read whole and held against their digests; of the others the size must be right.
 
     Raises:
         OSError: it cannot be read now, which says nothing about it: no file handles, a network disk that is away.
@@ -164,9 +183,8 @@ def fault(checkpoint: Path, key: str) -> str | None:
         for name, expected in manifest["files"].items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if (checkpoint / name).stat().st_size != expected["size"] or _sha256(checkpoint / name) != expected[
-                "sha256"
-            ]:
+            same_size = (checkpoint / name).stat().st_size == expected["size"]
+            if not same_size or (read(name) and _sha256(checkpoint / name) != expected["sha256"]):
                 return f"{name} was altered or cut"
         present = {p.name for p in checkpoint.iterdir()}
         extra = present - set(manifest["files"]) - {MANIFEST}
@@ -179,12 +197,24 @@ def fault(checkpoint: Path, key: str) -> str | None:
         return f"its manifest cannot be read ({error})"
 
 
-def newest(folder: Path, key: str) -> Path | None:
-    """The newest checkpoint that verifies. Bad ones are moved to `bad/`, with the reason in the log."""
-    for checkpoint in _newest_first(folder):
-        reason = fault(checkpoint, key)
+def newest(
+    folder: Path,
+    key: str,
+    read: Callable[[str], bool] = lambda name: True,
+    agree: Callable[[str | None], str | None] = lambda reason: reason,
+    moves: bool = True,
+) -> Path | None:
+    """The newest checkpoint that verifies. Bad ones are moved to `bad/`, with the reason in the log.
+
+    Several ranks share the work: `read` says which files are this one's, `agree` makes of all ranks' verdicts one, and
+    one of them `moves` what is bad.
+    """
+    for checkpoint in list(_newest_first(folder)):
+        reason = agree(fault(checkpoint, key, read))
         if reason is None:
             return checkpoint
+        if not moves:
+            continue
         bad = folder / "bad"
         if bad.exists() and not bad.is_dir():
             move_aside(bad)
@@ -228,14 +258,23 @@ def load_rng_state(state: dict[str, Any]) -> None:
 def load_model_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of `model_state`, in place. Raises ValueError when names or shapes differ."""
     parameters = trainable(model)
-    if set(parameters) != set(state["model"]):
-        odd = sorted(set(parameters) ^ set(state["model"]))
-        raise ValueError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])}")
+    check_names(parameters, state["model"])
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != state["model"][name].shape:
-                raise ValueError(f"{name} has shape {tuple(state['model'][name].shape)} in the checkpoint")
+            check_shape(name, parameter, state["model"][name].shape)
             parameter.copy_(state["model"][name])
             optimizer.state[parameter] = {
                 k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in state["optimizer"][name].items()
             }
+
+
+def check_names(parameters: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    """Raise ValueError when a checkpoint's weights are not the model's."""
+    if odd := sorted(set(parameters) ^ set(saved)):
+        raise ValueError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])}")
+
+
+def check_shape(name: str, parameter: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError when a weight has another shape in the checkpoint."""
+    if tuple(parameter.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(shape)} in the checkpoint")

@@ -4,6 +4,7 @@ Order and randomness are functions of (seed, step), so an interrupted run resume
 """
 
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 from schemas.config.training import Training
 from schemas.errors import StageError, refuse
 from stages.engine.distributed import processes, rank
-from stages.engine.training import checkpoint
+from stages.engine.models import sharding
+from stages.engine.training import checkpoint, shards
 from stages.engine.training.method import Method, Metrics, PublishedMethod
 from stages.runtime.context import StageContext
 from stages.runtime.workspace import remove
@@ -61,7 +63,8 @@ def together(name: str, values: Tensor) -> Tensor:
 
 def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> float:
     """The 2-norm of all their gradients together, before clipping."""
-    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return float(sharding.plain(torch.nn.utils.get_total_norm(gradients)))
 
 
 @contextlib.contextmanager
@@ -90,15 +93,20 @@ class Loop:
 
     def __init__(self, method: Method[Any], context: StageContext) -> None:
         self.method, self.training, self.context = method, method.training, context
-        # Ranks may make different numbers of forwards; and gradients are parts of the buckets that DDP sends, where it
-        # would keep a second copy of all of them.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallelKwargs(
+            broadcast_buffers=False,  # ranks may make different numbers of forwards
+            gradient_as_bucket_view=True,  # else every gradient is in memory twice
+        )
         processes()
         make_deterministic()
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.parts = method.groups()
         self.adamw = optimizer_for(self.parts, self.training)
-        method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
+        self.sharded = sharding.is_sharded(method.model)
+        if self.sharded:
+            self.optimizer = self.accelerator.prepare(self.adamw)
+        else:
+            method.model, self.optimizer = self.accelerator.prepare(method.model, self.adamw)
         method.model.train()
         self.raw = self.accelerator.unwrap_model(method.model)
         self.folder = context.work / "checkpoints"
@@ -107,6 +115,8 @@ class Loop:
         self.last: dict[str, float] = {}
         self.saved_at = time.monotonic()
         self.writer = checkpoint.Writer()
+        if self.sharded:
+            sharding.side_group("checkpoints")  # made by all ranks together, not when a side thread needs it
 
     # --- how far it is: a function of what a checkpoint holds ---
 
@@ -142,18 +152,42 @@ class Loop:
             message = "a device got no rows in this step"
             fix = f"set it to at least the number of devices ({self.accelerator.num_processes})"
             raise refuse("batch_size", self.training.batch_size, message, fix, kind="input")
-        totals = self.reduce(self.method.prepare(micros))
+        own = self.method.prepare(micros)
+        if self.sharded:
+            sharding.in_step("the step's totals")
+        totals = self.reduce(own)
         summed: Metrics = {}
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.method.model):
+        passes = self.in_step(micros)
+        for i, (micro, counts) in enumerate(passes):
+            last = i == len(passes) - 1
+            # Of sharded weights the sum of a rank's gradients would be a whole copy.
+            at_once = self.sharded or last
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.method.model):
                 summand, metrics = self.method.loss(micro, totals)
-                # DDP averages over the ranks; the summands' denominators are global already.
-                self.accelerator.backward(summand * self.accelerator.num_processes)
+                if self.sharded:
+                    sharding.in_step("a backward pass")
+                # DDP and FSDP average over the ranks; the summands' denominators are global already.
+                self.accelerator.backward(summand * self.accelerator.num_processes * counts)
+            if not counts:
+                continue
             for name, value in {"train/loss": summand, **metrics}.items():
                 value = value.detach().float().cpu()
                 summed[name] = together(name, torch.stack([summed[name], value])) if name in summed else value
         return summed
+
+    def in_step(self, micros: list[Any]) -> list[tuple[Any, bool]]:
+        """The micro-batches, and whether each counts: those do not that keep ranks with fewer of them in step.
+
+        Those of a part of the model (PPO's) stay together.
+        """
+        if not self.sharded:
+            return [(micro, True) for micro in micros]
+        passes: list[tuple[Any, bool]] = []
+        for _, some in itertools.groupby(micros, lambda micro: getattr(micro, "part", None)):
+            own = list(some)
+            added = sharding.missing(self.method.model, len(own))
+            passes += [(micro, True) for micro in own] + [(own[-1], False)] * added
+        return passes
 
     def one_step(self, micros: list[Any]) -> dict[str, float]:
         """Update the model once; returns the step's metrics. Raises StageError when anything is not finite."""
@@ -168,8 +202,8 @@ class Loop:
             group["lr"] = rate * factors[group["part"]]
         if len(self.parts) > 1:
             metrics |= {f"train/{part}_grad_norm": grad_norm(every) for part, every in self.parts.items()}
-        norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)
-        metrics |= {"train/grad_norm": float(norm or 0.0), "train/learning_rate": rate}
+        norm = torch.nn.utils.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)
+        metrics |= {"train/grad_norm": float(sharding.plain(norm)), "train/learning_rate": rate}
         self.check_finite(metrics)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,12 +231,13 @@ class Loop:
         step, draft = self.step, self.folder / f".draft-{self.step}"
         with self.or_nothing(draft):
             self.write_own_part(draft)
-            if self.accelerator.is_main_process:
-                parts = {
-                    "model": checkpoint.snapshot(checkpoint.model_state(self.raw, self.adamw)),
-                    "loop": checkpoint.snapshot({"step": step, "compute": self.compute, "last": self.last}),
-                }
-                self.writer.start(lambda: self.seal(draft, step, parts))
+            loop = checkpoint.snapshot({"step": step, "compute": self.compute, "last": self.last})
+            if self.sharded:
+                mine = checkpoint.snapshot(shards.own_state(self.raw, self.adamw))
+                self.writer.start(lambda: self.seal_together(draft, step, mine, loop))
+            elif self.accelerator.is_main_process:
+                model = checkpoint.snapshot(checkpoint.model_state(self.raw, self.adamw))
+                self.writer.start(lambda: self.seal(draft, step, {"model": model, "loop": loop}))
         self.saved_at = time.monotonic()
 
     def write_own_part(self, draft: Path) -> None:
@@ -215,12 +250,21 @@ class Loop:
         checkpoint.write(draft, f"rank-{self.accelerator.process_index}", checkpoint.snapshot(own))
         self.accelerator.wait_for_everyone()
 
-    def seal(self, draft: Path, step: int, parts: dict[str, checkpoint.Snapshot]) -> None:
+    def seal_together(self, draft: Path, step: int, mine: checkpoint.Snapshot, loop: checkpoint.Snapshot) -> None:
+        """Every rank writes its shard; once all are there the first one seals the whole. Runs in the side threads."""
+        with self.or_nothing(draft):
+            known = shards.write_together(draft, mine)
+            if self.accelerator.is_main_process:
+                self.seal(draft, step, {"loop": loop}, known)
+
+    def seal(
+        self, draft: Path, step: int, parts: dict[str, checkpoint.Snapshot], known: shards.Digests | None = None
+    ) -> None:
         """Write the parts that the ranks share, and make the draft a checkpoint. Runs in the side thread."""
         with self.or_nothing(draft):
             for name, taken in parts.items():
                 checkpoint.write(draft, name, taken)
-            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.context.key, step=step)
+            checkpoint.seal(draft, self.folder / f"step-{step}", key=self.context.key, step=step, known=known)
 
     @contextlib.contextmanager
     def or_nothing(self, draft: Path) -> Iterator[None]:
@@ -237,17 +281,27 @@ class Loop:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".draft-*"):
                 remove(leftover)
-            checkpoint.newest(self.folder, self.context.key)  # moves bad ones aside, before the other ranks look
         self.accelerator.wait_for_everyone()
-        newest = checkpoint.newest(self.folder, self.context.key)
+        newest = checkpoint.newest(
+            self.folder, self.context.key, shards.is_mine, self.first_fault, moves=self.accelerator.is_main_process
+        )
         if newest is None:
             return
-        checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(newest, "model"))
-        own = checkpoint.read_state(newest, f"rank-{self.accelerator.process_index}")
+        if self.sharded or not (newest / "model.json").is_file():
+            shards.load(self.raw, self.adamw, newest)
+        else:
+            checkpoint.load_model_state(self.raw, self.adamw, checkpoint.read_state(newest, "model"))
+        # Written by another number of ranks, it is what all have in common that counts (a rollout, a coefficient).
+        own = checkpoint.read_state(newest, f"rank-{self.accelerator.process_index % shards.saved_ranks(newest)}")
         self.method.load_state_dict(own["method"])
         checkpoint.load_rng_state(own["rng"])
         state = checkpoint.read_state(newest, "loop")
         self.step, self.compute, self.last = state["step"], state["compute"], state["last"]
+
+    @staticmethod
+    def first_fault(reason: str | None) -> str | None:
+        """What is wrong with a checkpoint by the first rank that finds fault with it."""
+        return next((one for one in gather_object([reason]) if one is not None), None)
 
     def due(self) -> bool:
         """Whether a checkpoint is due by steps or by minutes."""
@@ -314,8 +368,9 @@ def train(method: Method[Any], context: StageContext) -> dict[str, float]:
 def train_and_publish(method: PublishedMethod[Any], context: StageContext) -> dict[str, float]:
     """Train, measure what the method measures at its end, and publish the model; returns all metrics."""
     metrics = train(method, context)
-    if rank() == 0:
-        folder = context.work / "model"
+    folder, everywhere = context.work / "model", sharding.is_sharded(method.model)
+    if rank() == 0 or everywhere:
         metrics |= method.finish(folder)
+    if rank() == 0:
         context.publish("model", folder, model=True)
     return metrics

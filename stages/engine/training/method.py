@@ -74,5 +74,6 @@ class PublishedMethod(Method[Micro], Protocol[Micro]):
     def __init__(self, config: Any, context: StageContext) -> None: ...
 
     def finish(self, folder: Path) -> dict[str, float]:
-        """Write the trained model to `folder`; returns what is measured after training. Called on the first rank."""
+        """Write the trained model to `folder`; returns what is measured after training. Called on the first rank;
+        where weights are sharded on all, of which the first writes."""
         ...

@@ -22,7 +22,7 @@ from stages.engine.data.examples import Example, Row, encode, fitting, longest, 
 from stages.engine.data.order import step_rows
 from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
 from stages.engine.distributed import processes, rank, share, world
-from stages.engine.models.layouts import choose_layout
+from stages.engine.models.layouts import choose_and_shard
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, Scorer, context_length, sums
 from stages.engine.models.saving import save_policy
@@ -70,7 +70,7 @@ class OfflineMethod(ABC):
         data = context.request.inputs["data"]
         context.dataset("data", data.uri, data.sha256, len(self.examples))
         self.trees = [example.tree for example in self.examples]
-        self.layout: Layout = choose_layout(model, training.layout, self.trees[:8], codec.pad_id)
+        self.layout: Layout = choose_and_shard(model, training, training.layout, self.trees[:8], codec.pad_id)
         context.tag("layout", self.layout)
         self.total_steps = steps_for(len(self.trees), training)
 
