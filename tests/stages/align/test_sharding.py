@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-one-trunk": ("ppo", {"value_trunk": "shared"}),
 }
 # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
-TRAINING = {"batch_size": 8, "learning_rate": 0.1, "adam_eps": 1.0, "tokens_per_micro_batch": 48, "max_steps": 3}
+TRAINING = {"batch_size": 8, "learning_rate": 0.1, "adam_eps": 1.0, "tokens_per_micro_batch": 16, "max_steps": 3}
+UNEVEN = {"reward": {"tokens_per_micro_batch": 20}, "ppo": {"tokens_per_micro_batch": 36}}
+"""So that the two ranks cut their rows of the first step into different numbers of micro-batches."""
 ROLLOUTS = {"rollout_size": 8, "ppo_epochs": 2, "iterations": 2, "max_new_tokens": 6}
 
 
@@ -70,7 +72,14 @@ def write(folder: Path) -> None:
 def make(folder: Path, case: str, work: Path, **changes: Any) -> tuple[Any, MemoryContext]:
     """The method of a case, its weights moved away from the reference."""
     name, way = CASES[case]
-    config = {**TRAINING, "epochs": 3, "sharding": "full" if world() > 1 else "none", **way, **changes}
+    config = {
+        **TRAINING,
+        **UNEVEN.get(name, {}),
+        "epochs": 3,
+        "sharding": "full" if world() > 1 else "none",
+        **way,
+        **changes,
+    }
     inputs = {"model": folder / ("tied" if case == "sft-tied" else "model"), "data": folder / "data"}
     if name == "ppo":
         config |= ROLLOUTS
@@ -107,7 +116,8 @@ def work_off(folder: Path, case: str, work: Path) -> dict[str, Tensor]:
     micros = next(method.batches(0))
     loop.reduce(loop.backward(micros))
     parameters = dict(loop.raw.named_parameters())
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters.values())
+    every = [p for _, p in loop.raw.named_parameters(remove_duplicate=False)]  # shards share no weights between models
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in every)
     results = tensors({name: p.grad for name, p in parameters.items()}, "gradient")
     loop.optimizer.zero_grad()
     loop()
@@ -121,14 +131,14 @@ def work_off(folder: Path, case: str, work: Path) -> dict[str, Tensor]:
     return results | {f"final/{name}": torch.tensor(value) for name, value in final.items()}
 
 
-def work_as_rank(rank: int, port: int, folder: Path) -> None:
+def work_as_rank(rank: int, port: int, folder: Path, cases: Sequence[str] = tuple(CASES)) -> None:
     """One of two processes that train together over gloo, as torchrun starts them."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["ALIGNFLOW_HOME"] = str(folder / "home")
     torch.set_num_threads(1)
     loading.load_whole = loading.load_whole if rank == 0 else None  # type: ignore[assignment]  # it reads no weights
-    for case in CASES:
+    for case in cases:
         save_file(work_off(folder, case, folder / case), folder / f"{case}-{rank}.safetensors")
     save_file(resume_and_more(folder, rank), folder / f"more-{rank}.safetensors")
     torch.distributed.destroy_process_group()
@@ -136,7 +146,7 @@ def work_as_rank(rank: int, port: int, folder: Path) -> None:
 
 def resumed(folder: Path, case: str, work: Path, steps: int) -> dict[str, Tensor]:
     """The weights after so many steps, and the losses of those that were taken now."""
-    method, run = make(folder, case, work, max_steps=None, epochs=steps, warmup=0, schedule="constant", iterations=2)
+    method, run = make(folder, case, work, max_steps=None, epochs=steps, warmup=0, schedule="constant")
     method.total_steps = steps
     train_and_publish(method, run)
     weights = tensors({n: p for n, p in method.model.named_parameters() if p.requires_grad}, f"{work.name}/weight")
@@ -167,11 +177,11 @@ def resume_and_more(folder: Path, rank: int) -> dict[str, Tensor]:
     barrier = torch.distributed.barrier
     for case in ("dpo", "ppo-lora"):
         results |= resumed(folder, case, folder / f"whole-{case}", 4)
-        resumed(folder, case, folder / f"cut-{case}", 2)
+        resumed(folder, case, folder / f"cut-{case}", 3)
         barrier()
         if rank == 0:
             shutil.copytree(folder / f"cut-{case}", folder / f"two-{case}")
-            plant(folder / f"cut-{case}" / "checkpoints" / "step-2", folder / "sprung")
+            plant(folder / f"cut-{case}" / "checkpoints" / "step-3", folder / "sprung")
         barrier()
         results |= resumed(folder, case, folder / f"cut-{case}", 4)
     results |= resumed(folder, "dpo", folder / "one-dpo", 4)
@@ -212,7 +222,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(folder / "home"))
-        resumed(folder, "dpo", folder / "one-dpo", 2)  # by one process; the ranks go on from there
+        resumed(folder, "dpo", folder / "one-dpo", 3)  # by one process; the ranks go on from there
     context, port = multiprocessing.get_context("spawn"), free_port()
     ranks = [context.Process(target=work_as_rank, args=(rank, port, folder)) for rank in (0, 1)]
     for process in ranks:
@@ -255,7 +265,7 @@ def test_two_ranks_with_shards_train_like_one(tmp_path: Path, home: Path, two_ra
 @pytest.mark.slow
 def test_ranks_had_different_numbers_of_micro_batches(two_ranks: Path) -> None:
     """Else the tests here say nothing about ranks that have to wait for each other."""
-    for case in ("sft", "dpo", "kto", "ppo"):
+    for case in ("sft", "reward", "dpo", "kto", "ppo"):
         counts = [int(load_file(two_ranks / f"{case}-{rank}.safetensors")["micros"]) for rank in (0, 1)]
         assert counts[0] != counts[1], case
 
@@ -270,7 +280,7 @@ def test_two_ranks_resume_to_the_bit(two_ranks: Path) -> None:
             for name in names:
                 assert torch.equal(results[name], results[name.replace("whole", "cut")]), name
             losses = results[f"whole-{case}/losses"], results[f"cut-{case}/losses"]
-            assert torch.equal(losses[0][2:], losses[1]) and len(losses[1]) == 2
+            assert torch.equal(losses[0][3:], losses[1]) and len(losses[1]) == 1
     assert not (two_ranks / "sprung").exists(), "a file beside the shards was unpickled"
     assert not list((two_ranks / "whole-dpo" / "checkpoints").rglob("*.pt")), "only safetensors and JSON"
 
@@ -279,7 +289,7 @@ def test_two_ranks_resume_to_the_bit(two_ranks: Path) -> None:
 def test_two_ranks_and_one_resume_each_others_checkpoints(two_ranks: Path, home: Path) -> None:
     results = load_file(two_ranks / "more-0.safetensors")
     one = resumed(two_ranks, "dpo", two_ranks / "two-dpo", 4)
-    assert len(one["two-dpo/losses"]) == len(results["one-dpo/losses"]) == 2
+    assert len(one["two-dpo/losses"]) == len(results["one-dpo/losses"]) == 1
     for name in [name for name in results if name.startswith("whole-dpo/weight")]:
         torch.testing.assert_close(one[name.replace("whole", "two")], results[name], rtol=0, atol=1e-6)
         torch.testing.assert_close(results[name.replace("whole", "one")], results[name], rtol=0, atol=1e-6)
@@ -287,7 +297,7 @@ def test_two_ranks_and_one_resume_each_others_checkpoints(two_ranks: Path, home:
 
 @pytest.mark.slow
 def test_a_shard_that_another_rank_finds_spoilt_is_resumed_by_none(two_ranks: Path) -> None:
-    assert [int(load_file(two_ranks / f"more-{rank}.safetensors")["step"]) for rank in (0, 1)] == [2, 2]
+    assert [int(load_file(two_ranks / f"more-{rank}.safetensors")["step"]) for rank in (0, 1)] == [3, 3]
     assert (two_ranks / "cut-dpo" / "checkpoints" / "bad" / "step-4").is_dir()
 
 
@@ -298,7 +308,7 @@ def test_gathers_in_bfloat16_train_about_the_same(two_ranks: Path, tmp_path: Pat
         method, run = make(two_ranks, case, tmp_path / case, precision="bf16")
         train(method, run)
         expected = torch.tensor(run.steps("train/loss"))
-        torch.testing.assert_close(results[f"half/{case}"], expected, rtol=0.1, atol=0.05)
+        torch.testing.assert_close(results[f"half/{case}"], expected, rtol=0.03, atol=0)
         assert not torch.equal(results[f"half/{case}"], expected)
 
 
