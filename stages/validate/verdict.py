@@ -39,7 +39,9 @@ def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> St
     most = ", ".join(_check(column, reason, n, quarantine) for (column, reason), n in checks)
     rest = f" (the first {quarantine.listed} entries)" if quarantine.left_out else ""
     failed = f"most frequent: {most}. See {quarantine.file}{rest}" if most else "no check failed"
-    if (room := _positions(context)) and any(reason == "too_long" for (_, reason), _ in checks):
+    room = context.codec.positions if context.codec is not None else None
+    few = room is not None and room < context.params.max_length  # they, and not max_length, say what is too long
+    if few and any(reason == "too_long" for (_, reason), _ in checks):
         failed += f"; the model has {room} positions, fewer than max_length = {params.max_length}"
         fix = f"give rows of at most {room} tokens, or a model with more positions"
         return StageError(f"{message}; {failed}.", kind="bad_data" if usable.height else "nothing_left", fix=fix)
@@ -122,12 +124,6 @@ def _fix(column: str, reason: str, context: Context) -> str:
         mapping = f"--columns {column}=NAME"
         return f"{_ALLOWED.get(reason, 'fix the rows')}, or map another column (`{mapping}`: {listed(free)})"
     return _ALLOWED.get(reason, "fix the rows or map the right columns")
-
-
-def _positions(context: Context) -> int | None:
-    """The model's positions where they, and not max_length, say what is too long."""
-    room = context.codec.positions if context.codec is not None else None
-    return room if room is not None and room < context.params.max_length else None
 
 
 def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError:

@@ -130,8 +130,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             'seeds=[seed_of(self.seed, "rollout", 0, i) for i in mine]',
         ),
         (
-            "            temperature=self.config.temperature,\n            seeds=",
-            "            temperature=1.0,\n            seeds=",
+            "temperature=self.config.temperature,\n                seeds=",
+            "temperature=1.0,\n                seeds=",
         ),
         ("                temperature = self.config.temperature\n", "                temperature = 1.0\n"),
         (

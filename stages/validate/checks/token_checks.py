@@ -197,16 +197,14 @@ class _Tokens:
                 yield reason, f"{len(ids)} tokens"
             elif self._unknown.isdisjoint(ids):
                 yield len(ids)
-            elif self._says_nothing(row["prompt"]):
-                yield "unknown_tokens", row["prompt"][-1]["content"]
             else:
-                self._unknown_prompts.add(row["row"])
-                yield len(ids)
-
-    def _says_nothing(self, prompt: list[dict[str, str]]) -> bool:
-        """Whether all that is said last is unknown to the tokenizer."""
-        [ids] = self.codec.encode_all([prompt[-1]["content"]], split_special_tokens=True)
-        return self._unknown.issuperset(ids)
+                said = row["prompt"][-1]["content"]
+                [last] = self.codec.encode_all([said], split_special_tokens=True)
+                if self._unknown.issuperset(last):
+                    yield "unknown_tokens", said
+                else:
+                    self._unknown_prompts.add(row["row"])
+                    yield len(ids)
 
     def _controls(self, ids: Sequence[int]) -> int:
         return sum(map(self.codec.control_ids.__contains__, ids))

@@ -179,13 +179,11 @@ def _first_place(found: set[float], names: Names) -> int | None:
 def _about_one_side(names: Names) -> bool:
     """Whether the label column asks of one answer whether it is the better one, as `response_0_better` does."""
     label, sides = _words(names.label), [_words(name) for name in (names.a, names.b)]
-    named = any(len(side) > 1 and _within(side, label) for side in sides)
+    named = any(
+        len(side) > 1 and any(label[place : place + len(side)] == side for place in range(len(label))) for side in sides
+    )
     ends = {side[-1] for side in sides if side}
     return named or bool({"first", "second"}.intersection(label)) or ("is" in label and bool(ends.intersection(label)))
-
-
-def _within(part: list[str], whole: list[str]) -> bool:
-    return any(whole[place : place + len(part)] == part for place in range(len(whole)))
 
 
 # --- what the user says of it ---

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,10 @@ def from_csv(file: Path) -> Iterator[Record]:
 
         lines = counted()
         first = next(lines, "").removeprefix("\ufeff")
-        delimiter = _announced(first)
-        if delimiter:
+        announced = re.fullmatch(r"sep=([^\r\n])[\r\n]*", first, re.IGNORECASE)  # as spreadsheets write it
+        if announced:
             first = next(lines, "")
-        delimiter = delimiter or _delimiter(first)
+        delimiter = announced[1] if announced else _delimiter(first)
         # `a, b, c`: the blanks are no part of the cells, and a quote after one opens a cell.
         spaced = f"{delimiter} " in first
         rest = itertools.chain([first] if first else [], lines)
@@ -55,12 +56,6 @@ def from_csv(file: Path) -> Iterator[Record]:
             message = f"the CSV is malformed at line {read}: {error}"
             fix = 'quote cells that hold commas, quotes or line breaks, and write a quote inside as ""'
             raise refuse("path", file, message, fix, kind="broken_file") from error
-
-
-def _announced(line: str) -> str:
-    """The delimiter that a first line `sep=;` announces, as spreadsheets write it; nothing where there is no such."""
-    word = line.rstrip("\r\n")
-    return word[4] if len(word) == 5 and word[:4].lower() == "sep=" else ""
 
 
 def _delimiter(header: str) -> str:
