@@ -188,8 +188,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("betas = (training.adam_beta1, training.adam_beta2)", "betas = (training.adam_beta2, training.adam_beta1)"),
         ('group["lr"] = rate * factors[group["part"]]', 'group["lr"] = rate'),
         (
-            "norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)",
-            "norm = self.accelerator.clip_grad_norm_(self.method.model.parameters(), 1e9)",
+            "norm = torch.nn.utils.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)",
+            "norm = torch.nn.utils.clip_grad_norm_(self.method.model.parameters(), 1e9)",
         ),
         ('return values.max() if name.endswith("_max") else values.sum()', "return values.sum()"),
         (
