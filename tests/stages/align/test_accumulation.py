@@ -1,8 +1,6 @@
 """How a step is cut, laid out or shared out among ranks changes no gradient: 8 x 1, 4 x 2, 1 x 8, and two ranks."""
 
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from stages import align, reward, sft
 from stages.engine.training.loop import train
 from tests.support import models
 from tests.support.context import MemoryContext
+from tests.support.two_ranks import on_two_ranks
 
 CONFIGS: dict[str, type[Training]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPO, "kto": KTO}
 CLASSES: dict[str, Callable[..., Any]] = {"sft": sft.SFT, "reward": reward.Reward, **align.METHODS}
@@ -97,12 +96,9 @@ def trained(folder: Path, name: str, lora: bool) -> dict[str, Tensor]:
     return {**weights, "losses": torch.tensor(run.steps("train/loss"))}
 
 
-def work_as_rank(rank: int, port: int, folder: Path) -> None:
-    """One of two processes that train together over gloo, as torchrun starts them: every case, one after the other."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+def work_as_rank(rank: int, folder: Path) -> None:
+    """Every case, one after the other."""
     os.environ["ALIGNFLOW_HOME"] = str(folder / "home")
-    torch.set_num_threads(1)
     clip, shared = nn.utils.clip_grad_norm_, list[bool]()
 
     def clip_and_look(parameters: Iterable[nn.Parameter], *bounds: Any) -> Tensor:
@@ -116,17 +112,10 @@ def work_as_rank(rank: int, port: int, folder: Path) -> None:
         result = trained(folder, name, lora)
         save_file(result, saved(folder, name, lora, rank))
     assert shared and all(shared), "gradients are parts of what DDP sends, and no copies of it"
-    torch.distributed.destroy_process_group()
 
 
 def saved(folder: Path, name: str, lora: bool, rank: int) -> Path:
     return folder / f"{name}-{lora}-{rank}.safetensors"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +123,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two ranks have trained together."""
     folder = tmp_path_factory.mktemp("two-ranks")
     write(folder)
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=work_as_rank, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    on_two_ranks(work_as_rank, folder)
     return folder
 
 

@@ -5,8 +5,6 @@ Shapes: B answers, T tokens of the longest, N answer tokens end to end.
 
 import contextlib
 import math
-import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,9 +40,9 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.scoring.judges import RewardJudge
 from stages.engine.training.loop import train
-from tests.stages.align.test_accumulation import free_port
 from tests.support import models
 from tests.support.context import MemoryContext
+from tests.support.two_ranks import on_two_ranks
 
 F64 = torch.float64
 
@@ -552,24 +550,13 @@ def train_shared(inputs: Path, work: Path) -> dict[str, Tensor]:
     return found
 
 
-def work_as_rank(rank: int, port: int, inputs: Path, folder: Path) -> None:
-    """One of two processes that train together over gloo, as torchrun starts them."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
+def work_as_rank(rank: int, inputs: Path, folder: Path) -> None:
     save_file(train_shared(inputs, folder / "work"), folder / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_sample_and_train_like_one(adapted: Path, tmp_path: Path) -> None:
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=work_as_rank, args=(rank, port, adapted, tmp_path)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    on_two_ranks(work_as_rank, adapted, tmp_path)
     alone = train_shared(adapted, tmp_path / "alone")
     for rank in (0, 1):
         shared = load_file(tmp_path / f"{rank}.safetensors")

@@ -4,11 +4,10 @@ One start of two ranks over gloo works off all that needs two; the tests compare
 """
 
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ from stages.engine.training import shards
 from stages.engine.training.checkpoint import digest, snapshot
 from stages.engine.training.checkpoint import write as write_part
 from stages.engine.training.loop import Loop, train, train_and_publish
-from tests.stages.align.test_accumulation import CLASSES, CONFIGS, DATA, free_port
+from tests.stages.align.test_accumulation import CLASSES, CONFIGS, DATA
 from tests.support import models
 from tests.support.context import MemoryContext
+from tests.support.two_ranks import on_two_ranks
 
 ADAPTED = {"lora": models.LORA}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,17 +131,13 @@ def work_off(folder: Path, case: str, work: Path) -> dict[str, Tensor]:
     return results | {f"final/{name}": torch.tensor(value) for name, value in final.items()}
 
 
-def work_as_rank(rank: int, port: int, folder: Path, cases: Sequence[str] = tuple(CASES)) -> None:
-    """One of two processes that train together over gloo, as torchrun starts them."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+def work_as_rank(rank: int, folder: Path) -> None:
+    """All that needs two ranks."""
     os.environ["ALIGNFLOW_HOME"] = str(folder / "home")
-    torch.set_num_threads(1)
     loading.load_whole = loading.load_whole if rank == 0 else None  # type: ignore[assignment]  # it reads no weights
-    for case in cases:
+    for case in CASES:
         save_file(work_off(folder, case, folder / case), folder / f"{case}-{rank}.safetensors")
     save_file(resume_and_more(folder, rank), folder / f"more-{rank}.safetensors")
-    torch.distributed.destroy_process_group()
 
 
 def resumed(folder: Path, case: str, work: Path, steps: int) -> dict[str, Tensor]:
@@ -223,15 +219,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(folder / "home"))
         resumed(folder, "dpo", folder / "one-dpo", 3)  # by one process; the ranks go on from there
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=work_as_rank, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    for process in ranks:
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    on_two_ranks(work_as_rank, folder)
     return folder
 
 
