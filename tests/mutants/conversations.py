@@ -5,6 +5,19 @@ _TURNS = ("tests/engine/test_turns.py",)
 _LEARN = ("tests/stages/test_learn_all.py",)
 
 BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
+    ("stages/validate/checks/table_checks.py", _TOOLS): [
+        ('("label", "winners", "calls")', '("label", "winners")'),
+        ("characters=prompt + tools + (", "characters=prompt + ("),
+        ("return [extra, *calls] if is_wide(frame) else calls", "return calls"),
+        ('rf"{HIDING}|{_ESCAPED}"', "HIDING"),
+        (r"(?:^|[^\\])(?:\\\\)*\\u00", r"\\u00"),
+    ],
+    ("stages/commands/validate.py", ("tests/stages/validate/test_mixtures.py",)): [
+        ("raise about_source(place, one.name, error) from error", "raise"),
+    ],
+    ("stages/runtime/limits.py", ("tests/stages/runtime/test_limits.py",)): [
+        ("signal.ITIMER_REAL, seconds, 0.5)", "signal.ITIMER_REAL, seconds)"),
+    ],
     ("stages/engine/data/turns.py", _TURNS): [
         ("codec.refuse_left_out(messages)\n    places", "places"),
         ("if len(tagged) == len(places):", "if True:"),

@@ -1,11 +1,11 @@
 """One-line mistakes, each with the tests that are to notice it. Golden numbers are not among them: they notice any
 change, and are recorded anew where one is meant. Those in what is concluded from numbers are in `conclusions`, those
-about conversations in `conversations`.
+about conversations in `conversations`, those in sharded training in `shards`.
 """
 
 from dataclasses import dataclass
 
-from tests.mutants import conclusions, conversations
+from tests.mutants import conclusions, conversations, shards
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
 
 MUTANTS = [
     Mutant(file, old, new, tests)
-    for listed in (conclusions.BY_FILE, conversations.BY_FILE, BY_FILE)
+    for listed in (conclusions.BY_FILE, conversations.BY_FILE, shards.BY_FILE, BY_FILE)
     for (file, tests), pairs in listed.items()
     for old, new in pairs
 ]

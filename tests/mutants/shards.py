@@ -1,0 +1,56 @@
+"""One-line mistakes in sharded training (listed.py says what that is)."""
+
+_SHARDING = ("tests/stages/align/test_sharding.py",)
+_RANKS = ("tests/stages/align/test_accumulation.py",)
+
+BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
+    ("stages/engine/models/sharding.py", _SHARDING): [
+        ("mp_policy=policy, reshard_after_forward=True)", "mp_policy=policy, reshard_after_forward=False)"),
+        ("each = -(-parameter.shape[0] // parameter", "each = (parameter.shape[0] // parameter"),
+        ("- passes if is_sharded(model) else 0", "- passes if not is_sharded(model) else 0"),
+        ("if len(set(doings)) > 1:", "if len(set(doings)) > 2:"),
+        ('half if training.gather == "bf16" else MixedPrecisionPolicy()', "MixedPrecisionPolicy()"),
+        ("put(parameter, sent)", "put(parameter, 0 * sent)"),
+        ("return training is not None and training.sharding", "return training is None and training.sharding"),
+    ],
+    ("stages/engine/models/lora.py", _SHARDING): [
+        ("clone()) if copies else theirs[name]", "clone()) if not copies else theirs[name]"),
+    ],
+    ("stages/engine/models/loading.py", _SHARDING): [
+        ("return sharding.wanted(training) and rank() > 0", "return False"),
+    ],
+    ("stages/engine/models/layouts.py", _SHARDING): [
+        ("sharding.shard(model, training)\n", "\n"),
+    ],
+    ("stages/engine/models/policy.py", _SHARDING): [
+        ("if log_probs and isinstance(self, FSDPModule)", "if log_probs and not isinstance(self, FSDPModule)"),
+    ],
+    ("stages/engine/training/shards.py", _SHARDING): [
+        ("optimizer.state[parameter] = state", "optimizer.state[parameter] = {}"),
+        ("[begin - first : end - first]", "[begin:end]"),
+        ("return (int(part[1]) if part else 0) % world() == rank()", "return rank() == 0 and part is None"),
+    ],
+    ("stages/engine/training/loop.py", _SHARDING): [
+        ("* self.accelerator.num_processes * counts)", "* self.accelerator.num_processes)"),
+        ("(own[-1], False)", "(own[-1], True)"),
+        ("self.accelerator.process_index % shards.saved_ranks(newest)", "self.accelerator.process_index"),
+        ("if rank() == 0 or everywhere:", "if rank() == 0:"),
+        ("shards.is_mine, self.first_fault,", "shards.is_mine, lambda reason: reason,"),
+    ],
+    ("stages/engine/training/loop.py", _RANKS): [
+        ("gradient_as_bucket_view=True", "gradient_as_bucket_view=False"),
+    ],
+    ("stages/align/kto.py", _SHARDING): [
+        ("if i >= len(micros):", "if i > len(micros):"),
+    ],
+    ("stages/engine/scoring/batched.py", _SHARDING): [
+        ("for _ in range(missing(model, len(groups))):", "for _ in range(0):"),
+    ],
+    ("flows/planning/nodes.py", _SHARDING): [
+        ("if getattr(training, name) == default}", "if getattr(training, name) != default}"),
+    ],
+    ("schemas/config/training.py", _SHARDING): [
+        ('not (self.sharding == "full" and self.precision', 'not (self.sharding == "full" or self.precision'),
+    ],
+}
+"""File and tests -> lines with their mistakes."""
