@@ -34,6 +34,12 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One home for all: the second run reuses what comes before the training, and goes on with that."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code"),
@@ -43,22 +49,29 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
         (signal.SIGKILL, -signal.SIGKILL),
     ],
 )
-def test_nothing_outlives_the_command(how: signal.Signals, code: int, home: Path, tmp_path: Path) -> None:
+def test_nothing_outlives_the_command(how: signal.Signals, code: int, kept: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flows.cli", "run", "demo", "--set", "sft.epochs=100"]
+    environment = {**os.environ, "ALIGNFLOW_HOME": str(kept)}
+
+    def learned() -> int:
+        journals = kept.glob("work/*/metrics-*.jsonl")
+        return sum(journal.read_text().count('"train/loss"') for journal in journals)
+
+    before = learned()
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
 
     def trains() -> bool:
         assert process.poll() is None, (tmp_path / "log").read_text()
-        return any('"train/loss"' in journal.read_text() for journal in home.glob("work/*/metrics-*.jsonl"))
+        return learned() > before
 
     try:
         wait_for(trains, 240)
-        assert len(living(home)) >= 3  # the command, its Prefect server, the stage
+        assert len(living(kept)) >= 3  # the command, its Prefect server, the stage
         process.send_signal(how)
         assert process.wait(60) == code
-        wait_for(lambda: not living(home), 5)
+        wait_for(lambda: not living(kept), 5)
     finally:
-        for pid in living(home):
+        for pid in living(kept):
             os.kill(pid, signal.SIGKILL)
         process.wait()

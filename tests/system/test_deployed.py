@@ -188,7 +188,7 @@ def deploy(client: SyncPrefectClient) -> None:
     assert automations.apply() == automations.apply()
 
 
-def config(plant: Plant, name: str, **more: Any) -> dict[str, Any]:
+def config(plant: Plant, name: str, sft: dict[str, Any]) -> dict[str, Any]:
     """A small pipeline whose stages run on the host `gpu`; its data lies on the host `cpu` alone."""
     file = plant.cpu.folder / "cwd" / "rows.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -198,11 +198,10 @@ def config(plant: Plant, name: str, **more: Any) -> dict[str, Any]:
         "name": name,
         "model": {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}},
         "data": {"sft": {"path": str(file), "kind": "sft", "max_length": 64}},
-        "sft": {"max_steps": 5, "batch_size": 8, "max_length": 64, "checkpoint_steps": 20},
+        "sft": sft,
         "align": {},
         "evaluate": {"judge": "rule", "limit": 10, "min_prompts": 10, "max_new_tokens": 4, "bootstrap": 100},
         "pools": {"validate": "gpu", "sft": "gpu", "evaluate": "gpu"},
-        **more,
     }
     return PipelineConfig.model_validate(values).model_dump(mode="json")
 
@@ -215,26 +214,53 @@ def runs_of(name: str, label: str) -> list[Any]:
 
 
 LONG = {"max_steps": 100_000, "epochs": None, "batch_size": 8, "max_length": 64, "checkpoint_steps": 20}
+TRAINED = {**LONG, "max_steps": 1500}
 
 
 # --- What they show ---------------------------------------------------------------------------------------------------
 
 
-def test_workers_that_share_nothing_but_the_servers_run_a_pipeline(plant: Plant) -> None:
-    flow_run_id = plant.submit(config(plant, "placed"))
+def test_hosts_share_nothing_but_the_servers_and_kills_cost_nothing_that_was_done(plant: Plant) -> None:
+    flow_run_id = plant.submit(config(plant, "placed", sft=TRAINED))
+
+    def trained(steps: int) -> Callable[[], bool]:
+        return lambda: len(points("placed")) >= steps
+
+    # The stage's process alone: its run says so, and the pipeline starts it again.
+    wait_for(trained(30), 200, plant.story)
+    (process,) = plant.gpu.stages()
+    os.kill(process, signal.SIGKILL)
+    wait_for(lambda: len(plant.parts(flow_run_id, "sft")) == 2, 60, plant.story)
+    first = plant.parts(flow_run_id, "sft")[0]
+    assert first.state is not None and first.state.is_crashed() and "SIGKILL" in (first.state.message or "")
+    done = len(points("placed"))
+
+    # Both workers, with all that they run: nobody is left to say so but the server.
+    wait_for(trained(done + 60), 200, plant.story)
+    for host in (plant.cpu, plant.gpu):
+        host.kill()
+        host.start()
     ended = plant.ended(flow_run_id)
     assert ended.state is not None and ended.state.is_completed(), plant.story()
-    for label in ("data sft", "sft", "eval sft", "eval base"):
-        (stage_run,) = plant.parts(flow_run_id, label)
-        assert stage_run.state is not None and stage_run.state.is_completed()
+    assert plant.states(flow_run_id).count("Crashed") == 1 and "AwaitingRetry" in plant.states(flow_run_id)
+    # Nothing twice: one run of each stage, each step of the training once, though three processes trained.
+    homes = {label: plant.gpu.home for label in ("data sft", "sft", "eval sft", "eval base")}
+    for label, home in {**homes, "base": plant.cpu.home, "compare": plant.cpu.home}.items():
         (run,) = runs_of("placed", label)
-        assert run.data.tags["home"] == str(plant.gpu.home)
+        assert run.info.status == "FINISHED" and run.data.tags["home"] == str(home), label
         assert run.data.tags["pipeline.run"] == str(flow_run_id)
-    for label in ("base", "compare"):
-        (run,) = runs_of("placed", label)
-        assert run.data.tags["home"] == str(plant.cpu.home)
+        assert label not in homes or plant.parts(flow_run_id, label), "started through the pool"
+    assert sorted(points("placed")) == list(range(1, 1501))
     # Nobody but the host `cpu` has the file: it went to the other by MLflow.
     assert "source rows.jsonl" in [run.info.run_name for run in runs_of("placed", "source rows.jsonl")]
+
+
+def points(name: str) -> list[int]:
+    """Steps of an experiment's SFT run that MLflow has a loss of, each as often as it has one."""
+    found = runs_of(name, "sft")
+    if not found:
+        return []
+    return [point.step for point in tracking.client().get_metric_history(found[0].info.run_id, "train/loss")]
 
 
 def test_one_device_holds_one_stage_at_a_time(plant: Plant) -> None:
@@ -271,46 +297,6 @@ def test_one_device_holds_one_stage_at_a_time(plant: Plant) -> None:
     assert any("waiting for a device" in line for line in said)
 
 
-def test_killed_stage_and_killed_workers_cost_nothing_that_was_done(plant: Plant) -> None:
-    name = "killed"
-    flow_run_id = plant.submit(config(plant, name, sft={**LONG, "max_steps": 1500}))
-
-    def trained(steps: int) -> Callable[[], bool]:
-        return lambda: len(points(name)) >= steps
-
-    # The stage's process alone: its run says so, and the pipeline starts it again.
-    wait_for(trained(30), 200, plant.story)
-    (process,) = plant.gpu.stages()
-    os.kill(process, signal.SIGKILL)
-    wait_for(lambda: len(plant.parts(flow_run_id, "sft")) == 2, 60, plant.story)
-    first = plant.parts(flow_run_id, "sft")[0]
-    assert first.state is not None and first.state.is_crashed() and "SIGKILL" in (first.state.message or "")
-    done = len(points(name))
-
-    # Both workers, with all that they run: nobody is left to say so but the server.
-    wait_for(trained(done + 60), 200, plant.story)
-    for host in (plant.cpu, plant.gpu):
-        host.kill()
-        host.start()
-    ended = plant.ended(flow_run_id)
-    assert ended.state is not None and ended.state.is_completed(), plant.story()
-    assert plant.states(flow_run_id).count("Crashed") == 1 and "AwaitingRetry" in plant.states(flow_run_id)
-    # Nothing twice: one run of each stage, each step of the training once, though three processes trained.
-    for label in ("sft", "eval sft", "eval base", "compare"):  # model and data are those of the first run here
-        assert len(runs_of(name, label)) == 1
-    assert sorted(points(name)) == list(range(1, 1501))
-    (sft,) = runs_of(name, "sft")
-    assert sft.info.status == "FINISHED"
-
-
-def points(name: str) -> list[int]:
-    """Steps of an experiment's SFT run that MLflow has a loss of, each as often as it has one."""
-    found = runs_of(name, "sft")
-    if not found:
-        return []
-    return [point.step for point in tracking.client().get_metric_history(found[0].info.run_id, "train/loss")]
-
-
 def test_cancelling_stops_the_training_process(plant: Plant) -> None:
     flow_run_id = plant.submit(config(plant, "cancelled", sft=LONG))
     wait_for(lambda: points("cancelled"), 200, plant.story)
@@ -332,7 +318,7 @@ def test_a_scheduled_run_fires_at_its_time_and_finishes(plant: Plant) -> None:
         "scheduled",
         entrypoint="flows.pipeline.pipeline",
         work_pool_name="cpu",
-        parameters={"config": config(plant, "placed")},
+        parameters={"config": config(plant, "placed", sft=TRAINED)},
         schedules=[DeploymentScheduleCreate(schedule=schedule, active=True)],
         parameter_openapi_schema=parameter_schema(pipeline.fn).model_dump_for_openapi(),
     )
