@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import EXIT_CODES
+from tests.support.processes import wait_for
 
 
 def living(home: Path) -> list[int]:
@@ -25,13 +24,6 @@ def living(home: Path) -> list[int]:
             if f"ALIGNFLOW_HOME={home}".encode() in environment:  # of a dead one that is not yet reaped it is empty
                 found.append(int(folder.name))
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.errors import StageError
 from stages import tracking
+from tests.support.processes import wait_for
 
 AWAY_SECONDS = 60.0
 SHORT = {
@@ -72,13 +73,6 @@ class Run:
         for process in (self.flow, self.process):
             process.terminate()
             process.wait()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from schemas.stage import Request, Result
 from stages import tracking
 from stages.tracking.reuse import runs_with
 from tests.conftest import ROOT
+from tests.support.processes import wait_for
 
 FAKE = str(ROOT / "tests" / "support" / "scripted_stage.py")
 
@@ -69,13 +69,6 @@ class Host:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from stages import tracking
 from stages.engine.training import loop
 from tests.support import models
 from tests.support.killable_training import ended, start
+from tests.support.processes import wait_for
 
 STEPS = 60
 SLOW_SECONDS = 10.0
@@ -110,13 +111,6 @@ def points(journal: Path) -> list[tuple[int, float]]:
         return []
     lines = [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [(step, when / 1000) for name, _, step, when in lines if name == "train/loss"]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

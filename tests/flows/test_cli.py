@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Request
 from tests.conftest import PAPERS, ROOT
 from tests.support.pictures import PICTURES
+from tests.support.processes import below, left_after
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
 
@@ -247,32 +247,14 @@ def test_ui_starts_both_servers_and_leaves_none_behind(ready_home: Path) -> None
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert direct.open(urls["MLflow"] + "/health").status == 200
         assert direct.open(urls["Prefect"] + "/api/health").status == 200
-        guards = children(process.pid)
-        servers = [child for guard in guards for child in children(guard)]
-        assert len(guards) == 2 and len(servers) >= 2
+        started = below(process)
+        assert len(started) >= 4  # a guard and a process for each
         process.kill()  # the hard way: nobody is told
         process.wait()
-        end = time.monotonic() + 30
-        while any(alive(pid) for pid in [*guards, *servers]) and time.monotonic() < end:
-            time.sleep(0.2)
-        assert not [pid for pid in [*guards, *servers] if alive(pid)]
+        assert left_after(started, 30) == []
     finally:
         process.kill()
         process.communicate()
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs still; a dead one that nobody has asked after is no more."""
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_taken_port_is_refused_by_name(ready_home: Path) -> None:

@@ -18,6 +18,7 @@ import psutil
 
 from flows.servers import passwords
 from flows.servers.address_file import Addresses
+from tests.support.processes import wait_for
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
 START_SECONDS = 300
@@ -89,33 +90,6 @@ def ended(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-def alive(pids: list[int]) -> list[int]:
-    """Those of the processes that run still; a dead one that nobody has asked after does no more."""
-    return [pid for pid in pids if state(pid) not in ("", "Z")]
-
-
-def state(pid: int) -> str:
-    """A process's state as the kernel has it; empty when there is none."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return ""
-
-
-def left_after(pids: list[int], seconds: float) -> list[int]:
-    """Those that still run after so many seconds; returns early when there are none."""
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
-        time.sleep(0.1)
-    return alive(pids)
-
-
-def below(process: subprocess.Popen[Any]) -> list[int]:
-    """All processes that a command has started, directly or not; none when it has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    return []
-
-
 def guards(up: subprocess.Popen[Any]) -> dict[int, str]:
     """Guards that `alignflow up` has started -> what each is for: a server, or a worker's name."""
     commands = {}
@@ -130,15 +104,15 @@ def guards(up: subprocess.Popen[Any]) -> dict[int, str]:
     return commands
 
 
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Wait for a condition; one that cannot be asked yet does not hold. The limit is only for a hang."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+
+    def asked() -> object:
         with contextlib.suppress(OSError, httpx.HTTPError):
-            if condition():
-                return
-        time.sleep(0.2)
-    raise TimeoutError(condition)
+            return condition()
+        return False
+
+    wait_for(asked, seconds)
 
 
 def python(code: str, home: Path, **environment: str) -> Any:

@@ -24,7 +24,8 @@ import psutil
 import yaml
 
 from flows.servers.automations import STARTS
-from tests.support.live_servers import ask, below, up
+from tests.support.live_servers import ask, up
+from tests.support.processes import below
 
 COMMAND = [sys.executable, "-P", "-m", "flows.cli"]
 SUBMIT = """

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support import live_servers
+from tests.support.processes import below, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             address = ["--host=127.0.0.1", f"--port={port}", "--username=ada"]
             for name in ("mlflow", "prefect"):
                 create = [str(programs / "createdb"), *address, name]
-                until(
+                wait_for(
                     lambda create=create: subprocess.run(create, env=environment, capture_output=True).returncode == 0
                 )
             yield f"ada:{PASSWORD}@127.0.0.1:{port}"
@@ -86,16 +86,8 @@ def store() -> Iterator[tuple[str, Any]]:
                 return False
             return True
 
-        until(create)
+        wait_for(create)
         yield url, client
-
-
-def until(done: Any) -> None:
-    """Wait until something has worked."""
-    end = time.monotonic() + 120
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.5)
 
 
 def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
@@ -123,11 +115,9 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         assert before["location"].startswith("mlflow-artifacts:")
         stored = [one["Key"] for one in bucket.list_objects_v2(Bucket="alignflow")["Contents"]]
         assert {Path(key).name for key in stored} >= set(before["files"])
-        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in live_servers.below(process)]
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process)]
         assert lines and not any(PASSWORD.encode() in line for line in lines)
-        workers = [
-            pid for pid in live_servers.below(process) if b"flows.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        workers = [pid for pid in below(process) if b"flows.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(workers) == 4  # of runs and of stages: a guard, and what it guards
         assert not any(PASSWORD.encode() in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
     with live_servers.up(home, "--pool", "cpu", **settings) as (_, there):

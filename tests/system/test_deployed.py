@@ -28,7 +28,7 @@ from flows.stage import stage
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Request
 from stages import tracking
-from tests.support.live_servers import alive, below, left_after
+from tests.support.processes import alive, below, left_after, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -131,13 +131,6 @@ class Plant:
         tasks = {task.id for task in self.prefect.read_task_runs() if task.flow_run_id == flow_run_id}
         runs = [run for run in self.prefect.read_flow_runs() if run.parent_task_run_id in tasks and run.name == name]
         return sorted(runs, key=lambda run: run.expected_start_time or run.created)  # type: ignore[arg-type, return-value]
-
-
-def wait_for(condition: Callable[[], object], seconds: float, story: Callable[[], str]) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, story()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")

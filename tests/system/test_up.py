@@ -19,6 +19,7 @@ from flows.servers import address_file, checks, mlflow_prefect, pools, superviso
 from flows.servers.address_file import Addresses
 from schemas.errors import EXIT_CODES, StageError
 from tests.support import live_servers
+from tests.support.processes import below, left_after
 
 
 def alignflow(home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -217,10 +218,10 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     assert {"work_pools cpu", "work_pools gpu"} <= set(kept)
     made = live_servers.ask(home, "POST", f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "kept"})
     made.raise_for_status()
-    started = live_servers.below(process)
+    started = below(process)
     assert len(started) >= 8  # a guard and a process for each of MLflow, Prefect and two workers
     process.kill()
-    assert live_servers.left_after(started, 5) == []
+    assert left_after(started, 5) == []
     assert (home / "up.json").exists()
     with live_servers.up(home) as (again, there):
         assert there.pid == again.pid
@@ -261,7 +262,7 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
         let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-desk"}
         assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, tmp_path, **let_in)
         secrets |= live_servers.keys(tmp_path)
-        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in live_servers.below(process)]
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process)]
         assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
     kept = [file for file in tmp_path.glob("*.json") if file.name != "passwords.json"]
     written = [file.read_bytes() for file in [*tmp_path.glob("logs/*"), *kept, *tmp_path.glob("*.ini")]]

@@ -4,8 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from uuid import UUID
 
@@ -16,6 +14,7 @@ from flows.execution import lease as leases
 from flows.execution import process as execution_process
 from flows.execution.lease import STAGE_NAMES, lease, stage_lease
 from schemas.errors import StageError
+from tests.support.processes import wait_for
 
 
 @pytest.fixture
@@ -41,13 +40,6 @@ def test_one_holder_at_a_time(server: str) -> None:
     stays.sort()
     assert len(stays) == 6
     assert all(end <= start for (_, end), (start, _) in pairwise(stays))
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def take_away(lease_id: UUID) -> None:

@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from stages import __main__ as entry
 from stages import tracking
 from stages.runtime import workspace
 from tests.conftest import ROOT
+from tests.support.processes import alive, wait_for
 
 FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 
@@ -50,19 +50,6 @@ def fake_request(**params: object) -> Request:
 def losses(run_id: str | None) -> list[tuple[int, float]]:
     assert run_id is not None
     return [(m.step, m.value) for m in tracking.client().get_metric_history(run_id, "train/loss")]
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that is dead and not yet reaped does not."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def test_a_stage_runs_and_is_reused(either: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,7 +165,7 @@ def test_a_stopped_flow_leaves_nothing_running(either: Path) -> None:
     (process,) = execution_process._processes
     execution_process.stop_all()
     thread.join(10)
-    assert not alive(process.pid) and not execution_process._processes
+    assert not alive([process.pid]) and not execution_process._processes
     assert results[0].status == "preempted"
 
 
@@ -202,7 +189,7 @@ def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         wait_for((workspace.work_folder(asked.key()) / "checkpoints" / "count").exists)
         parent.kill()
-    wait_for(lambda: not alive(pid), seconds=5)
+    wait_for(lambda: not alive([pid]), seconds=5)
 
 
 def test_a_wrong_request_is_refused(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

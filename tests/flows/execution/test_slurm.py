@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
 from tests.conftest import ROOT
 from tests.support.live_servers import free_port
+from tests.support.processes import wait_for
 
 FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 LAUNCHER = [sys.executable, "-P", "-m", "flows.execution.slurm", "stage"]
@@ -102,13 +102,6 @@ def test_what_a_job_s_end_means(state: str, code: int, stopped: bool, status: St
 # --- A real Slurm -----------------------------------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """munged, slurmctld and slurmd of this machine alone, without cgroups; ended afterwards."""
@@ -133,8 +126,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
                     processes.append(subprocess.Popen(command, stdout=log, stderr=log, process_group=0))
                     if command is munge:
-                        until((folder / "munge.socket").exists, 30, (folder / "daemons.log").read_text())
-            until(lambda: "idle" in said("sinfo", "-h", "-o", "%T"), 60, "no node becomes idle")
+                        wait_for((folder / "munge.socket").exists, 30, (folder / "daemons.log").read_text)
+            wait_for(lambda: "idle" in said("sinfo", "-h", "-o", "%T"), 60, lambda: "no node becomes idle")
             yield folder
         finally:
             for process in reversed(processes):
@@ -200,14 +193,14 @@ def test_stopping_the_launcher_ends_the_job(how: signal.Signals, launched: Path,
     parent = f"import subprocess; subprocess.run({command!r})"
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", parent], stdout=log, stderr=log, start_new_session=True)
-    until(lambda: "begun" in (tmp_path / "log").read_text(), 60, "the job does not begin")
+    wait_for(lambda: "begun" in (tmp_path / "log").read_text(), 60, lambda: "the job does not begin")
     if how is signal.SIGKILL:
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGTERM)
     process.wait(60)
-    until(marker.exists, 30, (tmp_path / "log").read_text())
-    until(lambda: not said("squeue", "-h"), 30, said("squeue"))
+    wait_for(marker.exists, 30, (tmp_path / "log").read_text)
+    wait_for(lambda: not said("squeue", "-h"), 30, lambda: said("squeue"))
 
 
 @pytest.mark.slow
@@ -243,7 +236,7 @@ def test_a_job_that_somebody_cancels_comes_back_as_preempted(launched: Path, tmp
     command = [*LAUNCHER, "--partition=training", "--cpus=1", "--", "bash", "-c", "trap '' TERM; echo begun; sleep 300"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-    until(lambda: "begun" in (tmp_path / "log").read_text(), 60, "the job does not begin")
+    wait_for(lambda: "begun" in (tmp_path / "log").read_text(), 60, lambda: "the job does not begin")
     assert said("squeue", "-h", "-o", "%i").split()
     for number in said("squeue", "-h", "-o", "%i").split():
         said("scancel", number)

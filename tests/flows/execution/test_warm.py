@@ -20,8 +20,9 @@ from schemas.environment import PARENT, WARM
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 from stages.runtime import workspace
-from tests.flows.execution.test_process import FAKE, alive, fake, fake_request, wait_for
+from tests.flows.execution.test_process import FAKE, fake, fake_request
 from tests.support.models import PAIRS, data_folder, model_folder, rows
+from tests.support.processes import alive, wait_for
 
 assert fake  # the fixture
 
@@ -79,7 +80,7 @@ def test_each_dies_with_the_other(victim: str, forking: Path) -> None:
     (fork,) = server.children()
     os.kill({"stand-in": stand_in.pid, "fork": fork.pid, "warm process": server.pid}[victim], signal.SIGKILL)
     thread.join(30)
-    wait_for(lambda: not alive(fork.pid) and not alive(stand_in.pid), seconds=5)
+    wait_for(lambda: not alive([fork.pid, stand_in.pid]), seconds=5)
     assert results[0].error is not None and "was killed by SIGKILL" in results[0].error.message
     assert process.run_stage(fake_request(steps=1)).status == "done"
 
@@ -140,7 +141,7 @@ def test_all_die_with_the_flow(fake: Path, tmp_path: Path, monkeypatch: pytest.M
         flow.kill()
         flow.wait()
         assert len(below) == (2 if heavy else 3)
-        wait_for(lambda below=below: not any(alive(one.pid) for one in below), seconds=5)
+        wait_for(lambda below=below: not alive([one.pid for one in below]), seconds=5)
 
 
 def test_without_the_warm_process_a_stage_starts_by_itself(fake: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from flows.servers import supervisor
 from flows.servers.supervisor import Running, Server
 from schemas.errors import StageError
-from tests.support.live_servers import alive, left_after
+from tests.support.processes import alive, left_after
 
 # Both refuse SIGTERM; the second has left its session and its parent, as a daemon does.
 STUBBORN = """import os, signal, time
