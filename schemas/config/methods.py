@@ -94,6 +94,12 @@ class PPO(MethodConfig):
     value_trunk: Literal["separate", "shared"] = "separate"
     """`shared` puts the value head on the policy's trunk: faster, less memory, and often a critic that explains little
     (train/explained_variance)."""
+    value_start: Literal["reward", "zero"] = "reward"
+    """What a separate critic's values begin as: the reward model's scores, or 0, on the reward model's trunk.
+
+    The reward model's head was trained at the answers' ends alone. What it says before them may be worse than nothing
+    (train/explained_variance far below 0), and is unlearnt first.
+    """
     value_learning_rate: float | None = Field(default=None, gt=0)
     """Of the critic, under the same schedule; default ten times `learning_rate`: it has a mean to find, and nobody is
     harmed when it moves fast. On a shared trunk of the value head alone."""

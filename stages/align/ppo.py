@@ -304,18 +304,26 @@ class PPO:
     # --- setting up ---
 
     def new_critic(self, folder: Path, reward: Path, policy: Policy, one_base: bool) -> Scorer:
-        """From the reward model where it reads the same tokens, else from the policy's start, with values of 0.
+        """From the reward model where it reads the same tokens, else from the policy's start.
 
-        Under LoRA it brings no weights of its own but adapters and head. With `one_base` policy, reference, reward
-        model and critic all share the SFT model's.
+        Values begin at 0 there, and with `value_start: zero`. Under LoRA it brings no weights of its own but adapters
+        and head. With `one_base` policy, reference, reward model and critic all share the SFT model's.
         """
         lora = self.config.lora is not None
         if self.reward_model.same_tokens:
             on = policy if one_base else self.reward_model.scorer if lora else None
-            return load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
-        critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
-        nn.init.zeros_(critic.plain.get_parameter("score.weight"))
+            critic = load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
+        else:
+            critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
+        if not self.critic_is_the_reward_model:
+            nn.init.zeros_(critic.plain.get_parameter("score.weight"))
+            critic.mean, critic.std = 0.0, 1.0
         return critic
+
+    @property
+    def critic_is_the_reward_model(self) -> bool:
+        """Whether the critic's values begin as the reward model's scores."""
+        return self.reward_model.same_tokens and self.config.value_start == "reward"
 
     @property
     def actor_critic(self) -> ActorCritic:
@@ -530,7 +538,7 @@ class PPO:
         """Normalise the scores of a reward model that brings no scale, and the values that began as it."""
         self.scale = [mean, std]
         self.reward_model.scorer.mean, self.reward_model.scorer.std = mean, std
-        if self.critic is not None and self.reward_model.same_tokens:
+        if self.critic is not None and self.critic_is_the_reward_model:
             self.critic.mean, self.critic.std = mean, std
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from tests.support.processes import wait_for
 AWAY_SECONDS = 60.0
 SHORT = {
     "data.sft.limit": "600",
-    "sft.epochs": "10",
+    "sft.epochs": "4",
     "align": "{}",
     "reward": "null",
     "generate": "null",

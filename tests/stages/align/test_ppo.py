@@ -613,6 +613,27 @@ def test_a_reward_model_with_another_tokenizer_and_template_reads_the_text(
     assert adapted.collect(0).values_N.abs().max() == 0
 
 
+@pytest.mark.parametrize("one_base", [False, True])
+def test_values_may_begin_at_0_on_the_reward_models_trunk(
+    start: Callable[..., PPO], inputs: Path, adapted: Path, one_base: bool
+) -> None:
+    """The critic's own head is 0; the scores stay the reward model's, and its trunk is the critic's."""
+    changes: dict[str, Any] = {"folder": adapted if one_base else inputs, "lora": LoRA(rank=4) if one_base else None}
+    usual, zero = start(**changes), start(**changes, value_start="zero")
+    expected, rollout = usual.collect(0), zero.collect(0)
+    assert expected.values_N.abs().min() > 0 and rollout.values_N.abs().max() == 0
+    assert rollout.answers == expected.answers and zero.score(rollout) == usual.score(expected)
+    assert usual.critic is not None and zero.critic is not None
+    unlike = [
+        name
+        for (name, one), other in zip(usual.critic.named_parameters(), zero.critic.parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert len(unlike) == 1 and "score" in unlike[0]
+    run_loop(zero, 3)
+    assert zero.collect(1).values_N.abs().min() > 0
+
+
 def test_a_reward_model_without_a_scale_gets_that_of_the_first_rollout(
     start: Callable[..., PPO], inputs: Path, tmp_path: Path
 ) -> None:
@@ -631,6 +652,9 @@ def test_a_reward_model_without_a_scale_gets_that_of_the_first_rollout(
     again.load_state_dict(ppo.state_dict())
     assert again.critic is not None
     assert again.reward_model.scorer.std == again.critic.std == ppo.scale[1]
+    zero = start(folder=tmp_path, value_start="zero")
+    zero.collect(0)
+    assert zero.scale == ppo.scale and zero.collect(1).values_N.abs().max() == 0, "a scale is the scores' alone"
 
 
 def test_the_critic_begins_as_the_reward_model(start: Callable[..., PPO], inputs: Path) -> None:
