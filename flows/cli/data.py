@@ -88,7 +88,7 @@ def validate(
 
     if model is not None and not model.is_dir():
         raise refuse("--model", model, "there is no such folder.", f"give its path as seen from {Path.cwd()}")
-    if evaluation is not None and not (evaluation / "eval" / "prompt.parquet").is_file():
+    if evaluation is not None and not any((evaluation / "eval").glob("*.parquet")):
         fix = "name the folder that `alignflow validate ... --out` wrote, with prompts held out"
         raise refuse("--evaluation", evaluation, "there are no held-out prompts.", fix)
     if out.exists() and not out.is_dir():

@@ -1,6 +1,6 @@
-"""Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and derives further kinds.
+"""Stage `validate`: reads rows, quarantines the bad ones with a reason, splits by prompt, and writes them.
 
-    readers -> reading -> CHECKS, in order -> verdict -> derive
+    readers -> reading -> CHECKS, in order -> verdict -> parts
 
 Rows go down, findings come back: each check sees only the rows that passed the ones before (table_checks.py,
 token_checks.py), and what it finds goes to the quarantine. stages/commands/validate.py runs it without MLflow.
@@ -20,11 +20,12 @@ import polars as pl
 from schemas.config.data import Kind, MixtureParams, ValidateParams
 from schemas.errors import StageError, refuse
 from schemas.stage import SOURCE, source_input
+from stages.engine.tables import PARTS
 from stages.validate.checks import ngrams, table_checks, token_checks
 from stages.validate.context import Context, Finding
-from stages.validate.derive import PARTS, part, write
 from stages.validate.mixtures import Mixed
 from stages.validate.mixtures.report import MixtureReport, lines
+from stages.validate.parts import part, write
 from stages.validate.quarantine import Quarantine, Report
 from stages.validate.readers import refuse_moving
 from stages.validate.reading import read
@@ -52,7 +53,7 @@ CHECKS: tuple[Callable[[pl.DataFrame, Context], Iterator[Finding]], ...] = (
 
 
 def check(context: Context, out: Path) -> Report:
-    """Check, split and derive; write everything to `out`. Needs no MLflow.
+    """Check and split; write everything to `out`. Needs no MLflow.
 
     Raises StageError (refused) when the data cannot be used; quarantine.jsonl and report.json are written even then.
     """

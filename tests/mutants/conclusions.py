@@ -200,7 +200,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("later = whole != first", "later = whole != whole"),
         ('r"\\W+", " ", text.casefold())', 'r"\\W+", " ", text)'),
     ],
-    ("stages/validate/derive.py", (SPLIT,)): [
+    ("stages/validate/parts.py", (SPLIT,)): [
         (".when(draw >= 1 - test)", ".when(draw < held + test)"),
         ('draw = pl.col("cluster")', 'draw = pl.col("prompt_id")'),
         ("(draw < below) | (draw", "(draw < below) & (draw"),

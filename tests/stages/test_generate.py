@@ -30,6 +30,7 @@ from stages.validate import check
 from stages.validate.context import Context
 from tests.support import models
 from tests.support.context import MemoryContext
+from tests.support.models import given
 
 PROMPTS = [f"write a polite note to the {person} about the bread." for person in ("baker", "cook", "nurse", "uncle")]
 Rows = list[dict[str, Any]]
@@ -143,7 +144,7 @@ def test_validate_reads_what_was_written(stage: Callable[..., Any], judge: Path,
     params = ValidateParams(path="input:rows", kind="ranking", eval_fraction=0.0, max_bad=1.0)
     report = check(Context(params, rows=run.published["rows"]), tmp_path / "read")
     assert report.rows == 4 and report.quarantined == 0
-    ranked = pl.read_parquet(tmp_path / "read" / "train" / "ranking.parquet").to_dicts()
+    ranked = given(tmp_path / "read", "train", "ranking").to_dicts()
     by_prompt = {row["prompt"][0]["content"]: row for row in rows}
     for row in ranked:
         source = by_prompt[row["prompt"][0]["content"]]
@@ -171,10 +172,10 @@ def test_people_rank_the_answers_and_the_file_comes_back(stage: Callable[..., An
     report = check(Context(params), tmp_path / "read")
     assert (report.kept, report.quarantined) == (4, 0)
     assert report.notes == {"not_ranked": 1}, "rows that nobody has ranked yet are kept and counted"
-    ranked = pl.read_parquet(tmp_path / "read" / "train" / "ranking.parquet").sort("row").to_dicts()
+    ranked = given(tmp_path / "read", "train", "ranking").sort("row").to_dicts()
     pairs = [sorted(zip(row["winners"], row["losers"], strict=True)) for row in ranked]
     assert pairs == [[(0, 1), (2, 0), (2, 1)], [(0, 1), (0, 2)], [(1, 0), (1, 2), (2, 0)]]
-    assert (tmp_path / "read" / "train" / "preference.parquet").is_file()
+    assert given(tmp_path / "read", "train", "preference").height == 8
 
 
 def test_equal_prompts_are_answered_once(model: Path, tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_what_stands_around_a_prompt_is_asked_too(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = generate_command.prompts_of(str(file), None)
     check(Context(ValidateParams(path=str(file), kind="prompt", eval_fraction=0)), tmp_path / "out")
-    read_by_validate = pl.read_parquet(tmp_path / "out" / "train" / "prompt.parquet")["prompt"].to_list()
+    read_by_validate = given(tmp_path / "out", "train", "prompt")["prompt"].to_list()
     assert [prompt for prompt, _ in asked] == read_by_validate
     assert [(message["role"], message["content"]) for message in asked[0].prompt] == [
         ("system", "Be kind."),

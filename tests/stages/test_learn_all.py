@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,6 +22,7 @@ from stages.validate.forms.formats import parse
 from stages.validate.quarantine import Report
 from tests.support import models
 from tests.support.context import MemoryContext
+from tests.support.models import given
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -96,7 +96,7 @@ def test_without_weights_both_tables_are_the_same(tmp_path: Path) -> None:
     tables = []
     for learn in ("last", "all"):
         validated(tmp_path / learn, TALKS[:1], learn)  # type: ignore[arg-type]
-        tables.append(pl.read_parquet(tmp_path / learn / "data" / "train" / "sft.parquet"))
+        tables.append(given(tmp_path / learn / "data", "train", "sft"))
     assert tables[0].equals(tables[1])
     assert tables[0].columns == ["row", "prompt", "prompt_id", "cluster", "response"]
     assert tables[0]["prompt"].to_list()[0][0] == {"role": "user", "content": "a b"}

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from schemas.config.data import Kind
 from schemas.config.training import LoRA
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
+from stages.engine.tables import kinds, table
 from stages.engine.training.method import Method, Metrics
 
 WORDS = [*"abcdefgh", "red", "blue", "green", "yes", "no", "good", "bad", "one", "two", "three"]
@@ -95,6 +97,13 @@ def data_folder(folder: Path, **kinds: Sequence[Mapping[str, Any]]) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         pl.DataFrame([dict(r) for r in content], infer_schema_length=None).write_parquet(place / f"{kind}.parquet")
     return folder
+
+
+def given(folder: Path, part: str, kind: Kind) -> pl.DataFrame:
+    """The rows of a kind that a data folder gives; some are expected."""
+    found = table(folder, part, kind)
+    assert found is not None, kinds(folder, part)
+    return found
 
 
 def logps(folder: Path, tree: Tree) -> list[list[float]]:

@@ -6,32 +6,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
-from schemas.config.data import Learn
+from schemas.config.data import Kind, Learn
 from schemas.conversation import EXTRA, Message
 from schemas.errors import refuse
 from stages.engine.data.codec import Codec
 from stages.engine.data.trees import Tree
 from stages.engine.data.turns import answer_ids, answer_of, learned, learned_apart
+from stages.engine.tables import kinds, table
 
 log = logging.getLogger("alignflow")
 
 Row = dict[str, Any]
 
 
-def has(folder: Path, part: str, kind: str) -> bool:
+def has(folder: Path, part: str, kind: Kind) -> bool:
     """Whether a data folder holds rows of this kind in this part (`train`, `eval` or `gold`)."""
-    return (folder / part / f"{kind}.parquet").is_file()
+    return table(folder, part, kind) is not None
 
 
-def read(folder: Path, part: str, kind: str) -> list[Row]:
+def read(folder: Path, part: str, kind: Kind) -> list[Row]:
     """All rows of one kind. Raises StageError when the data holds none."""
-    if not has(folder, part, kind):
-        kinds = ", ".join(sorted(path.stem for path in (folder / part).glob("*.parquet"))) or "nothing"
-        message = f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {kinds}."
+    rows = read_if_there(folder, part, kind)
+    if not rows:
+        others = ", ".join(sorted(kinds(folder, part) - {kind})) or "nothing"
+        message = f"the data holds no rows of kind `{kind}` in its part `{part}`, only: {others}."
         raise refuse(f"data.{kind}", "missing", message, _fix(part, kind), kind="data")
-    rows = pl.read_parquet(folder / part / f"{kind}.parquet", glob=False).to_dicts()
+    return rows
+
+
+def read_if_there(folder: Path, part: str, kind: Kind) -> list[Row]:
+    """All rows of one kind; none where the data holds none."""
+    found = table(folder, part, kind)
+    rows = [] if found is None else found.to_dicts()
     for row in rows:  # a table in which one row has tools has a place for them in all
         row["prompt"] = [message if message.get(EXTRA, "") else _plain(message) for message in row["prompt"]]
     return rows
@@ -39,11 +45,6 @@ def read(folder: Path, part: str, kind: str) -> list[Row]:
 
 def _plain(message: Message) -> Message:
     return {"role": message["role"], "content": message["content"]}
-
-
-def read_if_there(folder: Path, part: str, kind: str) -> list[Row]:
-    """All rows of one kind; none where the data holds none."""
-    return read(folder, part, kind) if has(folder, part, kind) else []
 
 
 def _fix(part: str, kind: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from schemas.config.data import Kind
 from schemas.config.methods import MethodConfig
 from schemas.config.training import Training, steps_for
 from stages.engine.data.codec import Codec
@@ -135,7 +136,7 @@ class OfflineMethod(ABC):
 class PolicyMethod(OfflineMethod):
     """An offline method that trains a policy on the log-probs of given answers."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[Kind]
     """Which rows of the data it learns from."""
 
     def __init__(self, config: Training, context: StageContext) -> None:

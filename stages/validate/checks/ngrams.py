@@ -12,7 +12,7 @@ import polars as pl
 from schemas.rows import may_repeat
 from stages.validate.checks.table_checks import answers_of, evaluation_prompts, plain_text
 from stages.validate.context import Context, Finding, note
-from stages.validate.derive import part
+from stages.validate.parts import part
 
 NEAR = 0.8
 """Share of a prompt's n-grams that one earlier prompt has, from which on the two count as near-duplicates."""

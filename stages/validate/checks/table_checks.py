@@ -7,10 +7,11 @@ import polars as pl
 from schemas.config.data import Kind
 from schemas.conversation import EXTRA
 from schemas.rows import HIDING, IGNORED, Messages, concat, is_wide, may_repeat, problems
+from stages.engine.tables import table
+from stages.engine.tables.together import groups, joined, opposed_thumbs, pairs
 from stages.validate.context import Context, Finding, note
-from stages.validate.derive import part
 from stages.validate.forms.rankings import has_cycle
-from stages.validate.together import groups, joined, opposed_thumbs, pairs
+from stages.validate.parts import part
 
 ANSWERS: dict[Kind, tuple[str, ...]] = {
     "sft": ("response",),
@@ -132,10 +133,10 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
 def evaluation_prompts(context: Context, column: str) -> pl.DataFrame:
     """A column of the prompts of `context.evaluation`, held out and of its test part; no rows without one."""
     types = {"prompt": Messages, "cluster": pl.String}
-    folders = [] if context.evaluation is None else [context.evaluation / name for name in ("eval", "test")]
-    files = [folder / "prompt.parquet" for folder in folders]
-    tables = [pl.read_parquet(file, columns=[column], glob=False) for file in files if file.is_file()]
-    return concat([pl.DataFrame(schema={column: types[column]}), *tables])
+    folder = context.evaluation
+    tables = [] if folder is None else [table(folder, name, "prompt") for name in ("eval", "test")]
+    found = [frame.select(column) for frame in tables if frame is not None]
+    return concat([pl.DataFrame(schema={column: types[column]}), *found])
 
 
 def _shared_first_turns(frame: pl.DataFrame) -> pl.Series:

@@ -14,10 +14,12 @@ import polars as pl
 from schemas.config.data import Kind, MixtureParams
 from schemas.errors import StageError, refuse
 from schemas.rows import concat
+from stages.engine.tables import PARTS
+from stages.engine.tables.derive import derive, distinct
 from stages.validate.context import Context, Finding, note
-from stages.validate.derive import PARTS, derive, distinct, store
 from stages.validate.mixtures.drawing import alternate, draw
 from stages.validate.mixtures.report import MixtureReport, SourceReport, together
+from stages.validate.parts import store
 from stages.validate.quarantine import Lengths, Quarantine, Rows
 from stages.validate.reading import read
 from stages.validate.verdict import few_held_out, refusal
@@ -151,9 +153,9 @@ class Mixed:
         tables: dict[Kind, list[pl.DataFrame]] = {}
         for context, frame in self.checked:
             rows = frame.filter(pl.col("part") == part).drop("part")
-            for kind, table in derive(context.params.kind, rows):
+            for kind, make in derive(context.params.kind, rows).items():
                 if kind in self.params.gives:
-                    tables.setdefault(kind, []).append(table)
+                    tables.setdefault(kind, []).append(make())
         return {
             kind: self._with_source(some[0] if len(some) == 1 else self._joined(kind, some))
             for kind, some in tables.items()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from schemas.config.data import Kind, ValidateParams
@@ -14,6 +13,7 @@ from stages.validate.context import Context
 from stages.validate.forms.cells import BadRow
 from stages.validate.forms.formats import parse
 from stages.validate.quarantine import Report
+from tests.support.models import given
 
 Rows = list[dict[str, Any]]
 
@@ -23,7 +23,7 @@ def checked(rows: Rows, kind: Kind, folder: Path, log_text: bool = True, **more:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     params = ValidateParams(path=str(file), kind=kind, eval_fraction=0, **more)
     report = check(Context(params, log_text=log_text), folder / "out")
-    return report, pl.read_parquet(folder / "out" / "train" / f"{kind}.parquet").sort("row").to_dicts()
+    return report, given(folder / "out", "train", kind).sort("row").to_dicts()
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:

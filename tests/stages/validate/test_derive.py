@@ -7,7 +7,7 @@ import pytest
 
 from schemas.config.data import DERIVES, Kind
 from schemas.rows import problems
-from stages.validate.derive import derive
+from stages.engine.tables.derive import derive
 from stages.validate.forms.formats import parse, to_frame
 
 
@@ -16,7 +16,7 @@ def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
     frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
     if kind == "feedback":  # to_frame leaves labels as they are given, and the rows here have true and false
         frame = frame.with_columns(label=pl.col("label") == "true")
-    kinds = dict(derive(kind, frame))
+    kinds: dict[Kind, pl.DataFrame] = {name: make() for name, make in derive(kind, frame).items()}
     assert set(kinds) == set(DERIVES[kind])
     for name, frame in kinds.items():
         assert problems(name, frame).height == 0
@@ -83,7 +83,7 @@ def test_ranking_of_two_equals_its_pair() -> None:
     """From a pair to a ranking and back is the pair."""
     pair = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.5}
     ranking = derived("preference", pair)["ranking"]
-    assert dict(derive("ranking", ranking))["preference"].equals(derived("preference", pair)["preference"])
+    assert derive("ranking", ranking)["preference"]().equals(derived("preference", pair)["preference"])
 
 
 def test_feedback_and_sft() -> None:

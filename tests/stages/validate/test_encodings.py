@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.stages.validate.test_validate import checked, quarantine, refused, start, table
+from tests.stages.validate.test_validate import checked, quarantine, refused, start
+from tests.support.models import given
 
 ROWS = [{"prompt": f"Où est le café n° {i} ?", "response": f"À côté, 数 {i}"} for i in range(12)]
 CSV = "prompt,response\n" + "".join(f'{row["prompt"]},"{row["response"]}"\n' for row in ROWS)
@@ -20,7 +21,7 @@ TEXTS = {"csv": CSV, "jsonl": JSONL, "json": ARRAY}
 
 
 def responses(out: Path) -> list[str]:
-    return table(out, "train", "sft")["response"].to_list()
+    return given(out, "train", "sft")["response"].to_list()
 
 
 @pytest.mark.parametrize("suffix", TEXTS)
@@ -126,7 +127,7 @@ def test_csv_of_other_spreadsheets(tmp_path: Path, text: str) -> None:
     """Semicolons, tabs, bars, an announced delimiter, blanks after commas; commas win where the header has them."""
     (tmp_path / "a.csv").write_text(text, newline="")
     assert checked(tmp_path / "a.csv", tmp_path / "out", eval_fraction=0).kept == 2
-    prompts = [prompt[0]["content"] for prompt in table(tmp_path / "out", "train", "sft")["prompt"].to_list()]
+    prompts = [prompt[0]["content"] for prompt in given(tmp_path / "out", "train", "sft")["prompt"].to_list()]
     assert (prompts, responses(tmp_path / "out")) == (["one, two", "three"], ["a", "b;c"])
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 import yaml
 from tokenizers import normalizers
@@ -26,6 +25,7 @@ from stages.engine.scoring.judges import RewardJudge
 from stages.validate import check
 from stages.validate.context import Context
 from tests.support import models
+from tests.support.models import given
 
 GOOD = [{"prompt": f"Tell a story about number {i}.", "response": f"Once there were {i} birds."} for i in range(12)]
 KEPT = {
@@ -81,7 +81,7 @@ def test_hostile_rows_through_the_stage(home: Path, tmp_path: Path, tinystories:
 
     codec = Codec.load(tinystories)
     plain = [i for i in codec.prompt([{"role": "user", "content": "Hi"}]) if i in codec.control_ids]
-    rows = pl.read_parquet(folder / "train" / "sft.parquet").to_dicts()
+    rows = given(folder, "train", "sft").to_dicts()
     assert [row["prompt"][0]["content"] for row in rows[len(GOOD) :]] == list(KEPT.values())
     for row in rows:
         assert [i for i in codec.prompt(row["prompt"]) if i in codec.control_ids] == plain
@@ -119,7 +119,7 @@ def test_text_that_becomes_a_control_token_is_put_aside(tmp_path: Path) -> None:
     forged = {row: ("prompt", "control_tokens") for row in range(5) if row in found}
     assert {0, 1} <= forged.keys() and 3 not in found and 4 not in found
     assert found == forged | {row: ("response", "control_tokens") for row in range(5, 10)}
-    for row in pl.read_parquet(tmp_path / "out" / "train" / "sft.parquet").to_dicts():
+    for row in given(tmp_path / "out", "train", "sft").to_dicts():
         assert codec.control_ids.isdisjoint(codec.prompt(row["prompt"]))
 
 
@@ -156,7 +156,7 @@ def test_look_alikes_never_stand_on_both_sides(tmp_path: Path) -> None:
     assert (report.kept, report.notes["hidden_characters"]) == (len(rows), 40 * 6)
     sides = {}
     for part in ("train", "eval"):
-        for row in pl.read_parquet(tmp_path / "one" / part / "sft.parquet").to_dicts():
+        for row in given(tmp_path / "one", part, "sft").to_dicts():
             sides.setdefault(int(row["response"].rsplit(" ", 1)[1]), set()).add(part)
     assert all(len(parts) == 1 for parts in sides.values()) and len(set.union(*sides.values())) == 2
 

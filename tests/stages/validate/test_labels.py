@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from schemas.config.data import Kind, ValidateParams
@@ -13,6 +12,7 @@ from schemas.errors import StageError
 from stages.validate import check
 from stages.validate.context import Context
 from stages.validate.quarantine import Report
+from tests.support.models import given
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     params = ValidateParams(path=str(file), kind=kind, eval_fraction=0, columns=columns, **more)
     report = check(Context(params), folder / "out")
-    frame = pl.read_parquet(folder / "out" / "train" / f"{kind}.parquet").sort("row")
+    frame = given(folder / "out", "train", kind).sort("row")
     return report, frame["label" if kind == "feedback" else "chosen"].to_list()
 
 
@@ -229,7 +229,7 @@ def compared(winners: list[Any], folder: Path, **more: Any) -> list[str]:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     check(Context(ValidateParams(path=str(file), kind="ranking", eval_fraction=0, **more)), folder / "out")
-    frame = pl.read_parquet(folder / "out" / "train" / "preference.parquet").sort("row")
+    frame = given(folder / "out", "train", "preference").sort("row")
     return frame["chosen"].to_list()
 
 

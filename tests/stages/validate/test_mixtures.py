@@ -14,17 +14,17 @@ import pytest
 from flows.planning import config_file, explain
 from flows.planning.plan import Planner
 from schemas.commands import MixtureCommand
-from schemas.config.data import MixtureParams, ValidateParams
+from schemas.config.data import Kind, MixtureParams, ValidateParams
 from schemas.errors import StageError
 from stages.commands.validate import main
+from stages.engine.tables import PARTS
 from stages.validate import check, check_mixture, run
 from stages.validate.context import Context
-from stages.validate.derive import PARTS
 from stages.validate.mixtures.drawing import alternate, draw
 from stages.validate.mixtures.report import MixtureReport, lines
-from tests.stages.validate.test_split import table
 from tests.stages.validate.test_validate import quarantine, write
 from tests.support.context import MemoryContext
+from tests.support.models import given
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,9 +54,9 @@ def mixed(
     return check_mixture(params, {one.name: Context(params.of(one)) for one in params.sources}, folder / "out")
 
 
-def rows_of(folder: Path, part: str, kind: str = "sft") -> Counter[tuple[str, int]]:
+def rows_of(folder: Path, part: str, kind: Kind = "sft") -> Counter[tuple[str, int]]:
     """(source, row) -> how often it stands in a file."""
-    return Counter(table(folder / "out", part, kind).select("source", "row").iter_rows())
+    return Counter(given(folder / "out", part, kind).select("source", "row").iter_rows())
 
 
 # --- what is drawn ---
@@ -133,7 +133,7 @@ def test_the_first_rows_of_a_file_are_a_fair_sample(tmp_path: Path) -> None:
     expected = ["a0", "b0", "a1", "a2", "b1", "c0", "a3", "a4", "b2", "a5"]
     assert [f"{source}{row}" for source, row in shown] == expected
     mixed(tmp_path, {"a": answers("a", 60), "b": answers("b", 30)}, eval_fraction=0)
-    first = table(tmp_path / "out", "train", "sft")["source"].head(30).to_list()
+    first = given(tmp_path / "out", "train", "sft")["source"].head(30).to_list()
     assert Counter(first) == {"a": 20, "b": 10}
 
 
@@ -158,7 +158,7 @@ def test_a_prompt_of_two_sources_never_leaks(tmp_path: Path) -> None:
     clusters: dict[str, set[str]] = {part: set() for part in PARTS}
     for part in ("train", "eval", "test"):
         for kind in ("sft", "prompt"):
-            frame = table(tmp_path / "out", part, kind)
+            frame = given(tmp_path / "out", part, kind)
             assert set(frame["source"]) == {"a", "b"}
             clusters[part] |= set(frame["cluster"])
     assert all(clusters[part] for part in ("train", "eval", "test"))
@@ -240,7 +240,7 @@ def test_kinds_mix_and_what_is_derived_keeps_its_source(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "train") == Counter(expected + [("more", i) for i in range(5)])
     assert report.sources["liked"].notes == {"given_by_another_source": 1} == report.notes
     assert report.sources["liked"].noted == {"given_by_another_source": [2]}
-    frame = table(tmp_path / "out", "train", "sft").filter((pl.col("source") == "liked") & (pl.col("row") == 3))
+    frame = given(tmp_path / "out", "train", "sft").filter((pl.col("source") == "liked") & (pl.col("row") == 3))
     assert frame["response"].to_list() == ["liked good 3"]
     assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["prompt.parquet", "sft.parquet"]
 
@@ -255,7 +255,7 @@ def test_each_source_has_its_own_columns_labels_and_limit(tmp_path: Path) -> Non
     sources = {"s": {"kind": "feedback", "limit": 10, **mapping}, "t": {"kind": "feedback"}}
     report = mixed(tmp_path, {"s": stars, "t": thumbs}, sources, eval_fraction=0)
     assert [(one.rows, one.kept) for one in report.sources.values()] == [(10, 10), (20, 20)]
-    frame = table(tmp_path / "out", "train", "feedback")
+    frame = given(tmp_path / "out", "train", "feedback")
     ups = {name: int(some["label"].sum()) for (name,), some in frame.group_by("source")}
     assert ups == {"s": 4, "t": 10}
     assert any(what.startswith("s: `stars`: ") for what in report.read)
@@ -295,8 +295,8 @@ def test_a_mixture_of_one_holds_the_rows_of_the_source_alone(tmp_path: Path) -> 
     alone = check(Context(ValidateParams(path=str(tmp_path / "a.jsonl"), kind="sft")), tmp_path / "alone")
     for part in ("train", "eval"):
         for kind in ("sft", "prompt"):
-            own = table(tmp_path / "out", part, kind)
-            assert own.drop("source").equals(table(tmp_path / "alone", part, kind)) and set(own["source"]) == {"a"}
+            own = given(tmp_path / "out", part, kind)
+            assert own.drop("source").equals(given(tmp_path / "alone", part, kind)) and set(own["source"]) == {"a"}
     assert (
         report.parts == alone.parts and report.sources["a"].sha256 == alone.sha256 and report.lengths == alone.lengths
     )

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from schemas.config.data import ValidateParams
 from stages.validate.checks.ngrams import ngrams
-from tests.stages.validate.test_validate import checked, table, write
+from tests.stages.validate.test_validate import checked, write
+from tests.support.models import given
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"]
@@ -74,7 +75,7 @@ def test_overlap_with_the_own_held_out_prompts_is_counted(tmp_path: Path) -> Non
     """Rows on the evaluation's side are not counted themselves."""
     rows = prompts(*(f"number {i} asks whether all of these words are the same in each of the rows" for i in range(40)))
     report = checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", ngrams=8, eval_fraction=0.5)
-    train = table(tmp_path / "out", "train", "sft")["row"]
+    train = given(tmp_path / "out", "train", "sft")["row"]
     assert 10 < len(train) < 30 and report.notes["overlaps_evaluation"] == len(train)
 
 

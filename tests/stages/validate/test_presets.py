@@ -15,6 +15,7 @@ from stages.validate.context import Context
 from stages.validate.forms.presets import PRESETS
 from stages.validate.quarantine import Report
 from tests.support import models
+from tests.support.models import given
 
 VOCABULARY = {word: number for number, word in enumerate(["<pad>", "<end>", "<unk>", "\n", *models.WORDS])}
 END = VOCABULARY["<end>"]
@@ -31,7 +32,7 @@ def checked(rows: Rows, kind: Kind, folder: Path, codec: Codec | None = None, **
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = check(Context(ValidateParams(path=str(file), kind=kind, eval_fraction=0, **more), codec), folder / "out")
-    return report, pl.read_parquet(folder / "out" / "train" / f"{kind}.parquet").to_dicts()
+    return report, given(folder / "out", "train", kind).to_dicts()
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -188,7 +189,7 @@ def test_the_better_answer(name: str, named: bool, tmp_path: Path, codec: Codec)
     preset, kind, rows = PAIRS[name]
     report, _ = checked(rows, kind, tmp_path, codec, **({"format": preset} if named else {}))
     assert (report.rows, report.kept) == (len(rows), len(rows))
-    [pair] = pl.read_parquet(tmp_path / "out" / "train" / "preference.parquet").to_dicts()
+    [pair] = given(tmp_path / "out", "train", "preference").to_dicts()
     assert codec.prompt(pair["prompt"]) == ids("red one")
     assert codec.answer(pair["chosen"]) == [*ids("yes good"), END]
     assert codec.answer(pair["rejected"]) == [*ids("no bad"), END]
@@ -341,7 +342,7 @@ def test_messages_in_csv(tmp_path: Path) -> None:
         params = ValidateParams(path=str(file), kind=kind, eval_fraction=0, max_bad=0.5)
         report = check(Context(params), tmp_path / "out")
         assert report.checks == {"rank: not_a_number": 1}
-        [row] = pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet").to_dicts()
+        [row] = given(tmp_path / "out", "train", kind).to_dicts()
         if kind == "sft":
             assert row["response"] == "yes good"
         else:
@@ -364,7 +365,7 @@ def test_what_is_derived_of_pairs_that_stand_in_one_row(tmp_path: Path) -> None:
     report, written = checked(rows, "preference", tmp_path)
     assert [row["row"] for row in written] == [0, 0, 1]
     assert report.parts["train"] == {"prompt": 1, "preference": 3, "ranking": 3, "feedback": 2, "sft": 1}
-    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    thumbs, imitated = (given(tmp_path / "out", "train", kind) for kind in ("feedback", "sft"))
     assert thumbs.select("completion", "label").rows() == [("r4", True), ("r1", False)]
     assert imitated["response"].to_list() == ["r4"]
 
@@ -391,7 +392,7 @@ def test_what_is_derived_of_rankings_that_stand_in_one_row(tmp_path: Path, codec
     report, written = checked(rows, "ranking", tmp_path)
     assert report.notes == {"repeated_prompt_cut": 1}
     assert [(row["row"], row["responses"]) for row in written] == [(0, ["no", "yes", "bad"]), (0, ["good", "red"])]
-    thumbs, imitated = (pl.read_parquet(tmp_path / "out" / "train" / f"{kind}.parquet") for kind in ("feedback", "sft"))
+    thumbs, imitated = (given(tmp_path / "out", "train", kind) for kind in ("feedback", "sft"))
     expected = [("yes", True), ("bad", False), ("good", False), ("red", True)]
     assert thumbs.select("completion", "label").rows() == expected
     assert imitated["response"].to_list() == ["yes", "red"]

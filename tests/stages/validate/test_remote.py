@@ -16,7 +16,8 @@ from schemas.config import PipelineConfig
 from schemas.config.data import ValidateParams
 from schemas.errors import StageError
 from schemas.stage import STAGES, Request
-from tests.stages.validate.test_validate import ROWS, checked, refused, table
+from tests.stages.validate.test_validate import ROWS, checked, refused
+from tests.support.models import given
 
 CONTENT = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -49,7 +50,7 @@ def test_a_file_of_an_s3_store(tmp_path: Path, bucket: Any) -> None:
     local = checked(tmp_path / "pairs.jsonl.gz", tmp_path / "local", eval_fraction=0)
     report = checked("s3://rows/data/pairs.jsonl.gz", tmp_path / "out", sha256=DIGEST, eval_fraction=0)
     assert report == local and report.kept == 20
-    assert table(tmp_path / "out", "train", "sft").equals(table(tmp_path / "local", "train", "sft"))
+    assert given(tmp_path / "out", "train", "sft").equals(given(tmp_path / "local", "train", "sft"))
     changed = gzip.compress(b'{"prompt": "p", "response": "r"}\n')
     bucket.put_object(Bucket="rows", Key="data/pairs.jsonl.gz", Body=changed)
     message, _ = refused("s3://rows/data/pairs.jsonl.gz", tmp_path / "out", sha256=DIGEST)

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.config.data import ValidateParams
-from stages.validate.derive import PARTS
-from tests.stages.validate.test_validate import ROWS, checked, quarantine, refused, table, write
+from stages.engine.tables import PARTS
+from tests.stages.validate.test_validate import ROWS, checked, quarantine, refused, write
+from tests.support.models import given
 
 
 def talk(first: str, *later: str, system: str | None = None) -> list[dict[str, str]]:
@@ -27,7 +28,7 @@ def test_a_conversation_is_on_one_side_with_what_it_begins(tmp_path: Path) -> No
         rows += [first, later, {"prompt": talk(f"Topic {i}", system=f"Mind {i}."), "response": "Minding."}]
     fractions: dict[str, Any] = {"eval_fraction": 0.3, "gold_fraction": 0.3, "test_fraction": 0.2}
     checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", **fractions)
-    part_of = {row: part for part in PARTS for row in table(tmp_path / "out", part, "sft")["row"]}
+    part_of = {row: part for part in PARTS for row in given(tmp_path / "out", part, "sft")["row"]}
     assert len(part_of) == 180 and set(part_of.values()) == set(PARTS)
     assert all(part_of[i] == part_of[i + 1] for i in range(0, 180, 3))
     assert any(part_of[i] != part_of[i + 2] for i in range(0, 180, 3))
@@ -37,14 +38,14 @@ def test_no_held_out_conversation_of_a_real_set_begins_like_a_trained_one(shared
     """Neither by its first turn, nor with the prompt and answer of a row that is trained on."""
     file = shared / "data" / "hh_harmless_pairs.jsonl.gz"
     checked(file, tmp_path / "out", "preference", eval_fraction=0.12, gold_fraction=0.4, max_length=4096)
-    trained = pl.concat(table(tmp_path / "out", part, "preference") for part in ("train", "gold"))
+    trained = pl.concat(given(tmp_path / "out", part, "preference") for part in ("train", "gold"))
     first = {row["prompt"][0]["content"] for row in trained.iter_rows(named=True)}
     said = {
         "\n".join([*(turn["content"] for turn in row["prompt"]), row[answer]])
         for row in trained.iter_rows(named=True)
         for answer in ("chosen", "rejected")
     }
-    held_out = table(tmp_path / "out", "eval", "preference")["prompt"].to_list()
+    held_out = given(tmp_path / "out", "eval", "preference")["prompt"].to_list()
     several = [prompt for prompt in held_out if len(prompt) > 1]
     assert len(several) > 100
     assert not any(prompt[0]["content"] in first for prompt in held_out)
@@ -60,7 +61,7 @@ def test_prompts_that_other_data_holds_out_are_not_trained_on(tmp_path: Path) ->
     others: dict[str, Any] = {"others_eval_fraction": 0.3, "others_test_fraction": 0.2}
     report = checked(file, tmp_path / "out", eval_fraction=0.1, gold_fraction=0.5, **others)
     draws = {
-        part: [int(c[:8], 16) / 2**32 for c in table(tmp_path / "out", part, "sft")["cluster"]] for part in PARTS[:3]
+        part: [int(c[:8], 16) / 2**32 for c in given(tmp_path / "out", part, "sft")["cluster"]] for part in PARTS[:3]
     }
     assert max(draws["eval"]) < 0.1
     # The gold model's half is of what is not held out: the next .45.
@@ -75,7 +76,7 @@ def test_the_gold_part_is_a_share_of_what_can_be_trained_on(tmp_path: Path) -> N
     file = write(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "response": "a"} for i in range(200)])
     checked(file, tmp_path / "out", eval_fraction=0.1, gold_fraction=0.4, others_eval_fraction=0.6)
     gold, train = (
-        [int(c[:8], 16) / 2**32 for c in table(tmp_path / "out", part, "sft")["cluster"]] for part in ("gold", "train")
+        [int(c[:8], 16) / 2**32 for c in given(tmp_path / "out", part, "sft")["cluster"]] for part in ("gold", "train")
     )
     assert gold and train and min(gold) >= 0.6 and max(gold) < 0.76 <= min(train)
 
@@ -102,4 +103,4 @@ def test_no_row_is_trained_on_that_begins_like_a_prompt_of_the_evaluation(
     assert [entry["row"] for entry in quarantine(tmp_path / "out")] == [3, 20]
     # The gold judge's rows are no exception.
     report = checked(file, tmp_path / "gold", eval_fraction=0, gold_fraction=0.999, evaluation=tmp_path / "asked")
-    assert len(table(tmp_path / "gold", "gold", "sft")) == 19 and report.reasons == {"leaks_into_evaluation": 2}
+    assert len(given(tmp_path / "gold", "gold", "sft")) == 19 and report.reasons == {"leaks_into_evaluation": 2}

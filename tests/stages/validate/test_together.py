@@ -9,7 +9,8 @@ import pytest
 
 from tests.stages.validate.test_derive import derived, said
 from tests.stages.validate.test_split import talk
-from tests.stages.validate.test_validate import checked, quarantine, table, write
+from tests.stages.validate.test_validate import checked, quarantine, write
+from tests.support.models import given
 
 
 def pair(chosen: str, rejected: str, prompt: str = "p", **more: Any) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def test_of_several_verdicts_that_of_people_counts(
     row = {"prompt": "p", "responses": ["a", "b"], **verdicts}
     report = checked(write(tmp_path / "a.jsonl", [row]), tmp_path / "out", "ranking", eval_fraction=0)
     assert report.notes == notes
-    pairs = table(tmp_path / "out", "train", "preference")
+    pairs = given(tmp_path / "out", "train", "preference")
     assert said(pairs, "chosen", "rejected", "margin") == [(*expected, margin)]
 
 
@@ -165,7 +166,7 @@ def test_first_turns_held_out_under_another_system_message_are_noted(tmp_path: P
         rows.append({"prompt": talk(f"Topic {i}", system="Be brief."), "response": "r"})
     file = write(tmp_path / "a.jsonl", rows)
     report = checked(file, tmp_path / "out", eval_fraction=0.5)
-    sides: dict[str, set[int]] = {part: set(table(tmp_path / "out", part, "sft")["row"]) for part in ("train", "eval")}
+    sides: dict[str, set[int]] = {part: set(given(tmp_path / "out", part, "sft")["row"]) for part in ("train", "eval")}
     first = [row // 3 for row in sides["eval"]]
     expected = sorted(row for row in sides["train"] if row // 3 in first)
     assert 10 < len(expected) < 60 and report.notes == {"shared_first_turn": len(expected)}

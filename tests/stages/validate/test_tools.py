@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
-from schemas.config.data import Kind, ValidateParams
+from schemas.config.data import DERIVES, Kind, ValidateParams
 from schemas.conversation import extra_of, opened
 from schemas.rows import cluster_id, prompt_id
 from stages.engine.data.codec import Codec
@@ -16,6 +15,7 @@ from stages.validate import check
 from stages.validate.context import Context
 from stages.validate.quarantine import Report
 from tests.support.chat_templates import ENDS, template, tokenizer
+from tests.support.models import given
 
 Rows = list[dict[str, Any]]
 
@@ -215,7 +215,7 @@ def test_plain_rows_beside_tools_stay_plain(tmp_path: Path) -> None:
     both, alone = (read(tmp_path / name / "data", "train", "sft")[-1] for name in ("both", "alone"))
     assert both["prompt"] == alone["prompt"] == [user("sat?")]
     assert (both["prompt_id"], both["cluster"]) == (alone["prompt_id"], alone["cluster"])
-    table = pl.read_parquet(tmp_path / "alone" / "data" / "train" / "sft.parquet")
+    table = given(tmp_path / "alone" / "data", "train", "sft")
     assert table.columns == ["row", "prompt", "prompt_id", "cluster", "response"]
 
 
@@ -264,9 +264,10 @@ def test_weights_are_no_part_of_a_prompt(tmp_path: Path) -> None:
 def test_no_judged_row_has_weights(kind: Kind, rest: dict[str, Any], tmp_path: Path) -> None:
     prompt = [user(), answer("No", weight=0), user("sat?")]
     checked([{"prompt": prompt, **rest}], tmp_path, kind, learn="all")
-    for table in (tmp_path / "data" / "train").glob("*.parquet"):
-        [row] = pl.read_parquet(table).to_dicts()[:1]
-        assert any(map(extra_of, row["prompt"])) == (table.stem == "sft"), table.stem
+    names: list[Any] = list(DERIVES[kind])
+    for name in names:
+        [row] = given(tmp_path / "data", "train", name).to_dicts()[:1]
+        assert any(map(extra_of, row["prompt"])) == (name == "sft"), name
 
 
 # --- tokens ---

@@ -19,19 +19,20 @@ from pydantic import ValidationError
 
 from flows.planning import config_file
 from schemas.commands import ValidateCommand
-from schemas.config.data import Kind, ValidateParams
+from schemas.config.data import DERIVES, Kind, ValidateParams
 from schemas.errors import StageError
 from schemas.rows import problems, prompt_id
 from schemas.stage import STAGES, Artifact, Request
 from stages import tracking
 from stages.commands.validate import main
 from stages.engine.data.codec import Codec
+from stages.engine.tables import PARTS, kinds
 from stages.validate import check, run
 from stages.validate.checks.token_checks import prompt_tokens_differ
 from stages.validate.context import Context, note
-from stages.validate.derive import PARTS
 from stages.validate.quarantine import Report
 from stages.validate.readers import records
+from tests.support.models import given
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
 
@@ -71,10 +72,6 @@ def start(folder: Path, environment: dict[str, str] | None = None, **request: An
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def table(out: Path, part: str, kind: str) -> pl.DataFrame:
-    return pl.read_parquet(out / part / f"{kind}.parquet")
-
-
 # --- sources
 
 
@@ -95,7 +92,7 @@ def test_all_formats_are_the_same_rows(tmp_path: Path) -> None:
         out = tmp_path / file.name.replace(".", "_")
         report = checked(file, out, eval_fraction=0)
         assert (report.rows, report.kept, report.quarantined) == (21, 21, 0)
-        tables.append(table(out, "train", "sft"))
+        tables.append(given(out, "train", "sft"))
     assert all(other.equals(tables[0]) for other in tables)
     assert tables[0]["response"].to_list() == [row["response"] for row in rows]
 
@@ -124,7 +121,7 @@ def test_equal_rows_make_equal_folders(tmp_path: Path) -> None:
 def test_columns_are_mapped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"question": r["prompt"], "prompt": 1, "output": r["response"]} for r in ROWS])
     checked(file, tmp_path / "out", columns={"prompt": "question", "response": "output"}, eval_fraction=0)
-    assert table(tmp_path / "out", "train", "sft")["response"].to_list() == [row["response"] for row in ROWS]
+    assert given(tmp_path / "out", "train", "sft")["response"].to_list() == [row["response"] for row in ROWS]
 
 
 @pytest.fixture
@@ -149,7 +146,7 @@ def test_hub_dataset_from_the_cache(cache: Path) -> None:
     """Offline the cached commit is read; asking for another is refused rather than answered with the wrong rows."""
     report = checked("hub:team/rows", cache / "out", revision="1" * 40, eval_fraction=0)
     assert report.kept == 20
-    assert table(cache / "out", "train", "sft")["response"].to_list() == [row["response"] for row in ROWS]
+    assert given(cache / "out", "train", "sft")["response"].to_list() == [row["response"] for row in ROWS]
     message, _ = refused("hub:team/rows", cache / "out", revision="2" * 40)
     assert "another commit" in message
     message, _ = refused("hub:team/nothing", cache / "out", revision="1" * 40)
@@ -365,7 +362,7 @@ def test_hostile_rows(tmp_path: Path) -> None:
     assert all(len(entry["value"]) <= 200 for entry in quarantine(tmp_path / "out"))
     assert [entry["line"] for entry in quarantine(tmp_path / "out") if entry["row"] == 20] == [21]
     assert report.reasons == Counter(reason for _, reason in found.values())
-    assert table(tmp_path / "out", "train", "sft")["row"].to_list() == list(range(20))
+    assert given(tmp_path / "out", "train", "sft")["row"].to_list() == list(range(20))
 
 
 def test_bad_pairs(tmp_path: Path) -> None:
@@ -389,7 +386,7 @@ def test_csv_rows(tmp_path: Path) -> None:
     file.write_bytes(b"prompt,completion,label\n" + good.encode() + b"few,cells\nq,\xff\xfe,1\nq,a,perhaps\n")
     report = checked(file, tmp_path / "out", "feedback", max_bad=0.5, eval_fraction=0)
     assert report.reasons == {"wrong_number_of_cells": 1, "not_unicode": 1, "not_a_label": 1}
-    assert table(tmp_path / "out", "train", "feedback")["label"].to_list() == [True, False, True, False]
+    assert given(tmp_path / "out", "train", "feedback")["label"].to_list() == [True, False, True, False]
 
 
 def test_look_alikes_are_counted_and_kept(tmp_path: Path) -> None:
@@ -470,7 +467,7 @@ def test_split_by_prompt(tmp_path: Path) -> None:
     checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", **fractions)
     seen: dict[str, set[str]] = {}
     for part in PARTS:
-        frame = table(tmp_path / "out", part, "sft")
+        frame = given(tmp_path / "out", part, "sft")
         seen[part] = set(frame["prompt_id"])
         for name, messages in frame.select("prompt_id", "prompt").iter_rows():
             assert name == prompt_id(messages)
@@ -511,13 +508,14 @@ def test_leaks_into_evaluation(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_clean(tmp_path: Path) -> None:
-    """Every Parquet file satisfies the model of its kind."""
+    """Rows of every kind satisfy the model of that kind; on disk are those of the file's own."""
     rows = [{"prompt": f"p{i}", "responses": ["a", "b", "c"], "scores": [i, 1, 2]} for i in range(40)]
     checked(write(tmp_path / "a.jsonl", rows), tmp_path / "out", "ranking", gold_fraction=0.5)
-    files = list((tmp_path / "out").rglob("*.parquet"))
-    assert len(files) == 15
-    for file in files:
-        assert problems(file.stem, pl.read_parquet(file)).height == 0  # type: ignore[arg-type]
+    assert {file.name for file in (tmp_path / "out").rglob("*.parquet")} == {"ranking.parquet"}
+    for part in ("train", "eval", "gold"):
+        assert kinds(tmp_path / "out", part) == set(DERIVES["ranking"])
+        for kind in DERIVES["ranking"]:
+            assert problems(kind, given(tmp_path / "out", part, kind)).height == 0  # type: ignore[arg-type]
 
 
 # --- with a tokenizer
@@ -616,7 +614,7 @@ def test_merges_across_the_border_are_counted(tmp_path: Path, tinystories: Path)
     file = write(tmp_path / "a.jsonl", rows)
     checked(file, tmp_path / "out", "preference", eval_fraction=0)
     context = Context(ValidateParams(path=str(file), kind="preference"), codec)
-    frame = table(tmp_path / "out", "train", "preference")
+    frame = given(tmp_path / "out", "train", "preference")
     assert list(prompt_tokens_differ(frame, context)) == [note(0, "prompt_tokens_differ")]
 
 
@@ -649,7 +647,7 @@ def test_real_pairs_agree_with_a_plain_reading(shared: Path, tmp_path: Path) -> 
     checked(file, tmp_path / "out", "preference", eval_fraction=0)
     raw = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     for row, chosen, rejected in (
-        table(tmp_path / "out", "train", "preference").select("row", "chosen", "rejected").rows()
+        given(tmp_path / "out", "train", "preference").select("row", "chosen", "rejected").rows()
     ):
         for side, text in (("chosen", chosen), ("rejected", rejected)):
             assert raw[row][side].rpartition("\n\nAssistant:")[2].strip() == text

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from schemas.config.data import Kind, ValidateParams
@@ -16,6 +15,7 @@ from stages.validate.context import Context
 from stages.validate.forms.cells import BadRow, parsed_list, turns
 from stages.validate.forms.written import conversation, dialect_of, without_end
 from stages.validate.quarantine import Report
+from tests.support.models import given
 
 Rows = list[dict[str, Any]]
 FULL = (("system", "Be brief."), ("user", "Red?"), ("assistant", "Yes."), ("user", "Blue?"))
@@ -25,7 +25,7 @@ def checked(rows: Rows, kind: Kind, folder: Path, **more: Any) -> tuple[Report, 
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = check(Context(ValidateParams(path=str(file), kind=kind, eval_fraction=0, **more)), folder / "out")
-    return report, pl.read_parquet(folder / "out" / "train" / f"{kind}.parquet").sort("row").to_dicts()
+    return report, given(folder / "out", "train", kind).sort("row").to_dicts()
 
 
 def said(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -228,7 +228,7 @@ def test_messages_in_any_text_column(tmp_path: Path) -> None:
             csv.writer(stream).writerows([["prompt", "chosen", "rejected"], cells])
         params = ValidateParams(path=str(tmp_path / "rows.csv"), kind="preference", eval_fraction=0)
         check(Context(params), tmp_path / "out")
-        [row] = pl.read_parquet(tmp_path / "out" / "train" / "preference.parquet").to_dicts()
+        [row] = given(tmp_path / "out", "train", "preference").to_dicts()
         assert (said(row), row["chosen"], row["rejected"]) == ((("user", 'Say "red"'),), "yes", "no")
 
 

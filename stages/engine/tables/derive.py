@@ -1,78 +1,48 @@
-"""Splits rows by how their prompts begin, derives further kinds so that one data set can feed every method
-(`DERIVES`), writes them."""
+"""What the rows of one kind give of another (`DERIVES`), so that one data set can feed every method."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
 import polars as pl
 
-from schemas.config.data import Kind, ValidateParams
+from schemas.config.data import Kind
 from schemas.rows import Numbers, may_repeat, without_weights
-from stages.validate.together import HEAD, as_one, opposed_thumbs, rankings
+from stages.engine.tables.together import HEAD, as_one, opposed_thumbs, rankings
 
-PARTS = ("train", "eval", "gold", "test")
 _CHUNK = 20_000
 
 
-def part(params: ValidateParams) -> pl.Expr:
-    """A row's part, told by `cluster` alone: prompts that begin alike are on the same side in all data.
-
-    The draws in [0, 1) run eval, gold, train, test. `none`: other data may hold the row's prompt out.
-    """
-    held, gold, test = params.eval_fraction, params.gold_fraction, params.test_fraction
-    below, above = max(held, params.others_eval_fraction), 1 - max(test, params.others_test_fraction)
-    draw = pl.col("cluster").str.slice(0, 8).str.to_integer(base=16) / 2**32
-    choice = pl.when(draw < held).then(pl.lit("eval")).when(draw >= 1 - test).then(pl.lit("test"))
-    choice = choice.when((draw < below) | (draw >= above)).then(pl.lit("none"))
-    return choice.when(draw - below < gold * (above - below)).then(pl.lit("gold")).otherwise(pl.lit("train"))
-
-
-def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:
-    """Write Parquet of every part and kind that has rows; returns part -> kind -> rows. `frame` has column `part`."""
-    counts: dict[str, dict[str, int]] = {name: {} for name in PARTS}
-    for name in PARTS:
-        rows = frame.filter(pl.col("part") == name).drop("part")
-        for derived, table in derive(kind, rows):
-            if table.height:
-                store(table, out / name, derived)
-                counts[name][derived] = table.height
-    return counts
-
-
-def store(table: pl.DataFrame, folder: Path, kind: str) -> None:
-    """Write the rows of a kind as Parquet."""
-    folder.mkdir(exist_ok=True)
-    # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
-    pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
-    pieces.write_parquet(folder / f"{kind}.parquet", compression_level=1)
-
-
-def derive(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
-    """Every kind that these rows give, the source kind too, one after the other: each takes as much memory as the rows.
+def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, Callable[[], pl.DataFrame]]:
+    """Every kind that these rows give, the source kind too, each as a call: it takes as much memory as the rows.
 
     Frames may be empty; exact repetitions are left out. A ranking without any comparison (all answers tied) gives its
     prompt only. Weights of messages are for `sft` alone.
     """
-    yield "prompt", distinct(without_weights(frame.select(HEAD)), "prompt")
+    makes: dict[Kind, Callable[[], pl.DataFrame]] = {
+        "prompt": lambda: distinct(without_weights(frame.select(HEAD)), "prompt")
+    }
     if kind == "ranking":
         ranked = frame.filter(pl.col("winners").list.len() > 0)
-        plain = without_weights(ranked)
-        yield "ranking", plain
-        yield "preference", distinct(_pairs(plain))
-        yield from _liked_of("ranking", ranked)
+        makes["ranking"] = lambda: without_weights(ranked)
+        makes["preference"] = lambda: distinct(_pairs(without_weights(ranked)))
+        makes |= _liked_of("ranking", ranked)
     elif kind == "preference":
-        plain = without_weights(frame)
-        yield "preference", plain
-        yield "ranking", _as_rankings(plain)
-        yield from _liked_of("preference", frame)
+        makes["preference"] = lambda: without_weights(frame)
+        makes["ranking"] = lambda: _as_rankings(without_weights(frame))
+        makes |= _liked_of("preference", frame)
     elif kind == "feedback":
-        opposed = opposed_thumbs(frame)
-        unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
-        liked = frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
-        yield "feedback", without_weights(frame)
-        yield "sft", distinct(liked.select(*HEAD, response="completion"))
+        makes["feedback"] = lambda: without_weights(frame)
+        makes["sft"] = lambda: distinct(_clearly_liked(frame).select(*HEAD, response="completion"))
     elif kind == "sft":
-        yield "sft", frame
+        makes["sft"] = lambda: frame
+    return makes
+
+
+def _clearly_liked(frame: pl.DataFrame) -> pl.DataFrame:
+    """Thumbs up, without answers that have as many thumbs down."""
+    opposed = opposed_thumbs(frame)
+    unclear = opposed.filter(pl.col("net") <= 0)["row"].implode()
+    return frame.filter(pl.col("label") & ~pl.col("row").is_in(unclear))
 
 
 def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
@@ -80,13 +50,21 @@ def _as_rankings(frame: pl.DataFrame) -> pl.DataFrame:
     return rankings("preference", frame).with_columns(frame.select(margins=margins))
 
 
-def _liked_of(kind: Kind, frame: pl.DataFrame) -> Iterator[tuple[Kind, pl.DataFrame]]:
+def _liked_of(kind: Kind, frame: pl.DataFrame) -> dict[Kind, Callable[[], pl.DataFrame]]:
     """Thumbs, and the answers to imitate. Rows of one prompt that share answers are one ranking for both."""
-    alone, joined = as_one(kind, frame)
-    thumbs = _thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone)
-    yield "feedback", without_weights(_in_order(thumbs, _thumbs(joined)))
-    best = _best(alone) if kind == "ranking" else alone.select(*HEAD, response="chosen")
-    yield "sft", _in_order(best, _best(joined))
+    apart = cache(lambda: as_one(kind, frame))
+
+    def feedback() -> pl.DataFrame:
+        alone, joined = apart()
+        thumbs = _thumbs(alone) if kind == "ranking" else _thumbs_of_pairs(alone)
+        return without_weights(_in_order(thumbs, _thumbs(joined)))
+
+    def sft() -> pl.DataFrame:
+        alone, joined = apart()
+        best = _best(alone) if kind == "ranking" else alone.select(*HEAD, response="chosen")
+        return _in_order(best, _best(joined))
+
+    return {"feedback": feedback, "sft": sft}
 
 
 def _in_order(alone: pl.DataFrame, joined: pl.DataFrame) -> pl.DataFrame:

@@ -1,0 +1,46 @@
+"""Splits rows by how their prompts begin, and writes them."""
+
+from pathlib import Path
+
+import polars as pl
+
+from schemas.config.data import Kind, ValidateParams
+from stages.engine.tables import PARTS
+from stages.engine.tables.derive import derive
+
+_CHUNK = 20_000
+
+
+def part(params: ValidateParams) -> pl.Expr:
+    """A row's part, told by `cluster` alone: prompts that begin alike are on the same side in all data.
+
+    The draws in [0, 1) run eval, gold, train, test. `none`: other data may hold the row's prompt out.
+    """
+    held, gold, test = params.eval_fraction, params.gold_fraction, params.test_fraction
+    below, above = max(held, params.others_eval_fraction), 1 - max(test, params.others_test_fraction)
+    draw = pl.col("cluster").str.slice(0, 8).str.to_integer(base=16) / 2**32
+    choice = pl.when(draw < held).then(pl.lit("eval")).when(draw >= 1 - test).then(pl.lit("test"))
+    choice = choice.when((draw < below) | (draw >= above)).then(pl.lit("none"))
+    return choice.when(draw - below < gold * (above - below)).then(pl.lit("gold")).otherwise(pl.lit("train"))
+
+
+def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int]]:
+    """Write the rows of every part as Parquet, of their own kind alone: `engine.tables` derives the others as they are
+    read. Returns part -> kind -> rows that it gives. `frame` has column `part`.
+    """
+    counts: dict[str, dict[str, int]] = {name: {} for name in PARTS}
+    for name in PARTS:
+        rows = frame.filter(pl.col("part") == name).drop("part")
+        if rows.height:
+            store(rows, out / name, kind)
+            heights = {given: make().height for given, make in derive(kind, rows).items()}
+            counts[name] = {given: height for given, height in heights.items() if height}
+    return counts
+
+
+def store(table: pl.DataFrame, folder: Path, kind: str) -> None:
+    """Write the rows of a kind as Parquet."""
+    folder.mkdir(exist_ok=True)
+    # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
+    pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
+    pieces.write_parquet(folder / f"{kind}.parquet", compression_level=1)
