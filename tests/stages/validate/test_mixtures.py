@@ -113,7 +113,8 @@ def test_of_all_derived_kinds_the_same_rows_are_drawn(tmp_path: Path) -> None:
     sources = {name: {"kind": "preference", "weight": 1} for name in rows}
     report = mixed(tmp_path, rows, sources, eval_fraction=0, seed=3)
     chosen = rows_of(tmp_path, "train", "preference")
-    for kind, each in {"ranking": 1, "sft": 1, "prompt": 1, "feedback": 2}.items():
+    every: dict[Kind, int] = {"ranking": 1, "sft": 1, "prompt": 1, "feedback": 2}
+    for kind, each in every.items():
         assert rows_of(tmp_path, "train", kind) == Counter({key: each * n for key, n in chosen.items()}), kind
         assert report.sources["a"].drawn[kind] == 10 * each
 
