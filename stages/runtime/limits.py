@@ -22,6 +22,7 @@ def limited(seconds: float, size: int) -> Iterator[None]:
         TooMuch: it takes more.
     """
     # Called for every row: no more than a few system calls.
+    global _inside
     taken = _memory() if threading.current_thread() is threading.main_thread() else None
     if taken is None:
         yield
@@ -29,18 +30,29 @@ def limited(seconds: float, size: int) -> Iterator[None]:
     _listen()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = taken + size
+    inside, timer = _inside, signal.getitimer(signal.ITIMER_REAL)  # of a block around this one
     try:
         resource.setrlimit(resource.RLIMIT_AS, (min(bound, soft) if soft != resource.RLIM_INFINITY else bound, hard))
+        _inside = True
         # Again and again: where the signal meets a finalizer, Python ignores what its handler raises.
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
         yield
     except _Late:
+        _inside = False
         raise TooMuch(f"it takes more than {seconds:g} seconds") from None
     except MemoryError:
+        _inside = False
         raise TooMuch(f"it takes more than {size >> 20} MiB of memory") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _inside = False  # first: a signal that comes now must not keep the bounds from being lifted
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        _inside = inside
+
+
+_AGAIN = 0.5  # seconds
+_inside = False
+"""Whether a bound holds now, so that a signal may end what runs."""
 
 
 def _memory() -> int | None:
@@ -66,4 +78,5 @@ class _Late(BaseException):
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise _Late
+    if _inside:
+        raise _Late

@@ -16,7 +16,9 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("raise about_source(place, one.name, error) from error", "raise"),
     ],
     ("stages/runtime/limits.py", ("tests/stages/runtime/test_limits.py",)): [
-        ("signal.ITIMER_REAL, seconds, 0.5)", "signal.ITIMER_REAL, seconds)"),
+        ("signal.ITIMER_REAL, seconds, _AGAIN)", "signal.ITIMER_REAL, seconds)"),
+        ("    if _inside:\n        raise _Late", "    raise _Late"),
+        ("signal.ITIMER_REAL, *timer)", "signal.ITIMER_REAL, 0)"),
     ],
     ("stages/engine/data/turns.py", _TURNS): [
         ("codec.refuse_left_out(messages)\n    places", "places"),

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from stages.runtime import limits
 from stages.runtime.limits import TooMuch, limited
 
 
@@ -46,6 +47,32 @@ def test_a_signal_that_meets_a_finalizer_is_sent_again() -> None:
         assert met == [True]
         while time.monotonic() < end:
             sum(range(1000))
+
+
+def test_a_signal_that_comes_while_bounds_are_lifted_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave the process with the block's bound on its memory for good."""
+    before, set_timer = resource.getrlimit(resource.RLIMIT_AS), signal.setitimer
+
+    def slow(which: int, *values: float) -> None:
+        if values[0] == 0.0:
+            time.sleep(1.5 * limits._AGAIN)
+        set_timer(which, *values)
+
+    monkeypatch.setattr(signal, "setitimer", slow)
+    with pytest.raises(TooMuch, match=r"more than 0\.1 seconds"), limited(0.1, 1 << 30):
+        while True:
+            sum(range(1000))
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_block_within_a_block_leaves_the_outer_bound_as_it_was() -> None:
+    end = time.monotonic() + 20
+    with pytest.raises(TooMuch, match=r"more than 0\.2 seconds"), limited(0.2, 1 << 30):
+        with limited(10, 1 << 30):
+            pass
+        while time.monotonic() < end:
+            sum(range(1000))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_another_thread_is_not_bounded() -> None:
