@@ -13,6 +13,7 @@ from stages.tracking import digest
 from tests.bench.ours import config_for
 from tests.bench.sides import ROOT, environment, peer
 from tests.bench.work import Work
+from tests.support.journals import losses
 
 
 def first_step(plan: Work, console: Console, rounds: int = 3) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def of_a_stage(plan: Work, number: int) -> float:
 
 
 def has_stepped(work: Path) -> bool:
-    return any('"train/loss"' in journal.read_text() for journal in work.glob("metrics-*.jsonl"))
+    return bool(losses(work))
 
 
 def of_the_peer(plan: Work) -> float:

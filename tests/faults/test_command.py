@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import EXIT_CODES
+from tests.support.journals import losses
 from tests.support.processes import wait_for
 
 
@@ -46,8 +47,7 @@ def test_nothing_outlives_the_command(how: signal.Signals, code: int, kept: Path
     environment = {**os.environ, "ALIGNFLOW_HOME": str(kept)}
 
     def learned() -> int:
-        journals = kept.glob("work/*/metrics-*.jsonl")
-        return sum(journal.read_text().count('"train/loss"') for journal in journals)
+        return len(losses(kept, "work/*/metrics-*.jsonl"))
 
     before = learned()
     with (tmp_path / "log").open("w") as log:

@@ -1,6 +1,5 @@
 """The Prefect server killed, or frozen, for 60 s while a model trains: training goes on, and the run ends whole."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.errors import StageError
 from stages import tracking
+from tests.support.journals import losses
 from tests.support.processes import wait_for
 
 AWAY_SECONDS = 60.0
@@ -63,11 +63,7 @@ class Run:
     def points(self) -> list[float]:
         """When the losses of SFT were logged, in seconds."""
         assert self.flow.poll() in (None, 0), self.log.read_text()
-        found = []
-        for journal in self.home.glob("work/*/metrics-*.jsonl"):
-            lines = [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            found += [when / 1000 for name, _, _, when in lines if name == "train/loss"]
-        return sorted(found)
+        return [when for _, when in losses(self.home, "work/*/metrics-*.jsonl")]
 
     def end(self) -> None:
         for process in (self.flow, self.process):

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import json
 import os
 import sys
 import threading
@@ -23,6 +22,7 @@ from stages import __main__ as entry
 from stages import tracking
 from stages.engine.training import loop
 from tests.support import models
+from tests.support.journals import losses
 from tests.support.killable_training import ended, start
 from tests.support.processes import wait_for
 
@@ -105,14 +105,6 @@ def unhurried_stage(home: Path, request: Path, uri: str) -> None:
     sys.exit(entry.main(["sft", str(request)]))
 
 
-def points(journal: Path) -> list[tuple[int, float]]:
-    """Step and time (seconds) of the losses in a journal."""
-    if not journal.exists():
-        return []
-    lines = [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [(step, when / 1000) for name, _, step, when in lines if name == "train/loss"]
-
-
 @contextlib.contextmanager
 def fault(kind: str, server: supervisor.Server) -> Iterator[None]:
     """MLflow misbehaves within the block."""
@@ -144,14 +136,12 @@ def test_training_does_not_wait_for_mlflow(
     request.write_text(asked.model_dump_json())
     process = start(unhurried_stage, home, request, proxy)
 
-    def journal() -> Path:
-        return next((home / "work" / asked.key()).glob("metrics-*.jsonl"), Path("none yet"))
-
-    wait_for(lambda: len(points(journal())) >= STEPS // 3)
+    work = home / "work" / asked.key()
+    wait_for(lambda: len(losses(work)) >= STEPS // 3)
     began = time.time()
     with fault(kind, server):
-        wait_for(lambda: len(points(journal())) == STEPS)
-        logged = points(journal())
+        wait_for(lambda: len(losses(work)) == STEPS)
+        logged = losses(work)
         if kind != "slow":
             time.sleep(1)  # the end of the stage meets the fault too
     assert ended(process) == 0
