@@ -128,7 +128,7 @@ def ended_whole(run: Run) -> None:
         (sft,) = [kept for kept in found if kept.data.tags["stage"] == "sft"]
         history = tracking.client().get_metric_history(sft.info.run_id, "train/loss")
         assert sorted(point.step for point in history) == list(range(1, len(history) + 1))
-        assert len(history) >= 100
+        assert len(history) >= 60
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
