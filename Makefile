@@ -24,7 +24,7 @@ check: $(READY) $(SMOLLM2)  ## the same as test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 format: $(READY)  ## put the code into shape
 	$(BIN)/ruff check --fix .

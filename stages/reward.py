@@ -152,15 +152,11 @@ def _measures(differences: Sequence[float]) -> dict[str, float]:
 
 
 def _examples(rows: Sequence[Row], config: RewardConfig, codec: Codec) -> list[Example]:
-    """Examples of the rows with comparisons. Raises StageError when there are none, or no margins where asked for."""
-    kept = [row for row in rows if row["winners"]]
-    if not kept:
-        fix = "give rows in which one answer is better than another"
-        raise refuse("data.preference", f"{len(rows)} rows", "every row is a tie.", fix, kind="data")
-    if config.margin and not any(m is not None for row in kept for m in row.get("margins") or []):
+    """Examples of the rows. Raises StageError when they have no margins where asked for."""
+    if config.margin and not any(m is not None for row in rows for m in row.get("margins") or []):
         fix = "set it to false, or name the column of the margins in data.preference.columns"
         raise refuse("reward.margin", True, "no row has a margin.", fix, kind="data")
-    return encode(kept, _answers, codec)
+    return encode(rows, _answers, codec)
 
 
 def reference_scores(method: Reward) -> list[float]:
