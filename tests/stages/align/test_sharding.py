@@ -199,7 +199,11 @@ def resume_and_more(folder: Path, rank: int) -> dict[str, Tensor]:
     for case in ("dpo", "reward"):
         method, run = make(folder, case, folder / f"half-{case}", precision="bf16", gather="bf16")
         assert run.tags["layout"] == "shared"
+        met: set[torch.dtype] = set()
+        first = next(module for name, module in method.model.named_modules() if name.endswith("q_proj"))
+        first.register_forward_pre_hook(lambda module, _, met=met: met.add(module.weight.dtype))
         train(method, run)
+        assert met == {torch.bfloat16}, "what was gathered for its pass"
         assert {p.dtype for p in method.model.parameters()} == {torch.float32}
         results[f"half/{case}"] = torch.tensor(run.steps("train/loss"))
     return results

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.stages.validate.test_derive import derived, said
+from tests.engine.test_derive import derived, said
 from tests.stages.validate.test_split import talk
 from tests.stages.validate.test_validate import checked, quarantine, write
 from tests.support.models import given

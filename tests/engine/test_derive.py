@@ -1,5 +1,6 @@
 """Derived kinds: what each row becomes, worked out by hand, and that the result is clean by its own kind's model."""
 
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -7,8 +8,10 @@ import pytest
 
 from schemas.config.data import DERIVES, Kind
 from schemas.rows import problems
+from stages.engine.tables import kinds, table
 from stages.engine.tables.derive import derive
 from stages.validate.forms.formats import parse, to_frame
+from stages.validate.parts import write
 
 
 def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
@@ -16,13 +19,52 @@ def derived(kind: Kind, *rows: dict[str, Any]) -> dict[Kind, pl.DataFrame]:
     frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
     if kind == "feedback":  # to_frame leaves labels as they are given, and the rows here have true and false
         frame = frame.with_columns(label=pl.col("label") == "true")
-    kinds: dict[Kind, pl.DataFrame] = {name: make() for name, make in derive(kind, frame).items()}
-    assert set(kinds) == set(DERIVES[kind])
-    for name, frame in kinds.items():
+    made: dict[Kind, pl.DataFrame] = {name: make() for name, make in derive(kind, frame).items()}
+    assert set(made) == set(DERIVES[kind])
+    for name, frame in made.items():
         assert problems(name, frame).height == 0
         most = DERIVES[kind][name]
         assert most is None or frame.height <= most * len(rows)
-    return kinds
+    return made
+
+
+def stored(folder: Path, kind: Kind, *rows: dict[str, Any]) -> Path:
+    """A data folder as `validate` writes it: rows of their own kind, all to train on."""
+    frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
+    folder.mkdir()
+    write(kind, frame.with_columns(part=pl.lit("train")), folder)
+    assert [file.name for file in folder.rglob("*.parquet")] == [f"{kind}.parquet"]
+    return folder
+
+
+RANKED = (
+    {"prompt": "p", "responses": ["a", "b", "c"], "scores": [0.5, 0, 1]},
+    {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]},
+)
+
+
+def test_a_folder_gives_each_kind_as_it_is_derived(tmp_path: Path) -> None:
+    """Of the two rankings one is tied: it gives its prompt, and is no ranking. One of ties alone gives no rankings."""
+    folder, expected = stored(tmp_path / "data", "ranking", *RANKED), derived("ranking", *RANKED)
+    for kind, frame in expected.items():
+        found = table(folder, "train", kind)
+        assert found is not None and found.equals(frame), kind
+    assert [frame.height for frame in expected.values()] == [2, 1, 3, 2, 1]
+    assert kinds(folder, "train") == set(expected) and kinds(folder, "eval") == set()
+    assert table(folder, "eval", "ranking") is None
+    tied = stored(tmp_path / "tied", "ranking", RANKED[1])
+    assert [kind for kind in expected if table(tied, "train", kind) is not None] == ["prompt"]
+
+
+def test_a_folder_with_a_table_of_every_kind_reads_the_same(tmp_path: Path) -> None:
+    """As `validate` wrote them once, and mixtures are: what is written of a kind counts, and nothing is derived."""
+    expected = derived("ranking", *RANKED)
+    (tmp_path / "train").mkdir()
+    for kind, frame in expected.items():
+        frame.with_columns(source=pl.lit("chat")).write_parquet(tmp_path / "train" / f"{kind}.parquet")
+    for kind, frame in expected.items():
+        found = table(tmp_path, "train", kind)
+        assert found is not None and found.drop("source").equals(frame), kind
 
 
 def said(frame: pl.DataFrame, *columns: str) -> list[tuple]:
