@@ -108,6 +108,13 @@ def test_middle_answers_get_no_thumb() -> None:
     assert said(kinds["sft"], "response") == [("b",)]
 
 
+def test_of_equally_good_answers_the_first_is_imitated() -> None:
+    """Net wins: b 1, c 1, a -2."""
+    votes = [{"a": 1, "b": 0, "winner": 1}, {"a": 2, "b": 0, "winner": 2}]
+    kinds = derived("ranking", {"prompt": "p", "responses": ["a", "b", "c"], "comparisons": votes})
+    assert said(kinds["sft"], "response") == [("b",)]
+
+
 def test_mixed_margins_and_sources() -> None:
     """Rows with margins stand beside rows without; a tied row gives its prompt and nothing else."""
     kinds = derived(

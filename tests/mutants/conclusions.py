@@ -207,7 +207,6 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("source, pl.read_parquet(file, glob=False))[kind]", "kind, pl.read_parquet(file, glob=False))[kind]"),
     ],
     ("stages/engine/tables/derive.py", ("tests/engine/test_derive.py", "tests/stages/validate/test_together.py")): [
-        ("_pairs(without_weights(ranked))", "_pairs(without_weights(frame))"),
         ('pl.col("net") <= 0)', 'pl.col("net") < 0)'),
         ('filter(pl.col("net") != 0)', 'filter(pl.col("net") >= 0)'),
         ("descending=[False, True, False]", "descending=[False, True, True]"),
