@@ -48,10 +48,11 @@ class Plan:
 def params_of(training: Training) -> dict[str, Any]:
     """A training's settings as a request has them: the seed is the request's own, and an unset limit is not named.
 
-    Neither is sharding where nothing is sharded: it came later, and keys from before it stay.
+    Neither is what came later where it is as things were before: keys from then stay.
     """
-    later = {name: type(training).model_fields[name].default for name in ("train_tokens", "sharding", "gather")}
-    unset = {name for name, default in later.items() if getattr(training, name) == default}
+    fields = type(training).model_fields
+    later = fields.keys() & {"train_tokens", "sharding", "gather", "value_start"}
+    unset = {name for name in later if getattr(training, name) == fields[name].default}
     return training.model_dump(mode="json", exclude={"seed"} | unset)
 
 

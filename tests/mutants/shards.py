@@ -47,7 +47,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("for _ in range(missing(model, len(groups))):", "for _ in range(0):"),
     ],
     ("flows/planning/nodes.py", _SHARDING): [
-        ("if getattr(training, name) == default}", "if getattr(training, name) != default}"),
+        ("if getattr(training, name) == fields", "if getattr(training, name) != fields"),
     ],
     ("schemas/config/training.py", _SHARDING): [
         ('not (self.sharding == "full" and self.precision', 'not (self.sharding == "full" or self.precision'),

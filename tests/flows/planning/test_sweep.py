@@ -144,6 +144,8 @@ def test_another_beta_leaves_all_other_stages_as_they_are() -> None:
 def test_an_unset_limit_is_not_in_the_request() -> None:
     """So a config without one has the keys that it had before there was one."""
     assert not {"train_tokens", "seed"} & params_of(methods.DPO(seed=3)).keys()
+    assert "value_start" not in params_of(methods.PPO())
+    assert params_of(methods.PPO(value_start="zero"))["value_start"] == "zero"
     assert params_of(SFTConfig(train_tokens=9))["train_tokens"] == 9
 
 
