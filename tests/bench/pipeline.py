@@ -3,7 +3,8 @@
     python -m tests.bench.pipeline [--out FOLDER]
 
 The demo runs once from nothing, then twice more with everything reused: alone, and beside `alignflow ui`. A stage's
-work is the time within its `run`, less what it waits for MLflow there; all else of the wall time is the pipeline's own.
+work is the time within its `run`, less what it waits for MLflow there. Two work side by side: the pipeline's own is the
+time in which none does.
 Exits with 1 when the reused rerun beside the servers takes 15 s or more, or the own cost 2 % of an hour.
 """
 
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,21 @@ def work_in(home: Path) -> list[dict[str, Any]]:
             {
                 "stage": run.info.run_name,
                 "work": metrics["compute/stage_seconds"] - waited,
+                "end": (run.info.end_time or 0) / 1000,
                 "waited": waited,
                 "mlflow_run": ((run.info.end_time or 0) - run.info.start_time) / 1000,
             }
         )
     return found
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans (begin, end)."""
+    seconds, last = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        seconds += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return seconds
 
 
 def journal_seconds(points: int = 20_000) -> float:
@@ -95,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         wall = run_demo(environment)
         stages = work_in(home)
         reruns = {"alone": run_demo(environment), "beside the servers": beside_servers(environment)}
-    own = wall - sum(stage["work"] for stage in stages)
+    own = wall - covered((stage["end"] - stage["work"], stage["end"]) for stage in stages)
     logging = journal_seconds()
     hourly = (own + 3600 * logging) / 3600  # an hour's training with as many stages, at one step a second
     report = {
@@ -108,8 +119,11 @@ def main(arguments: Sequence[str]) -> int:
         "reruns": reruns,
     }
     (options.out / "pipeline.json").write_text(json.dumps(report, indent=1))
-    work = wall - own
-    print(f"demo: {wall:.0f} s; the work of its {len(stages)} stages {work:.0f} s, own {own:.0f} s ({own / wall:.0%})")
+    work = sum(stage["work"] for stage in stages)
+    print(
+        f"demo: {wall:.0f} s; its {len(stages)} stages work {work:.0f} s, side by side {wall - own:.0f} s; "
+        f"own {own:.0f} s ({own / wall:.0%})"
+    )
     print(
         f"own in an hour-long run of as many stages: {hourly:.2%}; a logged step takes {logging * 1e6:.0f} microseconds"
     )

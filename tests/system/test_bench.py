@@ -7,6 +7,7 @@ import pytest
 
 from tests.bench import work
 from tests.bench.__main__ import FLOORS, line, parse
+from tests.bench.pipeline import covered
 from tests.bench.sides import ours
 from tests.bench.work import Work
 from tests.support import models
@@ -57,6 +58,12 @@ def test_the_peer_gets_the_rows_in_our_order(tmp_path: Path) -> None:
     partner = work.mismatched(plan)
     assert sorted(partner) == sorted(partner.values()) == list(range(plan.rows))
     assert all(row != other for row, other in partner.items())
+
+
+def test_stages_that_work_side_by_side_count_once() -> None:
+    """1 to 4 and 3 to 6 with 4 to 5 within: five seconds; 8 to 9: one more."""
+    assert covered([(3.0, 6.0), (1.0, 4.0), (8.0, 9.0), (4.0, 5.0)]) == 6.0
+    assert covered([]) == 0.0
 
 
 def test_a_ratio_below_its_floor_fails() -> None:
