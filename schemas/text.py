@@ -1,5 +1,6 @@
 """Texts from outside (rows, models, names, paths) as a terminal, a log or a page may show them."""
 
+import os
 import re
 import sys
 import traceback
@@ -49,8 +50,16 @@ def listed(names: Any, most: int = 20) -> str:
 
 
 def show(value: object = "", file: TextIO | None = None) -> None:
-    """Print a text at once, also into a pipe, with nothing in it that a terminal would act on."""
-    print(visible(value), file=file or sys.stdout, flush=True)
+    """Print a text at once, also into a pipe, with nothing in it that a terminal would act on.
+
+    Where nobody reads any more (`| head`), this text and all that follow are dropped, and the work goes on.
+    """
+    stream = file or sys.stdout
+    try:
+        print(visible(value), file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # in place of the pipe, of which Python would complain again at the end
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def show_tracebacks() -> None:

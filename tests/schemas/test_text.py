@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 import unicodedata
 
@@ -93,3 +94,24 @@ def test_nothing_is_printed_past_it() -> None:
 def test_an_error_is_one_whatever_its_value_holds() -> None:
     assert str(StageError("plain", fix="do it")) == "plain. Fix: do it"
     assert len(str(refuse("path", "x" * 10**6, "no", "y"))) < 2100
+
+
+def test_a_reader_who_goes_ends_no_command() -> None:
+    """As `head`: the first line comes, and the command finishes its work without a word of the pipe."""
+    code = (
+        "import sys\n"
+        "from schemas.text import show\n"
+        "show('first')\n"
+        "sys.stdin.read()\n"  # until the reader has gone
+        "show('second'), show('third')\n"
+        "show('done', sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
