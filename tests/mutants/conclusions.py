@@ -201,12 +201,19 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ('r"\\W+", " ", text.casefold())', 'r"\\W+", " ", text)'),
     ],
     ("stages/engine/tables/__init__.py", ("tests/engine/test_derive.py", "tests/stages/validate/test_tools.py")): [
-        (".list.len() > 0)", ".list.len() >= 0)"),
-        ('frame if kind == "sft" else without_weights(frame)', "frame"),
         ("return found if found.height else None", "return found"),
         ("source, pl.read_parquet(file, glob=False))[kind]", "kind, pl.read_parquet(file, glob=False))[kind]"),
     ],
-    ("stages/engine/tables/derive.py", ("tests/engine/test_derive.py", "tests/stages/validate/test_together.py")): [
+    (
+        "stages/engine/tables/derive.py",
+        (
+            "tests/engine/test_derive.py",
+            "tests/stages/validate/test_together.py",
+            "tests/stages/validate/test_tools.py",
+        ),
+    ): [
+        ('ranked = frame.filter(pl.col("winners").list.len() > 0)', "ranked = frame"),
+        ('makes["preference"] = lambda: without_weights(frame)', 'makes["preference"] = lambda: frame'),
         ('pl.col("net") <= 0)', 'pl.col("net") < 0)'),
         ('filter(pl.col("net") != 0)', 'filter(pl.col("net") >= 0)'),
         ("descending=[False, True, False]", "descending=[False, True, True]"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import polars as pl
 
 from schemas.config.data import DERIVES, Kind
-from schemas.rows import without_weights
 from stages.engine.tables.derive import derive
 from stages.engine.tables.together import HEAD
 
@@ -16,10 +15,9 @@ PARTS = ("train", "eval", "gold", "test")
 
 def table(folder: Path, part: str, kind: Kind) -> pl.DataFrame | None:
     """All rows of one kind in a part of a data folder; None where there are none."""
-    own = folder / part / f"{kind}.parquet"
-    if own.is_file():
-        return _own(kind, pl.read_parquet(own, glob=False))
-    sources: list[Kind] = [source for source, given in DERIVES.items() if kind in given]
+    if kind == "prompt" and (folder / part / "prompt.parquet").is_file():
+        return pl.read_parquet(folder / part / "prompt.parquet", glob=False)  # of a mixture too, with its sources
+    sources: list[Kind] = [kind, *(source for source, given in DERIVES.items() if kind in given)]
     for source in sources:
         file = folder / part / f"{source}.parquet"
         if file.is_file():
@@ -33,11 +31,3 @@ def table(folder: Path, part: str, kind: Kind) -> pl.DataFrame | None:
 def kinds(folder: Path, part: str) -> set[str]:
     """The kinds that a part of a data folder has rows of, or that those can give."""
     return {kind for source in DERIVES if (folder / part / f"{source}.parquet").is_file() for kind in DERIVES[source]}
-
-
-def _own(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame | None:
-    """The rows to read of a table of their own kind: it also holds what other kinds alone need."""
-    if kind == "ranking":
-        frame = frame.filter(pl.col("winners").list.len() > 0)
-    frame = frame if kind == "sft" else without_weights(frame)
-    return frame if frame.height else None
