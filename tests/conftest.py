@@ -72,12 +72,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs. Making one takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("database")
-    # A process of its own, so that nothing in this one holds the file open while it is copied.
+    # A process of its own, so that nothing in this one holds the file open while it is copied; without the server of
+    # whichever test asks first.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     code = "from stages import tracking; tracking.setup()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALIGNFLOW_HOME": str(folder)}, check=True)
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
+    subprocess.run([sys.executable, "-c", code], env={**env, "ALIGNFLOW_HOME": str(folder)}, check=True)
+    path = folder / "mlflow.db"
+    assert path.stat().st_size > 0
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
+    return path
 
 
 @pytest.fixture
