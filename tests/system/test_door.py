@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 
 from flows.servers import passwords
 from flows.servers.address_file import Addresses
-from tests.support import live_servers
+from tests.support import homes, live_servers
 from tests.system.test_ui import browsing
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,8 @@ EVIL = {"Origin": "http://evil.example"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("door")
+def home(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Path:
+    return homes.furnish(tmp_path_factory.mktemp("door"), ready)
 
 
 @pytest.fixture(scope="module")
