@@ -62,7 +62,7 @@ class Sweep:
     def link(self, what: str) -> str:
         """The address that the run has logged."""
         found = re.search(rf"{what} side by side in MLflow: (\S+)", self.said)
-        assert found is not None, self.said
+        assert found is not None and "workflowType=machine_learning" in found[1], self.said
         return found[1]
 
 
