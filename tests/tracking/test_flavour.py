@@ -35,6 +35,7 @@ def published(folder: Path, stage: str, method: str = "none") -> Artifact:
 
 def said(folder: Path, new: int) -> str:
     """The likeliest answer by plain transformers."""
+    model: Any
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids: Any = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_a_champion_is_loaded_and_served_by_mlflow(
     import mlflow.transformers
     from mlflow.pyfunc.scoring_server import init
 
-    pipeline = mlflow.transformers.load_model("models:/assistant@champion")
+    pipeline: Any = mlflow.transformers.load_model("models:/assistant@champion")
     assert pipeline(CHAT, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]["content"] == plain
     served = TestClient(init(mlflow.pyfunc.load_model("models:/assistant@champion")))
     answer = served.post("/invocations", json={"messages": CHAT, "max_tokens": 6, "temperature": 1e-4})
