@@ -213,5 +213,12 @@ def rank(
     from getpass import getuser
 
     from schemas.commands import RankCommand
+    from schemas.errors import refuse
 
-    start(context, RankCommand, annotator=getuser() if annotator is None else annotator)
+    if annotator is None:
+        try:
+            annotator = getuser()
+        except (KeyError, OSError) as error:
+            message = "this machine has no name for you."
+            raise refuse("--annotator", None, message, "give your name", kind="no_name") from error
+    start(context, RankCommand, annotator=annotator)

@@ -33,7 +33,7 @@ def places(command: RankCommand) -> tuple[Path, Path]:
     verdicts = output.with_suffix(".verdicts.jsonl")
     if output.suffix != ".jsonl":
         raise refuse("--output", output, "rows are written as JSON lines.", "name a file that ends in .jsonl")
-    if output.exists() and not verdicts.exists():
+    if output.exists() and (not verdicts.exists() or output.samefile(command.file)):
         message = "the file already exists, and holds no ranking of this command."
         raise refuse("--output", output, message, "name another file", kind="file_exists")
     return output, verdicts
@@ -52,6 +52,8 @@ def main(command: RankCommand) -> int:
     if asked.repeated or asked.nothing_to_compare:
         left = f"{asked.repeated} repeated, {asked.nothing_to_compare} with nothing to compare"
         show(f"rows left out: {left}", sys.stderr)
+    if verdicts.cut is not None:
+        show(f"the last line of {file} was cut off, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
     done = len(asked.items) - session.view(None)["states"].count(".")
     show(f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}")
 
@@ -69,21 +71,21 @@ def main(command: RankCommand) -> int:
         ]
 
     try:
-        if command.terminal:
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors="replace")
-            terminal.rank(session, sys.stdin, sys.stdout)
-        else:
-            _serve(Server(session, command.port, finish), command.open)
-    except KeyboardInterrupt:
-        show()
+        try:
+            if command.terminal:
+                if isinstance(sys.stdin, io.TextIOWrapper):
+                    sys.stdin.reconfigure(errors="replace")
+                terminal.rank(session, sys.stdin, sys.stdout)
+            else:
+                _serve(Server(session, command.port, finish), command.open)
+        except KeyboardInterrupt:
+            show()
+        lines = finish()
     except StageError as error:
         show(f"alignflow rank: {error}", sys.stderr)
         return EXIT_CODES[error.status]
-    for line in finish():
+    for line in lines:
         show(line)
-    if verdicts.cut is not None:
-        show(f"the last line of {file} was cut, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
     return 0
 
 

@@ -1,6 +1,6 @@
 """How far people agree: Krippendorff's alpha for ordinal values."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
 
@@ -15,12 +15,12 @@ def alpha(units: Sequence[Sequence[float]]) -> float | None:
     n_c, alpha = 1 - (n - 1) sum o_ck d_ck / sum n_c n_k d_ck, with the ordinal difference
     d_ck = (n_c / 2 + sum of the margins between c and k + n_k / 2)^2. With two values it is the nominal alpha.
     """
-    coincidences: Counter[tuple[float, float]] = Counter()
+    coincidences: dict[tuple[float, float], float] = defaultdict(float)
     for values in units:
         for one, other in product(range(len(values)), repeat=2):
             if one != other:
                 coincidences[values[one], values[other]] += 1 / (len(values) - 1)
-    margins: Counter[float] = Counter()
+    margins: dict[float, float] = defaultdict(float)
     for (value, _), count in coincidences.items():
         margins[value] += count
     middle: dict[float, float] = {}

@@ -95,7 +95,7 @@ def read(file: Path, form: RankForm) -> Asked:
             question = _question(columns, record.row)
         except BadRow as problem:
             message = f"row {number} holds no prompt with answers: {problem}"
-            fix = "mend that row; `alignflow validate` lists all rows that cannot be used"
+            fix = "correct that row; `alignflow validate` lists all rows that cannot be used"
             raise refuse("FILE", file, message, fix, kind="bad_data") from problem
         each = 1 if form == "thumbs" else 2 if form == "pairs" else max(2, len(question.texts))
         if question.id in questions:
@@ -141,7 +141,7 @@ def _question(columns: Columns, row: Mapping[str, Any]) -> Question:
     named = [one for one in given if isinstance(one, dict) and isinstance(one.get("model"), str)]
     responses = [next((one for one in named if text in one.values()), text) for text in texts]
     turns = columns.around(row, parsed)["prompt"]
-    prompt = [dict(zip(("role", "content", EXTRA), turn, strict=False)) for turn in turns]
+    prompt: list[dict[str, str]] = [dict(zip(("role", "content", EXTRA), turn, strict=False)) for turn in turns]
     spoken = {*KNOWN[kind], *plan.takes.values(), plan.system, plan.input, plan.history, plan.tools}
     beside = {name: value for name, value in row.items() if name not in spoken}
     beside = {f"prompt_{name}" if name in _WRITTEN else name: value for name, value in beside.items()}

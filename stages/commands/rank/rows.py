@@ -93,7 +93,7 @@ def summary(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[str]:
     several = sum(count > 1 for count in shared.values())
     if several:
         value = alpha(units(verdicts))
-        told = "not defined: all said the same of everything" if value is None else f"{value:.2f}"
+        told = "not defined, all values are equal" if value is None else f"{value:.2f} (1 is full, 0 that of chance)"
         lines.append(f"agreement on the {several} items that several judged: Krippendorff's alpha {told}")
     return lines
 

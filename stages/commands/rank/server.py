@@ -11,6 +11,7 @@ import hmac
 import json
 import re
 import secrets
+import sys
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,10 @@ class Server(ThreadingHTTPServer):
             raise refuse("--port", port, f"it cannot be used: {error.strerror}.", fix) from error
         self.token = secrets.token_urlsafe(32)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a page that was closed before it had its answer
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         """The page's address, with the token."""
@@ -105,17 +110,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self._stranger() or not self._allowed():
             return
         if self.path == "/finish":
-            self._answer(200, {"lines": self.finish_session()})
-            self.server.shutdown()
-            return
+            try:
+                lines = self.finish_session()
+            except (StageError, OSError) as error:
+                return self._answer(507, f"The rows could not be written: {error}")
+            self._answer(200, {"lines": lines})
+            return self.server.shutdown()
         number = self._number()
         size = self.headers.get("Content-Length", "")
         if number == -1:
             return
         if number is None or not (size.isascii() and size.isdigit() and int(size) <= BODY_BYTES):
             return self._answer(400, "This is not a verdict.")
+        body = self.rfile.read(int(size))
         try:
-            told = Judgement.model_validate_json(self.rfile.read(int(size)))
+            told = Judgement.model_validate_json(body)
             self.session.judge(number, told.verdict, told.note, told.seconds)
         except (ValidationError, StageError) as error:
             return self._answer(400, str(error) if isinstance(error, StageError) else "This is not a verdict.")
