@@ -59,3 +59,15 @@ def test_ranks_that_are_compared_share_their_mean_where_they_are_tied(tmp_path: 
     # Middles of 1, 1, 2, 2.5, 2.5, 3: 1, 2.5, 4, 5.5. Observed 2 (4.5^2 + 3^2 + 1.5^2) = 63; expected, over all ordered
     # pairs, 2 (2 * 1.5^2 + 4 * 3^2 + 2 * 4.5^2 + 2 * 1.5^2 + 3^2 + 2 * 1.5^2) = 198. alpha = 1 - 5 * 63 / 198.
     assert lines[2].startswith("agreement on the 1 items that several judged: Krippendorff's alpha -0.59 ")
+
+
+def test_a_pair_is_one_thing_that_people_agree_on(tmp_path: Path) -> None:
+    """Its second answer says what the first does; a tie is between winning and losing. Of thumbs up is 1."""
+    file = write(tmp_path / "rows.jsonl", [TREE])
+    for name, verdict in {"anna": [[0], [1]], "ben": [[1], [0]], "cid": [[0, 1]]}.items():
+        say(session(file, name, "pairs"), 0, verdict)
+    assert rows.units(told(session(file, form="pairs"))) == [[1.0, 2.0, 1.5]]
+    thumbs = write(tmp_path / "thumbs.jsonl", [TREE])
+    for name, verdict in {"anna": "up", "ben": "down"}.items():
+        say(session(thumbs, name, "thumbs"), 1, verdict)
+    assert rows.units(told(session(thumbs, form="thumbs"))) == [[1.0, 0.0]]

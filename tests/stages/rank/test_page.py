@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,9 +139,11 @@ def test_two_people_rank_with_keys_and_mouse_and_one_goes_on_after_a_reload(brow
         keys(page, "s")
         page.wait_for_selector("#end h1")
         page.get_by_role("button", name="Back to the last one").click()
+        came = time.monotonic()
         at(page, 3)
         keys(page, "4", "3", "2", "Enter")
         page.wait_for_selector("#end h1")
+        looked = time.monotonic() - came
         assert page.text_content("#end h1") == "All 3 items are judged."
         keys(page, "Enter")
         page.wait_for_selector("#end pre")
@@ -165,6 +168,7 @@ def test_two_people_rank_with_keys_and_mouse_and_one_goes_on_after_a_reload(brow
     first, second, third, bens, skipped = told(anna)
     assert first.verdict == [[first.shown[1], first.shown[0]], [first.shown[2]]] and first.note == "nice 1"
     assert len(second.verdict) == 2 and third.verdict == [[third.shown[place]] for place in (3, 2, 1, 0)]
+    assert third.seconds <= looked + 0.1  # its own time, without the others'
     assert bens.verdict == [[bens.shown[2]], [bens.shown[0]], [bens.shown[1]]] and skipped.verdict is None
     rows = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     assert [sorted(row.keys() & {"order", "comparisons"}) for row in rows] == [["comparisons"], ["order"], ["order"]]

@@ -215,6 +215,8 @@ def test_pairs_of_one_prompt_become_one_ranking(tmp_path: Path) -> None:
     frame, report = checked(made, "ranking", tmp_path)
     assert set(zip(*frame.select("winners", "losers").row(0), strict=True)) == {(0, 1), (2, 1)}
     assert report["notes"] == {}
+    (row,) = people(write(tmp_path / "more.jsonl", [FRUIT]), {"anna": [[[0], [1]]]}, "pairs")  # the others come later
+    assert row["comparisons"] == [{"a": 0, "b": 1, "winner": 0}] and "order" not in row
 
 
 def test_thumbs_go_by_majority(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_a_line_that_is_no_verdict(line: str, form: RankForm, message: str) -> N
 def test_skip_back_note_and_end_in_the_terminal(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", [{**FRUIT, "prompt": "Name\x1b[2J a fruit."}, TREE])
     anna, out = session(file), io.StringIO()
-    terminal.rank(anna, io.StringIO("u\nnonsense\nn worth a look\n3 1\ns\nu\n1\n"), out)
+    terminal.rank(anna, io.StringIO("u\nnonsense\nn worth a look\n1 2\nu\n3 1\ns\n"), out)
     fruit, tree = told(anna)
     assert fruit.verdict == [[fruit.shown[place]] for place in (2, 0, 1)] and fruit.note == "worth a look"
     assert tree.verdict is None and anna.next_open() is None
@@ -312,6 +314,7 @@ def test_a_users_mistake_is_one_message_and_a_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", [FRUIT])
+    (tmp_path / "rows.verdicts.jsonl").touch()
     (tmp_path / "mine.jsonl").write_text("{}\n")
     for options, message in (
         ({"output": "mine.jsonl"}, "--output = mine.jsonl: the file already exists"),
