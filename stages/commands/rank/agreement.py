@@ -11,7 +11,7 @@ def alpha(units: Sequence[Sequence[float]]) -> float | None:
     units: per thing that was judged the values that people gave it, of which only the order counts. Things with one
     value are left out. None where fewer than two values are left, or all are equal: then chance cannot disagree.
 
-    Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section E: coincidences o_ck, their margins
+    Source: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011): coincidences o_ck, their margins
     n_c, alpha = 1 - (n - 1) sum o_ck d_ck / sum n_c n_k d_ck, with the ordinal difference
     d_ck = (n_c / 2 + sum of the margins between c and k + n_k / 2)^2. With two values it is the nominal alpha.
     """

@@ -82,8 +82,9 @@ def units(verdicts: Iterable[Verdict]) -> list[list[float]]:
 def summary(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[str]:
     """Lines for people: what each has judged and in which time, and how far they agree."""
     known = {item.id for item in items}
+    others = sum(one.item not in known for one in verdicts)
+    lines = [f"{others} verdicts are on items that the file does not have: left out"] if others else []
     verdicts = [one for one in verdicts if one.item in known]
-    lines = []
     for name in dict.fromkeys(one.annotator for one in verdicts):
         own = [one for one in verdicts if one.annotator == name]
         skipped = sum(one.verdict is None for one in own)

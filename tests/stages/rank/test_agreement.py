@@ -25,7 +25,7 @@ def test_alpha_worked_by_hand() -> None:
 
 
 def test_alpha_of_a_published_example() -> None:
-    """Krippendorff 2011, sections C and E: four observers, twelve units, values missing; ordinal alpha 0.815."""
+    """Krippendorff 2011: four observers, twelve units, values missing; ordinal alpha 0.815."""
     observers = (
         (1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None),
         (1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3),

@@ -1,5 +1,6 @@
 """What people say of answers: asked blind and shuffled, kept, and made into rows."""
 
+import contextlib
 import io
 import json
 import os
@@ -224,6 +225,8 @@ def test_thumbs_go_by_majority(tmp_path: Path) -> None:
     says = {"anna": ["up", "up", "down"], "ben": ["up", "down", None], "cid": ["down"]}
     made = people(write(tmp_path / "rows.jsonl", [FRUIT]), says, "thumbs")
     frame, _ = checked(made, "feedback", tmp_path)
+    more = session(write(tmp_path / "rows.jsonl", [TREE]), "anna", "thumbs")  # the file has changed
+    assert rows.summary(more.items, told(more)) == ["7 verdicts are on items that the file does not have: left out"]
     assert frame.select("completion", "label").rows() == [("An apple.", True), ("A pear.", False)]
 
 
@@ -323,7 +326,8 @@ def test_a_users_mistake_is_one_message_and_a_code(
         ({"file": "gone.jsonl"}, "path = gone.jsonl: there is no such file"),
         ({"port": 1}, "--port = 1: it cannot be used"),
     ):
-        asked = {"file": "rows.jsonl", "annotator": "anna", "open": False, **options}
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        asked = {"file": "rows.jsonl", "annotator": "anna", "open": False, "terminal": "port" not in options, **options}
         if "port" in options and os.geteuid() == 0:  # root may take any port
             continue
         assert command.main(RankCommand.model_validate(asked)) == EXIT_CODES["refused"]
@@ -345,6 +349,10 @@ def test_a_signal_to_the_command_writes_the_rows(how: signal.Signals, tmp_path: 
         while not process.stdout.readline().startswith("Ctrl-C"):
             assert process.poll() is None
         os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
-        assert "next      alignflow validate" in process.stdout.read()
+        try:
+            assert "next      alignflow validate" in process.communicate(timeout=60)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert len((tmp_path / "rows.ranked.jsonl").read_text().splitlines()) == 1
     assert how == signal.SIGTERM or process.returncode == 0
