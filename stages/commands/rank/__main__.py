@@ -77,7 +77,7 @@ def main(command: RankCommand) -> int:
                     sys.stdin.reconfigure(errors="replace")
                 terminal.rank(session, sys.stdin, sys.stdout)
             else:
-                _serve(Server(session, command.port, finish), command.open)
+                serve(Server(session, command.port, finish), command.open)
         except KeyboardInterrupt:
             show()
         lines = finish()
@@ -89,7 +89,7 @@ def main(command: RankCommand) -> int:
     return 0
 
 
-def _serve(server: Server, opens: bool) -> None:
+def serve(server: Server, opens: bool) -> None:
     """Serve the page until the person has finished, or Ctrl-C.
 
     A browser is started with a file that leads to the page: other users of the machine can read its command line.

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from stages.commands.rank.__main__ import serve
+from stages.commands.rank.server import Server
 from tests.support.pictures import CHROMIUM
 from tests.support.ranking import FRUIT, session, told, write
 
@@ -158,6 +162,9 @@ def test_two_people_rank_with_keys_and_mouse_and_one_goes_on_after_a_reload(brow
         at(page, 2)
         page.get_by_role("button", name="Skip").tap()
         at(page, 3)
+        page.locator("#prompt").evaluate("prompt => { prompt.scrollTop = 40; }")
+        keys(page, "1")
+        assert page.locator("#prompt").evaluate("prompt => prompt.scrollTop") == 40  # who reads on is not thrown back
         pictured(page, "long-390-dark")
         page.get_by_role("button", name="Finish").tap()
         page.wait_for_selector("#end pre")
@@ -172,6 +179,34 @@ def test_two_people_rank_with_keys_and_mouse_and_one_goes_on_after_a_reload(brow
     assert bens.verdict == [[bens.shown[2]], [bens.shown[0]], [bens.shown[1]]] and skipped.verdict is None
     rows = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     assert [sorted(row.keys() & {"order", "comparisons"}) for row in rows] == [["comparisons"], ["order"], ["order"]]
+
+
+def test_a_browser_is_led_to_the_page_by_a_file_of_its_own(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command line, which every user of the machine can read, holds no token."""
+    server = Server(session(write(tmp_path / "rows.jsonl", ROWS)), 0, list)
+    seen: dict[str, Any] = {}
+
+    def opens(uri: str) -> None:
+        seen["uri"], seen["mode"] = uri, Path(uri.removeprefix("file://")).parent.stat().st_mode & 0o777
+        threading.Thread(target=server.serve_forever).start()  # a real browser would come when `serve` has got there
+        monkeypatch.setattr(server, "serve_forever", lambda **_: None)
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(uri)
+        page.wait_for_selector(".card")
+        seen["url"] = page.url
+        page.close()
+        server.shutdown()
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(webbrowser, "open", opens)
+    serve(server, opens=True)
+    assert server.token not in seen["uri"] and seen["mode"] == 0o700
+    assert seen["url"] == server.address.split("#")[0]
+    assert not Path(seen["uri"].removeprefix("file://")).exists()
 
 
 @pytest.mark.parametrize(("form", "verdict"), [("pairs", [[1], [0]]), ("thumbs", "down")])
