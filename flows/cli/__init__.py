@@ -24,7 +24,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 _COMMANDS = (  # in the order of the help
-    *(run.run, run.retrain, models.rollback, models.lineage, run.sweep, data.presets, data.validate, data.generate),
+    *(
+        run.run,
+        run.retrain,
+        models.rollback,
+        models.lineage,
+        run.sweep,
+        data.presets,
+        data.validate,
+        data.generate,
+        data.rank,
+    ),
     *(
         run.stage,
         models.compare,
@@ -40,9 +50,9 @@ _COMMANDS = (  # in the order of the help
 for _command in _COMMANDS:
     app.command()(_command)
 
-FOR_OTHERS = {"validate", "generate", "export", "presets"}
+FOR_OTHERS = {"validate", "generate", "rank", "export", "presets"}
 """Commands whose files a user asks for by name: they keep the user's umask. What others make is the home's."""
-BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
+BY_THEMSELVES = {"run", "sweep", "stage", "validate", "rank", "presets", "ui", "up"}
 """Commands that need no server, and use one only where the environment or the config's pools say so."""
 
 
