@@ -107,9 +107,8 @@ _ESCAPED = r"(?:^|[^\\])(?:\\\\)*\\u00(?:0[1-8bef]|1[0-9a-f])"
 
 def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
-    contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
-    texts = (contents, *answers_of(context.params.kind))
-    hides = [text.str.contains(HIDING) for text in texts]
+    hides = [pl.col("prompt").list.eval(pl.element().struct.field("content").str.contains(HIDING)).list.any()]
+    hides += [text.str.contains(HIDING) for text in answers_of(context.params.kind)]
     hides += [text.str.contains(rf"{HIDING}|{_ESCAPED}") for text in tools_of(frame)]
     yield from (note(row, "hidden_characters") for row in frame.filter(pl.any_horizontal(hides))["row"])
 
