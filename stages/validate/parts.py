@@ -9,7 +9,7 @@ from schemas.rows import may_repeat
 from stages.engine.tables import PARTS
 from stages.engine.tables.derive import counted
 
-_GROUP = 50_000
+_AT_ONCE, _GROUP = 10_000, 50_000  # rows
 
 
 def part(params: ValidateParams) -> pl.Expr:
@@ -43,4 +43,5 @@ def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int
 def store(table: pl.LazyFrame, folder: Path, kind: str) -> None:
     """Write the rows of a kind as Parquet. They are never in memory a second time."""
     folder.mkdir(exist_ok=True)
-    table.sink_parquet(folder / f"{kind}.parquet", compression_level=1, row_group_size=_GROUP)
+    with pl.Config(streaming_chunk_size=_AT_ONCE):
+        table.sink_parquet(folder / f"{kind}.parquet", compression_level=1, row_group_size=_GROUP)

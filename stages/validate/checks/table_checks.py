@@ -118,9 +118,10 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
 
     Notes rows that are left out since other data may hold their prompts out.
     """
-    side = part(context.params)
+    frame = frame.with_columns(part=part(context.params))
+    side = pl.col("part")
     yield from (note(row, "held_out_elsewhere") for row in frame.filter(side == "none")["row"])
-    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame.with_columns(part=side)))
+    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame))
     if context.evaluation is None:
         return
     clusters = evaluation_prompts(context, "cluster")["cluster"].unique()
