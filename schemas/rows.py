@@ -230,9 +230,8 @@ def may_repeat(frame: pl.DataFrame, content: Iterable[str | pl.Expr]) -> pl.Seri
     key = pl.struct(*content).hash()
     parts = (frame.slice(start, _SLICE) for start in range(0, frame.height or 1, _SLICE))
     hashes = pl.concat([part.select(key).to_series() for part in parts])
-    ordered = hashes.sort()  # takes a fraction of the memory that `is_duplicated` does
-    again = ordered.filter(ordered == ordered.shift())
-    return hashes.is_in(again.implode())
+    ordered = hashes.sort()  # in a fraction of the time and memory that `is_duplicated` takes
+    return hashes.is_in(ordered.filter(ordered == ordered.shift()).implode())
 
 
 # Unicode's default ignorables: zero-width and variation marks, soft hyphens, fillers, marks of direction, tags.

@@ -231,8 +231,10 @@ def _as_lines(chunk: list[Record]) -> Chunk:
         encoded = [line.encode() for line in lines]
     except UnicodeEncodeError:
         return chunk
+    if len(encoded) < len(chunk):
+        return chunk
     numbers = [record.line for record in chunk if record.line is not None]
-    return Lines(pl.Series(encoded, dtype=pl.Binary), numbers, [record.raw for record in chunk]) if len(encoded) == len(chunk) else chunk
+    return Lines(pl.Series(encoded, dtype=pl.Binary), numbers, [record.raw for record in chunk])
 
 
 _SCALARS = (pl.String, pl.Boolean, pl.Int64, pl.Int32, pl.Int16, pl.Int8, pl.UInt64, pl.UInt32, pl.UInt16, pl.UInt8)

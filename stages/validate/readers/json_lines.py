@@ -41,8 +41,8 @@ class Lines(NamedTuple):
     def records(self, places: Iterable[int] | None = None) -> Iterator[Record]:
         """The rows of the lines, or of those at some places."""
         decoder = Decoder()
-        wanted = range(len(self.lines)) if places is None else list(places)
-        for place, line in zip(wanted, self.lines if places is None else self.lines.gather(wanted), strict=True):
+        wanted = list(range(len(self.lines)) if places is None else places)
+        for place, line in zip(wanted, self.lines.gather(wanted), strict=True):
             number = None if self.numbers is None else self.numbers[place]
             record = _parse(line, number, decoder)
             yield record if self.raw is None else record._replace(raw=self.raw[place])
@@ -51,8 +51,8 @@ class Lines(NamedTuple):
         """Some of the lines."""
         if begin == 0 and rows >= len(self.lines):
             return self
-        lines, *others = (None if values is None else values[begin : begin + rows] for values in self[:3])
-        return Lines(lines, *others)
+        own = slice(begin, begin + rows)
+        return Lines(self.lines[own], self.numbers and self.numbers[own], self.raw and self.raw[own])
 
 
 def lines_of(file: Path) -> Iterator[Lines]:
@@ -83,13 +83,10 @@ def _split(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, Lines]]:
             block = block.removeprefix(codecs.BOM_UTF8) if first == 1 else block
             block = block if block.endswith(b"\n") else block + b"\n"
             lines = _cut(block)
-            sizes = lines.bin.size()
-            if sizes.max() > bounds.LINE_BYTES:  # type: ignore[operator]
-                raise bounds.refuse_long(file, f"line {first + (sizes > bounds.LINE_BYTES).arg_true()[0]}")
-            if (lines.bin.starts_with(b"{") & lines.bin.ends_with(b"}")).all():  # nothing to take off, and none is blank
-                yield first, Lines(lines, block=block)
-            else:
-                yield first, Lines(_stripped(lines.to_list()))
+            if (long := lines.bin.size() > bounds.LINE_BYTES).any():
+                raise bounds.refuse_long(file, f"line {first + long.arg_true()[0]}")
+            bare = (lines.bin.starts_with(b"{") & lines.bin.ends_with(b"}")).all()  # of space; and none is blank
+            yield first, Lines(lines, block=block) if bare else Lines(_stripped(lines.to_list()))
             first += len(lines)
         return
     with text_of(stream, "\n") as text:
