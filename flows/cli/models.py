@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from flows.cli.child import start
+from flows.cli.options import AsJson, show_json
 
 
 def rollback(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+        str | None, typer.Argument(metavar="MODEL", help="Registered model; default the only one with a champion.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Restore the previous champion. A version that was rolled back is not promoted again.
 
@@ -24,6 +26,8 @@ def rollback(
     from schemas.text import show
 
     bad, restored = registry.rollback(model)
+    if as_json:
+        return show_json({"model": restored.model, "champion": restored.number, "rolled_back": bad.number})
     show(f"restored {restored} as champion; rolled back version {bad.number}")
 
 
@@ -31,7 +35,7 @@ def lineage(
     what: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
     ],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """From a model back to the rows it was trained on; from a data file to every model that saw it.
 
@@ -45,12 +49,12 @@ def lineage(
     from schemas.text import show
 
     tree = trace.lineage(what)
-    show(trace.as_json(tree) if json else trace.as_text(tree))
+    show(trace.as_json(tree) if as_json else trace.as_text(tree))
 
 
 def compare(
     pipeline: Annotated[
-        str | None, typer.Argument(metavar="[PIPELINE_RUN]", help="A pipeline run's id, or its config's name.")
+        str | None, typer.Argument(metavar="RUN", help="A pipeline run's id, or its config's name.")
     ] = None,
 ) -> None:
     """Print the table of the last pipeline run, and the path of its report.
@@ -72,6 +76,7 @@ def compare(
 def export(
     model: Annotated[str, typer.Argument(help="A name in the last run (dpo), models:/NAME@ALIAS or runs:/ID/model.")],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a model to a folder that plain transformers loads, with a model card.
 
@@ -83,7 +88,10 @@ def export(
     from flows.results.export import export as write
     from schemas.text import show
 
-    show(f"{model} is in {write(model, out)}, with a model card in README.md")
+    folder = write(model, out)
+    if as_json:
+        return show_json({"model": model, "folder": str(folder)})
+    show(f"{model} is in {folder}, with a model card in README.md")
 
 
 def chat(

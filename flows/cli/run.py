@@ -6,16 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.child import run_python
+from flows.cli.options import AsJson, Config, DryRun, Overrides, show_json
 
 if TYPE_CHECKING:
     from flows.planning.plan import Plan
-
-Config = Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. Can be repeated."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
 
 
 def run(
@@ -123,7 +117,7 @@ def stage(
     raise typer.Exit(run_python("stages", name, request))
 
 
-def submit(config: Config, overrides: Overrides = []) -> None:
+def submit(config: Config, overrides: Overrides = [], as_json: AsJson = False) -> None:
     """Start the deployed pipeline, which a worker runs, and don't wait for it.
 
     The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by
@@ -138,7 +132,11 @@ def submit(config: Config, overrides: Overrides = []) -> None:
     from flows.submit import submit as start
     from schemas.text import show
 
-    show(start(config_file.load(config, overrides, here=False).config))
+    planned = config_file.load(config, overrides, here=False)
+    run, page = start(planned.config, overrides)
+    if as_json:
+        return show_json({"run": run, "name": planned.config.name, "page": page})
+    show(f"{planned.config.name}: {page}")
 
 
 def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
