@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from prefect import Task, flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import TerminationSignal
@@ -20,8 +21,9 @@ from flows.execution.work_pool import run_placed
 from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
 from flows.planning.plan import Node, Plan, last_test, plan
+from flows.planning.plan import until as nodes_until
 from flows.planning.requests import request_for
-from flows.results.announce import report
+from flows.results import announce, history
 from flows.servers import checks, supervisor
 from flows.servers.local_prefect import has_shared_server, local_prefect
 from schemas.config import PipelineConfig
@@ -79,23 +81,40 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
-def pipeline(config: PipelineConfig) -> State[Any]:
-    """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
+def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
+    """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop.
+
+    `until`: the last stage, by its name or its node's; None: all. What differs from the config's file are tags.
+    """
+    changed = [tag for tag in flow_run.tags if "=" in tag]
+    with history.recorded(str(flow_run.id), config.name, changed) as entry:
+        return run_config(config, until, entry)
+
+
+def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) -> State[Any]:
+    """The flow's final state."""
     process.begin()
     try:
         prepare(config)
         planned = plan(config)  # here again: a worker is given the config alone
+        planned = planned if until is None else nodes_until(planned, until)
     except StageError as error:
+        entry.fail(error)
         return Failed(message=str(error), data=error)
     with process.stages_of_flow():
         results, errors = run_nodes(planned, str(flow_run.id))
-        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+        whole = until is None and not errors
+        if planned.config.sweep and whole and (tests := last_test(planned, sweep.winner(results))) is not None:
             results, errors = run_nodes(tests, str(flow_run.id), results)
             planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
-    report(planned, results)
+    entry.count(results)
+    announce.report(planned, results)
     if errors:
         first = next(iter(errors.values()))
+        entry.fail(first)
         return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
+    if (compared := announce.compared(results)) is not None:
+        entry.note(best=compared.best())
     _done[str(flow_run.id)] = results
     reused = sum(result.reused for result in results.values())
     return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
@@ -171,10 +190,19 @@ def longest_chain_first(nodes: list[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: -depth[node.name])
 
 
-def run(planned: Plan) -> dict[str, Result]:
-    """Run the pipeline from this process and wait for it: node name -> Result.
+@dataclass(frozen=True)
+class Finished:
+    """A pipeline all of whose stages are done: the flow run's id, and node name -> Result."""
 
-    When all stages are done, a Prefect server that cannot record it is a warning.
+    run: str
+    results: dict[str, Result]
+
+
+def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) -> Finished:
+    """Run the pipeline from this process and wait for it.
+
+    `changed`: what differs from the config's file, `key=value`; `until` as in the flow. When all stages are done, a
+    Prefect server that cannot record it is a warning.
 
     Raises:
         StageError: a stage stopped, with its problem and status; or the run was stopped by Ctrl-C or SIGTERM (status
@@ -183,12 +211,14 @@ def run(planned: Plan) -> dict[str, Result]:
     config = planned.config
     _done.clear()
     try:
-        return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+        with tags(*changed):
+            run_locally(lambda: pipeline(config, until))
     except Exception as error:
         if isinstance(error, StageError) or not _done:
             raise
         log.warning("All stages are done; Prefect could not record the end of the run (%s).", type(error).__name__)
-        return next(iter(_done.values()))
+    ((flow_run_id, results),) = _done.items()
+    return Finished(flow_run_id, results)
 
 
 def run_locally(call: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import data, models, run, servers
+from flows.cli import data, history, models, run, servers
 from flows.cli.options import Group, register
 from flows.execution import settings_files
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
 register(app, "Data and configs", data.presets, data.schema, data.validate, data.generate)
-register(app, "Look", models.compare, models.lineage, models.chat, models.export)
+register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
 register(app, "Serve", models.rollback, servers.ui, servers.up, servers.deploy, servers.clean)
 register(app, "", run.stage)
 

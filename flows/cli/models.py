@@ -1,4 +1,4 @@
-"""Commands for the models that runs have left: compare, export, chat, trace back, roll back."""
+"""Commands for the models that runs have left: export, chat, trace back, roll back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -50,27 +50,6 @@ def lineage(
 
     tree = trace.lineage(what)
     show(trace.as_json(tree) if as_json else trace.as_text(tree))
-
-
-def compare(
-    pipeline: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A pipeline run's id, or its config's name.")
-    ] = None,
-) -> None:
-    """Print the table of the last pipeline run, and the path of its report.
-
-    Examples:
-
-    - alignflow compare
-    - alignflow compare demo
-    """
-    from flows.results.lookup import comparison
-    from schemas.text import show
-
-    last = comparison(pipeline)
-    show(f"pipeline run {last.pipeline_run}\n")
-    show((last.folder / "table.txt").read_text())
-    show(f"report: {last.folder / 'report.html'}")
 
 
 def export(

@@ -1,8 +1,9 @@
 """What commands have in common: options, the groups of the help, how a command looks there, and results as JSON."""
 
 import json
+import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -25,6 +26,9 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _VALUES = {int: "N", float: "NUMBER", str: "TEXT"}
 
@@ -67,3 +71,15 @@ def show_json(value: object) -> None:
     from schemas.text import show
 
     show(json.dumps(value, indent=2, default=str))
+
+
+def show_text(build: "Callable[[int, bool], Text]") -> None:
+    """Print a text on stdout. `build` is told the width, and whether a terminal shows styles and links."""
+    from schemas.text import show
+
+    if not sys.stdout.isatty():
+        return show(build(80, False).plain)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(build(console.width, True), soft_wrap=True)

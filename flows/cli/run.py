@@ -1,15 +1,18 @@
 """Commands that run something: the whole pipeline, a retraining, a sweep, one stage, or a deployed pipeline."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.child import run_python
-from flows.cli.options import AsJson, Config, DryRun, Overrides, show_json
+from flows.cli.options import AsJson, Config, DryRun, Overrides, show_json, show_text
 
 if TYPE_CHECKING:
     from flows.planning.plan import Plan
+    from schemas.stage import Result
 
 
 def run(
@@ -18,7 +21,11 @@ def run(
         str | None, typer.Option(help="Comma-separated seeds: every method is trained once per seed.")
     ] = None,
     overrides: Overrides = [],
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage and what it needs: --until sft.")
+    ] = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
@@ -31,19 +38,20 @@ def run(
     - alignflow run demo --seeds 0,1,2
     - alignflow run demo --set align.dpo.beta=0.2
     - alignflow run smollm2 --set data.preference.path=pairs.jsonl --dry-run
-    - alignflow run my.yaml
+    - alignflow run my.yaml --until sft
     """
     from flows.planning import config_file, sweep
 
     if seeds is not None:
         overrides = [*overrides, f"seeds={sweep.numbers('--seeds', seeds, int)}"]
-    _run(config_file.load(config, overrides), dry_run)
+    _run(config_file.load(config, overrides), overrides, dry_run, as_json, until)
 
 
 def retrain(
     config: Config,
     overrides: Overrides = [],
     force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
 
@@ -55,8 +63,14 @@ def retrain(
     - alignflow retrain my.yaml --set promote.candidate=dpo
     """
     from flows import retrain as flow
+    from schemas.text import show
 
-    flow.run(config, overrides, force)
+    outcome = flow.run(config, overrides, force)
+    if as_json:
+        version, decision = outcome.version and str(outcome.version), outcome.decision
+        about = {"outcome": outcome.ending, "message": outcome.message, "version": version}
+        return show_json(about | {"decision": decision and decision.model_dump(mode="json")})
+    show(f"{outcome.ending}: {outcome.message}")
 
 
 def sweep(
@@ -78,6 +92,7 @@ def sweep(
     name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
     overrides: Overrides = [],
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run methods x beta (x learning rate) x seeds from one SFT model; show judge score against distance.
 
@@ -94,8 +109,8 @@ def sweep(
     from schemas.text import show
 
     plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name, learning_rate)
-    results = _run(plan, dry_run)
-    if results is not None:
+    results = _run(plan, [f"sweep={plan.config.sweep}", *overrides], dry_run, as_json)
+    if results is not None and not as_json:
         show(sweeping.tokens_line(plan.config, results))
 
 
@@ -139,23 +154,36 @@ def submit(config: Config, overrides: Overrides = [], as_json: AsJson = False) -
     show(f"{planned.config.name}: {page}")
 
 
-def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
-    """Run a plan and return its results; or print what it would do.
+def _run(
+    plan: "Plan", changed: Sequence[str], dry_run: bool, as_json: bool, until: str | None = None
+) -> "dict[str, Result] | None":
+    """Run a plan, print what came out and return its results; or print what it would do.
 
     It uses the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its experiment's
     artifacts are behind MLflow's server.
     """
+    from flows.planning.plan import until as nodes_until
     from flows.servers import address_file
     from stages import tracking
 
+    plan = plan if until is None else nodes_until(plan, until)
     if address_file.found() is not None and (plan.config.pools or tracking.behind_server(plan.config.name)):
         address_file.adopt()
     if dry_run:
+        from flows.planning.dry_run import as_json as planned
         from flows.planning.dry_run import outlook
         from schemas.text import show
 
-        show(outlook(plan))
+        show_json(planned(plan)) if as_json else show(outlook(plan))
         return None
     from flows import pipeline
+    from flows.results import announce
 
-    return pipeline.run(plan)
+    began = time.monotonic()
+    finished = pipeline.run(plan, changed, until)
+    summary = announce.summary(finished.run, plan.config.name, finished.results, time.monotonic() - began)
+    if as_json:
+        show_json(summary.as_json())
+    else:
+        show_text(summary.text)
+    return finished.results
