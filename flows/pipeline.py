@@ -15,7 +15,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows.execution import process
+from flows.execution import live, process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
@@ -66,11 +66,13 @@ def start_again(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 def run_node(name: str, request: Request, pool: str | None = None) -> Result | State[Any]:
     """One stage, here or on a work pool. When it stops, the task fails with the stage's problem."""
     logger = get_run_logger()
-    if pool is not None:
-        result = run_placed(request, pool, logger)
-    else:
-        lease = stage_lease(request.key(), logger) if has_shared_server() else None
-        result = process.run_stage(request, logger, lease)
+    with live.stage(name) as line:
+        if pool is not None:
+            result = run_placed(request, pool, logger)
+        else:
+            lease = stage_lease(request.key(), logger) if has_shared_server() else None
+            result = process.run_stage(request, logger, lease)
+        line.result = result
     if result.status == "done":
         return result
     assert result.error is not None
@@ -144,6 +146,7 @@ def run_nodes(
     """
     # Not `wait_for` of Prefect's tasks: each waiting one holds a thread, and the longest chain could not go first.
     config, results = planned.config, dict(known or {})
+    live.expect(planned.nodes)
     errors: dict[str, StageError] = {}
     waiting = longest_chain_first(list(planned.nodes.values()))
     running: dict[str, Request] = {}
@@ -236,6 +239,6 @@ def run_locally(call: Callable[[], T]) -> T:
                 database.result()
                 return call()
     except (KeyboardInterrupt, TerminationSignal):
-        fix = "start it again: finished stages are reused, and training resumes from its last checkpoint"
-        message = "the run was stopped from outside."
-        raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
+        where = "; ".join(process.stopped()) or "the run was stopped"
+        message = f"{where}; run the same command to resume"
+        raise StageError(message, status="preempted", kind="preempted") from None

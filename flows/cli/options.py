@@ -25,10 +25,14 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. Can be repeated."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: warnings, errors and the result.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log's lines, also on a terminal.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from flows.execution.live import Loudness
 
 _VALUES = {int: "N", float: "NUMBER", str: "TEXT"}
 
@@ -64,6 +68,11 @@ def register(app: typer.Typer, group: str, *commands: Callable[..., Any]) -> Non
     """Add commands to a group of the help, in this order; those of no group are hidden."""
     for command in commands:
         app.command(cls=Command, rich_help_panel=group or None, hidden=not group)(command)
+
+
+def loudness(quiet: bool, verbose: bool) -> "Loudness":
+    """How much of a run is shown while it goes on."""
+    return "quiet" if quiet else "verbose" if verbose else "usual"
 
 
 def show_json(value: object) -> None:

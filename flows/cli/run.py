@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.child import run_python
-from flows.cli.options import AsJson, Config, DryRun, Overrides, show_json, show_text
+from flows.cli.options import AsJson, Config, DryRun, Overrides, Quiet, Verbose, loudness, show_json, show_text
 
 if TYPE_CHECKING:
+    from flows.execution.live import Loudness
     from flows.planning.plan import Plan
     from schemas.stage import Result
 
@@ -26,6 +27,8 @@ def run(
     ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
@@ -44,7 +47,7 @@ def run(
 
     if seeds is not None:
         overrides = [*overrides, f"seeds={sweep.numbers('--seeds', seeds, int)}"]
-    _run(config_file.load(config, overrides), overrides, dry_run, as_json, until)
+    _run(config_file.load(config, overrides), overrides, dry_run, as_json, loudness(quiet, verbose), until)
 
 
 def retrain(
@@ -52,6 +55,8 @@ def retrain(
     overrides: Overrides = [],
     force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
 
@@ -63,9 +68,11 @@ def retrain(
     - alignflow retrain my.yaml --set promote.candidate=dpo
     """
     from flows import retrain as flow
+    from flows.execution import live
     from schemas.text import show
 
-    outcome = flow.run(config, overrides, force)
+    with live.watched(loudness(quiet, verbose)):
+        outcome = flow.run(config, overrides, force)
     if as_json:
         version, decision = outcome.version and str(outcome.version), outcome.decision
         about = {"outcome": outcome.ending, "message": outcome.message, "version": version}
@@ -93,6 +100,8 @@ def sweep(
     overrides: Overrides = [],
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run methods x beta (x learning rate) x seeds from one SFT model; show judge score against distance.
 
@@ -109,7 +118,7 @@ def sweep(
     from schemas.text import show
 
     plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name, learning_rate)
-    results = _run(plan, [f"sweep={plan.config.sweep}", *overrides], dry_run, as_json)
+    results = _run(plan, [f"sweep={plan.config.sweep}", *overrides], dry_run, as_json, loudness(quiet, verbose))
     if results is not None and not as_json:
         show(sweeping.tokens_line(plan.config, results))
 
@@ -155,7 +164,12 @@ def submit(config: Config, overrides: Overrides = [], as_json: AsJson = False) -
 
 
 def _run(
-    plan: "Plan", changed: Sequence[str], dry_run: bool, as_json: bool, until: str | None = None
+    plan: "Plan",
+    changed: Sequence[str],
+    dry_run: bool,
+    as_json: bool,
+    loudness: "Loudness",
+    until: str | None = None,
 ) -> "dict[str, Result] | None":
     """Run a plan, print what came out and return its results; or print what it would do.
 
@@ -177,10 +191,12 @@ def _run(
         show_json(planned(plan)) if as_json else show(outlook(plan))
         return None
     from flows import pipeline
+    from flows.execution import live
     from flows.results import announce
 
     began = time.monotonic()
-    finished = pipeline.run(plan, changed, until)
+    with live.watched(loudness):
+        finished = pipeline.run(plan, changed, until)
     summary = announce.summary(finished.run, plan.config.name, finished.results, time.monotonic() - began)
     if as_json:
         show_json(summary.as_json())
