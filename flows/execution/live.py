@@ -134,8 +134,8 @@ class View:
             over, total = self.over, max(len(self.names), 1)
         turning, width = _TURNING[self.plain], max(6, min(30, self.console.width - 68))
         grid = Table.grid(padding=(0, 1), expand=True)
-        for _ in range(4):
-            grid.add_column(no_wrap=True)
+        for justify in ("left", "left", "left", "right"):
+            grid.add_column(no_wrap=True, justify=justify)
         grid.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
         grid.add_column(no_wrap=True, justify="right")
         for line in running:

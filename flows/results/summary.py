@@ -119,4 +119,6 @@ def readable_seconds(seconds: float) -> str:
 
 
 def _wrapped(sentence: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(visible(sentence), width))
+    """On lines of a width; no percentage is torn from its sign."""
+    joined = visible(sentence).replace(" %", "\u00a0%")
+    return "\n".join(textwrap.wrap(joined, width)).replace("\u00a0%", " %")

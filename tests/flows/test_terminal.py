@@ -4,15 +4,21 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from rich.style import Style
 from typer.testing import CliRunner, Result
 
 from flows import cli
 from flows.planning import config_file
+from flows.planning.plan import until
+from flows.results.summary import Compared, Summary, readable_seconds
 from schemas.config import PipelineConfig
+from schemas.errors import StageError
+from schemas.stage import Result as Done
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +96,91 @@ def test_presets_name_the_schema_and_fit_it() -> None:
         assert not config_file.headline(file).startswith("yaml-language-server")
     assert json.loads(alignflow("presets", "--json").stdout)["demo"].startswith("The whole pipeline in under three")
     assert json.loads(alignflow("presets", "demo", "--json").stdout)["name"] == "demo"
+
+
+# --- what a run says at its end ---
+
+FINDINGS = ["Head to head: dpo beats kto 58 % [54, 61].", "All aligned models clearly better than SFT."]
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Compared:
+    """A comparison as stage `compare` leaves it, with tables for two widths."""
+    wide = "Model  Judge  Length  Distinct-2\ndpo    2.44  15.5  0.13"
+    numbers = {"findings": [*FINDINGS, "Intervals."], "covers": "Intervals.", "best": ["dpo"], "sources": ""}
+    numbers |= {"notes": ["SFT without alignment: 1.05."], "tables": {"80": "Model  Judge\ndpo    2.44", "120": wide}}
+    (tmp_path / "comparison.json").write_text(json.dumps(numbers))
+    (tmp_path / "table.json").write_text(json.dumps([{"model": "dpo"}]))
+    (tmp_path / "table.txt").write_text("the old text\n")
+    return Compared(tmp_path)
+
+
+def summary(compared: Compared, **more: Any) -> Summary:
+    results = {"sft": Done(status="done", key="a"), "dpo": Done(status="done", key="b", reused=True)}
+    links = {"metrics": "http://127.0.0.1:5000/#/m", "answers": "http://127.0.0.1:5000/#/a"}
+    given = {"links": links, "first": "  (start `alignflow ui`)", **more}
+    return Summary("8634f932-aaa5", "demo", results, 326.0, compared, **given)
+
+
+def test_the_finding_comes_first_and_the_table_fits(compared: Compared) -> None:
+    narrow, wide = compared.text(80).plain, compared.text(150).plain
+    assert narrow.startswith(f"{FINDINGS[0]}\n\nModel  Judge\ndpo    2.44\n{FINDINGS[1]}\nSFT without")
+    assert "Distinct-2" in wide and "Distinct-2" not in compared.text(119).plain
+    assert compared.text(30).plain.startswith("Head to head: dpo beats kto\n58 %")
+
+
+def test_of_an_older_comparison_the_text_is_shown_as_it_is(compared: Compared) -> None:
+    numbers = json.loads((compared.folder / "comparison.json").read_text())
+    (compared.folder / "comparison.json").write_text(json.dumps({"findings": numbers["findings"], "covers": ""}))
+    assert compared.text(80).plain == "the old text" and compared.best() == []
+
+
+def test_addresses_are_behind_words_on_a_terminal_and_whole_in_a_pipe(compared: Compared) -> None:
+    shown, piped = summary(compared).text(80, terminal=True), summary(compared).text(80, terminal=False).plain
+    assert (
+        "http" not in shown.plain and "MLflow  metrics and answers side by side  (start `alignflow ui`)" in shown.plain
+    )
+    assert "http://127.0.0.1:5000/#/m" in {span.style.link for span in shown.spans if isinstance(span.style, Style)}
+    assert "metrics side by side in MLflow: http://127.0.0.1:5000/#/m  (start `alignflow ui`)\n" in piped
+    assert f"report  {compared.report}" in piped and "report  alignflow report" in shown.plain
+    for text in (shown.plain, piped):
+        assert "run     8634f932  demo: 2 stages, 1 reused, 5 min 26 s\n" in text
+        assert "next    alignflow chat dpo --versus sft" in text
+
+
+def test_the_first_of_several_seeds_is_no_model_to_chat_with(compared: Compared) -> None:
+    numbers = json.loads((compared.folder / "comparison.json").read_text()) | {"best": ["dpo 0.1"]}
+    (compared.folder / "comparison.json").write_text(json.dumps(numbers))
+    assert "next" not in summary(compared).text(80, terminal=False).plain
+
+
+def test_a_program_gets_everything(compared: Compared) -> None:
+    made = json.loads(json.dumps(summary(compared).as_json()))
+    assert made["run"] == "8634f932-aaa5" and made["stages"]["dpo"]["reused"] is True
+    assert made["comparison"]["best"] == ["dpo"] and made["comparison"]["table"] == [{"model": "dpo"}]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59.4, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")]
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert readable_seconds(seconds) == text
+
+
+# --- a run up to a stage ---
+
+
+def test_until_takes_a_stage_and_what_it_needs() -> None:
+    planned = config_file.load("demo")
+    assert list(until(planned, "sft").nodes) == ["base", "data sft", "sft"]
+    assert (
+        set(until(planned, "eval sft").nodes) >= {"sft", "eval sft"} and "dpo" not in until(planned, "eval sft").nodes
+    )
+    assert set(until(planned, "compare").nodes) == set(planned.nodes)
+    with pytest.raises(StageError, match=r"--until = stf: the run has no such stage\. Fix: name one of base, validate"):
+        until(planned, "stf")
+
+
+def test_without_runs_the_list_says_how_to_start_one(home: Path) -> None:
+    assert alignflow("runs").stdout == "No run yet. Start one with: alignflow run demo\n"
+    assert json.loads(alignflow("runs", "--json").stdout) == []
