@@ -20,8 +20,8 @@ from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
+from flows.planning.nodes import until as nodes_until
 from flows.planning.plan import Node, Plan, last_test, plan
-from flows.planning.plan import until as nodes_until
 from flows.planning.requests import request_for
 from flows.results import announce, history
 from flows.servers import checks, supervisor

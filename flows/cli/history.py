@@ -70,7 +70,7 @@ def compare(
         return show_json(about | compared.numbers())
     shown = [("run", about["run"])] if "run" in about else []
     below = "".join(f"\n{label:8}{value}" for label, value in [*shown, ("report", compared.report)])
-    show_text(lambda width, terminal: compared.text(width).append(f"\n{below}", "not bold"))
+    show_text(lambda width, terminal: compared.text(width).append(f"\n{below}"))
 
 
 def report(run: Run = None, as_json: AsJson = False) -> None:

@@ -176,7 +176,7 @@ def _run(
     It uses the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its experiment's
     artifacts are behind MLflow's server.
     """
-    from flows.planning.plan import until as nodes_until
+    from flows.planning.nodes import until as nodes_until
     from flows.servers import address_file
     from stages import tracking
 

@@ -38,6 +38,7 @@ _SCORES = {
 }
 """What is shown of an evaluation that is done."""
 _TURNING = ("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "-\\|/")
+_BAR = dict.fromkeys(("complete_style", "finished_style", "pulse_style"), "cyan")
 _MARKS = {"done": ("✓", "+"), "failed": ("✗", "x")}
 """Each for a terminal that shows Unicode, and for one that does not."""
 
@@ -53,6 +54,8 @@ class Line:
     unit: str = ""
     what: str = ""
     """Its metrics; before there are any, what it says last."""
+    told: str = ""
+    """The last metrics that there were."""
     ends: float | None = None
     """When it would be done, by its own estimate."""
     result: Result | None = None
@@ -66,6 +69,7 @@ class Line:
             return
         self.done, self.total, self.unit = int(found["done"]), int(found["total"]), found["unit"]
         self.what, self.ends = found["what"] or "", None
+        self.told = self.what or self.told
         if found["left"]:
             seconds = 0
             for part in found["left"].split(":"):
@@ -76,7 +80,7 @@ class Line:
         """What it came to, once it is done."""
         metrics = self.result.metrics if self.result is not None else {}
         scores = [form.format(metrics[name]) for name, form in _SCORES.items() if name in metrics]
-        return "  ".join(scores) or (self.what if self.total else "")
+        return "  ".join(scores).replace("%", " %") or self.told
 
 
 class View:
@@ -143,7 +147,7 @@ class View:
             grid.add_row(
                 Text(turning[int(8 * now) % len(turning)], "cyan"),
                 Text(self.named(line.name)),
-                ProgressBar(max(line.total, 1), line.done, width=width, pulse=not line.total),
+                ProgressBar(max(line.total, 1), line.done, width=width, pulse=not line.total, **_BAR),
                 Text(f"{line.done}/{line.total}" if line.total else ""),
                 Text(f"{line.unit}  {line.what}" if line.total else line.what, "" if line.total else "dim"),
                 Text(left, "dim"),
@@ -176,7 +180,9 @@ class Messages(logging.Handler):
         level = record.levelname.lower()
         where = f"{stage}: " if stage and not message.startswith(stage) else ""
         style = "yellow" if record.levelno < logging.ERROR else "red"
-        self.console.print(Text.assemble((f"{level}: ", style), f"{where}{message}"), soft_wrap=True)
+        self.console.print(
+            Text.assemble((f"{level}: ", style), f"{where}{message}"), soft_wrap=not self.console.is_terminal
+        )
 
 
 _view: View | None = None
@@ -230,6 +236,8 @@ def watched(loudness: Loudness) -> Iterator[None]:
         with Live(view, console=console, refresh_per_second=8, transient=True, redirect_stdout=sys.stdout.isatty()):
             yield
     finally:
+        if view is not None:
+            console.print()  # apart from what the command prints now
         root.handlers, _view = before, None
         os.environ.pop(LIVE, None)
 

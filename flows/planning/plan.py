@@ -59,22 +59,6 @@ def plan(config: PipelineConfig) -> Plan:
     return Plan(config, planner.nodes)
 
 
-def until(planned: Plan, last: str) -> Plan:
-    """The nodes of a plan up to one, by its name or its stage's, each with all that it needs.
-
-    Raises:
-        StageError: the plan has no such node.
-    """
-    wanted = {name for name, node in planned.nodes.items() if last in (name, node.stage)}
-    if not wanted:
-        stages = dict.fromkeys(node.stage for node in planned.nodes.values())
-        fix = f"name one of {', '.join(stages)}, or one as `--dry-run` lists it"
-        raise refuse("--until", last, "the run has no such stage.", fix)
-    for name, node in reversed(planned.nodes.items()):
-        wanted |= node.needs if name in wanted else set()
-    return Plan(planned.config, {name: node for name, node in planned.nodes.items() if name in wanted})
-
-
 def promotion(before: Plan, champion: bool, seed: int | None = None) -> Plan:
     """What retraining does after a plan: candidate, SFT model and champion, when there is one, answer for the gate, and
     it decides on the candidate. `seed`: of their answers; default the config's.

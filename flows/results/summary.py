@@ -46,13 +46,13 @@ class Compared:
             return Text(visible((self.folder / "table.txt").read_text().rstrip()))
         first, *others = numbers["findings"]
         table = tables[max((at for at in tables if at <= width), default=min(tables))]
-        text = Text(_wrapped(first, width), "bold").append(f"\n\n{visible(table)}\n", "not bold")
+        text = Text.assemble((_wrapped(first, width), "bold"), f"\n\n{visible(table)}\n")
         for sentence in [line for line in others if line != numbers["covers"]]:
-            text.append(f"{_wrapped(sentence, width)}\n", "not bold")
+            text.append(f"{_wrapped(sentence, width)}\n")
         for sentence in [*numbers["notes"], *(line for line in others if line == numbers["covers"])]:
-            text.append(f"{_wrapped(sentence, width)}\n", "not bold dim")
+            text.append(f"{_wrapped(sentence, width)}\n", "dim")
         if numbers["sources"]:
-            text.append(f"\n{visible(numbers['sources'])}\n", "not bold")
+            text.append(f"\n{visible(numbers['sources'])}\n")
         text.rstrip()
         return text
 

@@ -1,6 +1,8 @@
 """What the command line prints, and where: help, completion, results as text and as JSON, and the view of a run."""
 
+import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -12,12 +14,13 @@ import pytest
 from rich.style import Style
 from typer.testing import CliRunner, Result
 
-from flows import cli
+from flows import cli, pipeline
 from flows.planning import config_file
-from flows.planning.plan import until
+from flows.planning.nodes import until
 from flows.results.summary import Compared, Summary, readable_seconds
+from flows.servers import local_prefect
 from schemas.config import PipelineConfig
-from schemas.errors import StageError
+from schemas.errors import EXIT_CODES, StageError
 from schemas.stage import Result as Done
 
 
@@ -165,6 +168,50 @@ def test_a_program_gets_everything(compared: Compared) -> None:
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert readable_seconds(seconds) == text
+
+
+# --- Ctrl-C ---
+
+
+@pytest.mark.parametrize(
+    ("stopped", "message"),
+    [
+        (
+            ["ppo stopped after step 8 of 94, saved"],
+            "ppo stopped after step 8 of 94, saved; run the same command to resume",
+        ),
+        (["dpo stopped", "kto stopped"], "dpo stopped; kto stopped; run the same command to resume"),
+        ([], "the run was stopped; run the same command to resume"),
+    ],
+)
+def test_ctrl_c_says_where_it_stopped_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, stopped: list[str], message: str
+) -> None:
+    def call() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.checks, "check_tracking", lambda: None)
+    monkeypatch.setattr(pipeline.tracking, "setup", lambda: None)
+    monkeypatch.setattr(pipeline.supervisor, "interrupt_on_sigterm", lambda: None)
+    monkeypatch.setattr(pipeline, "local_prefect", contextlib.nullcontext)
+    monkeypatch.setattr(pipeline.process, "_stopped", stopped)
+    with pytest.raises(StageError) as error:
+        pipeline.run_locally(call)
+    assert str(error.value) == message and EXIT_CODES[error.value.status] == 75
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("Crash detected! Execution was aborted by Python interpreter.", False),
+        ("Finished in state Completed('16 stages done')", False),
+        ("Task run failed with state Failed", False),
+        ("dpo: done after 5 s", True),
+    ],
+)
+def test_what_prefect_repeats_is_not_shown(message: str, kept: bool) -> None:
+    record = logging.LogRecord("prefect.flow_runs", logging.INFO, "", 0, message, (), None)
+    assert local_prefect.not_repeated(record) == kept
 
 
 # --- a run up to a stage ---

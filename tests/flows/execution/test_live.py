@@ -84,12 +84,13 @@ def test_what_is_done_stays_above_with_what_came_out() -> None:
     for name, result in ends.items():
         line = view.begin(name)
         line.read(f"{name}  5/5 steps  loss 1.25", 0.0)
+        line.read(f"{name}  9/9 answers scored", 0.0)  # a piece of work without metrics
         line.result = result
         view.end(line)
     lines = [" ".join(line.split()) for line in printed(view.console)]
     assert lines == [
         "✓ sft 0:00 loss 1.25",
-        "✓ eval sft 0:00 score 0.81 win rate 50%",
+        "✓ eval sft 0:00 score 0.81 win rate 50 %",
         "✓ dpo reused",
         "✗ kto 0:00 refused",
     ]
