@@ -9,11 +9,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 
-def presets(incomplete: str) -> list[str]:
-    """The presets that a word may become; without any the shell completes files."""
+def presets() -> list[str]:
+    """What a shell completes a config with; where none of them fits, it completes files."""
     from flows.planning import config_file
 
-    return [name for name in config_file.presets() if name.startswith(incomplete)]
+    return list(config_file.presets())
 
 
 Config = Annotated[

@@ -223,6 +223,9 @@ def test_until_takes_a_stage_and_what_it_needs() -> None:
     assert (
         set(until(planned, "eval sft").nodes) >= {"sft", "eval sft"} and "dpo" not in until(planned, "eval sft").nodes
     )
+    assert {"dpo", "kto", "ppo"} <= set(until(planned, "align").nodes) and "eval dpo" not in until(
+        planned, "align"
+    ).nodes
     assert set(until(planned, "compare").nodes) == set(planned.nodes)
     with pytest.raises(StageError, match=r"--until = stf: the run has no such stage\. Fix: name one of base, validate"):
         until(planned, "stf")

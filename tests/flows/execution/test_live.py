@@ -72,6 +72,13 @@ def test_bars_metrics_and_time_fit_the_terminal(width: int) -> None:
     assert "stage 1 of 3" in whole
 
 
+def test_long_words_give_way_to_numbers() -> None:
+    view = View(console())
+    view.begin("data generated").read("dpo  1304/3995 answers scored by the reference model  0:06 left", 0.0)
+    _, bar, _ = shown(view)
+    assert "1304/3995 answers" in bar and "…" in bar and bar.endswith("0:00 left")
+
+
 def test_what_is_done_stays_above_with_what_came_out() -> None:
     view = View(console())
     view.names.update(dict.fromkeys(["sft", "eval sft", "dpo", "kto"]))
