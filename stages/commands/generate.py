@@ -118,7 +118,7 @@ def main(command: GenerateCommand) -> int:
         show(f"error: {error}", sys.stderr)
         return EXIT_CODES[error.status]
     if command.as_json:
-        numbers = {name.removeprefix("generate/"): value for name, value in counts.items()}
+        numbers = {name[9:]: value for name, value in counts.items() if name.startswith("generate/")}
         show(json.dumps({"out": str(command.out), **numbers}, indent=2))
         return 0
     made = f"{counts['generate/answers']:.0f} answers to {counts['generate/prompts']:.0f} prompts in {command.out}"

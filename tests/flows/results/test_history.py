@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.results import across, history
+from flows.results import across, history, lookup
 from flows.results.history import Record
-from schemas.errors import StageError
-from schemas.stage import Artifact, Result
+from schemas.errors import Problem, StageError
+from schemas.stage import Artifact, Request, Result
 from stages.runtime import workspace
 
 DAY = 86400.0
@@ -87,3 +87,40 @@ def test_models_of_two_runs_stand_together_and_equal_ones_once() -> None:
     assert digests == {"sft": "s", "dpo-A": "1", "dpo-B": "2", "ppo": "p", "baselines": "b", "kto": "k"}
     apart = across.together({"A": made(sft="s", baselines="b"), "B": made(sft="t", baselines="c")})
     assert sorted(apart) == ["sft-A", "sft-B"]  # there is no one SFT model that the baselines could be of
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Request]:
+    """The requests for comparisons across runs: `a...` and `b...` exist, and their stage refuses."""
+    requests: list[Request] = []
+
+    def refuse(request: Request) -> Result:
+        requests.append(request)
+        problem = Problem(kind="config", message="not the same prompts.")
+        return Result(status="refused", key=request.key(), error=problem)
+
+    def request_of(run_id: str) -> Request:
+        inputs = {"dpo": Artifact(uri="/d", sha256=run_id), "sft": Artifact(uri="/s", sha256="s")}
+        return Request(
+            stage="compare", version=1, params={"judge": {"judge": "endpoint"}}, inputs=inputs, log_text=False
+        )
+
+    found = {which: lookup.Comparison(which * 9, tmp_path, f"mlflow-{which}") for which in "ab"}
+    monkeypatch.setattr(across.lookup, "comparison", found.__getitem__)
+    monkeypatch.setattr(across.lookup, "request_of", request_of)
+    monkeypatch.setattr(across.process, "run_stage", refuse)
+    return requests
+
+
+def test_two_runs_are_compared_by_the_stage_without_asking_a_judge(asked: list[Request]) -> None:
+    with pytest.raises(StageError, match="not the same prompts"):
+        across.compare("a", "b")
+    (request,) = asked
+    assert set(request.inputs) == {"sft", "dpo-aaaaaaaa", "dpo-bbbbbbbb"} and request.params == {}
+    assert request.tags == {lookup.ACROSS: "aaaaaaaaa bbbbbbbbb"} and not request.log_text
+
+
+def test_a_run_is_not_compared_with_itself(asked: list[Request]) -> None:
+    with pytest.raises(StageError, match="RUN = a: this is the same run"):
+        across.compare("a", "a")
+    assert asked == []
