@@ -96,7 +96,7 @@ def test_a_stopped_flow_lets_its_forks_save(fake: Path, monkeypatch: pytest.Monk
         wait_for((workspace.work_folder(asked.key()) / "checkpoints" / "count").exists)
         raise KeyboardInterrupt
     thread.join(30)
-    assert process.stopped() == ["fake stopped"]
+    assert process.stopped() == ["count stopped"]
     process.begin()
     assert results[0].status == "preempted" and process.stopped() == []
 
