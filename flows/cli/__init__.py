@@ -34,7 +34,7 @@ register(app, "", run.stage)
 
 FOR_OTHERS = {"validate", "generate", "export", "presets"}
 """Commands whose files a user asks for by name: they keep the user's umask. What others make is the home's."""
-BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "ui", "up"}
+BY_THEMSELVES = {"run", "sweep", "stage", "validate", "presets", "schema", "runs", "ui", "up"}
 """Commands that need no server, and use one only where the environment or the config's pools say so."""
 
 

@@ -76,10 +76,11 @@ def loudness(quiet: bool, verbose: bool) -> "Loudness":
 
 
 def show_json(value: object) -> None:
-    """Print a value as one JSON object or list; what JSON has no word for is written as text."""
+    """Print a value as one JSON object or list. What JSON has no word for is text, but NaN and infinity are null."""
     from schemas.text import show
 
-    show(json.dumps(value, indent=2, default=str))
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+    show(json.dumps(plain, indent=2))
 
 
 def show_text(build: "Callable[[int, bool], Text]") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from rich.style import Style
 from typer.testing import CliRunner, Result
 
 from flows import cli, pipeline
+from flows.cli import options
 from flows.planning import config_file
 from flows.planning.nodes import until
 from flows.results.summary import Compared, Summary, readable_seconds
@@ -161,6 +163,17 @@ def test_a_program_gets_everything(compared: Compared) -> None:
     made = json.loads(json.dumps(summary(compared).as_json()))
     assert made["run"] == "8634f932-aaa5" and made["stages"]["dpo"]["reused"] is True
     assert made["comparison"]["best"] == ["dpo"] and made["comparison"]["table"] == [{"model": "dpo"}]
+
+
+def test_json_is_what_every_reader_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    options.show_json({"loss": math.nan, "rate": [math.inf, 0.5], "path": Path("/x"), "text": "é\n\udc80"})
+    told = capsys.readouterr().out
+    assert json.loads(told, parse_constant=pytest.fail) == {
+        "loss": None,
+        "rate": [None, 0.5],
+        "path": "/x",
+        "text": "é\n\udc80",
+    }
 
 
 @pytest.mark.parametrize(
