@@ -3,25 +3,27 @@
 import contextlib
 import logging
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from prefect import Task, flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows.execution import process
+from flows.execution import live, process
 from flows.execution.lease import stage_lease
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
+from flows.planning.nodes import until as nodes_until
 from flows.planning.plan import Node, Plan, last_test, plan
 from flows.planning.requests import request_for
-from flows.results.announce import report
+from flows.results import announce, history
 from flows.servers import checks, supervisor
 from flows.servers.local_prefect import has_shared_server, local_prefect
 from schemas.config import PipelineConfig
@@ -64,11 +66,13 @@ def start_again(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 def run_node(name: str, request: Request, pool: str | None = None) -> Result | State[Any]:
     """One stage, here or on a work pool. When it stops, the task fails with the stage's problem."""
     logger = get_run_logger()
-    if pool is not None:
-        result = run_placed(request, pool, logger)
-    else:
-        lease = stage_lease(request.key(), logger) if has_shared_server() else None
-        result = process.run_stage(request, logger, lease)
+    with live.stage(name) as line:
+        if pool is not None:
+            result = run_placed(request, pool, logger)
+        else:
+            lease = stage_lease(request.key(), logger) if has_shared_server() else None
+            result = process.run_stage(request, logger, lease)
+        line.result = result
     if result.status == "done":
         return result
     assert result.error is not None
@@ -79,23 +83,40 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
-def pipeline(config: PipelineConfig) -> State[Any]:
-    """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop."""
+def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
+    """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop.
+
+    `until`: the last stage, by its name or its node's; None: all. What differs from the config's file are tags.
+    """
+    changed = [tag for tag in flow_run.tags if "=" in tag]
+    with history.recorded(str(flow_run.id), config.name, changed) as entry:
+        return run_config(config, until, entry)
+
+
+def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) -> State[Any]:
+    """The flow's final state."""
     process.begin()
     try:
         prepare(config)
         planned = plan(config)  # here again: a worker is given the config alone
+        planned = planned if until is None else nodes_until(planned, until)
     except StageError as error:
+        entry.fail(error)
         return Failed(message=str(error), data=error)
     with process.stages_of_flow():
         results, errors = run_nodes(planned, str(flow_run.id))
-        if planned.config.sweep and not errors and (tests := last_test(planned, sweep.winner(results))) is not None:
+        whole = until is None and not errors
+        if planned.config.sweep and whole and (tests := last_test(planned, sweep.winner(results))) is not None:
             results, errors = run_nodes(tests, str(flow_run.id), results)
             planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
-    report(planned, results)
+    entry.count(results)
+    announce.report(planned, results)
     if errors:
         first = next(iter(errors.values()))
+        entry.fail(first)
         return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
+    if (compared := announce.compared(results)) is not None:
+        entry.note(best=compared.best())
     _done[str(flow_run.id)] = results
     reused = sum(result.reused for result in results.values())
     return Completed(message=f"{len(results)} stages done, {reused} of them reused.", data=results)
@@ -125,6 +146,7 @@ def run_nodes(
     """
     # Not `wait_for` of Prefect's tasks: each waiting one holds a thread, and the longest chain could not go first.
     config, results = planned.config, dict(known or {})
+    live.expect(planned.nodes)
     errors: dict[str, StageError] = {}
     waiting = longest_chain_first(list(planned.nodes.values()))
     running: dict[str, Request] = {}
@@ -171,10 +193,19 @@ def longest_chain_first(nodes: list[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: -depth[node.name])
 
 
-def run(planned: Plan) -> dict[str, Result]:
-    """Run the pipeline from this process and wait for it: node name -> Result.
+@dataclass(frozen=True)
+class Finished:
+    """A pipeline all of whose stages are done: the flow run's id, and node name -> Result."""
 
-    When all stages are done, a Prefect server that cannot record it is a warning.
+    run: str
+    results: dict[str, Result]
+
+
+def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) -> Finished:
+    """Run the pipeline from this process and wait for it.
+
+    `changed`: what differs from the config's file, `key=value`; `until` as in the flow. When all stages are done, a
+    Prefect server that cannot record it is a warning.
 
     Raises:
         StageError: a stage stopped, with its problem and status; or the run was stopped by Ctrl-C or SIGTERM (status
@@ -183,12 +214,14 @@ def run(planned: Plan) -> dict[str, Result]:
     config = planned.config
     _done.clear()
     try:
-        return run_locally(lambda: cast("dict[str, Result]", pipeline(config)))  # Prefect gives the data of the state
+        with tags(*changed):
+            run_locally(lambda: pipeline(config, until))
     except Exception as error:
         if isinstance(error, StageError) or not _done:
             raise
         log.warning("All stages are done; Prefect could not record the end of the run (%s).", type(error).__name__)
-        return next(iter(_done.values()))
+    ((flow_run_id, results),) = _done.items()
+    return Finished(flow_run_id, results)
 
 
 def run_locally(call: Callable[[], T]) -> T:
@@ -206,6 +239,6 @@ def run_locally(call: Callable[[], T]) -> T:
                 database.result()
                 return call()
     except (KeyboardInterrupt, TerminationSignal):
-        fix = "start it again: finished stages are reused, and training resumes from its last checkpoint"
-        message = "the run was stopped from outside."
-        raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
+        where = "; ".join(process.stopped()) or "the run was stopped"
+        message = f"{where}; run the same command to resume"
+        raise StageError(message, status="preempted", kind="preempted") from None

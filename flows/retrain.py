@@ -20,7 +20,7 @@ from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
-from flows.results import announce, looks, registry
+from flows.results import announce, history, looks, registry
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
@@ -85,14 +85,17 @@ def retrain(source: str, overrides: list[str] = [], force: bool = False) -> Stat
     `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed.
     """
     process.begin()
-    try:
-        if deployment.id and source not in config_file.presets():
-            check_source(source, deployed=True)
-        with process.stages_of_flow():
-            outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
-    except StageError as error:
-        conflict = error.problem.kind == "conflict"
-        return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
+    with history.recorded(str(flow_run.id), f"retrain {source}", overrides) as entry:
+        try:
+            if deployment.id and source not in config_file.presets():
+                check_source(source, deployed=True)
+            with process.stages_of_flow():
+                outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
+        except StageError as error:
+            entry.fail(error)
+            conflict = error.problem.kind == "conflict"
+            return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
+        entry.note(state=outcome.ending.lower(), best=[str(outcome.version)] if outcome.version else [])
     return Completed(name=outcome.ending, message=outcome.message, data=outcome)
 
 
@@ -132,7 +135,7 @@ def model_name(config: PipelineConfig) -> str:
 def run_all(planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None = None) -> dict[str, Result]:
     """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
     results, errors = pipeline.run_nodes(planned, pipeline_run, known)
-    announce.report(planned, results)
+    announce.report(planned, results, aloud=True)
     if errors:
         raise next(iter(errors.values()))
     return results

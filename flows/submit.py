@@ -1,6 +1,7 @@
 """`alignflow submit`: start the deployed pipeline. A worker runs it; this process does not wait."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from stages import tracking
 DEPLOYMENT = "pipeline/pipeline"
 
 
-def submit(config: PipelineConfig) -> str:
-    """Start a run of the deployed pipeline; returns its name and where Prefect shows it.
+def submit(config: PipelineConfig, overrides: Sequence[str] = ()) -> tuple[str, str]:
+    """Start a run of the deployed pipeline; returns its id and Prefect's page of it. Its tags are the overrides.
 
     Warns of pools that no worker serves, the pipeline's own among them.
 
@@ -39,13 +40,16 @@ def submit(config: PipelineConfig) -> str:
     if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
         checks.check_experiment(config.name, placed=bool(config.pools))
     try:
-        run = run_deployment(DEPLOYMENT, parameters={"config": absolute(config)}, flow_run_name=config.name, timeout=0)
+        parameters = {"config": absolute(config)}
+        run = run_deployment(
+            DEPLOYMENT, parameters=parameters, flow_run_name=config.name, timeout=0, tags=list(overrides)
+        )
     except ObjectNotFound as error:
         fix = "deploy it first: alignflow deploy"
         raise refuse("deployment", DEPLOYMENT, "there is no such deployment.", fix, kind="deploy") from error
     assert isinstance(run, FlowRun)  # a coroutine only where there is a loop
     pages = str(PREFECT_UI_URL.value() or str(PREFECT_API_URL.value()).removesuffix("/api"))
-    return f"{config.name}: {pages}/runs/flow-run/{run.id}"
+    return str(run.id), f"{pages}/runs/flow-run/{run.id}"
 
 
 def absolute(config: PipelineConfig) -> dict[str, Any]:

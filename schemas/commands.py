@@ -46,6 +46,7 @@ class GenerateCommand(GenerateConfig):
     judge: PathText = "none"
     """`none` (people rank), `rule`, `sentiment`, or a reward model's folder."""
     seed: int = 0
+    as_json: bool = False
 
 
 RankForm = Literal["ranking", "pairs", "thumbs"]

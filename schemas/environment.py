@@ -20,6 +20,7 @@ DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
 LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
 WARM = "ALIGNFLOW_WARM"
+LIVE = "ALIGNFLOW_LIVE"
 LOGIN = "ALIGNFLOW_LOGIN"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
@@ -98,6 +99,11 @@ def launcher() -> list[str]:
 def parent() -> int | None:
     """The process that a stage dies with; None where nobody waits for it."""
     return int(os.environ.get(PARENT) or 0) or None
+
+
+def live() -> bool:
+    """Whether somebody looks at a terminal that shows how far a stage is."""
+    return os.environ.get(LIVE) == "1"
 
 
 def login() -> str:

@@ -47,7 +47,7 @@ def module_of(stage: str) -> ModuleType:
 def preempt(signum: int, frame: FrameType | None) -> None:
     """SIGTERM: stop here. The training loop puts its own handler in this one's place, to save first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise StageError("stopped by SIGTERM.", status="preempted", kind="preempted", fix="start it again: it resumes")
+    raise StageError("stopped", status="preempted", kind="preempted", fix="start it again: it resumes")
 
 
 class Lines(logging.Formatter):
@@ -164,7 +164,7 @@ def stopped(error: Exception, key: str, run_id: str | None, log_text: bool = Tru
     if status == "failed" and out_of_resource(error) is None:
         log.error("%s", trace_of(error, log_text))
     problem = problem_of(error, log_text)
-    log.error("%s: %s", status, problem)
+    log.log(logging.INFO if status == "preempted" else logging.ERROR, "%s: %s", status, problem)
     return Result(status=status, key=key, run_id=run_id, error=problem)
 
 

@@ -1,4 +1,4 @@
-"""The command line. `alignflow --help` lists the commands; each group of them has a module.
+"""The command line. `alignflow --help` lists the commands, in groups.
 
 Imports of Prefect, MLflow and pydantic are inside the commands: together they take seconds, and help should not.
 """
@@ -8,56 +8,52 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from flows.cli import data, models, run, servers
+from flows.cli import data, history, models, run, servers
+from flows.cli.options import Group, register
 from flows.execution import settings_files
 
 app = typer.Typer(
     name="alignflow",
+    cls=Group,
     help="Align a language model with PPO, DPO and KTO, and see which is better.",
     epilog="Start with: alignflow run demo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (  # in the order of the help
-    *(
-        run.run,
-        run.retrain,
-        models.rollback,
-        models.lineage,
-        run.sweep,
-        data.presets,
-        data.validate,
-        data.generate,
-        data.rank,
-    ),
-    *(
-        run.stage,
-        models.compare,
-        models.export,
-        models.chat,
-        servers.ui,
-        servers.up,
-        servers.deploy,
-        run.submit,
-        servers.clean,
-    ),
-)
-for _command in _COMMANDS:
-    app.command()(_command)
+register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
+register(app, "Data and configs", data.presets, data.schema, data.validate, data.generate, data.rank)
+register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
+register(app, "Serve", models.rollback, servers.ui, servers.up, servers.deploy, servers.clean)
+register(app, "", run.stage)
 
 FOR_OTHERS = {"validate", "generate", "rank", "export", "presets"}
 """Commands whose files a user asks for by name: they keep the user's umask. What others make is the home's."""
-BY_THEMSELVES = {"run", "sweep", "stage", "validate", "rank", "presets", "ui", "up"}
+BY_THEMSELVES = {"run", "sweep", "stage", "validate", "rank", "presets", "schema", "runs", "ui", "up"}
 """Commands that need no server, and use one only where the environment or the config's pools say so."""
 
 
+def print_version(asked: bool) -> None:
+    """Print the version and exit, where it is asked for."""
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"alignflow {version('alignflow')}")
+        raise typer.Exit
+
+
 @app.callback()
-def before(context: typer.Context) -> None:
+def before(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", callback=print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Make the other commands use what `alignflow up` or `ui` has running, as if its addresses were exported."""
     if context.invoked_subcommand not in FOR_OTHERS:
         os.umask(0o077)  # stages.runtime.workspace.PRIVATE, without its imports, for which help would wait
@@ -104,7 +100,7 @@ def main() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")  # read when Prefect is imported
     show_tracebacks()
     try:
-        app()
+        app(prog_name="alignflow")
     except StageError as error:
         show(f"alignflow: {error}", sys.stderr)
         sys.exit(EXIT_CODES[error.status])

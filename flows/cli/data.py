@@ -7,10 +7,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.cli.child import start
+from flows.cli.options import AsJson, show_json
 
 
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this preset's YAML, to start a file of your own.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the presets, or print one.
 
@@ -23,10 +25,31 @@ def presets(
     from schemas.text import show
 
     if name is not None:
-        show(config_file.find(name).read_text().removesuffix("\n"))
+        file = config_file.find(name)
+        if as_json:
+            show_json(config_file.read(file))
+        else:
+            show(file.read_text().removesuffix("\n"))
         return
-    for preset, file in config_file.presets().items():
-        show(f"{preset:12} {config_file.headline(file)}")
+    known = {preset: config_file.headline(file) for preset, file in config_file.presets().items()}
+    if as_json:
+        show_json(known)
+    for preset, headline in known.items() if not as_json else ():
+        show(f"{preset:12} {headline}")
+
+
+def schema() -> None:
+    """Print the JSON Schema of configs, by which editors complete and check them.
+
+    Editors with YAML's language server look for the file that the first line of a preset names.
+
+    Example:
+
+    - alignflow schema > alignflow.schema.json
+    """
+    from schemas.config import PipelineConfig
+
+    show_json(PipelineConfig.model_json_schema())
 
 
 def validate(
@@ -68,10 +91,8 @@ def validate(
     revision: Annotated[str | None, typer.Option(help="Commit of a Hugging Face dataset.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: rows, kept, quarantined, reasons.")
-    ] = False,
-    force: Annotated[bool, typer.Option(help="Replace what the folder holds of other data.")] = False,
+    as_json: AsJson = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what the folder holds of other data.")] = False,
 ) -> None:
     """Check a data file without training anything. Exits 0, or 65 when the data is refused.
 
@@ -164,6 +185,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default 1.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let a model write several answers per prompt, for people (or a judge) to rank.
 

@@ -1,4 +1,4 @@
-"""Commands for the models that runs have left: compare, export, chat, trace back, roll back."""
+"""Commands for the models that runs have left: export, chat, trace back, roll back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from flows.cli.child import start
+from flows.cli.options import AsJson, show_json
 
 
 def rollback(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Registered model; default the only one with a champion.")
+        str | None, typer.Argument(metavar="MODEL", help="Registered model; default the only one with a champion.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Restore the previous champion. A version that was rolled back is not promoted again.
 
@@ -24,6 +26,8 @@ def rollback(
     from schemas.text import show
 
     bad, restored = registry.rollback(model)
+    if as_json:
+        return show_json({"model": restored.model, "champion": restored.number, "rolled_back": bad.number})
     show(f"restored {restored} as champion; rolled back version {bad.number}")
 
 
@@ -31,7 +35,7 @@ def lineage(
     what: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")
     ],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """From a model back to the rows it was trained on; from a data file to every model that saw it.
 
@@ -45,33 +49,13 @@ def lineage(
     from schemas.text import show
 
     tree = trace.lineage(what)
-    show(trace.as_json(tree) if json else trace.as_text(tree))
-
-
-def compare(
-    pipeline: Annotated[
-        str | None, typer.Argument(metavar="[PIPELINE_RUN]", help="A pipeline run's id, or its config's name.")
-    ] = None,
-) -> None:
-    """Print the table of the last pipeline run, and the path of its report.
-
-    Examples:
-
-    - alignflow compare
-    - alignflow compare demo
-    """
-    from flows.results.lookup import comparison
-    from schemas.text import show
-
-    last = comparison(pipeline)
-    show(f"pipeline run {last.pipeline_run}\n")
-    show((last.folder / "table.txt").read_text())
-    show(f"report: {last.folder / 'report.html'}")
+    show(trace.as_json(tree) if as_json else trace.as_text(tree))
 
 
 def export(
     model: Annotated[str, typer.Argument(help="A name in the last run (dpo), models:/NAME@ALIAS or runs:/ID/model.")],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a model to a folder that plain transformers loads, with a model card.
 
@@ -83,7 +67,10 @@ def export(
     from flows.results.export import export as write
     from schemas.text import show
 
-    show(f"{model} is in {write(model, out)}, with a model card in README.md")
+    folder = write(model, out)
+    if as_json:
+        return show_json({"model": model, "folder": str(folder)})
+    show(f"{model} is in {folder}, with a model card in README.md")
 
 
 def chat(

@@ -1,21 +1,19 @@
 """Commands that run something: the whole pipeline, a retraining, a sweep, one stage, or a deployed pipeline."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.child import run_python
+from flows.cli.options import AsJson, Config, DryRun, Overrides, Quiet, Verbose, loudness, show_json, show_text
 
 if TYPE_CHECKING:
+    from flows.execution.live import Loudness
     from flows.planning.plan import Plan
-
-Config = Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="A preset's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set align.dpo.beta=0.2. Can be repeated."),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
+    from schemas.stage import Result
 
 
 def run(
@@ -24,7 +22,13 @@ def run(
         str | None, typer.Option(help="Comma-separated seeds: every method is trained once per seed.")
     ] = None,
     overrides: Overrides = [],
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage and what it needs: --until sft.")
+    ] = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the whole pipeline: data checks, SFT, reward model, PPO, DPO, KTO, evaluation, comparison.
 
@@ -37,19 +41,22 @@ def run(
     - alignflow run demo --seeds 0,1,2
     - alignflow run demo --set align.dpo.beta=0.2
     - alignflow run smollm2 --set data.preference.path=pairs.jsonl --dry-run
-    - alignflow run my.yaml
+    - alignflow run my.yaml --until sft
     """
     from flows.planning import config_file, sweep
 
     if seeds is not None:
         overrides = [*overrides, f"seeds={sweep.numbers('--seeds', seeds, int)}"]
-    _run(config_file.load(config, overrides), dry_run)
+    _run(config_file.load(config, overrides), overrides, dry_run, as_json, loudness(quiet, verbose), until)
 
 
 def retrain(
     config: Config,
     overrides: Overrides = [],
     force: Annotated[bool, typer.Option("--force", help="Train even if nothing changed.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train if data or config changed since the champion was trained, and promote the model if it passes the gate.
 
@@ -61,8 +68,16 @@ def retrain(
     - alignflow retrain my.yaml --set promote.candidate=dpo
     """
     from flows import retrain as flow
+    from flows.execution import live
+    from schemas.text import show
 
-    flow.run(config, overrides, force)
+    with live.watched(loudness(quiet, verbose)):
+        outcome = flow.run(config, overrides, force)
+    if as_json:
+        version, decision = outcome.version and str(outcome.version), outcome.decision
+        about = {"outcome": outcome.ending, "message": outcome.message, "version": version}
+        return show_json(about | {"decision": decision and decision.model_dump(mode="json")})
+    show(f"{outcome.ending}: {outcome.message}")
 
 
 def sweep(
@@ -84,6 +99,9 @@ def sweep(
     name: Annotated[str | None, typer.Option(help="The tag `sweep` of the runs; default: the config's name.")] = None,
     overrides: Overrides = [],
     dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run methods x beta (x learning rate) x seeds from one SFT model; show judge score against distance.
 
@@ -100,8 +118,8 @@ def sweep(
     from schemas.text import show
 
     plan = sweeping.load(config, overrides, methods, beta, seeds, tokens, name, learning_rate)
-    results = _run(plan, dry_run)
-    if results is not None:
+    results = _run(plan, [f"sweep={plan.config.sweep}", *overrides], dry_run, as_json, loudness(quiet, verbose))
+    if results is not None and not as_json:
         show(sweeping.tokens_line(plan.config, results))
 
 
@@ -123,7 +141,7 @@ def stage(
     raise typer.Exit(run_python("stages", name, request))
 
 
-def submit(config: Config, overrides: Overrides = []) -> None:
+def submit(config: Config, overrides: Overrides = [], as_json: AsJson = False) -> None:
     """Start the deployed pipeline, which a worker runs, and don't wait for it.
 
     The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by
@@ -138,26 +156,50 @@ def submit(config: Config, overrides: Overrides = []) -> None:
     from flows.submit import submit as start
     from schemas.text import show
 
-    show(start(config_file.load(config, overrides, here=False).config))
+    planned = config_file.load(config, overrides, here=False)
+    run, page = start(planned.config, overrides)
+    if as_json:
+        return show_json({"run": run, "name": planned.config.name, "page": page})
+    show(f"{planned.config.name}: {page}")
 
 
-def _run(plan: "Plan", dry_run: bool) -> dict[str, Any] | None:
-    """Run a plan and return its results; or print what it would do.
+def _run(
+    plan: "Plan",
+    changed: Sequence[str],
+    dry_run: bool,
+    as_json: bool,
+    loudness: "Loudness",
+    until: str | None = None,
+) -> "dict[str, Result] | None":
+    """Run a plan, print what came out and return its results; or print what it would do.
 
     It uses the servers of `alignflow up` where it needs them: its stages are placed on work pools, or its experiment's
     artifacts are behind MLflow's server.
     """
+    from flows.planning.nodes import until as nodes_until
     from flows.servers import address_file
     from stages import tracking
 
+    plan = plan if until is None else nodes_until(plan, until)
     if address_file.found() is not None and (plan.config.pools or tracking.behind_server(plan.config.name)):
         address_file.adopt()
     if dry_run:
+        from flows.planning.dry_run import as_json as planned
         from flows.planning.dry_run import outlook
         from schemas.text import show
 
-        show(outlook(plan))
+        show_json(planned(plan)) if as_json else show(outlook(plan))
         return None
     from flows import pipeline
+    from flows.execution import live
+    from flows.results import announce
 
-    return pipeline.run(plan)
+    began = time.monotonic()
+    with live.watched(loudness):
+        finished = pipeline.run(plan, changed, until)
+    summary = announce.summary(finished.run, plan.config.name, finished.results, time.monotonic() - began)
+    if as_json:
+        show_json(summary.as_json())
+    else:
+        show_text(summary.text)
+    return finished.results

@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-Pools = Annotated[list[str], typer.Option("--pool", help="Work pool to run a worker for. Can be repeated.")]
+from flows.cli.options import AsJson, show_json
+
+Pools = Annotated[
+    list[str], typer.Option("--pool", metavar="POOL", help="Work pool to run a worker for. Can be repeated.")
+]
 MlflowPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 5000, or a free one.")]
 PrefectPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")]
 
@@ -69,7 +73,10 @@ def clean(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be removed, and how large it is.")
     ] = False,
-    days: Annotated[float, typer.Option("--older-than", min=0, help="Days in which nothing has used it.")] = 30,
+    days: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Days in which nothing has used it.")
+    ] = 30,
+    as_json: AsJson = False,
 ) -> None:
     """Remove what nothing needs any more: checkpoints of abandoned runs, copies, old models and data, flow runs.
 
@@ -84,4 +91,8 @@ def clean(
     from flows.results import clean as cleaning
     from schemas.text import show
 
-    show(cleaning.as_text(cleaning.clean(days, dry_run), dry_run))
+    items = cleaning.clean(days, dry_run)
+    if as_json:
+        sizes = [{"kind": item.kind, "where": item.where, "bytes": item.size} for item in items]
+        return show_json({"removed": not dry_run, "bytes": sum(item.size for item in items), "items": sizes})
+    show(cleaning.as_text(items, dry_run))

@@ -33,6 +33,8 @@ DEPTH = 40
 NODES = 20_000
 """Values of a config, each alias counted with all that it stands for; a long text counts once per 64 characters."""
 _HUGE = 10**100
+SCHEMA_LINE = "# yaml-language-server: $schema=alignflow.schema.json"
+"""First line of a preset: where an editor finds what `alignflow schema` prints."""
 
 
 # --- YAML, bounded ---
@@ -117,8 +119,9 @@ def presets() -> dict[str, Path]:
 
 
 def headline(file: Path) -> str:
-    """The first sentence of the comment that a preset begins with."""
-    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    """The first sentence of the comment that a preset begins with, after the line for editors."""
+    text = file.read_text(encoding="utf-8").removeprefix(f"{SCHEMA_LINE}\n")
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
     return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("#").strip() for line in lines))[0]
 
 

@@ -32,12 +32,23 @@ class Outlook:
     result: Result | None = None
 
 
+def as_json(plan: Plan) -> dict[str, Any]:
+    """What a run would do, stage by stage: `reused`, `run`, or `unknown` until its inputs exist; memory in bytes."""
+    outlooks, memory = checked(plan), planning_memory.memory(plan.config) or {}
+    return {name: {"would": one.state, "bytes": memory.get(name)} for name, one in outlooks.items()}
+
+
+def checked(plan: Plan) -> dict[str, Outlook]:
+    """The outlook of each node, once it is sure that MLflow can be asked. Raises StageError."""
+    checks.check_tracking()
+    checks.check_experiment(plan.config.name, placed=bool(plan.config.pools))
+    return dry_run(plan)
+
+
 def outlook(plan: Plan) -> str:
     """What a run would do as text, one line per stage."""
     config = plan.config
-    checks.check_tracking()
-    checks.check_experiment(config.name, placed=bool(config.pools))
-    outlooks = dry_run(plan)
+    outlooks = checked(plan)
     memory = planning_memory.memory(config)
     lines = [f"{'stage':20} {'would':8} {'steps':>7}  memory"]
     lines += [line(one, config, outlooks, memory or {}) for one in outlooks.values()]

@@ -6,6 +6,7 @@ from typing import Any
 
 from schemas.config import PipelineConfig, seeded_name
 from schemas.config.training import Training
+from schemas.errors import refuse
 
 Output = tuple[str, str]
 """A node's name and the name of one of its outputs."""
@@ -43,6 +44,22 @@ class Plan:
     config: PipelineConfig
     nodes: dict[str, Node]
     """By name, each after those that it needs."""
+
+
+def until(planned: Plan, last: str) -> Plan:
+    """The nodes of a plan up to one, by its name or its stage's, each with all that it needs.
+
+    Raises:
+        StageError: the plan has no such node.
+    """
+    wanted = {name for name, node in planned.nodes.items() if last in (name, node.stage)}
+    if not wanted:
+        stages = dict.fromkeys(node.stage for node in planned.nodes.values())
+        fix = f"name one of {', '.join(stages)}, or one as `--dry-run` lists it"
+        raise refuse("--until", last, "the run has no such stage.", fix)
+    for name, node in reversed(planned.nodes.items()):
+        wanted |= node.needs if name in wanted else set()
+    return Plan(planned.config, {name: node for name, node in planned.nodes.items() if name in wanted})
 
 
 def params_of(training: Training) -> dict[str, Any]:

@@ -5,43 +5,64 @@ from collections.abc import Mapping
 
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.runtime import deployment
 
 from flows.planning import sweep
 from flows.planning.plan import Plan
+from flows.results.summary import Compared, Summary
 from flows.servers import address_file, supervisor
 from flows.servers.local_prefect import has_shared_server
 from schemas.stage import Result
 from stages import tracking
 
 
-def report(plan: Plan, results: Mapping[str, Result]) -> None:
-    """Log what was reused, the table of the comparison, and where MLflow shows the models side by side."""
+def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> None:
+    """Log what was reused and what not done; on a worker, or aloud, the comparison too. A shared server shows it.
+
+    `alignflow run` prints the comparison itself, once the flow is over.
+    """
     logger = get_run_logger()
-    reused = [name for name in plan.nodes if name in results and results[name].reused]
+    own = {name: results[name] for name in plan.nodes if name in results}
+    reused = [name for name, one in own.items() if one.reused]
     if reused:
         logger.info("reused %d of %d stages: %s", len(reused), len(plan.nodes), ", ".join(reused))
-    skipped = [name for name in plan.nodes if name not in results]
+    skipped = [name for name in plan.nodes if name not in own]
     if skipped:
         logger.warning("not done: %s", ", ".join(skipped))
-    text = ""
-    if "compare" in results and "compare" in plan.nodes:
-        table = tracking.fetch(results["compare"].outputs["comparison"]) / "table.txt"
-        text = table.read_text().rstrip() if table.exists() else ""
-        if results["compare"].reused and text:  # a stage that ran has said it
-            logger.info("\n%s", text)
-        logger.info("report: %s", table.with_name("report.html"))
+    found = compared(own)
+    text = "" if found is None else (found.folder / "table.txt").read_text().rstrip()
     if tested := sweep.test_text(results):
-        logger.info("\n%s", tested)
         text = f"{text}\n\n{tested}"
-    evaluations = [results[name] for name, node in plan.nodes.items() if node.stage == "evaluate" and name in results]
-    runs = [one.run_id for one in evaluations if one.run_id] if len(evaluations) > 1 else []  # one is beside nothing
-    server, first = mlflow_pages()
-    pages = {"metrics": tracking.compare_link(server, runs), "answers": tracking.compare_link(server, runs, "ARTIFACT")}
-    links = {what: link for what, link in pages.items() if link}
-    for what, link in links.items():
-        logger.info("%s side by side in MLflow: %s%s", what, link, first)
+    links, first = mlflow_links(own)
+    if text and (deployment.id or aloud):
+        logger.info("\n%s", text)
+        for what, link in links.items():
+            logger.info("%s side by side in MLflow: %s%s", what, link, first)
     if has_shared_server():
         show_in_prefect(text, links)
+
+
+def compared(results: Mapping[str, Result]) -> Compared | None:
+    """What the run's comparison has published; None where there is none."""
+    if "compare" not in results:
+        return None
+    return Compared(tracking.fetch(results["compare"].outputs["comparison"]))
+
+
+def summary(run: str, name: str, results: Mapping[str, Result], seconds: float) -> Summary:
+    """What a finished run has come to, for whoever waits for it."""
+    links, first = mlflow_links(results)
+    return Summary(run, name, results, seconds, compared(results), sweep.test_text(results), links, first)
+
+
+def mlflow_links(results: Mapping[str, Result]) -> tuple[dict[str, str], str]:
+    """MLflow's pages of the run's evaluations, side by side, and what has to be done before a browser finds them."""
+    # of an evaluation alone there is nothing beside it
+    runs = [one.run_id for name, one in results.items() if name.startswith(("eval ", "test ")) and one.run_id]
+    runs = runs if len(runs) > 1 else []
+    server, first = mlflow_pages()
+    pages = {"metrics": tracking.compare_link(server, runs), "answers": tracking.compare_link(server, runs, "ARTIFACT")}
+    return {what: link for what, link in pages.items() if link}, first
 
 
 def mlflow_pages() -> tuple[str, str]:

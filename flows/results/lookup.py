@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from flows.results import history
 from schemas import read_stored
 from schemas.errors import StageError, refuse
 from schemas.promotion import GATE_TAG
@@ -20,6 +21,9 @@ T = TypeVar("T", bound=BaseModel)
 
 CLOCKS_DIFFER = 5 * 60 * 1000
 """Milliseconds by which the clocks of two hosts may differ."""
+
+ACROSS = "compared.runs"
+"""Tag of a comparison of two pipeline runs (flows/results/across.py): their ids."""
 
 MODEL_STAGES = {name for name, spec in STAGES.items() if spec.makes == "model"}
 
@@ -41,6 +45,8 @@ class Comparison:
 
     pipeline_run: str
     folder: Path
+    run_id: str
+    """MLflow's run of the stage."""
 
 
 def search(condition: str) -> list[Any]:
@@ -70,22 +76,27 @@ def quoted(value: str) -> str:
 
 
 def comparison(which: str | None = None) -> Comparison:
-    """The last comparison: of all, of a pipeline's name, or of a pipeline run's id.
+    """The last comparison of one pipeline run: of all, of a pipeline's name, or of a run's id or its beginning.
 
     Raises:
         StageError: there is none.
     """
-    comparisons = search("tags.stage = 'compare'")
+    comparisons = [run for run in search("tags.stage = 'compare'") if ACROSS not in run.data.tags]
     if which is not None:
-        experiment = tracking.client().get_experiment
-        comparisons = [run for run in comparisons if which in (*_run_ids(run), experiment(run.info.experiment_id).name)]
+        name = {one: tracking.client().get_experiment(one).name for one in {r.info.experiment_id for r in comparisons}}
+        comparisons = [
+            run
+            for run in comparisons
+            if which == name[run.info.experiment_id] or any(history.is_id(which, one) for one in _run_ids(run))
+        ]
     last = newest_readable(comparisons)
     if last is None:
         message = "there is no finished pipeline run" + ("." if which is None else f" called {which!r}.")
-        raise StageError(message, kind="history", fix="start one with `alignflow run`, or look into `alignflow ui`")
+        raise StageError(message, kind="history", fix="start one with `alignflow run`, or look at `alignflow runs`")
     result = result_of(last.info.run_id)
     ids = _run_ids(last)
-    return Comparison(which if which in ids else ids[-1], tracking.fetch(result.outputs["comparison"]))
+    named = next((one for one in ids if which is not None and history.is_id(which, one)), ids[-1])
+    return Comparison(named, tracking.fetch(result.outputs["comparison"]), last.info.run_id)
 
 
 def _run_ids(run: Any) -> list[str]:

@@ -40,8 +40,8 @@ def has_shared_server() -> bool:
 
 
 def not_repeated(record: logging.LogRecord) -> bool:
-    """False where Prefect repeats the stage's own line: that it is done, or has failed."""
-    return not record.getMessage().startswith(("Task run failed with state", "Finished in state Completed()"))
+    """False where Prefect repeats what is said already: that a stage or the run is done, has failed, or was stopped."""
+    return not record.getMessage().startswith(("Task run failed with state", "Finished in state", "Crash detected!"))
 
 
 def is_no_link(record: logging.LogRecord) -> bool:

@@ -288,7 +288,7 @@ class PipelineConfig(Strict):
     """Folder of a reward model of your own; stage `reward` is skipped."""
     gold: RewardConfig | None = None
     """Trains the gold reward model on the `gold_fraction` of the preference data; for `judge: reward`."""
-    align: Annotated[dict[str, Method], BeforeValidator(_name_methods)]
+    align: Annotated[dict[str, Method], BeforeValidator(_name_methods, json_schema_input_type=dict[str, Method | None])]
     """Name in tables and pictures -> method. `method` defaults to the name."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] | None = None
     """Train every method under `align` once per seed: models `dpo-s0`, `dpo-s1`. SFT model, data, reward model and

@@ -120,6 +120,10 @@ def main(command: GenerateCommand) -> int:
     except StageError as error:
         show(f"error: {error}", sys.stderr)
         return EXIT_CODES[error.status]
+    if command.as_json:
+        numbers = {name[9:]: value for name, value in counts.items() if name.startswith("generate/")}
+        show(json.dumps({"out": str(command.out), **numbers}, indent=2))
+        return 0
     made = f"{counts['generate/answers']:.0f} answers to {counts['generate/prompts']:.0f} prompts in {command.out}"
     if command.judge == "none":
         show(f"{made}\nnext      {shlex.join(['alignflow', 'rank', str(command.out)])}")

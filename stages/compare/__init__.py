@@ -5,7 +5,6 @@ gained beside baselines that cost no training (curve.py).
 """
 
 import json
-import logging
 import math
 import tempfile
 import textwrap
@@ -16,17 +15,15 @@ from typing import Any
 
 from schemas.errors import refuse
 from stages.compare import by_source, curve, frontier, head_to_head
-from stages.compare.findings import COVERS, findings, pair_lines
+from stages.compare.findings import COVERS, best, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
 from stages.compare.plots import draw
-from stages.compare.table import WIDTH, Comparison, over, render_text
+from stages.compare.table import WIDTH, WIDTHS, Comparison, over, render_text
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, load_all, text_of
 from stages.engine.scoring.intervals import Interval, clustered_error
 from stages.engine.scoring.paired import wins_between
 from stages.runtime.context import StageContext
-
-log = logging.getLogger("alignflow")
 
 BASELINES = "baselines"
 """The input that holds the SFT model's baselines; all others are models."""
@@ -68,7 +65,6 @@ def run(context: StageContext) -> dict[str, float]:
         score_std=std,
         chosen=chosen,
     )
-    log.info("%s", "\n" + text(comparison))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(comparison, folder)
@@ -213,19 +209,36 @@ def describe_judge(judge: Mapping[str, Any]) -> str:
 def text(comparison: Comparison) -> str:
     """The table for people, over how many prompts it is, and what it says; of several seeds their means first."""
     points = comparison.points
-    finding = frontier.headline(points, comparison.chosen) if points else ""
-    above = f"{frontier.render_text(points)}\n{textwrap.fill(finding, WIDTH)}\n\n" if points else ""
-    lines = [] if points else findings(comparison)
+    lines = findings(comparison)
+    above = f"{frontier.render_text(points)}\n{textwrap.fill(lines.pop(), WIDTH)}\n\n" if points else ""
     said = [line for line in lines if line != COVERS]
-    baselines = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
-    if not points:
-        said += pair_lines(comparison)
-        said += [f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these."] if baselines else []
-    said += [comparison.agreement, *(line for line in lines if line == COVERS)]
-    below = "".join(f"\n{line}" for sentence in filter(None, said) for line in textwrap.wrap(sentence, WIDTH))
-    each = "" if points else by_source.render_text(comparison.table, comparison.sources)
-    sources = f"\n\n{each}\n{textwrap.fill(by_source.NOTE, WIDTH)}" if each else ""
+    said += [*notes(comparison), *(line for line in lines if line == COVERS)]
+    below = "".join(f"\n{line}" for sentence in said for line in textwrap.wrap(sentence, WIDTH))
+    each = sources_text(comparison)
+    sources = f"\n\n{each}" if each else ""
     return f"{above}{render_text(comparison.table)}\n{over(len(comparison.prompts))}{below}{sources}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What stands beside the findings: other pairs of models, the baselines, how far the judge can be trusted."""
+    pairs = [] if comparison.points else pair_lines(comparison)
+    baselines = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
+    if baselines and not comparison.points:
+        pairs.append(f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these.")
+    return [*pairs, *filter(None, [comparison.agreement])]
+
+
+def sources_text(comparison: Comparison) -> str:
+    """The table by the sources of a mixture; empty without one, and of several seeds."""
+    each = "" if comparison.points else by_source.render_text(comparison.table, comparison.sources)
+    return f"{each}\n{textwrap.fill(by_source.NOTE, WIDTH)}" if each else ""
+
+
+def table_text(comparison: Comparison, width: int) -> str:
+    """What a terminal of this width shows: of several seeds their means, else the models; and over how many prompts."""
+    points, prompts = comparison.points, over(len(comparison.prompts))
+    shown = frontier.render_text(points) if points else render_text(comparison.table, width)
+    return f"{shown}\n{prompts}"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -238,6 +251,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "gains": [gain.as_json() for gain in comparison.gains.values()],
         "baselines": [{"name": p.name, "kl": p.kl, "height": p.height} for p in comparison.baselines],
         "findings": findings(comparison),
+        "notes": notes(comparison),
+        "sources": sources_text(comparison),
+        "best": best(comparison),
+        "tables": {str(width): table_text(comparison, width) for width in WIDTHS},
         "judge": comparison.agreement,
         "covers": COVERS,
     }

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from stages.compare import head_to_head
+from stages.compare import frontier, head_to_head
 from stages.compare.head_to_head import STARTING_POINTS, Duel, percent
 from stages.compare.table import Comparison, verdict
 
@@ -15,7 +15,9 @@ COVERS = (
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """The headline, a sentence each; what the intervals cover comes last."""
+    """The headline, a sentence each; what the intervals cover comes last. Of several seeds it is the frontier's."""
+    if comparison.points:
+        return [frontier.headline(comparison.points, comparison.chosen)]
     aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS]
     if not aligned:
         return ["No aligned model is among these yet."]
@@ -23,6 +25,17 @@ def findings(comparison: Comparison) -> list[str]:
     if flag := head_to_head.overoptimised(comparison.first_duels, comparison.table):
         lines.append(flag)
     return [*filter(None, lines), COVERS]
+
+
+def best(comparison: Comparison) -> list[str]:
+    """The first aligned model, or point of the frontier, and all that cannot be told apart from it."""
+    if comparison.points:
+        ranked = sorted(comparison.points, key=lambda point: -point["judge_score"])
+        return [frontier.label(point) for point in ranked if not point["below"]]
+    aligned = [row["model"] for row in comparison.table if row["model"] not in STARTING_POINTS]
+    duels = comparison.first_duels
+    told = {other for one, other in duels if one in aligned[:1] and duels[one, other].beats}
+    return [name for name in aligned if name not in told]
 
 
 def pair_lines(comparison: Comparison) -> list[str]:

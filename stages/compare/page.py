@@ -57,7 +57,7 @@ def render_html(comparison: Comparison) -> str:
         vars(comparison),
         several=any(len(point["seeds"]) > 1 for point in points),
         counted=counted(len(comparison.prompts)),
-        findings=[frontier.headline(points, comparison.chosen)] if points else findings(comparison),
+        findings=findings(comparison),
         matrices=[] if points else _matrices(comparison),
         caution=caution(len(comparison.prompts)),
         light=light,

@@ -14,6 +14,7 @@ Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
 
 WIDTH = 80  # of a terminal
+WIDTHS = (WIDTH, 100, 120)  # for which a table is written down
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,15 @@ def shown_columns(table: Sequence[Row]) -> list[Column]:
     return [column for column in columns if any(column.cell(row) != "-" for row in table)]
 
 
-def render_text(table: Sequence[Row]) -> str:
-    """The table for a terminal, in plain characters: the columns that fit into 80 of them."""
-    columns = [column for column in shown_columns(table) if column.short]
+def render_text(table: Sequence[Row], width: int = WIDTH) -> str:
+    """The table for a terminal, in plain characters: the columns that fit into its width, the first ones first."""
+    columns = [column for column in shown_columns(table) if column.short or width > WIDTH]
     while True:
-        lines = [["Model", *(column.short for column in columns)]]
+        lines = [["Model", *(column.short or column.title for column in columns)]]
         for row in table:
             lines.append([str(row["model"]), *((column.brief or column.cell)(row).rstrip() for column in columns)])
         text = lay_out(lines)
-        if len(columns) < 2 or len(text.partition("\n")[0]) <= WIDTH:
+        if len(columns) < 2 or len(text.partition("\n")[0]) <= width:
             return text
         columns = columns[:-1]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from schemas import environment
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
@@ -38,6 +39,8 @@ log = logging.getLogger("alignflow")
 
 ENTRIES_PER_BATCH = 100
 PROGRESS_SECONDS = 5.0
+LIVE_SECONDS, LIVELY_SECONDS = 0.5, 60.0
+"""For a terminal that shows bars: between two lines, as long as a piece of work is so young."""
 
 
 @cache
@@ -309,7 +312,8 @@ class StageRun:
             self._pace = Pace(began=now, first=done, total=total)
         pace = self._pace
         pace.done = done
-        if done < total and now - pace.printed < PROGRESS_SECONDS:
+        lively = environment.live() and now - pace.began < LIVELY_SECONDS
+        if done < total and now - pace.printed < (LIVE_SECONDS if lively else PROGRESS_SECONDS):
             return
         pace.printed = now
         left = ""

@@ -124,6 +124,7 @@ def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> N
     with pytest.raises(StageError) as stopped:
         train(Regression(kill=3), 7, run)
     assert stopped.value.status == "preempted"
+    assert stopped.value.problem.message == "stopped after step 4 of 7, saved"  # the step in progress is done
     resumed = Regression()
     again = train(resumed, 7, run)
 
@@ -131,6 +132,22 @@ def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> N
         assert torch.equal(a, b)
     assert run.logged == whole_run.logged
     assert again["compute/rows"] == cost["compute/rows"] == 7 * 8
+
+
+def test_progress_says_how_a_method_does_by_its_own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a rollout come once per rollout: until the next, the last ones are shown."""
+    run, plain, said = memory(tmp_path / "own"), memory(tmp_path / "plain"), list[str]()
+    for context in (run, plain):
+        monkeypatch.setattr(context, "progress", lambda done, total, what: said.append(f"{done}/{total} {what}"))
+    method, calls = Regression(), iter(range(9))
+    monkeypatch.setattr(
+        method, "after_step", lambda metrics: {"train/score": 1.234, "train/x": 9.0} if next(calls) == 1 else {}
+    )
+    train(method, 3, run)
+    assert said[1:] == ["2/3 steps  reward 1.23", "3/3 steps  reward 1.23"]
+    train(Regression(), 1, plain)
+    loss = plain.logged["train/loss", 1]
+    assert said[0].startswith("1/3 steps  loss ") and said[3] == f"1/1 steps  loss {loss:.4f}"
 
 
 def test_a_run_that_had_ended_is_not_trained_again(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def plan_of(nodes: list[Node], config: PipelineConfig) -> Plan:
 
 
 def run(nodes: list[Node], **more: Any) -> dict[str, Result]:
-    return pipeline.run(plan_of(nodes, config(**more)))
+    return pipeline.run(plan_of(nodes, config(**more))).results
 
 
 def outlooks(nodes: list[Node]) -> dict[str, str]:

@@ -172,6 +172,10 @@ def test_the_comparison_of_a_sweep_has_the_frontier(tmp_path: Path) -> None:
     # judge_score of `evaluation(score)` is score + 1.5: 2.6 and 3.6, then 2.8 and 3.8.
     assert [point["judge_score"] for point in points] == pytest.approx([3.1, 3.3])
     table = json.loads((comparison / "table.json").read_text())
+    written = json.loads((comparison / "comparison.json").read_text())
+    assert written["findings"] == [frontier.headline(points)]
+    assert written["best"][0] == frontier.label(max(points, key=lambda point: point["judge_score"]))
+    assert written["tables"]["80"].startswith(frontier.render_text(points))
     assert [r["model"] for r in table] == ["sft", *variants, "champion"] and table[2]["seed"] == 1
     assert (comparison / "table.txt").read_text().startswith("Method")
     page = Page((comparison / "report.html").read_text())

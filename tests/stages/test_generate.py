@@ -235,6 +235,10 @@ def test_alone_writes_a_file_for_people(
     assert main(command.model_copy(update={"out": scored, "judge": "rule", "limit": 1})) == 0
     assert capsys.readouterr().out == f"2 answers to 1 prompts in {scored}, scored by rule\n"
     assert len(read(scored)) == 1 and "scores" in read(scored)[0]
+    listed = command.model_copy(update={"out": tmp_path / "listed.jsonl", "as_json": True})
+    assert main(listed) == 0
+    told_all = json.loads(capsys.readouterr().out)
+    assert (told_all["out"], told_all["prompts"], told_all["answers"]) == (str(listed.out), 3, 6)
 
 
 def test_what_stands_beside_a_prompt_travels_with_it(model: Path, tmp_path: Path) -> None:

@@ -214,4 +214,4 @@ def test_the_stage_publishes_every_pair_and_logs_it(tmp_path: Path) -> None:
         "dpo",
         "kto",
     ]
-    assert written["covers"] == COVERS
+    assert written["covers"] == COVERS and written["best"] == ["dpo"]  # which beats kto

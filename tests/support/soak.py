@@ -35,7 +35,7 @@ address_file.adopt()
 from flows.planning.config_file import load
 from flows.submit import submit
 for file in sys.argv[1:]:
-    print(submit(load(file, here=False).config), flush=True)
+    print(submit(load(file, here=False).config)[1], flush=True)
 """
 """What `alignflow submit` does, for many configs in one process."""
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED"}

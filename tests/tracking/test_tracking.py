@@ -318,6 +318,20 @@ def test_progress_says_how_far(home: Path, capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err.splitlines() == ["sft  1/3 answers", "sft  2/3 answers  1:00 left"]
 
 
+def test_progress_is_lively_for_a_terminal_and_at_first_only(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("stages.tracking.run.time.monotonic", lambda: now[0])
+    monkeypatch.setenv("ALIGNFLOW_LIVE", "1")
+    run = StageRun(request(a=1))
+    for done in range(1, 201):
+        now[0] += 0.5
+        run.progress(done, 1000, "steps")
+    # Each of the first minute, 120, at steps of 0.5 s; then one every 5 s, ten steps, until 100 s.
+    assert len(capsys.readouterr().err.splitlines()) == 120 + (200 - 120) // 10
+
+
 def test_names_that_mlflow_takes() -> None:
     assert tracking.acceptable_name("eval/win rate:a.b-c_d") == "eval/win rate:a.b-c_d"
     assert tracking.acceptable_name("a,b(c)") == "a_b_c_"

@@ -29,6 +29,15 @@ from stages.engine.training.method import Method, Metrics, PublishedMethod
 from stages.runtime.context import StageContext
 from stages.runtime.workspace import remove
 
+TOLD = {
+    "train/score": "reward",
+    "train/kl_to_reference": "KL",
+    "train/accuracy": "accuracy",
+    "train/margin": "margin",
+}
+"""Metrics that say how a training does, and how they are called where its progress is shown. One that has none of them
+shows its loss."""
+
 
 def learning_rate(training: Training, at: int, end: int, size: int = 1) -> float:
     """Linear warm-up from 0, then constant, or linear or half a cosine down to 0. A pure function of the progress.
@@ -113,6 +122,7 @@ class Loop:
         self.step = 0
         self.compute: dict[str, float] = {"compute/seconds": 0.0}
         self.last: dict[str, float] = {}
+        self.shown: dict[str, str] = {}
         self.saved_at = time.monotonic()
         self.writer = checkpoint.Writer()
         if self.sharded:
@@ -326,8 +336,10 @@ class Loop:
         self.last = metrics
         if self.step % self.training.log_every == 0 or self.ended:
             self.context.metrics(metrics, step=self.step)
+        self.shown |= {word: f"{metrics[name]:.2f}" for name, word in TOLD.items() if name in metrics}
+        told = self.shown or {"loss": f"{metrics['train/loss']:.4f}"}
         done, end, unit = self.progress
-        self.context.progress(done, end, f"{unit}  loss {metrics['train/loss']:.4f}")
+        self.context.progress(done, end, f"{unit}  {'  '.join(map(' '.join, told.items()))}")
 
     def __call__(self) -> dict[str, float]:
         self.resume()
@@ -346,8 +358,9 @@ class Loop:
                 if stop and not self.ended:
                     self.writer.wait()
                     done, end, unit = self.progress
-                    message = f"stopped by SIGTERM after {done} of {end} {unit}; the checkpoint is saved"
-                    raise StageError(message, status="preempted", kind="preempted", fix="run it again: it resumes")
+                    at = f"step {done} of {end}" if unit == "steps" else f"{done} of {end} {unit}"
+                    message, fix = f"stopped after {at}, saved", "run it again: it resumes"
+                    raise StageError(message, status="preempted", kind="preempted", fix=fix)
         return {**self.last, **self.compute}
 
 

@@ -160,8 +160,8 @@ def test_every_field_that_names_a_file(root: Path) -> None:
 NO_FILES = {
     "align", "api_key_env", "candidate", "columns", "few_prompts", "gate", "judge", "kind", "label_map", "layout",
     "lora", "loss", "loss_type", "method", "name", "pools", "precision", "revision", "rows", "schedule", "scratch",
-    "sha256", "split", "subset", "sweep", "system_prompt", "target", "template_args", "tolerances", "url", "value_start",
-    "value_trunk",
+    "sha256", "split", "subset", "sweep", "system_prompt", "target", "template_args", "tolerances", "url",
+    "value_start", "value_trunk",
 }  # fmt: skip
 PATHS = {"path", "chat_template", "reward_model"}
 

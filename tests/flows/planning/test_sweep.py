@@ -267,7 +267,7 @@ def test_the_step_that_reaches_the_limit_is_the_last_also_after_a_resume(
     cost = whole.train()
     assert sum(whole.seen[:-1]) < TOKENS <= sum(whole.seen) == cost["compute/train_tokens"]
 
-    with pytest.raises(StageError, match=rf"stopped by SIGTERM after \d+ of {TOKENS} tokens"):
+    with pytest.raises(StageError, match=rf"stopped after \d+ of {TOKENS} tokens, saved"):
         Limited(name, tmp_path / "cut", inputs).train(stop_at=3)
     resumed = Limited(name, tmp_path / "cut", inputs)
     assert resumed.train()["compute/train_tokens"] == cost["compute/train_tokens"]

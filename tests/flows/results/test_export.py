@@ -232,6 +232,22 @@ def test_the_last_comparison_is_found_by_run_and_by_name(aligned: Result) -> Non
         lookup.comparison("other")
 
 
+def test_a_comparison_is_found_by_the_start_of_its_runs_id_and_none_across_runs_counts(
+    aligned: Result, tmp_path: Path
+) -> None:
+    folders = {name: tmp_path / name for name in ("long", "across")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "table.txt").write_text(name)
+    run, tags = "8634f932-aaa5-4444-8c65-94d054d2f74b", {lookup.ACROSS: "run-1 run-2"}
+    finish({"comparison": folders["long"]}, stage="compare", name="compare", params={"a": 1}, pipeline_run=run)
+    finish({"comparison": folders["across"]}, stage="compare", name="compare", params={"a": 2}, tags=tags)
+    assert lookup.comparison("8634f932").pipeline_run == lookup.comparison().pipeline_run == run
+    assert (lookup.comparison("run-1").folder / "table.txt").read_text() == "a table\n"
+    with pytest.raises(StageError, match="called '8634'"):
+        lookup.comparison("8634")
+
+
 def test_without_any_run_the_message_says_what_to_do(ready_home: Path) -> None:
     with pytest.raises(StageError, match="alignflow run"):
         lookup.comparison()

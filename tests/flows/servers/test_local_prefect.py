@@ -74,7 +74,7 @@ def locally(results: dict[str, Result] | None, error: Exception) -> Callable[...
 def test_a_run_whose_stages_are_done_is_done(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     results = {"sft": Result(status="done", key="k")}
     monkeypatch.setattr(pipeline, "run_locally", locally(results, httpx.ConnectError("gone")))
-    assert pipeline.run(a_plan()) == results
+    assert pipeline.run(a_plan()) == pipeline.Finished("flow run", results)
     assert "All stages are done; Prefect could not record the end of the run (ConnectError)." in caplog.text
 
 
