@@ -1,4 +1,6 @@
-"""What `alignflow validate`, `generate` and `chat` ask of their processes (stages/commands); made of their options."""
+"""What `alignflow validate`, `generate`, `rank` and `chat` ask of their processes (stages/commands): their options."""
+
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,6 +47,27 @@ class GenerateCommand(GenerateConfig):
     """`none` (people rank), `rule`, `sentiment`, or a reward model's folder."""
     seed: int = 0
     as_json: bool = False
+
+
+RankForm = Literal["ranking", "pairs", "thumbs"]
+AnnotatorName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^\S(.*\S)?$")]
+
+
+class RankCommand(Strict):
+    """Let a person rank the answers of a file."""
+
+    file: FilePath
+    output: FilePath | None = None
+    """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
+    annotator: AnnotatorName
+    form: RankForm = "ranking"
+    """All answers to a prompt at once, every two of them, or each one with a thumb."""
+    terminal: bool = False
+    open: bool = True
+    """Whether the page is opened in a browser, where there is a screen."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: a free one."""
+    seed: int = 0
 
 
 class ChatCommand(Strict):

@@ -92,6 +92,7 @@ def warm_up(asks: socket.socket) -> None:
 
     watch = threading.Thread(target=leave_with_the_flow)
     watch.start()
+    gc.disable()  # as stages.__main__.start does; a fork sees to it by itself
     try:
         for name in _HEAVY:
             importlib.import_module(name)

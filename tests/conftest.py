@@ -1,10 +1,7 @@
 """Shared fixtures: a home of its own for every test, and the real data and model beside the checkout, where there."""
 
-import contextlib
+import gc
 import os
-import shutil
-import sqlite3
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support import homes
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
     from stages.engine.data.trees import Batch
+
+gc.disable()  # until all is imported, as in a stage's process
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: the garbage collector need not look at it."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Names a failed test at once: a run that is stopped never comes to its summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
@@ -69,22 +76,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs. Making one takes seconds, copying it none."""
-    folder = tmp_path_factory.mktemp("database")
-    # A process of its own, so that nothing in this one holds the file open while it is copied.
-    code = "from stages import tracking; tracking.setup()"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALIGNFLOW_HOME": str(folder)}, check=True)
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the databases of MLflow and Prefect, without runs: one for all processes of a test run."""
+    from stages.runtime import workspace
+
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with workspace.lock(place / "ready.lock"):
+        if not (place / "ready").exists():
+            homes.make(place / "made")
+            (place / "made").rename(place / "ready")
+    return place / "ready"
+
+
+@pytest.fixture(scope="session")
+def database(ready: Path) -> Path:
+    """An MLflow database without runs."""
+    return ready / "mlflow.db"
 
 
 @pytest.fixture
-def ready_home(home: Path, database: Path) -> Path:
-    """An ALIGNFLOW_HOME in which MLflow's database stands already."""
-    shutil.copy(database, home / "mlflow.db")
-    return home
+def ready_home(home: Path, ready: Path) -> Path:
+    """An ALIGNFLOW_HOME in which the databases stand already."""
+    return homes.furnish(home, ready)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +135,7 @@ def batch() -> "Batch":
 
 
 @pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectClient]":
+def prefect(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> "Iterator[SyncPrefectClient]":
     """One Prefect server for all tests of a file, as `alignflow run` starts it, and a client for it."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_AUTH_STRING
@@ -128,7 +143,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SyncPrefectCl
     from flows.servers import local_prefect
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("prefect"), ready)))
         with local_prefect.local_prefect(), get_client(sync_client=True) as client:
             # for the processes that a test starts
             patch.setenv("PREFECT_API_AUTH_STRING", str(PREFECT_API_AUTH_STRING.value()))

@@ -12,10 +12,27 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+_TO_SAVE_SECONDS = 10
+
+
 def run_python(module: str, *arguments: object, keep: int | None = None) -> int:
-    """Run `python -P -m module` with arguments on this terminal; returns its exit code. `keep`: a file it inherits."""
+    """Run `python -P -m module` with arguments on this terminal; returns its exit code. `keep`: a file it inherits.
+
+    Ctrl-C reaches it too: it has ten seconds to save what it must, and its own code counts where it ends by itself.
+    """
     inherited = () if keep is None else (keep,)
-    return subprocess.run([sys.executable, "-P", "-m", module, *map(str, arguments)], pass_fds=inherited).returncode
+    with subprocess.Popen([sys.executable, "-P", "-m", module, *map(str, arguments)], pass_fds=inherited) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                code = process.wait(_TO_SAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise KeyboardInterrupt from None
+            if code < 0:
+                raise
+            return code
 
 
 def start(context: typer.Context, request: type["BaseModel"], **values: Any) -> NoReturn:

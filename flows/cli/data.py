@@ -1,4 +1,4 @@
-"""Commands for data: presets to start from, a check of rows, and answers to rank."""
+"""Commands for data: presets to start from, a check of rows, answers to rank, and people who rank them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,3 +200,47 @@ def generate(
     from schemas.commands import GenerateCommand
 
     start(context, GenerateCommand, model=find(model).folder)
+
+
+def rank(
+    context: typer.Context,
+    file: Annotated[
+        Path,
+        typer.Argument(help="Prompts with their answers, as `generate` writes them, or pairs: JSONL, Parquet, CSV."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL file for the rows to train on; default: beside FILE, NAME.ranked.jsonl.")
+    ] = None,
+    annotator: Annotated[str | None, typer.Option(help="Who ranks; default: the user's name on this machine.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="ranking (all answers at once; the default), pairs (every two), or thumbs (each one)."),
+    ] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Ask here, without a page in the browser.")] = False,
+    open: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the page; default: a free one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+) -> None:
+    """Let people rank answers, blind and shuffled, on a page of this machine; write the rows to train on.
+
+    Every verdict is saved at once, beside the output; the same command resumes. Several people, each with a name, may
+    judge the same file: what they say becomes one row per prompt, and the command says how far they agree.
+
+    Examples:
+
+    - alignflow rank to_rank.jsonl
+    - alignflow rank to_rank.jsonl --annotator anna --terminal
+    - alignflow rank pairs.jsonl --form pairs --output judged.jsonl
+    """
+    from getpass import getuser
+
+    from schemas.commands import RankCommand
+    from schemas.errors import refuse
+
+    if annotator is None:
+        try:
+            annotator = getuser()
+        except (KeyError, OSError) as error:
+            message = "this machine has no name for you."
+            raise refuse("--annotator", None, message, "give your name", kind="no_name") from error
+    start(context, RankCommand, annotator=annotator)

@@ -57,11 +57,32 @@ def outlook(plan: Plan) -> str:
     lines.append(f"\n{len(states)} stages: {reused} reused, {len(states) - reused} to run.")
     if "unknown" in states:
         lines.append("* reused if its inputs turn out unchanged.")
+    lines += few_prompts(outlooks)
     if memory is None:
         lines.append("Memory is not known before the model is on this machine.")
     else:
         lines.append("Memory: an estimate for one device, without the 1 GB or so that torch itself takes.")
     return "\n".join(lines)
+
+
+def few_prompts(outlooks: Mapping[str, Outlook]) -> list[str]:
+    """That too few prompts will be held out to tell models apart, in a line; none where there are enough or nobody
+    knows. As many as rows at most: exact where the rows are checked already.
+    """
+    data = next((one for one in outlooks.values() if one.node.params.get("min_eval_prompts")), None)
+    if data is None:
+        return []
+    least = data.node.params["min_eval_prompts"]
+    if data.result is not None:
+        held_out, about = int(data.result.metrics.get("data/eval/prompt", 0)), ""
+    else:
+        guess = guessed_rows(data.node.params, "prompt", "eval")
+        held_out, about = least if guess is None else guess, "at most about "
+    if held_out >= least:
+        return []
+    then = "it will be refused" if data.node.params["few_prompts"] == "refuse" else "differences will be hard to tell"
+    fix = f"raise {data.node.field}.eval_fraction, give more rows or data.evaluation"
+    return [f"{about}{held_out} prompts will be held out, {least} are asked for: {then}. Fix: {fix}"]
 
 
 def line(one: Outlook, config: PipelineConfig, outlooks: Mapping[str, Outlook], memory: Mapping[str, int]) -> str:
@@ -122,7 +143,11 @@ def _guessed(data: ValidateParams, kind: str, part: str) -> int | None:
         return None
     train = 1 - max(data.eval_fraction, data.others_eval_fraction) - max(data.test_fraction, data.others_test_fraction)
     train = max(0.0, train)
-    share = train * (data.gold_fraction if part == "gold" else 1 - data.gold_fraction)
+    share = (
+        data.eval_fraction
+        if part == "eval"
+        else train * (data.gold_fraction if part == "gold" else 1 - data.gold_fraction)
+    )
     return round(min(lines, data.limit or lines) * each * share)
 
 

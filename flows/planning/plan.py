@@ -228,6 +228,7 @@ class Planner:
             # Without these nothing is trained: the evaluation needs them, and where one is set, the gate.
             gate = 0 if self.config.promote is None else self.config.promote.gate.prompts_min
             params["min_eval_prompts"] = max(self.config.evaluate.min_prompts, gate)
+            params["few_prompts"] = "refuse" if self.config.promote is not None else self.config.evaluate.few_prompts
             params["min_test_prompts"] = self.config.evaluate.min_prompts if self.has_test() else 0
         return self.validated(slot, f"data.{slot}", params, {})
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from flows.results.lookup import Model, model
 from schemas.errors import refuse
 from schemas.model_folder import is_reward_model, read_json
+from stages import tracking
 from stages.runtime import workspace
 
 LANGUAGE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,9 +57,13 @@ def write(chosen: Model, out: Path) -> None:
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
+    left = tracking.FOR_MLFLOW if (chosen.folder / "MLmodel").exists() else ()
     # As new files, under the user's umask: those of the home are for nobody else.
     for file in filter(Path.is_file, chosen.folder.rglob("*")):
-        copy = beside / file.relative_to(chosen.folder)
+        inner = file.relative_to(chosen.folder)
+        if inner.parts[0] in left:
+            continue
+        copy = beside / inner
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     card(chosen, out).save(beside / "README.md")

@@ -37,8 +37,9 @@ const words = decodeURIComponent(location.hash.slice(1)), basic = btoa(words);
 history.replaceState(null, "", location.pathname);
 fetch(location.pathname, {method: "POST", headers: {Authorization: "Basic " + basic}}).then(answer => {
   if (!answer.ok) { document.body.textContent = "This link is not valid (any more). Fix: take the one that alignflow up, or alignflow ui, prints."; return; }
-  if (answer.headers.get("X-Keep") == "storage") localStorage.setItem("prefect-password", basic);
-  location.replace("/");
+  const prefect = answer.headers.get("X-Keep") == "storage";
+  if (prefect) localStorage.setItem("prefect-password", basic);
+  location.replace(prefect ? "/" : "/#/experiments?workflowType=machine_learning");  // MLflow's "/" opens on traces
 });
 """  # noqa: E501
 PAGE = f'<!doctype html><meta charset="utf-8"><title>alignflow</title><body>Logging in ...<script>{SCRIPT}</script>'

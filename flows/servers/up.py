@@ -175,7 +175,8 @@ def to_start(elsewhere: dict[str, str], host: str, mlflow_port: int | None, pref
 def shown(name: str, url: str, where: Addresses) -> str:
     """A server's address for a person: one that logs the browser in, where the password was made here."""
     login = passwords.link(name, url) if name in where.ours else None
-    return tracking.without_passwords(url) + (f"   log in: {login}" if login else "")
+    page = "/#/experiments?workflowType=machine_learning" if name == "MLflow" and not login else ""
+    return tracking.without_passwords(url) + page + (f"   log in: {login}" if login else "")
 
 
 def say_all(where: Addresses, elsewhere: dict[str, str], limit: int) -> None:

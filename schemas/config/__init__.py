@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonVal
 from pydantic_core import PydanticCustomError
 
 from schemas import Strict, no_truth
-from schemas.config.data import Learn, PipelineData
+from schemas.config.data import FewPrompts, Learn, PipelineData
 from schemas.config.methods import Method, MethodConfig
 from schemas.config.training import Training
 from schemas.promotion import PromoteConfig
@@ -183,6 +183,10 @@ class BaselinesConfig(Strict):
         return sorted(values, reverse=bool(values) and isinstance(values[0], float))
 
 
+ENOUGH_PROMPTS = 100
+"""Held-out prompts with which models can be told apart, where they differ much."""
+
+
 class BaselinesParams(BaselinesConfig):
     """Stage `baselines`: the evaluation's conditions beside the baselines."""
 
@@ -191,6 +195,7 @@ class BaselinesParams(BaselinesConfig):
     samples_per_prompt: int
     limit: int | None
     min_prompts: int
+    few_prompts: FewPrompts = "warn"
 
 
 def _also_one_temperature(schema: dict[str, Any]) -> None:
@@ -214,8 +219,11 @@ class EvaluateConfig(Strict):
     """Answers to each prompt at each temperature."""
     limit: int | None = Field(default=None, ge=1, lt=2**63)
     """Use only the first N prompts."""
-    min_prompts: int = Field(default=100, ge=1)
-    """Refuse to evaluate on fewer prompts."""
+    min_prompts: int = Field(default=ENOUGH_PROMPTS, ge=1)
+    """On fewer held-out prompts, differences are hard to tell: `few_prompts` says what happens then."""
+    few_prompts: FewPrompts = "warn"
+    """`refuse` stops the run before anything is trained. With `promote` it always is: its gate needs as many as
+    `promote.gate.prompts_min`."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for 95 % intervals."""
     baselines: BaselinesConfig | None = BaselinesConfig()

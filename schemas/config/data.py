@@ -30,6 +30,7 @@ Format = Literal[
     "arena",
 ]
 """Public data sets whose rows are read as they come (stages/validate/forms/presets.py)."""
+FewPrompts = Literal["warn", "refuse"]
 Learn = Literal["last", "all"]
 """Which of the assistant's turns SFT learns."""
 DERIVES: dict[Kind, Mapping[str, int | None]] = {
@@ -321,9 +322,11 @@ class _Beside(Strict):
     """What the rest of the pipeline asks of a data set."""
 
     min_eval_prompts: int = Field(default=0, ge=0)
-    """Refuse data that holds out fewer prompts; the pipeline sets it where it evaluates, before anything is trained."""
+    """How many held-out prompts the pipeline's evaluation asks for."""
     min_test_prompts: int = Field(default=0, ge=0)
     """The same for the test part, where a sweep evaluates on it."""
+    few_prompts: FewPrompts = "refuse"
+    """What happens where there are fewer: a warning, or a refusal before anything is trained."""
     others_eval_fraction: float = Field(default=0.0, ge=0, le=1)
     """The largest `eval_fraction` in the pipeline's data. What lies between it and this data's own is left out of
     training, since other data may hold those prompts out."""

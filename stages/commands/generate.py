@@ -1,6 +1,7 @@
 """`alignflow generate`: a model writes several answers to each prompt of a file, without MLflow."""
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,9 @@ def alone(command: GenerateCommand) -> dict[str, float]:
     rows = [{**label(item, command.noise, command.seed), **beside[json.dumps(item.prompt)]} for item in items]
     write(rows, command.out)
     if judge is None:
-        command.out.with_suffix(".README.txt").write_text(HOW_TO_RANK.replace("rows.jsonl", command.out.name))
+        by_page = f"`alignflow rank {command.out.name}` lets people rank on a page, or in the terminal. By hand:\n\n"
+        how = by_page + HOW_TO_RANK.replace("rows.jsonl", command.out.name)
+        command.out.with_suffix(".README.txt").write_text(how)
     return summary(items, tokens, time.monotonic() - began)
 
 
@@ -123,7 +126,7 @@ def main(command: GenerateCommand) -> int:
         return 0
     made = f"{counts['generate/answers']:.0f} answers to {counts['generate/prompts']:.0f} prompts in {command.out}"
     if command.judge == "none":
-        show(f"{made}; fill in `order` on every line, best first")
+        show(f"{made}\nnext      {shlex.join(['alignflow', 'rank', str(command.out)])}")
     else:
         show(f"{made}, {'compared' if command.noise else 'scored'} by {command.judge}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.commands import MixtureCommand, ValidateCommand
+from schemas.config import ENOUGH_PROMPTS
 from schemas.config.data import DataConfig, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.source import File, data_source
@@ -133,6 +134,12 @@ def _print(command: Command, report: dict[str, Any], error: StageError | None) -
     kind = command.kind
     parts = [f"{part} {_count(kinds, kind)}" for part, kinds in report["parts"].items() if kinds]
     show(f"split     {', '.join(parts)}")
+    held_out = report["parts"]["eval"].get("prompt", 0)
+    if held_out < ENOUGH_PROMPTS:
+        fix = "raise eval_fraction, or name prompts to evaluate on in data.evaluation"
+        show(
+            f"note      {held_out} prompts are held out: with {ENOUGH_PROMPTS} or more, models can be told apart; {fix}"
+        )
     if lengths := report["lengths"]:
         sizes = f"median {lengths['median']}, 95 % at most {lengths['p95']}, longest {lengths['longest']}"
         show(f"lengths   {sizes} {lengths['unit']}" + ("" if command.model else "; --model counts tokens"))

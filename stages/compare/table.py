@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.config import EvaluateConfig
+from schemas.config import ENOUGH_PROMPTS
 from stages.compare.curve import Gain, Point
 from stages.compare.head_to_head import Duel
 
 Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
 
-ENOUGH_PROMPTS = EvaluateConfig().min_prompts
 WIDTH = 80  # of a terminal
 WIDTHS = (WIDTH, 100, 120)  # for which a table is written down
 

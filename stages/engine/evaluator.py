@@ -84,7 +84,9 @@ class Evaluator:
             message = f"only {len(kept)} held-out prompts to evaluate on."
             share = f"data.*.{self.config.part}_fraction"
             fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
-            raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
+            if self.config.few_prompts == "refuse" or not kept:
+                raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
+            log.warning("%s Differences will be hard to tell. Fix: %s", message, fix)
         self.asked = kept
         return [row["prompt"] for row in kept]
 

@@ -5,6 +5,7 @@ file, and a side thread ships them. `find` looks up a finished run by its key, `
 check its digest.
 """
 
+from stages.tracking.flavour import FOR_MLFLOW
 from stages.tracking.journal import close_left
 from stages.tracking.mlflow_client import (
     answer_soon,
@@ -36,6 +37,7 @@ from stages.tracking.run import StageRun, code_version
 from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
+    "FOR_MLFLOW",
     "REMOVED",
     "TAG_LENGTH",
     "StageRun",

@@ -22,7 +22,8 @@ LOCK_SECONDS = 10.0
 
 
 def prepare(path: Path) -> None:
-    """Make the database where there is none, or migrate it to the schema of this MLflow. For the holder of its lock.
+    """Make the database where there is none, or migrate it to the schema of this MLflow, and see that it knows where
+    its artifacts are. For the holder of its lock.
 
     Raises:
         StageError: it is damaged, a newer MLflow has made it, or it cannot be migrated.
@@ -33,8 +34,10 @@ def prepare(path: Path) -> None:
     _, newest = MLFLOW.revisions()
     if not path.exists():
         make(path)
-    elif newest is not None and revision != newest:
+        return
+    if newest is not None and revision != newest:
         migrate(path, revision or "unknown")
+    relocate(path)
 
 
 def make(path: Path) -> None:
@@ -112,6 +115,50 @@ def upgrade(before: Path, beside: Path, path: Path) -> None:
         left.append(more)
     if databases.revision_of(beside, MLFLOW) != MLFLOW.revisions()[1]:
         raise unmigrated(path, before, "MLflow has stopped on the way")
+
+
+def relocate(path: Path) -> None:
+    """Let the database find its artifacts where they are, after the home was renamed, or copied from another place.
+
+    MLflow keeps whole paths. Those below another home are changed where what they name is beside the database: other
+    folders that an experiment keeps its artifacts in are left alone.
+    """
+    here = path.with_name("artifacts")
+    with opened(path) as connection:
+        listed = connection.execute(
+            "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE '/%/artifacts'"
+        )
+        for (place,) in listed.fetchall():
+            if place == str(here) or not moved(connection, Path(place), here):
+                continue
+            log.warning("this home was at %s: its runs and models are found here now", Path(place).parent)
+            connection.execute("BEGIN IMMEDIATE")
+            for table, column in PATHS.items():
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {below(column)}",
+                    (str(here), len(place) + 1, place, len(place) + 1, f"{place}/"),
+                )
+            home = "UPDATE tags SET value = ? WHERE key = 'home' AND value = ?"
+            connection.execute(home, (str(here.parent), str(Path(place).parent)))
+            connection.execute("COMMIT")
+
+
+PATHS = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
+"""Where MLflow keeps whole paths of artifacts: table -> column."""
+
+
+def moved(connection: sqlite3.Connection, place: Path, here: Path) -> bool:
+    """Whether artifacts that the database has in one folder are in another, which is not the same by another name."""
+    if place.exists() and here.exists() and place.samefile(here):
+        return False
+    some = f"SELECT artifact_uri FROM runs WHERE {below('artifact_uri')} ORDER BY start_time DESC LIMIT 50"
+    runs = connection.execute(some, (len(str(place)) + 1, f"{place}/"))
+    return any((here / Path(uri).relative_to(place)).exists() for (uri,) in runs)
+
+
+def below(column: str) -> str:
+    """The condition that a path begins with another; LIKE would take `_` for any character, and A for a."""
+    return f"substr({column}, 1, ?) = ?"
 
 
 def left_behind(said: str) -> tuple[str, str] | None:

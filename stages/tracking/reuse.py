@@ -97,6 +97,7 @@ def compare_link(server: str, run_ids: list[str], view: Literal["CHART", "ARTIFA
     experiments = sorted({run.info.experiment_id for run in runs})
     chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)
     query = {"searchFilter": f"attributes.run_id IN ({chosen})", "compareRunsMode": view}
+    query |= {"workflowType": "machine_learning"}  # else its menus are those of traces and prompts
     query |= {"orderByKey": "metrics.`eval/judge_score`", "orderByAsc": "false"}
     page = f"experiments/{experiments[0]}/runs"
     if len(experiments) > 1:

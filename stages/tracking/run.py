@@ -21,6 +21,7 @@ from schemas.errors import Problem, StageError, refuse
 from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
+from stages.tracking.flavour import describe
 from stages.tracking.journal import Journal, journal_file, points_of
 from stages.tracking.mlflow_client import (
     client,
@@ -262,6 +263,8 @@ class StageRun:
                 message = "it changed while it was read; nothing is published."
                 fix = "start the run again once nothing writes to it"
                 raise refuse(read, source.uri, message, fix, kind="source_changed")
+        if model:
+            describe(folder)
         sha256 = digest(folder)
         if model:
             uri = self._publish_model(folder, sha256)

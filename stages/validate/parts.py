@@ -5,10 +5,11 @@ from pathlib import Path
 import polars as pl
 
 from schemas.config.data import Kind, ValidateParams
+from schemas.rows import may_repeat
 from stages.engine.tables import PARTS
-from stages.engine.tables.derive import derive
+from stages.engine.tables.derive import counted
 
-_CHUNK = 20_000
+_AT_ONCE, _GROUP = 10_000, 50_000  # rows
 
 
 def part(params: ValidateParams) -> pl.Expr:
@@ -29,18 +30,18 @@ def write(kind: Kind, frame: pl.DataFrame, out: Path) -> dict[str, dict[str, int
     read. Returns part -> kind -> rows that it gives. `frame` has column `part`.
     """
     counts: dict[str, dict[str, int]] = {name: {} for name in PARTS}
+    shared = may_repeat(frame, ["prompt_id"])
     for name in PARTS:
-        rows = frame.filter(pl.col("part") == name).drop("part")
-        if rows.height:
-            store(rows, out / name, kind)
-            heights = {given: make().height for given, make in derive(kind, rows).items()}
+        own = frame["part"] == name
+        if own.any():
+            store(frame.lazy().filter(pl.col("part") == name).drop("part"), out / name, kind)
+            heights = counted(kind, frame, own, shared)
             counts[name] = {given: height for given, height in heights.items() if height}
     return counts
 
 
-def store(table: pl.DataFrame, folder: Path, kind: str) -> None:
-    """Write the rows of a kind as Parquet."""
+def store(table: pl.LazyFrame, folder: Path, kind: str) -> None:
+    """Write the rows of a kind as Parquet. They are never in memory a second time."""
     folder.mkdir(exist_ok=True)
-    # For every row group polars copies the whole chunk that it is in: small chunks keep that linear.
-    pieces = pl.concat(table.iter_slices(_CHUNK), rechunk=False)
-    pieces.write_parquet(folder / f"{kind}.parquet", compression_level=1)
+    with pl.Config(streaming_chunk_size=_AT_ONCE):
+        table.sink_parquet(folder / f"{kind}.parquet", compression_level=1, row_group_size=_GROUP)

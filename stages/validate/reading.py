@@ -6,7 +6,7 @@ What only all rows tell comes last: what labels mean (labels.py), and whether an
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import polars as pl
@@ -128,14 +128,15 @@ class _Reading:
         self.context.digest.update(chunk.digestible)
         self.context.read += len(chunk.lines)
         plain, others = self._plain(chunk)
+        if plain.height:
+            plain = plain.with_columns(pl.col("row") + first)
+        if not others:
+            return plain
         places = (first + place for place in others)
         rows = self._rows(dict(zip(places, chunk.records(others), strict=True)))
-        if not plain.height:
-            return rows
-        plain = plain.with_columns(pl.col("row") + first)
-        return concat([plain, rows]).sort("row") if rows.height else plain
+        return concat([plain, rows]).sort("row") if plain.height and rows.height else plain if plain.height else rows
 
-    def _plain(self, chunk: Lines) -> tuple[pl.DataFrame, Iterable[int]]:
+    def _plain(self, chunk: Lines) -> tuple[pl.DataFrame, Sequence[int]]:
         """The rows that are plain, by their places in the chunk; the places of the others."""
         names = self._usual or next((tuple(row) for row, *_ in chunk.records() if row), None)
         if names is not None:

@@ -1,5 +1,6 @@
 """Whether what is left of the rows will do: too much may be bad, nothing may be left, or too little is held out."""
 
+import logging
 import re
 
 import polars as pl
@@ -14,6 +15,8 @@ from stages.validate.forms.cells import ROLES
 from stages.validate.forms.column_advice import KNOWN
 from stages.validate.quarantine import Quarantine
 from stages.validate.readers.files import how_to_convert
+
+log = logging.getLogger("alignflow")
 
 
 def refusal(frame: pl.DataFrame, context: Context, quarantine: Quarantine) -> StageError | None:
@@ -140,7 +143,8 @@ def _unranked(rows: int, context: Context, quarantine: Quarantine) -> StageError
 
 
 def few_held_out(frame: pl.DataFrame, params: ValidateParams | MixtureParams, name: str) -> StageError | None:
-    """There would be too few prompts to evaluate on; found here, nothing has been trained yet.
+    """There would be too few prompts to evaluate on; found here, nothing has been trained yet. Where `few_prompts` is
+    `warn`, a warning and None.
 
     `frame`: all rows, with column `part`; `name`: of the data, for people.
     """
@@ -149,9 +153,13 @@ def few_held_out(frame: pl.DataFrame, params: ValidateParams | MixtureParams, na
         held_out = frame.filter(pl.col("part") == part)["prompt_id"].n_unique()
         if held_out < least:
             where = "held out" if part == "eval" else "in the test part"
-            message = f"{one_line(name)}: {held_out} of {prompts} prompts are {where}, too few to evaluate on."
+            share = f"{one_line(name)}: {held_out} of {prompts} prompts are {where}"
             fix = f"raise {part}_fraction, give more rows or data.evaluation, or lower evaluate.min_prompts"
             if part == "eval":
                 fix += " (and promote.gate.prompts_min, where the config has promote)"
+            if params.few_prompts == "warn" and held_out > 0:
+                log.warning("%s, %d are asked for: differences will be hard to tell. Fix: %s", share, least, fix)
+                continue
+            message = f"{share}, too few to evaluate on."
             return refuse("evaluate.min_prompts", least, message, fix, kind="few_prompts")
     return None

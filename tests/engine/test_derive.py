@@ -1,7 +1,7 @@
 """Derived kinds: what each row becomes, worked out by hand, and that the result is clean by its own kind's model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import polars as pl
 import pytest
@@ -10,6 +10,7 @@ from schemas.config.data import DERIVES, Kind
 from schemas.rows import problems
 from stages.engine.tables import kinds, table
 from stages.engine.tables.derive import derive
+from stages.validate import parts
 from stages.validate.forms.formats import parse, to_frame
 from stages.validate.parts import write
 
@@ -65,6 +66,56 @@ def test_a_folder_with_a_table_of_every_kind_reads_the_same(tmp_path: Path) -> N
     for kind, frame in expected.items():
         found = table(tmp_path, "train", kind)
         assert found is not None and found.drop("source").equals(frame), kind
+
+
+def test_rows_are_counted_as_they_are_derived(tmp_path: Path) -> None:
+    """Of pairs in one part: a shares its prompt and its better answer, and once is beaten; b and c stand alone.
+
+    Of `a`: x beats y, x beats z, z beats x: that is a tie, so that x beats y is left: 1 up, 1 down, 1 to imitate.
+    """
+    pairs = [("a", "x", "y"), ("b", "x", "y"), ("a", "x", "z"), ("a", "z", "x"), ("c", "x", "y")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
+    frame = to_frame("preference", range(5), [parse("preference", row) for row in rows])
+    sides = pl.Series("part", ["train", "eval", "train", "train", "train"])
+    counts = write("preference", frame.with_columns(sides), tmp_path)
+    shared = {"preference": 4, "ranking": 4, "prompt": 2, "feedback": 2 + 2, "sft": 1 + 1}
+    alone = {"preference": 1, "ranking": 1, "prompt": 1, "feedback": 2, "sft": 1}
+    assert counts == {"train": shared, "eval": alone, "gold": {}, "test": {}}
+    for part, rows_of in counts.items():
+        for kind, height in rows_of.items():
+            found = table(tmp_path, part, cast(Kind, kind))
+            assert found is not None and found.height == height, kind
+
+
+def test_other_kinds_are_counted_as_they_are_derived(tmp_path: Path) -> None:
+    """Rows that share a prompt with no other, and two that share one."""
+    thumbs = [{"prompt": prompt, "completion": "x", "label": up} for prompt, up in (("a", True), ("b", False))]
+    answers = [{"prompt": prompt, "response": text} for prompt, text in (("a", "x"), ("a", "y"), ("b", "x"))]
+    expected: dict[Kind, tuple[list[dict[str, Any]], dict[str, int]]] = {
+        "sft": (answers, {"sft": 3, "prompt": 2}),
+        "prompt": ([{"prompt": "a"}, {"prompt": "b"}], {"prompt": 2}),
+        "feedback": (thumbs, {"feedback": 2, "sft": 1, "prompt": 2}),
+        "ranking": (list(RANKED), {"ranking": 1, "preference": 3, "feedback": 2, "sft": 1, "prompt": 2}),
+    }
+    for kind, (rows, heights) in expected.items():
+        frame = to_frame(kind, range(len(rows)), [parse(kind, row) for row in rows])
+        if kind == "feedback":
+            frame = frame.with_columns(label=pl.col("label") == "true")
+        counts = write(kind, frame.with_columns(part=pl.lit("train")), tmp_path)
+        assert counts["train"] == heights, kind
+
+
+def test_rows_keep_their_order_in_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a part is written in many pieces, and its groups end elsewhere than those."""
+    monkeypatch.setattr(parts, "_AT_ONCE", 3)
+    monkeypatch.setattr(parts, "_GROUP", 5)
+    frame = to_frame("prompt", range(50), [parse("prompt", {"prompt": f"p{row}"}) for row in range(50)])
+    pieces = pl.concat([frame[:7], frame[7:20], frame[20:]], rechunk=False)
+    sides = pl.Series("part", ["eval" if row % 3 == 1 else "train" for row in range(50)])
+    write("prompt", pieces.with_columns(sides), tmp_path)
+    for part in ("train", "eval"):
+        found = pl.read_parquet(tmp_path / part / "prompt.parquet")
+        assert found.equals(frame.filter(sides == part))
 
 
 def said(frame: pl.DataFrame, *columns: str) -> list[tuple]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import EXIT_CODES
+from tests.support import homes
 from tests.support.journals import losses
 from tests.support.processes import wait_for
 
@@ -28,9 +29,9 @@ def living(home: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Path:
     """One home for all: the second run reuses what comes before the training, and goes on with that."""
-    return tmp_path_factory.mktemp("kept")
+    return homes.furnish(tmp_path_factory.mktemp("kept"), ready)
 
 
 @pytest.mark.slow

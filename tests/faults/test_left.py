@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
 from stages.runtime import workspace
 from stages.tracking.reuse import runs_with
-from tests.conftest import ROOT
-
-FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
+from tests.support.scripted import FAKE, fake_request
 
 
 @pytest.fixture
@@ -25,10 +22,6 @@ def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(execution_process, "COMMAND", FAKE)
     monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     return ready_home
-
-
-def asked(**params: object) -> Request:
-    return Request(stage="fake", version=1, params=dict(params), name="count", experiment="tests")  # type: ignore[arg-type]
 
 
 def losses(run_id: str) -> list[tuple[int, float]]:
@@ -43,12 +36,12 @@ def only_run(request: Request) -> str:
 
 @pytest.mark.slow
 def test_runs_of_the_dead_are_closed_and_gone_on_with(fake: Path, tmp_path: Path) -> None:
-    dead = asked(steps=6, die_at=4, sleep=0.05)
+    dead = fake_request(steps=6, die_at=4, sleep=0.05)
     error = execution_process.run_stage(dead).error
     assert error is not None and "SIGKILL" in error.message
     left = only_run(dead)
 
-    alive = asked(steps=1000, sleep=0.05)
+    alive = fake_request(steps=1000, sleep=0.05)
     (tmp_path / "request.json").write_text(alive.model_dump_json())
     process = subprocess.Popen(
         [*FAKE, "fake", str(tmp_path / "request.json")], env=execution_process.environment(alive)

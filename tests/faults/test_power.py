@@ -11,9 +11,8 @@ import pytest
 
 from flows.execution import process as execution_process
 from schemas.stage import STAGES, Request, StageSpec
-from tests.conftest import ROOT
+from tests.support.scripted import FAKE
 
-FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 FIND = "import sys; from stages import tracking; sys.exit(tracking.find(sys.argv[1]) is None)"
 
 

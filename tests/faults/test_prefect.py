@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.errors import StageError
 from stages import tracking
+from tests.support import homes
 from tests.support.journals import losses
 from tests.support.processes import wait_for
 
@@ -72,13 +73,12 @@ class Run:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Iterator[dict[str, Run]]:
+def runs(tmp_path: Path, ready: Path) -> Iterator[dict[str, Run]]:
     """One run for each way in which a server can be away: two waits of a minute at once."""
     found: dict[str, Run] = {}
     try:
         for how in ("killed", "frozen"):
-            (tmp_path / how).mkdir()
-            found[how] = Run(tmp_path / how)
+            found[how] = Run(homes.furnish(tmp_path / how, ready))
         for run in found.values():  # together: a stage of the first must not be done before the second trains
             run.begin()
         yield found

@@ -16,10 +16,9 @@ from flows.servers import mlflow_prefect, supervisor
 from schemas.stage import Request, Result
 from stages import tracking
 from stages.tracking.reuse import runs_with
-from tests.conftest import ROOT
+from tests.support import homes
 from tests.support.processes import wait_for
-
-FAKE = str(ROOT / "tests" / "support" / "scripted_stage.py")
+from tests.support.scripted import FAKE
 
 HOST = """
 import logging, sys
@@ -45,7 +44,7 @@ class Host:
         home.mkdir(exist_ok=True)
         self.log = home / f"host-{len(list(home.glob('host-*')))}.log"
         with self.log.open("w") as log:
-            command = [sys.executable, "-c", HOST, FAKE, request.model_dump_json(), how]
+            command = [sys.executable, "-c", HOST, FAKE[1], request.model_dump_json(), how]
             environment = {**os.environ, "ALIGNFLOW_HOME": str(home)} | ({"FAKE_HOLD": str(hold)} if hold else {})
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         self.work = home / "work" / request.key()
@@ -72,11 +71,10 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def shared_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def shared_servers(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[None]:
     """The MLflow and the Prefect server that all hosts see."""
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("servers")))
-        tracking.setup()
+        patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("servers"), ready)))
         mlflow = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         prefect = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), "--no-ui")
         stack.enter_context(supervisor.running([mlflow, prefect]))

@@ -229,6 +229,7 @@ def test_a_dry_run_tells_stages_steps_and_memory_and_makes_nothing(ready_home: P
     # 20 rows twice in steps of 8; 40 thumbs twice; 5 rounds of 2 passes over 8 answers in steps of 4
     assert (steps["sft"][3], steps["kto"][3], steps["ppo"][2:4]) == ("~5", "~10", ["*", "20"])
     assert steps["sft"][5] in ("MB", "GB")
+    assert "at most about 0 prompts will be held out, 100 are asked for" in answer.stdout
     assert "0 reused" in answer.stdout
     assert not (ready_home / "work").exists() and not (ready_home / "artifacts").exists()
 

@@ -1,8 +1,8 @@
 """The flow: order, reuse, failures, and what Prefect and MLflow show of it. Its stages are scripted_stage.py's."""
 
+import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from itertools import accumulate
@@ -14,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import cli, pipeline
-from flows.execution import process
+from flows.execution import process, warm
 from flows.planning import dry_run, requests
 from flows.planning.plan import Node, Plan
 from flows.servers import local_prefect
@@ -22,9 +22,6 @@ from schemas.config import PipelineConfig
 from schemas.errors import EXIT_CODES, StageError
 from schemas.stage import STAGES, Artifact, Result, StageSpec
 from stages import tracking
-from tests.conftest import ROOT
-
-FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 
 
 def config(**more: Any) -> PipelineConfig:
@@ -43,10 +40,10 @@ def a_plan(**last: Any) -> list[Node]:
 
 
 @pytest.fixture
-def planned(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
+def planned(forked: Path, warmed: warm.Warm, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
     """The nodes that the flow will run; change the list to change the plan."""
     nodes = a_plan()
-    monkeypatch.setattr(process, "COMMAND", FAKE)
+    monkeypatch.setattr(process.warm, "warm", lambda: contextlib.nullcontext(warmed))
     monkeypatch.setitem(STAGES, "fake", StageSpec(1))
     monkeypatch.setattr(pipeline, "plan", lambda config: plan_of(nodes, config))
     yield nodes

@@ -20,6 +20,8 @@ from schemas.rows import (
     normalise,
     problems,
     prompt_id,
+    text_id,
+    text_ids,
     with_prompt_ids,
 )
 
@@ -144,6 +146,27 @@ def test_prompts_without_words_keep_apart() -> None:
     """Where normalising leaves nothing, the text itself counts."""
     assert normalise("?!") == normalise("🙂") == ""
     assert prompt_id([{"content": "?!"}]) != prompt_id([{"content": "🙂"}])
+
+
+def test_ids_of_many_texts_are_those_of_each() -> None:
+    """Whatever stands beside a text: other letters, nothing, no words, line ends, spaces at both ends or in a row."""
+    plain = [
+        "What is 2+2?",
+        "  what  IS\t2 , 2 ",
+        "",
+        "?!",
+        "...",
+        "a\nb",
+        "\n",
+        "\x00\x7f",
+        "_",
+        "so\x1fit",
+        "x" * 999,
+    ]
+    others = ["Straße", "\x80", "？！", "", "🙂", "é", *plain[:5]]
+    texts = [text for pair in zip(plain, others, strict=True) for text in pair]
+    for some in (texts, plain, ["é", "ß"], ["."], [" ", "."], []):
+        assert text_ids(pl.Series(some, dtype=pl.String)).to_list() == list(map(text_id, some))
 
 
 @pytest.mark.parametrize("size", (1, 2, 3, 100))

@@ -343,11 +343,21 @@ def test_reward_score_is_the_policys_own_reward_model(world: World, tmp_path: Pa
 
 def test_too_few_prompts_are_refused_with_their_count(world: World) -> None:
     with pytest.raises(StageError, match=f"only {N} held-out") as error:
-        world.evaluate(world.sft, settings(min_prompts=N + 1))
+        world.evaluate(world.sft, settings(min_prompts=N + 1, few_prompts="refuse"))
     assert error.value.problem.field == "evaluate.min_prompts"
     assert error.value.problem.value == str(N + 1)
     with pytest.raises(StageError, match="only 3 held-out"):
-        world.evaluate(world.sft, settings(min_prompts=4, limit=3))
+        world.evaluate(world.sft, settings(min_prompts=4, limit=3, few_prompts="refuse"))
+
+
+def test_too_few_prompts_are_said_and_evaluated_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    final, _, _ = world.evaluate(world.sft, settings(min_prompts=N + 1))
+    assert final["eval/prompts"] == N
+    assert f"only {N} held-out prompts to evaluate on. Differences will be hard to tell. Fix: hold out" in caplog.text
+    long = {**world.rows[0], "prompt": [{"role": "user", "content": "a " * 60}]}
+    world.data = data_folder(world.folder / "none", eval_prompt=[long])
+    with pytest.raises(StageError, match="only 0 held-out"):
+        world.evaluate(world.sft, settings())
 
 
 def test_each_prompt_counts_once_and_one_without_room_for_an_answer_not_at_all(
@@ -367,7 +377,7 @@ def test_the_test_part_is_answered_where_it_is_asked_for(world: World) -> None:
     _, evaluation, _ = world.evaluate(world.sft, asked)
     assert evaluation.prompts == [row["prompt"] for row in world.rows[:5]]
     with pytest.raises(StageError, match="test_fraction"):
-        world.evaluate(world.sft, asked.model_copy(update={"min_prompts": 6}))
+        world.evaluate(world.sft, asked.model_copy(update={"min_prompts": 6, "few_prompts": "refuse"}))
 
 
 def test_a_model_needs_the_sft_models_answers_to_the_same_prompts_under_the_same_settings(world: World) -> None:

@@ -222,7 +222,7 @@ def test_alone_writes_a_file_for_people(
     assert all(len(row["responses"]) == 2 and row["order"] == [] for row in rows)
     assert "answers.jsonl holds one prompt per line" in (out.parent / "answers.README.txt").read_text()
     told = capsys.readouterr()
-    assert told.out == f"6 answers to 3 prompts in {out}; fill in `order` on every line, best first\n"
+    assert told.out == f"6 answers to 3 prompts in {out}\nnext      alignflow rank {out}\n"
     assert told.err.endswith("answers 6/6\n") and "\r" not in told.err, "no terminal: whole lines"
 
     rows[0]["order"] = [1, 0]

@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from flows.servers import mlflow_prefect, supervisor
-from stages import tracking
 from tests.support import models
 
 WORD = "zanzibar"
@@ -70,14 +69,15 @@ def encoded(user: str, secret: str) -> str:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Callable[..., Run]]:
-    """Calls `alignflow run` over one home, with `--set` options; ENDPOINT_URL in them is the endpoint's address."""
+    """Calls `alignflow run` over one home, whose databases stand already, with `--set` options; ENDPOINT_URL in them is
+    the endpoint's address.
+    """
     home = folder / "home"
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:  # for the set-up alone
             patch.setenv("ALIGNFLOW_HOME", str(home))
             patch.setattr(models, "WORDS", [*models.WORDS[:-1], WORD])
             config = write(folder)
-            tracking.setup()
             server = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
             stack.enter_context(supervisor.running([server]))
         judge = stack.enter_context(ThreadingHTTPServer((supervisor.HOST, 0), Echo))

@@ -26,6 +26,7 @@ from flows.planning import config_file
 from flows.planning.plan_checks import candidate
 from flows.servers import checks, deploy, mlflow_prefect, pools, supervisor
 from tests.conftest import ROOT
+from tests.support import homes
 from tests.system.test_deployed import wait_for
 
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
@@ -247,10 +248,10 @@ def test_what_a_run_may_not_choose_is_refused(pool: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+def prefect(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[SyncPrefectClient]:
     """A Prefect server with its scheduler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("prefect"), ready)))
         server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"))
         address: dict[Any, Any] = {PREFECT_API_URL: f"{server.url}/api"}
         with supervisor.running([server]), temporary_settings(address), get_client(sync_client=True) as client:

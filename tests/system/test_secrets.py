@@ -14,10 +14,10 @@ from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, StageSpec
 from stages import tracking
 from stages.tracking.problems import first_line
-from tests.flows.execution.test_process import FAKE, fake_request
-from tests.support import leak_pipeline
+from tests.support import homes, leak_pipeline
 from tests.support.leak_pipeline import SECRETS as PLANTED
 from tests.support.leak_pipeline import WORD, Run, encoded
+from tests.support.scripted import FAKE, fake_request
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0000000000000000000000001",
@@ -57,9 +57,11 @@ ROWS = (".parquet", "rows.jsonl", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
+def whole(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Callable[..., Run]]:
     """Runs a tiny whole pipeline with planted secrets (tests/support/leak_pipeline.py)."""
-    with leak_pipeline.whole(tmp_path_factory.mktemp("whole")) as run:
+    folder = tmp_path_factory.mktemp("whole")
+    homes.furnish(folder / "home", ready)
+    with leak_pipeline.whole(folder) as run:
         yield run
 
 

@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import mlflow_prefect, supervisor
 from stages import tracking
 from stages.engine import demo
+from tests.support import homes
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ class Sweep:
     def link(self, what: str) -> str:
         """The address that the run has logged."""
         found = re.search(rf"{what} side by side in MLflow: (\S+)", self.said)
-        assert found is not None, self.said
+        assert found is not None and "workflowType=machine_learning" in found[1], self.said
         return found[1]
 
 
@@ -75,9 +76,8 @@ def write_pairs(file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Sweep]:
-    folder = tmp_path_factory.mktemp("ui")
-    shutil.copy(database, folder / "mlflow.db")
+def swept(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Sweep]:
+    folder = homes.furnish(tmp_path_factory.mktemp("ui"), ready)
     write_pairs(folder / "pairs.jsonl")
     (folder / "seen.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML
     with pytest.MonkeyPatch.context() as patch:

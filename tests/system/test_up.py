@@ -18,7 +18,7 @@ from flows.results import announce
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from schemas.errors import EXIT_CODES, StageError
-from tests.support import live_servers
+from tests.support import homes, live_servers
 from tests.support.processes import below, left_after
 
 
@@ -41,8 +41,8 @@ def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("up")
+def home(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Path:
+    return homes.furnish(tmp_path_factory.mktemp("up"), ready)
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +234,13 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
 
 
 @pytest.mark.slow
-def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
+def test_servers_with_passwords_refuse_whoever_has_none(ready_home: Path) -> None:
     secrets = {
         "PREFECT_SERVER_API_AUTH_STRING": "ada:correct horse battery",
         "MLFLOW_AUTH_ADMIN_PASSWORD": "staple-of-the-stable",
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for cookies",
     }
-    with live_servers.up(tmp_path, "--pool", "cpu", **secrets) as (process, where):  # up: its worker was let in
+    with live_servers.up(ready_home, "--pool", "cpu", **secrets) as (process, where):  # up: its worker was let in
         search = f"{where.mlflow}/api/2.0/mlflow/experiments/search"
         artifacts = f"{where.mlflow}/api/2.0/mlflow-artifacts/artifacts"
         asks = [("POST", f"{where.prefect}/work_pools/filter"), ("POST", search), ("GET", artifacts)]
@@ -257,15 +257,15 @@ def test_servers_with_passwords_refuse_whoever_has_none(tmp_path: Path) -> None:
         check += "from schemas.errors import StageError\ntry:\n checks.check_servers(); said = ''\n"
         check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
         let_in = {"PREFECT_API_AUTH_STRING": secrets["PREFECT_SERVER_API_AUTH_STRING"]}
-        assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, tmp_path)
-        assert live_servers.python(check, tmp_path, **let_in) == "", "MLflow has a user of ours beside the admin"
+        assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, ready_home)
+        assert live_servers.python(check, ready_home, **let_in) == "", "MLflow has a user of ours beside the admin"
         let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-desk"}
-        assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, tmp_path, **let_in)
-        secrets |= live_servers.keys(tmp_path)
+        assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, ready_home, **let_in)
+        secrets |= live_servers.keys(ready_home)
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process)]
         assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
-    kept = [file for file in tmp_path.glob("*.json") if file.name != "passwords.json"]
-    written = [file.read_bytes() for file in [*tmp_path.glob("logs/*"), *kept, *tmp_path.glob("*.ini")]]
+    kept = [file for file in ready_home.glob("*.json") if file.name != "passwords.json"]
+    written = [file.read_bytes() for file in [*ready_home.glob("logs/*"), *kept, *ready_home.glob("*.ini")]]
     assert written and not any(secret.encode() in text for secret in secrets.values() for text in written)
 
 

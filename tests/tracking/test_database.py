@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import EXIT_CODES, StageError
+from schemas.stage import Request, Result
 from stages import tracking
 from stages.runtime import databases
+from stages.tracking import StageRun, mlflow_client
 from stages.tracking import database as our_database
-from stages.tracking import mlflow_client
 from stages.tracking.database import MLFLOW
 from tests.conftest import ROOT
 from tests.support.database_kills import OLD, ROW, old_database
@@ -177,3 +178,57 @@ def test_killed_at_many_moments_it_opens(what: str, kills: int) -> None:
     assert done.returncode == 0, done.stderr
     came = json.loads(done.stdout.splitlines()[-1])
     assert came["broken"] == 0 and came["kills"] == kills, done.stderr
+
+
+# --- A home that was moved --------------------------------------------------------------------------------------------
+
+
+def publish(home: Path) -> Result:
+    """The result of a stage that has published a model, in a home."""
+    folder = home.parent / "made"
+    folder.mkdir(exist_ok=True)
+    (folder / "weights").write_text("w")
+    with StageRun(Request(stage="sft", version=1, params={}, name="sft", experiment="tests")) as run:
+        run.publish("model", folder, model=True)
+        return run.finish({})
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+def test_a_home_that_was_moved_finds_what_it_has(
+    ready_home: Path, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = publish(ready_home)
+    other = tmp_path / "a way_" / "home"
+    other.parent.mkdir(parents=True)
+    shutil.copytree(ready_home, other)
+    if how == "renamed":
+        shutil.rmtree(ready_home)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(other))
+    found = tracking.find(made.key)
+    assert found is not None and found.outputs == made.outputs
+    assert tracking.fetch(found.outputs["model"]).is_relative_to(other)
+    run = tracking.client().get_run(str(made.run_id))
+    assert run.info.artifact_uri == str(other / "artifacts" / str(made.run_id) / "artifacts")
+    assert run.data.tags["home"] == str(other), "what a killed stage leaves is closed here from now on"
+    new = tracking.client().create_run(tracking.experiment("tests"))
+    assert str(new.info.artifact_uri).startswith(f"{other}/")
+    if how == "copied":
+        monkeypatch.setenv("ALIGNFLOW_HOME", str(ready_home))
+        assert tracking.fetch(made.outputs["model"]).is_relative_to(ready_home), "the other is left as it was"
+
+
+def test_artifacts_that_are_kept_elsewhere_stay_there(
+    ready_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a folder that the user has given the experiment, and in a home that is known by two names."""
+    client, elsewhere = tracking.client(), tmp_path / "disk" / "artifacts"
+    client.create_experiment("tests", artifact_location=str(elsewhere))
+    made = publish(ready_home)
+    (tmp_path / "link").symlink_to(ready_home)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / "link"))
+    assert str(tracking.client().get_run(str(made.run_id)).info.artifact_uri).startswith(f"{elsewhere}/")
+    moved = tmp_path / "moved"
+    ready_home.rename(moved)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(moved))
+    assert str(tracking.client().get_run(str(made.run_id)).info.artifact_uri).startswith(f"{elsewhere}/")
+    assert tracking.find(made.key) is not None

@@ -38,6 +38,25 @@ def derive(kind: Kind, frame: pl.DataFrame) -> dict[Kind, Callable[[], pl.DataFr
     return makes
 
 
+_OF_ONE: dict[Kind, dict[Kind, int]] = {
+    "preference": {"prompt": 1, "preference": 1, "ranking": 1, "feedback": 2, "sft": 1},
+    "sft": {"prompt": 1, "sft": 1},
+    "prompt": {"prompt": 1},
+}
+"""What every row of a kind gives where no other one has its prompt. Of the other kinds it depends on the row."""
+
+
+def counted(kind: Kind, frame: pl.DataFrame, own: pl.Series, shared: pl.Series) -> dict[Kind, int]:
+    """The heights of what `derive` makes of some rows of a frame, without making most of it.
+
+    own: which rows, with all that share a prompt. shared: at least the rows whose prompt another row has.
+    """
+    each = _OF_ONE.get(kind, {})
+    some = frame.filter(own & shared if each else own)
+    alone = int(own.sum()) - some.height
+    return {given: make().height + alone * each.get(given, 0) for given, make in derive(kind, some).items()}
+
+
 def _clearly_liked(frame: pl.DataFrame) -> pl.DataFrame:
     """Thumbs up, without answers that have as many thumbs down."""
     opposed = opposed_thumbs(frame)

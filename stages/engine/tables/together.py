@@ -32,7 +32,7 @@ def rankings(kind: Kind, frame: pl.DataFrame) -> pl.DataFrame:
 def groups(kind: Kind, frame: pl.DataFrame) -> Iterator[list[_Ranking]]:
     """The rankings of one prompt that share answers, directly or over others; only where there are two or more."""
     frame = frame.with_row_index("place")
-    frame = frame.filter(may_repeat(frame, ["prompt"]))
+    frame = frame.filter(may_repeat(frame, ["prompt_id"]))  # many times as fast as by the prompts
     answers = pl.concat_list("chosen", "rejected") if kind == "preference" else pl.col("responses")
     each = frame.select("place", "prompt", answer=answers).explode("answer")
     shares = each.filter(may_repeat(each, ["prompt", pl.col("answer").str.strip_chars()]))["place"].unique()

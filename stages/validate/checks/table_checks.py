@@ -107,9 +107,8 @@ _ESCAPED = r"(?:^|[^\\])(?:\\\\)*\\u00(?:0[1-8bef]|1[0-9a-f])"
 
 def hidden_characters(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     """Notes rows whose texts hold characters that cannot be seen, or that turn around what is seen."""
-    contents = pl.col("prompt").list.eval(pl.element().struct.field("content")).list.join("\n")
-    texts = (contents, *answers_of(context.params.kind))
-    hides = [text.str.contains(HIDING) for text in texts]
+    hides = [pl.col("prompt").list.eval(pl.element().struct.field("content").str.contains(HIDING)).list.any()]
+    hides += [text.str.contains(HIDING) for text in answers_of(context.params.kind)]
     hides += [text.str.contains(rf"{HIDING}|{_ESCAPED}") for text in tools_of(frame)]
     yield from (note(row, "hidden_characters") for row in frame.filter(pl.any_horizontal(hides))["row"])
 
@@ -119,9 +118,10 @@ def leaks(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
 
     Notes rows that are left out since other data may hold their prompts out.
     """
-    side = part(context.params)
+    frame = frame.with_columns(part=part(context.params))
+    side = pl.col("part")
     yield from (note(row, "held_out_elsewhere") for row in frame.filter(side == "none")["row"])
-    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame.with_columns(part=side)))
+    yield from (note(row, "shared_first_turn") for row in _shared_first_turns(frame))
     if context.evaluation is None:
         return
     clusters = evaluation_prompts(context, "cluster")["cluster"].unique()

@@ -55,9 +55,9 @@ def take(kind: Kind, chunk: Lines, names: tuple[str, ...], plan: Plan) -> Taken 
         return None
     plain = _text(chunk.lines).str.contains(_pattern(names, source, plan))
     places = plain.arg_true()
-    lines = chunk.lines if plain.all() else [chunk.lines[place] for place in places.to_list()]
+    lines = chunk if plain.all() else Lines(chunk.lines.filter(plain))
     types = {theirs: pl.Float64 if ours == "margin" else pl.String for ours, theirs in source.items()}
-    found = pl.read_ndjson(b"\n".join(lines), schema=types) if lines else pl.DataFrame(schema=types)
+    found = pl.read_ndjson(lines.joined, schema=types) if len(places) else pl.DataFrame(schema=types)
     found = found.rename({theirs: ours for ours, theirs in source.items()}).with_columns(row=places.cast(pl.Int64))
     texts = [name for name in source if name not in ("margin", "label")]
     found = found.filter(~pl.any_horizontal(may_be_written(pl.col(name)) for name in texts))
@@ -84,11 +84,10 @@ def count_texts(frame: pl.DataFrame) -> dict[str, int]:
     return {name: int((texts != "").sum()) for name, texts in columns.items()}
 
 
-def _text(lines: list[bytes]) -> pl.Series:
+def _text(lines: pl.Series) -> pl.Series:
     """The lines as text, nothing in the place of those that are not UTF-8."""
-    every = pl.Series(lines, dtype=pl.Binary)
     try:
-        return every.cast(pl.String)
+        return lines.cast(pl.String)
     except pl.exceptions.ComputeError:
         return pl.Series([_decoded(line) for line in lines], dtype=pl.String)
 

@@ -145,7 +145,7 @@ class Mixed:
                         source.drawn[kind] = wanted.get(source.name, 0)
                     table = draw(table, wanted, self.params.seed)
                 if table.height:
-                    store(alternate(table), self.out / part, kind)
+                    store(alternate(table).lazy(), self.out / part, kind)
                     self.written[part][kind] = table.height
 
     def _tables(self, part: str) -> dict[Kind, pl.DataFrame]:

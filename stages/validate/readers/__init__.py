@@ -231,8 +231,10 @@ def _as_lines(chunk: list[Record]) -> Chunk:
         encoded = [line.encode() for line in lines]
     except UnicodeEncodeError:
         return chunk
+    if len(encoded) < len(chunk):
+        return chunk
     numbers = [record.line for record in chunk if record.line is not None]
-    return Lines(encoded, numbers, [record.raw for record in chunk]) if len(encoded) == len(chunk) else chunk
+    return Lines(pl.Series(encoded, dtype=pl.Binary), numbers, [record.raw for record in chunk])
 
 
 _SCALARS = (pl.String, pl.Boolean, pl.Int64, pl.Int32, pl.Int16, pl.Int8, pl.UInt64, pl.UInt32, pl.UInt16, pl.UInt8)
@@ -248,7 +250,7 @@ def _from_frame(frame: pl.DataFrame, file: object, begin: int) -> Iterator[Chunk
                 raise bounds.refuse_long(Path(str(file)), f"row {begin}")
             if scalars:
                 lines = piece.select(pl.struct(pl.all()).struct.json_encode()).to_series()
-                yield Lines(lines.cast(pl.Binary).to_list())
+                yield Lines(lines.cast(pl.Binary))
             else:
                 yield [Record(row, digestible(row)) for row in piece.iter_rows(named=True)]
             begin += piece.height

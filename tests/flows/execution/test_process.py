@@ -5,46 +5,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from flows.execution import output, warm
+from flows.execution import output
 from flows.execution import process as execution_process
 from flows.planning import requests
 from schemas.errors import EXIT_CODES, StageError, Status
-from schemas.stage import STAGES, Artifact, Placement, Request, Result, StageSpec
+from schemas.stage import Artifact, Placement, Request, Result
 from stages import __main__ as entry
 from stages import tracking
 from stages.runtime import workspace
 from tests.conftest import ROOT
 from tests.support.processes import alive, wait_for
-
-FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
-
-
-@pytest.fixture
-def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
-    monkeypatch.setattr(execution_process, "COMMAND", FAKE)
-    monkeypatch.setitem(STAGES, "fake", StageSpec(1, needs_device=True))
-    return ready_home
-
-
-@pytest.fixture(params=["alone", "fork"])
-def either(fake: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """`fake`, whose stages start by themselves, or as forks of a flow's warm process."""
-    if request.param == "alone":
-        yield fake
-        return
-    monkeypatch.setattr(warm, "COMMAND", FAKE)
-    with warm.warm():
-        yield fake
-
-
-def fake_request(**params: object) -> Request:
-    return Request(stage="fake", version=1, params=dict(params), name="count", experiment="tests")  # type: ignore[arg-type]
+from tests.support.scripted import FAKE, fake_request
 
 
 def losses(run_id: str | None) -> list[tuple[int, float]]:
@@ -67,7 +43,7 @@ def test_a_stage_runs_and_is_reused(either: Path, caplog: pytest.LogCaptureFixtu
     assert len(list((workspace.work_folder(result.key) / "asks").iterdir())) == 1  # no second process
 
 
-def test_an_altered_artifact_is_rebuilt(fake: Path) -> None:
+def test_an_altered_artifact_is_rebuilt(forked: Path) -> None:
     first = execution_process.run_stage(fake_request(model=True))
     (tracking.fetch(first.outputs["folder"]) / "inner" / "text.txt").write_text("altered")
     second = execution_process.run_stage(fake_request(model=True))
@@ -90,7 +66,7 @@ def test_killed_and_started_again(either: Path) -> None:
     assert tracking.client().get_run(left.info.run_id).info.status == "FINISHED"
 
 
-def test_a_stage_that_refuses(either: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_that_refuses(forked: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = execution_process.run_stage(fake_request(end="refuse"))
     assert result.status == "refused" and str(result.error) == "path = x.jsonl: the rows are bad. Fix: fix them"
     assert "refused: path = x.jsonl: the rows are bad." in caplog.text
@@ -99,7 +75,7 @@ def test_a_stage_that_refuses(either: Path, caplog: pytest.LogCaptureFixture) ->
     assert run.info.status == "FAILED" and run.data.tags["problem"] == str(result.error)
 
 
-def test_a_bug_leaves_its_traceback(either: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_leaves_its_traceback(forked: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = execution_process.run_stage(fake_request(end="bug"))
     assert result.status == "failed" and result.error is not None
     assert result.error.kind == "RuntimeError" and result.error.message == "this is a bug"
@@ -123,7 +99,7 @@ def test_same_key_twice_at_once(either: Path) -> None:
     assert len(tracking.client().search_runs([tracking.experiment("tests")])) == 1
 
 
-def test_an_input_that_is_gone(fake: Path, tmp_path: Path) -> None:
+def test_an_input_that_is_gone(forked: Path, tmp_path: Path) -> None:
     asked = fake_request().model_copy(update={"inputs": {"data": Artifact(uri=str(tmp_path / "gone"), sha256="0")}})
     result = execution_process.run_stage(asked)
     assert result.status == "refused" and "the artifact is gone" in str(result.error)

@@ -17,11 +17,10 @@ from flows.execution import slurm
 from schemas.errors import EXIT_CODES, Status
 from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
-from tests.conftest import ROOT
 from tests.support.live_servers import free_port
 from tests.support.processes import wait_for
+from tests.support.scripted import FAKE
 
-FAKE = [sys.executable, str(ROOT / "tests" / "support" / "scripted_stage.py")]
 LAUNCHER = [sys.executable, "-P", "-m", "flows.execution.slurm", "stage"]
 
 CONFIG = """

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,9 @@ from schemas.environment import PARENT, WARM
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 from stages.runtime import workspace
-from tests.flows.execution.test_process import FAKE, fake, fake_request
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 from tests.support.processes import alive, wait_for
-
-assert fake  # the fixture
-
-
-@pytest.fixture
-def forking(fake: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home where the stage `fake` is forked."""
-    monkeypatch.setattr(warm, "COMMAND", FAKE)
-    with warm.warm():
-        yield fake
+from tests.support.scripted import FAKE, fake_request
 
 
 def state_of(file: Path, asked: Request) -> dict[str, Any]:
@@ -52,7 +41,6 @@ def test_a_fork_is_as_a_process_of_its_own(fake: Path, tmp_path: Path, monkeypat
             monkeypatch.setenv("OMP_NUM_THREADS", "2,1")  # of nested teams; the placement's number counts
             monkeypatch.chdir(tmp_path if name == "fork" else tmp_path / "other")
             if name == "fork":
-                monkeypatch.setattr(warm, "COMMAND", FAKE)
                 around.enter_context(warm.warm())
             state_of(tmp_path / name, asked)
     alone, fork, later = (json.loads((tmp_path / name).read_text()) for name in ("alone", "fork", "later"))
@@ -68,7 +56,7 @@ def test_a_fork_is_as_a_process_of_its_own(fake: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("victim", ["stand-in", "fork", "warm process"])
-def test_each_dies_with_the_other(victim: str, forking: Path) -> None:
+def test_each_dies_with_the_other(victim: str, forked: Path) -> None:
     """Nothing of the stage is left, whoever is killed, and the flow is told; the next one starts as ever."""
     asked = fake_request(steps=1000, sleep=0.05)
     results: list[Result] = []
@@ -85,9 +73,8 @@ def test_each_dies_with_the_other(victim: str, forking: Path) -> None:
     assert process.run_stage(fake_request(steps=1)).status == "done"
 
 
-def test_a_stopped_flow_lets_its_forks_save(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_flow_lets_its_forks_save(fake: Path) -> None:
     """Ctrl-C: SIGTERM reaches the fork before the process that it is a fork of ends."""
-    monkeypatch.setattr(warm, "COMMAND", FAKE)
     asked = fake_request(steps=1000, sleep=0.05)
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(process.run_stage(asked)))
@@ -101,20 +88,19 @@ def test_a_stopped_flow_lets_its_forks_save(fake: Path, monkeypatch: pytest.Monk
     assert results[0].status == "preempted" and process.stopped() == []
 
 
-def test_a_fork_that_fails_leaves_the_others_alone(
-    forking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fork_that_fails_leaves_the_others_alone(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has no room for another process the stage starts by itself."""
     monkeypatch.setenv("FAKE_FORKS", "1")
     second, states = tmp_path / "second", list[Result]()
     hold = fake_request(steps=1000, sleep=0.05)
     thread = threading.Thread(target=lambda: states.append(process.run_stage(hold)))
-    thread.start()
-    wait_for((workspace.work_folder(hold.key()) / "checkpoints" / "count").exists)
-    state = state_of(second, fake_request(steps=0, state=str(second)))
-    assert not states and state["parent"] == os.getpid()
-    process.stop_all()
-    thread.join(30)
+    with warm.warm():
+        thread.start()
+        wait_for((workspace.work_folder(hold.key()) / "checkpoints" / "count").exists)
+        state = state_of(second, fake_request(steps=0, state=str(second)))
+        assert not states and state["parent"] == os.getpid()
+        process.stop_all()
+        thread.join(30)
     process.begin()
     assert states[0].status == "preempted"
 

@@ -158,9 +158,9 @@ def test_every_field_that_names_a_file(root: Path) -> None:
 
 # Texts of a config that name no file. A new one has to be put here, or into flows/planning/allowed_paths.py.
 NO_FILES = {
-    "align", "api_key_env", "candidate", "columns", "gate", "judge", "kind", "label_map", "layout", "lora", "loss",
-    "loss_type", "method", "name", "pools", "precision", "revision", "rows", "schedule", "scratch", "split",
-    "sha256", "subset", "sweep", "system_prompt", "target", "template_args", "tolerances", "url", "value_start",
+    "align", "api_key_env", "candidate", "columns", "few_prompts", "gate", "judge", "kind", "label_map", "layout",
+    "lora", "loss", "loss_type", "method", "name", "pools", "precision", "revision", "rows", "schedule", "scratch",
+    "sha256", "split", "subset", "sweep", "system_prompt", "target", "template_args", "tolerances", "url", "value_start",
     "value_trunk",
 }  # fmt: skip
 PATHS = {"path", "chat_template", "reward_model"}

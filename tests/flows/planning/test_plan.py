@@ -1,6 +1,7 @@
 """The plan: which stages a config leads to, fed by what; and what is missing, said before anything runs."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from flows.planning import config_file, dry_run
 from flows.planning.plan import Node, plan, promotion
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
+from schemas.stage import Request
 
 PAIRS = {"path": "pairs.jsonl", "kind": "preference", "gold_fraction": 0.4}
 DEMO = {"sft": {"path": "demo:sft", "kind": "sft"}, "prompt": {"path": "demo:prompt", "kind": "prompt"}}
@@ -64,6 +66,40 @@ def test_only_the_data_that_is_evaluated_on_must_hold_out_enough() -> None:
     made = nodes(data=DEMO, generate={"judge": "rule"}, evaluate={"judge": "rule", "min_prompts": 7})
     asked = {name: node.params.get("min_eval_prompts", 0) for name, node in made.items() if node.stage == "validate"}
     assert asked == {"data prompt": 7, "data sft": 0, "data generated": 0}
+
+
+def test_too_few_prompts_are_a_warning_unless_a_gate_needs_them() -> None:
+    """And what happens then changes no key: a run that was made under another setting is reused."""
+    made = nodes(data=DEMO, generate={"judge": "rule"})
+    assert made["data prompt"].params["few_prompts"] == "warn"
+    strict = nodes(data=DEMO, generate={"judge": "rule"}, evaluate={"few_prompts": "refuse"})
+    assert strict["data prompt"].params["few_prompts"] == "refuse"
+    gated = nodes(data=DEMO, generate={"judge": "rule"}, promote={"model": "m"})["data prompt"]
+    assert gated.params["few_prompts"] == "refuse" and gated.params["min_eval_prompts"] == 400
+    for name in ("data prompt", "eval sft", "baselines"):
+        node = made[name]
+        keys = {
+            Request(stage=node.stage, version=1, params=node.params | {"few_prompts": what}).key()
+            for what in ("warn", "refuse")
+        }
+        assert len(keys) == 1 and "few_prompts" in node.params
+
+
+def test_a_dry_run_says_that_few_prompts_will_be_held_out(tmp_path: Path) -> None:
+    """300 lines, of which an eighth is held out: 38 prompts at most."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "p", "response": "r"}\n' * 300)
+    data = {"sft": {"path": str(file), "kind": "sft", "eval_fraction": 0.125}}
+    config: dict[str, Any] = {"name": "test", "model": {"path": "/model"}, "align": {}, "data": data}
+
+    def said(**more: Any) -> list[str]:
+        planned = plan(PipelineConfig.model_validate(config | more))
+        return dry_run.few_prompts({n: dry_run.Outlook(node, "run") for n, node in planned.nodes.items()})
+
+    (line,) = said()
+    assert line.startswith("at most about 38 prompts will be held out, 100 are asked for: differences will be hard")
+    assert "it will be refused" in said(evaluate={"few_prompts": "refuse"})[0]
+    assert said(evaluate={"min_prompts": 38}) == [] and said(data=DEMO) == []
 
 
 def test_generated_preferences() -> None:

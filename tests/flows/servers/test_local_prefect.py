@@ -28,7 +28,7 @@ def guards() -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["guard", "server"])
-def test_it_is_started_again_and_knows_what_it_knew(home: object, who: str) -> None:
+def test_it_is_started_again_and_knows_what_it_knew(ready_home: object, who: str) -> None:
     with local_prefect.local_prefect(), get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name("known", 3)
         (guard,) = guards()

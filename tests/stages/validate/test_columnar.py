@@ -1,6 +1,7 @@
 """Plain rows are read as columns: what comes of a file is the same, byte for byte, as when each is read by itself."""
 
 import csv
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from schemas.errors import StageError
 from stages.validate import check, readers, reading
 from stages.validate.context import Context
 from stages.validate.forms.columnar import take
-from stages.validate.readers import json_lines
+from stages.validate.readers import bounds, json_lines
 
 TEXTS = [
     *["Which way?", "a", "  spaced out  ", "tab\there", 'a "quoted" word', "back\\slash", "new\nline", "\\n", "\\\\"],
@@ -182,3 +183,31 @@ def test_rows_that_are_alike_are_all_plain(tmp_path: Path, plain: list[int]) -> 
     assert plain[0] == 0 and sum(plain) == 800
     prompts = [row[1][0]["content"] for row in result["train/preference.parquet"]]
     assert prompts == [row["prompt"] for row in rows]
+
+
+ENDS = [b"\n", b"\r\n", b" \n\t", b"\n\n", b"\r\n \r\n"]
+"""Of these five two make a blank line."""
+
+
+@pytest.mark.parametrize(("ends", "blank"), [(ENDS, 2), ([b"\r\n"], 0), ([b"\n "], 0)], ids=["all", "behind", "before"])
+@pytest.mark.parametrize("block", [300, 1 << 20])
+def test_space_between_rows_changes_their_numbers_alone(
+    tmp_path: Path, plain: list[int], monkeypatch: pytest.MonkeyPatch, block: int, ends: list[bytes], blank: int
+) -> None:
+    """A mark before the first, blank lines, space around them, Windows line ends, no end to the last; in blocks."""
+    monkeypatch.setattr(bounds, "BLOCK_BYTES", block)
+    lines = [json.dumps({"prompt": f"Say {i}", "chosen": "a", "rejected": "b"}).encode() for i in range(900)]
+    lines[700:702] = [b"{no row}", b"[]"]
+    lines[850] = lines[850].replace(b"Say", b"\xff")
+    tidy, loose = tmp_path / "tidy.jsonl", tmp_path / "loose.jsonl"
+    tidy.write_bytes(b"".join(line + b"\n" for line in lines))
+    spread = b"".join(line + ends[place % len(ends)] for place, line in enumerate(lines))
+    loose.write_bytes(b"\xef\xbb\xbf" + spread.rstrip())
+    one, two = (outcome(file, "preference", tmp_path / "out", eval_fraction=0.1) for file in (tidy, loose))
+    report = json.loads(one["report.json"])
+    assert report["sha256"] == hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
+    assert report["rows"] == 900 and report["quarantined"] == 3 and sum(plain) > 1600
+    listed = [result.pop("quarantine.jsonl").splitlines() for result in (one, two)]
+    numbers = [[json.loads(entry)["line"] for entry in entries] for entries in listed]
+    assert numbers == [[701, 702, 851], [701 + blank * 140, 702 + blank * 140, 851 + blank * 170]]
+    assert one == two

@@ -495,6 +495,15 @@ def test_too_few_prompts_to_evaluate_on(tmp_path: Path) -> None:
     assert checked(file, tmp_path / "out2", eval_fraction=1.0, min_eval_prompts=len(ROWS)).kept == len(ROWS)
 
 
+def test_too_few_prompts_may_be_a_warning_but_none_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / "a.jsonl", ROWS)
+    asked: dict[str, Any] = {"min_eval_prompts": len(ROWS) + 1, "few_prompts": "warn"}
+    assert checked(file, tmp_path / "out", eval_fraction=1.0, **asked).kept == len(ROWS)
+    assert f"{len(ROWS)} of {len(ROWS)} prompts are held out, {len(ROWS) + 1} are asked for" in caplog.text
+    said, _ = refused(file, tmp_path / "out2", eval_fraction=0.0, **asked)
+    assert f"0 of {len(ROWS)} prompts are held out, too few to evaluate on" in said
+
+
 def test_leaks_into_evaluation(tmp_path: Path) -> None:
     """Rows to train on whose prompts are asked in the evaluation are put aside, also when they only look alike."""
     asked = write(tmp_path / "e.jsonl", [{"prompt": "Question 3?"}, {"prompt": "something else"}])
@@ -743,6 +752,7 @@ def test_the_command_says_what_came_of_it(tmp_path: Path, capsys: pytest.Capture
     held, trained = report.parts["eval"]["sft"], report.parts["train"]["sft"]
     assert lines[1] == "read as   `question` as prompt" and lines[2] == "not used  id (1)"
     assert said["split"] == f"train {trained} rows of {trained} prompts, eval {held} rows of {held} prompts"
+    assert said["note"].startswith(f"{held} prompts are held out: with 100 or more, models can be told apart")
     # The question `q20` and 20 letters are 23; 37 is the 0.95 * 38 = 36th after the first, and the last is 39.
     assert said["lengths"] == "median 23, 95 % at most 40, longest 42 characters; --model counts tokens"
     assert said["files"] == f"{out}: eval, train, quarantine.jsonl, report.json"

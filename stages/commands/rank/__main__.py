@@ -1,0 +1,118 @@
+"""`python -P -m stages.commands.rank request.json`: see the folder's docstring."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import webbrowser
+from pathlib import Path
+
+from schemas.commands import RankCommand, RankForm
+from schemas.errors import EXIT_CODES, StageError, refuse
+from schemas.text import show, show_tracebacks
+from stages.commands.rank import questions, rows, terminal
+from stages.commands.rank.server import Server
+from stages.commands.rank.session import Session
+from stages.commands.rank.verdicts import Verdicts
+from stages.runtime.process import die_with_parent
+
+_ENDINGS: dict[RankForm, str] = {"ranking": "ranked", "pairs": "pairs", "thumbs": "thumbs"}
+
+
+def places(command: RankCommand) -> tuple[Path, Path]:
+    """The file of rows and the file of verdicts beside it.
+
+    Raises:
+        StageError: the first exists and is not ours: there are no verdicts beside it.
+    """
+    name = command.file.name.removesuffix(".gz")
+    output = command.output or command.file.with_name(f"{Path(name).stem}.{_ENDINGS[command.form]}.jsonl")
+    verdicts = output.with_suffix(".verdicts.jsonl")
+    if output.suffix != ".jsonl":
+        raise refuse("--output", output, "rows are written as JSON lines.", "name a file that ends in .jsonl")
+    if output.exists() and (not verdicts.exists() or output.samefile(command.file)):
+        message = "the file already exists, and holds no ranking of this command."
+        raise refuse("--output", output, message, "name another file", kind="file_exists")
+    return output, verdicts
+
+
+def main(command: RankCommand) -> int:
+    """Let a person judge, then write the rows and say what comes next; returns the exit code."""
+    try:
+        output, file = places(command)
+        asked = questions.read(command.file, command.form)
+        verdicts = Verdicts(file)
+        session = Session(asked.items, verdicts, command.annotator, command.form, command.seed)
+    except StageError as error:
+        show(f"alignflow rank: {error}", sys.stderr)
+        return EXIT_CODES[error.status]
+    if asked.repeated or asked.nothing_to_compare:
+        left = f"{asked.repeated} repeated, {asked.nothing_to_compare} with nothing to compare"
+        show(f"rows left out: {left}", sys.stderr)
+    if verdicts.cut is not None:
+        show(f"the last line of {file} was cut off, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
+    done = len(asked.items) - session.view(None)["states"].count(".")
+    show(f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}")
+
+    def finish() -> list[str]:
+        told = verdicts.read(command.form)
+        made = rows.rows_of(asked.items, told)
+        lines = rows.summary(asked.items, told)
+        if not made:
+            return [*lines, "nothing was judged yet, so that no rows were written"]
+        rows.write(made, output)
+        return [
+            *lines,
+            f"wrote     {len(made)} rows to {output}",
+            f"next      {rows.next_command(output, command.form)}",
+        ]
+
+    try:
+        try:
+            if command.terminal:
+                if isinstance(sys.stdin, io.TextIOWrapper):
+                    sys.stdin.reconfigure(errors="replace")
+                terminal.rank(session, sys.stdin, sys.stdout)
+            else:
+                serve(Server(session, command.port, finish), command.open)
+        except KeyboardInterrupt:
+            show()
+        lines = finish()
+    except StageError as error:
+        show(f"alignflow rank: {error}", sys.stderr)
+        return EXIT_CODES[error.status]
+    for line in lines:
+        show(line)
+    return 0
+
+
+def serve(server: Server, opens: bool) -> None:
+    """Serve the page until the person has finished, or Ctrl-C.
+
+    A browser is started with a file that leads to the page: other users of the machine can read its command line.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="alignflow-"))
+    try:
+        show(f"open      {server.address}\nCtrl-C, or Finish on the page, writes the rows and ends.")
+        if opens and sys.stdout.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+            (folder / "rank.html").write_text(f'<meta http-equiv="refresh" content="0;url={server.address}">')
+            webbrowser.open((folder / "rank.html").as_uri())
+        server.serve_forever(poll_interval=0.1)
+    finally:
+        server.server_close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    show_tracebacks()
+    die_with_parent(signal.SIGTERM)  # which ends it as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    sys.exit(main(RankCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
