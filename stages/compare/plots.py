@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from schemas.colours import COLOURS, SPARE_COLOURS
 from schemas.text import visible
 from stages.compare.curve import Point, hull
 from stages.compare.table import Row, finite
@@ -14,11 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-COLOURS = {"base": "#9aa1ac", "sft": "#64748b", "dpo": "#3b82f6", "kto": "#f59e0b", "ppo": "#10b981"}
-
 CURVE_COLOUR = "#8a93a0"
-
-SPARE_COLOURS = ["#ec4899", "#8b5cf6", "#ef4444", "#14b8a6", "#a16207", "#6366f1"]
 
 MARKERS = {"base": "s", "sft": "D"}
 

@@ -1,5 +1,6 @@
 """A stage's run: what a stage sees of MLflow."""
 
+import getpass
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from schemas import environment
+from schemas.colours import COLOURS
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
@@ -71,6 +73,33 @@ def code_version() -> str:
     return f"{version}+{commit}" if commit else version
 
 
+def for_pages(request: Request) -> dict[str, str]:
+    """What MLflow's pages show of a run: who started it, from which code, what it is, and the colour of its curves."""
+    method = request.tags.get("method") or request.params.get("method")
+    commit = code_version().partition("+")[2].removesuffix(".dirty")
+    what = f"Stage `{request.stage}`" + (f", method `{method}`" if method else "")
+    what += f", of the pipeline run `{request.pipeline_run}`." if request.pipeline_run else "."
+    if request.stage in ("base", "sft", "align"):
+        what += f" Talk to the model: `alignflow chat {request.label}`."
+    values = {
+        "mlflow.user": user(),
+        "mlflow.source.name": f"stages {request.stage}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit,
+        "mlflow.note.content": what,
+        "mlflow.runColor": COLOURS.get(str(method or request.label), ""),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def user() -> str:
+    """Who runs this; empty where the system does not know, as in a container with a number for a user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
 class StageRun:
     """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
 
@@ -109,7 +138,7 @@ class StageRun:
                 client().delete_tag(self.run_id, "problem")
             return True
         name = experiment(experiment_name(self.request))
-        tags = {"stage.key": self.key, "mlflow.source.name": f"stages {self.request.stage}", **place()}
+        tags = {"stage.key": self.key, **for_pages(self.request), **place()}
         self.run_id = client().create_run(name, tags=tags, run_name=self.request.label).info.run_id
         return False
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from schemas.colours import COLOURS
 from schemas.errors import StageError
 from schemas.stage import Artifact, Request, Result
 from stages import tracking
@@ -74,6 +75,8 @@ def test_a_run_is_whole_in_mlflow(home: Path, tmp_path: Path) -> None:
     assert kept.info.status == "FINISHED" and kept.info.run_name == "sft"
     assert kept.data.tags.items() >= {"stage": "sft", "stage.version": "1", "pipeline.run": "first"}.items()
     assert kept.data.tags["stage.key"] == asked.key()
+    assert kept.data.tags["mlflow.note.content"].startswith("Stage `sft`, of the pipeline run `first`. Talk to")
+    assert kept.data.tags["mlflow.runColor"] == COLOURS["sft"] and kept.data.tags["mlflow.user"]
     assert kept.data.params["a.b"] == "1" and kept.data.params["a.c"] == "null"
     assert kept.data.params["odd_name"] == "[1, 2]"
     assert len(kept.data.params["long"]) == PARAM_LENGTH
