@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import data, history, models, run, servers
+from flows.cli import data, history, init, models, run, servers
 from flows.cli.options import Group, register
 from flows.execution import settings_files
 
@@ -27,14 +27,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
-register(app, "Data and configs", data.presets, data.schema, data.validate, data.generate, data.rank)
+register(app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank)
 register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
 register(app, "Serve", models.rollback, servers.ui, servers.up, servers.deploy, servers.clean)
 register(app, "", run.stage)
 
-FOR_OTHERS = {"validate", "generate", "rank", "export", "presets"}
+FOR_OTHERS = {"init", "validate", "generate", "rank", "export", "presets"}
 """Commands whose files a user asks for by name: they keep the user's umask. What others make is the home's."""
-BY_THEMSELVES = {"run", "sweep", "stage", "validate", "rank", "presets", "schema", "runs", "ui", "up"}
+BY_THEMSELVES = {"run", "sweep", "stage", "init", "validate", "rank", "presets", "schema", "runs", "ui", "up"}
 """Commands that need no server, and use one only where the environment or the config's pools say so."""
 
 

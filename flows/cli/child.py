@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -56,8 +58,22 @@ def start(context: typer.Context, request: type["BaseModel"], **values: Any) -> 
         errors = ({**one, "loc": tuple(typed[str(part)] for part in one["loc"][:1])} for one in error.errors())
         lines = [explain(one, {}) for one in errors]
         raise StageError("\n".join(lines), kind="config") from None
-    with TemporaryFile("w+") as file:  # without a name, so that no death leaves it behind
-        file.write(json.dumps(checked.model_dump(mode="json")))
-        file.seek(0)
-        code = run_python(f"stages.commands.{context.info_name}", f"/dev/fd/{file.fileno()}", keep=file.fileno())
+    with _written(checked) as file:
+        code = run_python(f"stages.commands.{context.info_name}", f"/dev/fd/{file}", keep=file)
     raise typer.Exit(code)
+
+
+def answer(name: str, request: "BaseModel") -> str:
+    """What a module of stages/commands prints on stdout for a request. It is asked on the way of another command."""
+    with _written(request) as file:
+        command = [sys.executable, "-P", "-m", f"stages.commands.{name}", f"/dev/fd/{file}"]
+        return subprocess.run(command, pass_fds=[file], stdout=subprocess.PIPE, text=True).stdout
+
+
+@contextmanager
+def _written(request: "BaseModel") -> Iterator[int]:
+    """The descriptor of a file that holds a request. It has no name, so that no death leaves it behind."""
+    with TemporaryFile("w+") as file:
+        file.write(json.dumps(request.model_dump(mode="json")))
+        file.seek(0)
+        yield file.fileno()
