@@ -50,11 +50,11 @@ def test_a_home_that_was_destroyed_and_restored_reuses_everything(
         return done.stdout + done.stderr
 
     backup, restore = chapter()
-    (stages,) = re.findall(r"(\d+) stages done", shell("alignflow run my.yaml"))
+    (stages,) = re.findall(r"kept: (\d+) stages, 0 reused", shell("alignflow run my.yaml"))
     assert int(stages) >= 5
     shell(backup)
     shutil.rmtree(".alignflow")
     shell(restore)
-    assert f"{stages} stages done, {stages} of them reused" in shell("alignflow run my.yaml")
+    assert f"kept: {stages} stages, {stages} reused" in shell("alignflow run my.yaml")
     assert Path(".alignflow").stat().st_mode & 0o777 == 0o700
     assert not [path for path in Path("backup").rglob("*") if path.stat().st_mode & 0o077]
