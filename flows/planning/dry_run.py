@@ -141,13 +141,9 @@ def _guessed(data: ValidateParams, kind: str, part: str) -> int | None:
     each = DERIVES[data.kind].get(kind)
     if lines is None or each is None:
         return None
-    train = 1 - max(data.eval_fraction, data.others_eval_fraction) - max(data.test_fraction, data.others_test_fraction)
-    train = max(0.0, train)
-    share = (
-        data.eval_fraction
-        if part == "eval"
-        else train * (data.gold_fraction if part == "gold" else 1 - data.gold_fraction)
-    )
+    held_out = max(data.eval_fraction, data.others_eval_fraction) + max(data.test_fraction, data.others_test_fraction)
+    train, gold = max(0.0, 1 - held_out), data.gold_fraction
+    share = {"eval": data.eval_fraction, "gold": train * gold}.get(part, train * (1 - gold))
     return round(min(lines, data.limit or lines) * each * share)
 
 
