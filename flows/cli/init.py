@@ -126,12 +126,13 @@ def _looked_at(data: Path, kind: str, columns: dict[str, str], model: Path | Non
 def _asked() -> str:
     """Who judges the answers: asked on a terminal. Elsewhere somebody has to say it: it decides which model is best."""
     from schemas.errors import refuse
+    from schemas.text import show
 
     if not sys.stdin.isatty():
         fix = f"name one of {', '.join(_JUDGES)}"
         raise refuse("--judge", "missing", "it decides which model is called best.", fix)
     for name, what in _JUDGES.items():
-        typer.echo(f"  {name:10} {what}", err=True)
+        show(f"  {name:10} {what}", sys.stderr)
     return typer.prompt("Who judges the answers?", err=True)
 
 
