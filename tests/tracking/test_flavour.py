@@ -90,8 +90,9 @@ def test_an_export_is_a_plain_folder(ready_home: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == before | {"README.md"}
 
 
-def test_what_is_no_model_is_left_alone(ready_home: Path, tmp_path: Path) -> None:
+def test_what_is_no_model_or_has_no_tokenizer_is_left_alone(ready_home: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "text").write_text("x")
-    folder = tracking.fetch(published(tmp_path / "other", "align"))
-    assert [path.name for path in folder.iterdir()] == ["text"]
+    for name in ("text", "config.json"):
+        (tmp_path / "other" / name).write_text('{"architectures": ["LlamaForCausalLM"]}')
+        folder = tracking.fetch(published(tmp_path / "other", "align", name))
+        assert {path.name for path in folder.iterdir()} == {"text", name}
