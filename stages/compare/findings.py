@@ -79,8 +79,8 @@ def _against_sft(comparison: Comparison) -> str:
     if not any(verdict(row) for row in rows):
         return ""
     better = [row["model"] for row in rows if verdict(row) == "better"]
-    who = f"{', '.join(better)} of {len(rows)}" if 0 < len(better) < len(rows) else ("All" if better else "None")
-    parts = [f"{who} aligned models clearly better than SFT"]
+    who = f"{', '.join(better)}, of {len(rows)} aligned models" if better else "no aligned model"
+    parts = [f"Clearly better than SFT: {'all aligned models' if len(better) == len(rows) else who}"]
     if len(rows) == 1:
         parts = [f"{rows[0]['model']} is {'' if better else 'not '}clearly better than SFT"]
     for temperature, duels in list(comparison.duels.items())[1:]:

@@ -105,7 +105,7 @@ def test_presets_name_the_schema_and_fit_it() -> None:
 
 # --- what a run says at its end ---
 
-FINDINGS = ["Head to head: dpo beats kto 58 % [54, 61].", "All aligned models clearly better than SFT."]
+FINDINGS = ["Head to head: dpo beats kto 58 % [54, 61].", "Clearly better than SFT: all aligned models."]
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_both_win_always_against_sft_and_one_beats_the_other() -> None:
     assert cell(duel).endswith("*") and cell(duels["below", "above"]).startswith("33 %")
     said = findings(compare.compare({"sft": SFT, "below": BELOW, "above": ABOVE}))
     assert said[0].startswith("Head to head: above beats below 67 %") and said[-1] == COVERS
-    assert said[1] == "All aligned models clearly better than SFT."
+    assert said[1] == "Clearly better than SFT: all aligned models."
     assert "above is clearly better than SFT." in findings(compare.compare({"sft": SFT, "above": ABOVE}))
 
 
@@ -83,7 +83,7 @@ def test_only_models_that_are_clearly_better_than_sft_are_counted_as_such_at_eac
 
     up, down, level = [1.0] * N, [-1.0] * N, [1.0, -1.0] * (N // 2)
     given = {"sft": both([0.0] * N, [0.0] * N), "dpo": both(up, down), "kto": both(down, up), "ppo": both(level, level)}
-    assert "dpo of 3 aligned models clearly better than SFT; at temperature 0.3: kto." in findings(
+    assert "Clearly better than SFT: dpo, of 3 aligned models; at temperature 0.3: kto." in findings(
         compare.compare(given)
     )
 
