@@ -22,10 +22,6 @@ _MARKS: dict["Kind", tuple[set[str], set[str]]] = {
     "sft": ({"prompt", "question", "instruction"}, {"response", "completion", "answer", "output"}),
 }
 """Kind -> columns of which its rows have one each."""
-_SLOTS = {"ranking": "preference"}
-"""Kind -> its place in a config's `data`, where that has another name."""
-_ANSWER = 64
-"""Tokens of an answer by default."""
 _JUDGES = {
     "sentiment": "how cheerful answers are: for trying things out",
     "rule": "the demo's own rule",
@@ -72,6 +68,9 @@ def _kind_of(data: Path, mapped: set[str]) -> "Kind":
     from schemas.errors import refuse
 
     have = _columns(data) | mapped
+    if not have:
+        fix = "see that it is whole: one JSON object per line, CSV with a header, or Parquet"
+        raise refuse("DATA", data, "its first line is no row.", fix)
     for kind, marks in _MARKS.items():
         if all(mark & have for mark in marks):
             return kind
@@ -150,7 +149,8 @@ def _config(
     from flows.planning import memory
     from flows.planning.config_file import SCHEMA_LINE
     from schemas.architectures import positions
-    from schemas.config import ENOUGH_PROMPTS, ModelConfig
+    from schemas.config import ENOUGH_PROMPTS, EvaluateConfig, ModelConfig
+    from schemas.config.data import SLOTS
     from schemas.model_folder import read_json
 
     prompts = sum(kinds.get("prompt", 0) for kinds in report["parts"].values())
@@ -165,7 +165,7 @@ def _config(
     length = _length(report)
     sizes = memory.model_sizes(ModelConfig(path=model, revision=revision))
     size, rates = _rates(None if sizes is None else sizes.parameters)
-    slot = _SLOTS.get(kind, kind)
+    slot = SLOTS.get(kind, kind)
     more = f", max_length: {length}" if length else ""
     lines = [
         SCHEMA_LINE,
@@ -187,8 +187,8 @@ def _config(
     lines += [f"{stage}: {{{rates[stage]}{passes}{more}}}" if made else f"{stage}: null" for stage, made in own.items()]
     methods = {"preference": ["dpo", "kto", "ppo"], "feedback": ["kto"]}.get(slot, [])
     lines += ["align:" if methods else "align: {}   # SFT alone: methods need preferences or thumbs"]
-    room = positions(read_json(Path(model) / "config.json")) or 2 * _ANSWER
-    answers = f"max_new_tokens: {room // 2}" if room < 2 * _ANSWER else ""
+    room, usual = positions(read_json(Path(model) / "config.json")), EvaluateConfig().max_new_tokens
+    answers = f"max_new_tokens: {room // 2}" if room is not None and room < 2 * usual else ""
     for method in methods:
         short = f", {answers}" if answers else ""
         lines.append(f"  {method}: {{{rates['align']}{short if method == 'ppo' else passes}{more}}}")

@@ -44,6 +44,10 @@ DERIVES: dict[Kind, Mapping[str, int | None]] = {
 """
 
 
+SLOTS: dict[str, str] = {"ranking": "preference"}
+"""A kind -> its place in a config's `data`, where that has another name."""
+
+
 def _label_texts(value: Any) -> Any:
     """YAML reads `1: up` and `true: up` with a number and a truth value as keys, and `up: yes` with one as a value."""
     return {str(label): meaning for label, meaning in value.items()} if isinstance(value, dict) else value

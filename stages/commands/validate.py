@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from schemas.commands import MixtureCommand, ValidateCommand
 from schemas.config import ENOUGH_PROMPTS
-from schemas.config.data import DataConfig, ValidateParams
+from schemas.config.data import SLOTS, DataConfig, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.source import File, data_source
 from schemas.text import listed, one_line, show, show_tracebacks
@@ -27,8 +27,6 @@ _SOURCE = "source.json"
 """Beside the rows: which data they are of. The stage writes none, since equal rows make equal folders there."""
 _PLAIN = re.compile(r"[A-Za-z_./][\w./:-]*")
 """Text that YAML, which `--set` reads, takes for nothing else."""
-_SLOTS = {"ranking": "preference"}
-"""A kind -> its place in a config's `data`, where that has another name."""
 
 
 Command = ValidateCommand | MixtureCommand
@@ -160,7 +158,7 @@ def _next(command: Command) -> str:
     """The command that plans a run on this data, with every option that was given here."""
     if isinstance(command, MixtureCommand):
         return shlex.join(["alignflow", "run", str(command.config), "--dry-run"])
-    slot = f"data.{_SLOTS.get(command.kind, command.kind)}"
+    slot = f"data.{SLOTS.get(command.kind, command.kind)}"
     given = DataConfig.model_validate(command.model_dump(include=set(DataConfig.model_fields)))
     values = given.model_dump(mode="json", exclude_defaults=True)
     texts = {key: value if _PLAIN.fullmatch(str(value)) else json.dumps(value) for key, value in values.items()}

@@ -49,9 +49,17 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
+def set_up_mlflow() -> None:
+    """The variables that MLflow reads when it is imported: before whatever imports it first."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
+
+
 @cache
 def value_classes() -> Any:
     """MLflow's value classes. Imported late: MLflow takes over a second, and much of tracking needs none of it."""
+    set_up_mlflow()
     import mlflow.entities
 
     return mlflow.entities
@@ -72,9 +80,7 @@ class _Retrying:
 @cache
 def _client_for(uri: str) -> "MlflowClient":
     """A client whose database exists and is up to date; migrated under a lock, since two migrations at once clash."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # not configurable: a pickle runs code
+    set_up_mlflow()
     check_address(uri)
     from mlflow.tracking import MlflowClient  # late for the same reason as above
 

@@ -70,7 +70,7 @@ _ALLOWED = {
     "not_text": "give a text, or a list of messages with `role` and `content`",
     "not_a_message": 'write each message as {"role": "user", "content": "..."}',
     "not_a_list": "give a list",
-    "malformed_json": "write the list as JSON",
+    "malformed_json": "write valid JSON: an object on each line, a list in a column of lists",
     "not_a_number": "give a number",
     "tools": "write calls as `tool_calls` of the assistant's message, and results as messages of role `tool`",
     "tools_not_a_list": "give `tools` as a list of functions, or as JSON of one",

@@ -75,7 +75,6 @@ def test_help_is_quick_and_says_where_to_start() -> None:
         (["run", "demoo"], "Did you mean 'demo'?"),
         (["run", "demo", "--set", "align.dpo.betta=1"], "align.dpo.betta: unknown key. Did you mean 'beta'?"),
         (["run", "tinystories"], "model.path = ./YOUR_MODEL: no such folder"),
-        (["compare"], "there is no finished pipeline run"),
         (["export", "dpo", "--out", "new"], "MODEL = dpo: there is no such model"),
         (["chat", "dpo"], "MODEL = dpo: there is no such model"),
     ],
@@ -86,6 +85,14 @@ def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: 
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
     assert answer.stdout == ""
+
+
+def test_in_a_new_home_a_mistake_is_one_line(home: Path) -> None:
+    """MLflow, which makes its database there, says nothing of it."""
+    answer = alignflow("compare")
+    assert answer.returncode == EXIT_CODES["refused"] and answer.stdout == ""
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("alignflow: there is no finished pipeline run. Fix: ")
 
 
 @pytest.mark.parametrize("command", [["compare"], ["run", "demo", "--dry-run"], ["up"]])

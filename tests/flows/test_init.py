@@ -61,6 +61,9 @@ def test_what_the_rows_are_is_told_by_their_columns(tmp_path: Path) -> None:
 def test_what_cannot_be_told_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StageError, match=r"--kind = missing: the columns \(prompt, what\) tell no kind"):
         written(tmp_path, rows(3, what="x"))
+    (tmp_path / "notes.jsonl").write_text("not a row\n")
+    with pytest.raises(StageError, match=r"DATA = .*notes\.jsonl: its first line is no row"):
+        init.init(tmp_path / "notes.jsonl", "someone/model", tmp_path / "own.yaml", judge="rule")
     with pytest.raises(StageError, match="--judge = missing: it decides which model is called best"):
         written(tmp_path, rows(150, response="yes"), judge=None)
     with pytest.raises(
