@@ -178,8 +178,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with quiet():
         try:
             # An array that the head announces and the file does not hold is read for ever.
-            with limited(GGUF_SECONDS, GGUF_BYTES + file.stat().st_size):
-                fields = GGUFReader(str(file)).fields
+            fields = limited(lambda: GGUFReader(str(file)), GGUF_SECONDS, GGUF_BYTES + file.stat().st_size).fields
             wanted = (field for name, field in fields.items() if name.endswith((".block_count", ".expert_count")))
             head = {field.name.rpartition(".")[2]: int(field.parts[field.data[0]][0]) for field in wanted}
             check_parts(head, file, FIELD)

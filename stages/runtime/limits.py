@@ -1,42 +1,45 @@
 """Bounds on what foreign code or data may take of this process: seconds, and memory beyond what is in use."""
 
-import contextlib
 import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class TooMuch(Exception):
     """A bound was passed; the message says which."""
 
 
-@contextlib.contextmanager
-def limited(seconds: float, size: int) -> Iterator[None]:
-    """Let the block take so long, and so many bytes more. In the main thread only: elsewhere no bound can be set.
+def limited(call: Callable[[], T], seconds: float, size: int) -> T:
+    """What the call returns, if it takes no longer and no more bytes than so. In the main thread only: elsewhere no
+    bound can be set.
 
     Raises:
         TooMuch: it takes more.
     """
-    # Called for every row: no more than a few system calls.
+    # Called for every row: no more than a few system calls. And no context manager: a signal that came while its
+    # `__exit__` is being entered would be raised past it, and the bounds would stay. Between a call and the next
+    # statement of one function Python runs no handler.
     global _inside
     taken = _memory() if threading.current_thread() is threading.main_thread() else None
     if taken is None:
-        yield
-        return
+        return call()
     _listen()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = taken + size
-    inside, timer = _inside, signal.getitimer(signal.ITIMER_REAL)  # of a block around this one
+    inside, timer = _inside, signal.getitimer(signal.ITIMER_REAL)  # of a call around this one
     try:
         resource.setrlimit(resource.RLIMIT_AS, (min(bound, soft) if soft != resource.RLIM_INFINITY else bound, hard))
         _inside = True
         # Again and again: where the signal meets a finalizer, Python ignores what its handler raises.
         signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
-        yield
+        return call()
     except _Late:
         _inside = False
         raise TooMuch(f"it takes more than {seconds:g} seconds") from None

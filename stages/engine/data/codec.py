@@ -298,8 +298,7 @@ class Codec:
     def _bounded(self, apply: Callable[[], Any]) -> Any:
         """What `apply` makes of the template, which may come from anywhere."""
         try:
-            with limited(RENDER_SECONDS, RENDER_BYTES):
-                return apply()
+            return limited(apply, RENDER_SECONDS, RENDER_BYTES)
         except TemplateError:
             raise
         except TooMuch as error:
