@@ -119,10 +119,18 @@ def local_prefect() -> Iterator[None]:
         settings[PREFECT_HOME] = workspace.home() / "prefect"
     options = ("--no-ui", "--no-scheduler", "--no-late-runs", "--analytics-off")
     password = f"{passwords.USER}:{secrets.token_urlsafe(32)}"  # no other process is to use it
-    server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options, password=password)
     with contextlib.ExitStack() as stack:
-        with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # two at once would both make the database
-            (running,) = stack.enter_context(supervisor.running([server]))
+        tries = 0
+        while True:
+            tries += 1
+            server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), *options, password=password)
+            try:
+                with workspace.lock(workspace.home() / "prefect" / "start.lock"):  # two would both make the database
+                    (running,) = stack.enter_context(supervisor.running([server]))
+                break
+            except StageError as error:
+                if error.problem.kind != "port_taken" or tries == 3:
+                    raise
         stack.enter_context(looked_after(running))
         settings |= {PREFECT_API_URL: f"{server.url}/api", PREFECT_API_AUTH_STRING: password}
         stack.enter_context(temporary_settings(settings))

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +31,9 @@ from stages.runtime.resources import lack_in
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5000
 """The port that MLflow gets, unless it is taken or another is asked for."""
+FREE_PORTS = range(20_000, 32_768)
+"""Where a free port is looked for: below those that systems give to outgoing connections, one of which could take it
+in the ten seconds until a server listens."""
 START_SECONDS = 180.0
 STOP_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -119,13 +123,14 @@ class Running:
 
 
 def port(wanted: int | None, usual: int, option: str, host: str = HOST) -> int:
-    """The wanted port; without one the usual, or a free one when that is taken.
+    """The wanted port; without one the usual (0: none is), or a free one when that is taken.
 
     Raises:
         StageError: the wanted port is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in [wanted] if wanted is not None else [usual, 0]:
+    free = random.SystemRandom().sample(FREE_PORTS, 20)
+    for candidate in [wanted] if wanted is not None else [usual or free[0], *free, 0]:
         with socket.socket(family) as probe:
             # As servers do: a port in TIME_WAIT counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -210,10 +215,14 @@ def failed(server: Server) -> StageError:
     """The end of a server's log; or what the machine lacks, where the log says so."""
     text = tracking.without_passwords(server.log.read_text(errors="replace"))
     full = shutil.disk_usage(server.log.parent).free < LOG_ROOM  # then the log may have been cut before it says so
-    if lack := lack_in("No space left on device" if full else "\n".join(text.splitlines()[-50:])):
+    end = "\n".join(text.splitlines()[-50:])
+    if lack := lack_in("No space left on device" if full else end):
         return StageError(
             lack.model_copy(update={"message": f"{server.name} does not run: {lack.message}"}), status="failed"
         )
+    if "address already in use" in end.lower():  # taken since it was looked at
+        why = f"{server.name} does not run: another program has taken its port."
+        return refuse("port", server.url, why, "start it again", kind="port_taken", status="failed")
     tail = "\n".join(text.splitlines()[-15:])
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from flows.servers import passwords
+from flows.servers import passwords, supervisor
 from flows.servers.address_file import Addresses
 from tests.support.processes import wait_for
 
@@ -26,9 +25,7 @@ START_SECONDS = 300
 
 def free_port() -> int:
     """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return supervisor.port(None, 0, "port")
 
 
 @contextlib.contextmanager

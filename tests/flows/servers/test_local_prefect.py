@@ -3,18 +3,21 @@
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows import pipeline
 from flows.planning.plan import Plan
-from flows.servers import local_prefect, supervisor
+from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import Result
@@ -107,3 +110,27 @@ def test_one_that_does_not_stay_up_is_given_up_with_a_warning(
     with caplog.at_level(logging.WARNING), local_prefect.looked_after(dying):
         time.sleep(1.5)
     assert dying.looked == 1 and "Prefect does not run." in caplog.text
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_a_port_that_was_taken_meanwhile_is_given_up_for_another(
+    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the choice of a port and the moment when Prefect listens, ten seconds pass."""
+    ports: list[int] = []
+    late = "raise OSError('error while attempting to bind on address: address already in use')"
+
+    def prefect_server(number: int, *options: str, password: str) -> supervisor.Server:
+        ports.append(number)
+        url = f"http://127.0.0.1:{number}"
+        listen = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(number)]
+        command = [sys.executable, "-c", late] if len(ports) <= taken else listen
+        return supervisor.Server("Prefect", url, url, command, {})
+
+    monkeypatch.setattr(mlflow_prefect, "prefect_server", prefect_server)
+    monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path))
+    given_up = pytest.raises(StageError, match="another program has taken its port")
+    alone = temporary_settings(restore_defaults={PREFECT_API_URL})  # whatever fixtures have set
+    with alone, given_up if taken == 3 else nullcontext(), local_prefect.local_prefect():
+        assert PREFECT_API_URL.value() == f"http://127.0.0.1:{ports[-1]}/api"
+    assert len(set(ports)) == min(taken + 1, 3)
