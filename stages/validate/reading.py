@@ -30,7 +30,7 @@ from stages.validate.readers import Chunk, Lines, Record, chunks
 
 _HOPELESS = 200_000
 """Rows without a usable one among them after which the rest is not read: it is another kind of file."""
-_AHEAD = 2
+_AHEAD = 1
 """Chunks that are read ahead."""
 _COLUMNS = 10_000  # that the report lists
 _NO_OBJECT = ("malformed_json", "not_an_object")
