@@ -1,7 +1,9 @@
 """Checks of rows that need the tokenizer: what is too long, what leaves nothing to learn, what the template refuses."""
 
+import copy
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -13,6 +15,9 @@ from stages.validate.context import Context, Finding, note
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # importing it takes seconds, and a check without a model does without
+
+_Encoded = list[list[int] | None]
+"""The ids of a row's answers; None in the place of a text that is too long to be tried."""
 
 _BATCH = 1000
 # Rows on which tokenizing prompt and answer in one go is compared with tokenizing them apart.
@@ -27,10 +32,12 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     tokens = _Tokens(kind, context.codec, context.params.max_length, context.params.learn)
     further = [name for name in ("winners", "losers", "calls") if name in frame.columns]
     frame = frame.select("row", "prompt", *ANSWERS[kind], *further)
-    for start in range(0, frame.height, _BATCH):
-        yield from tokens.findings(frame.slice(start, _BATCH).to_dicts())
+    done = 0
+    for batch, encoded in tokens.with_answers(frame.slice(start, _BATCH) for start in range(0, frame.height, _BATCH)):
+        yield from tokens.findings(batch, encoded)
+        done += len(batch)
         if context.progress:
-            context.progress(min(start + _BATCH, frame.height), frame.height, "rows tokenized")
+            context.progress(done, frame.height, "rows tokenized")
     context.lengths = tokens.lengths
 
 
@@ -90,6 +97,9 @@ class _Tokens:
         self.kind: Kind = kind
         self.learn: Learn = learn
         self.codec, self.max_length = codec, min(max_length, codec.positions or max_length)
+        # For another thread: how a tokenizer reads special tokens is a state of it.
+        self._aside = copy.copy(codec)
+        self._aside.tokenizer = copy.deepcopy(codec.tokenizer)
         # No token is longer, so that longer texts need not be tokenized to be found too long.
         self._most_characters = self.max_length * max(map(len, codec.tokenizer.get_vocab()))
         self._template_controls: dict[tuple[tuple[str, ...], ...], int] = {}
@@ -99,8 +109,23 @@ class _Tokens:
         self.lengths = array("Q")
         """Tokens of each prompt with each of its answers, of those that are not too long."""
 
-    def findings(self, batch: list[dict]) -> Iterator[Finding]:
-        """What makes the rows of a batch unusable: first its prompts, then its answers."""
+    def with_answers(self, frames: Iterator[pl.DataFrame]) -> Iterator[tuple[list[dict], list[_Encoded]]]:
+        """Each frame's rows with the ids of their answers, tokenized while the rows of the frame before are looked at:
+        the tokenizer works outside of Python's lock.
+        """
+        before: tuple[list[dict], Future[list[_Encoded]]] | None = None
+        with ThreadPoolExecutor(1) as aside:
+            for frame in frames:
+                batch = frame.to_dicts()
+                coming = aside.submit(self._encode, [_answers(self.kind, row) for row in batch])
+                if before is not None:
+                    yield before[0], before[1].result()
+                before = batch, coming
+            if before is not None:
+                yield before[0], before[1].result()
+
+    def findings(self, batch: list[dict], encoded: list[_Encoded]) -> Iterator[Finding]:
+        """What makes the rows of a batch unusable: first its prompts, then its answers, whose ids are `encoded`."""
         usable: list[dict] = []
         lengths: list[int] = []
         for row, verdict in zip(batch, self._prompts(batch), strict=True):
@@ -113,11 +138,10 @@ class _Tokens:
             self.lengths.extend(lengths)
         if self.kind == "sft":
             yield from self._turns(usable, lengths)
-        answers = [_answers(self.kind, row) for row in usable]
-        encoded = iter(self._encode([text for of_row in answers for _, text in of_row]))
-        for row, length, of_row in zip(usable, lengths, answers, strict=True):
+        of_answers = {row["row"]: ids for row, ids in zip(batch, encoded, strict=True)}
+        for row, length in zip(usable, lengths, strict=True):
             number = row["row"]
-            every = [next(encoded) for _ in of_row]
+            of_row, every = _answers(self.kind, row), of_answers[number]
             problems = [self._answer(length, text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
             for (column, _), problem in zip(of_row, problems, strict=True):
                 if problem:
@@ -241,8 +265,10 @@ class _Tokens:
         self.lengths.append(length)
         return None
 
-    def _encode(self, texts: list[str]) -> list[list[int] | None]:
-        """Ids of answers, as `Codec.answer` has them without its end; None where the text is too long to be tried."""
+    def _encode(self, answers: list[list[tuple[str, str]]]) -> list[_Encoded]:
+        """Ids of each row's answers, as `Codec.answer` has them without its end."""
+        texts = [text for of_row in answers for _, text in of_row]
         short = [text for text in texts if len(text) <= self._most_characters]
-        ids = iter(self.codec.answers(short))
-        return [next(ids) if len(text) <= self._most_characters else None for text in texts]
+        ids = iter(self._aside.answers(short))
+        every = iter([next(ids) if len(text) <= self._most_characters else None for text in texts])
+        return [[next(every) for _ in of_row] for of_row in answers]
