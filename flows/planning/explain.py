@@ -17,6 +17,51 @@ from schemas.text import one_line, short
 _MOST = 50
 """Mistakes that are listed."""
 
+_ALL_DEVICES = "the rows of one optimizer step, over all devices and micro-batches"
+_OTHER_NAMES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("lr", "lrate"), ("learning_rate", "")),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), ("epochs", "")),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "train_batch_size", "global_batch_size"), ("batch_size", _ALL_DEVICES)
+    ),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "micro_batch_size", "mini_batch_size"),
+        ("tokens_per_micro_batch", "the tokens of one forward pass; how many passes make a step follows"),
+    ),
+    **dict.fromkeys(("lora_r", "lora_rank", "r"), ("lora.rank", "")),
+    "lora_alpha": ("lora.alpha", ""),
+    "lora_dropout": ("lora.dropout", ""),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), ("lora.target", "")),
+    **dict.fromkeys(("use_peft", "use_lora", "peft", "finetuning_type"), ("lora", "`{}` for its defaults")),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), ("warmup", "a share of the steps")),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), ("schedule", "")),
+    **dict.fromkeys(("gradient_clip_val", "grad_clip", "max_norm", "clip_grad"), ("max_grad_norm", "")),
+    "adam_epsilon": ("adam_eps", ""),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"), ("precision", "fp32 or bf16")),
+    "logging_steps": ("log_every", "in optimizer steps"),
+    "save_steps": ("checkpoint_steps", "in optimizer steps"),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "max_prompt_length", "cutoff_len", "model_max_length"),
+        ("max_length", "tokens of a prompt with its answer"),
+    ),
+    **dict.fromkeys(("max_completion_length", "response_length", "max_response_length"), ("max_new_tokens", "")),
+    **dict.fromkeys(("cliprange", "clip_range", "cliprange_policy", "epsilon"), ("clip", "")),
+    **dict.fromkeys(("cliprange_value", "clip_range_vf"), ("value_clip", "")),
+    "vf_coef": ("value_coef", ""),
+    **dict.fromkeys(("init_kl_coef", "kl_coefficient", "kl_penalty"), ("kl_coef", "")),
+    "num_ppo_epochs": ("ppo_epochs", ""),
+    **dict.fromkeys(("gae_lambda", "lambda"), ("lam", "")),
+    "loss_type": ("loss", ""),
+    "pref_beta": ("beta", ""),
+    **dict.fromkeys(("model_name_or_path", "model_name"), ("model.path", "")),
+    "model_revision": ("model.revision", ""),
+    **dict.fromkeys(("dataset", "dataset_name"), ("data.preference.path", "or data.sft.path and their like")),
+    **dict.fromkeys(("test_size", "val_size", "eval_ratio"), ("eval_fraction", "a share of the prompts")),
+    **dict.fromkeys(("num_processes", "num_gpus", "n_gpus", "nproc_per_node"), ("devices", "")),
+    **dict.fromkeys(("fsdp", "deepspeed", "zero_stage"), ("sharding", "none or full")),
+}
+"""What TRL, transformers, peft and LLaMA-Factory call it -> our key, and what it counts where that may differ."""
+
 
 def validate(raw: dict[str, Any]) -> PipelineConfig:
     """The config; StageError with one line per mistake."""
@@ -43,6 +88,8 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
     message = one_line(wording(details), 2000)
     if details["type"] == "extra_forbidden":
         known = known_keys(loc, raw)
+        if answer := _here_called(loc, raw):
+            return f"{path}: {answer}"
         return (
             f"{path}: unknown key. {closest_match(one_line(loc[-1], 200), known) or 'Known here: ' + ', '.join(known)}"
         )
@@ -60,6 +107,24 @@ def explain(details: Any, raw: dict[str, Any]) -> str:
     value = details["input"]
     written = json.dumps(value) if value is None or isinstance(value, bool) else short(value)
     return f"{path} = {written}: {message[0].lower()}{message[1:]}"
+
+
+def _here_called(loc: tuple[str | int, ...], raw: Any) -> str:
+    """Our key for one that other trainers have, and where it stands; empty where it is none of theirs."""
+    name, counts = _OTHER_NAMES.get(str(loc[-1]), ("", ""))
+    inner = name.rpartition(".")[2]
+    align = raw.get("align") if isinstance(raw, dict) else None
+    methods = [("align", method) for method in align] if isinstance(align, dict) else []
+    tops = [("model",), ("sft",), ("reward",), *methods, ()]
+    places = [loc[:-1], *((place for place in tops if place != loc[:-1]) if len(loc) < 3 else ())]
+    found = [place for place in places if name.partition(".")[0] in known_keys((*place, name), raw)]
+    own = [loc[:-1]] if inner in known_keys(loc, raw) else []  # within `lora` already
+    keys = [
+        ".".join(map(str, (*place, inner if own else name))) for place in own or found[: 1 if loc[:-1] in found else 6]
+    ]
+    if not name or not keys:
+        return ""
+    return f"unknown key. Fix: write {', '.join(keys)}{f' ({counts})' if counts else ''}"
 
 
 def closest_match(word: str, known: Iterable[str]) -> str:

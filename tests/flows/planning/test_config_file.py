@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flows.planning import config_file
+from flows.planning import config_file, explain
 from schemas import Strict
 from schemas.config import RewardConfig, SFTConfig
 from schemas.config.methods import DPO, KTO, PPO
@@ -107,6 +107,18 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("align.dpo.betta=1", "align.dpo.betta: unknown key. Did you mean 'beta'?"),
         ("align.mine={method: kto, undesirable_wieght: 1}", "Did you mean 'undesirable_weight'?"),
         ("sfft={}", "sfft: unknown key. Did you mean 'sft'?"),
+        ("sft.lr=1", "sft.lr: unknown key. Fix: write sft.learning_rate"),
+        ("align.ppo.gae_lambda=1", "align.ppo.gae_lambda: unknown key. Fix: write align.ppo.lam"),
+        ("sft.lora_r=8", "sft.lora_r: unknown key. Fix: write sft.lora.rank"),
+        ("sft.lora={r: 8}", "sft.lora.r: unknown key. Fix: write sft.lora.rank"),
+        ("num_gpus=2", "num_gpus: unknown key. Fix: write devices"),
+        (
+            "num_train_epochs=3",
+            "num_train_epochs: unknown key. Fix: write sft.epochs, reward.epochs, align.dpo.epochs",
+        ),
+        ("model_name_or_path=x", "model_name_or_path: unknown key. Fix: write model.path"),
+        ("sft.bf16=true", "sft.bf16: unknown key. Fix: write sft.precision (fp32 or bf16)"),
+        ("align.dpo.cliprange=1", "align.dpo.cliprange: unknown key. Known here: adam_beta1, adam_beta2, adam_eps"),
         ("sft.lora={rnk: 1}", "sft.lora.rnk: unknown key. Did you mean 'rank'?"),
         ("model.zzz=1", "model.zzz: unknown key. Known here: chat_template, path, revision, scratch, system_prompt"),
         ("evaluate.judge={judge: endpoint, ulr: x}", "evaluate.judge.ulr: unknown key. Did you mean 'url'?"),
@@ -329,3 +341,15 @@ def test_null_takes_a_method_out_where_it_is_set(raw: dict[str, Any]) -> None:
     assert load(raw).align["dpo"] == DPO()  # in a file `dpo:` alone is DPO with its defaults
     assert list(load(raw, "align.kto=null").align) == ["dpo"]
     assert list(load(raw, "align.ppo=null").align) == ["dpo", "kto"]
+
+
+def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
+    """Each of our keys in the table is a key of some place, or the answer would send people in a circle."""
+    raw = config_file.raw_of("demo")
+    raw["align"]["ppo"] = {"method": "ppo"}
+    places = [(), ("model",), ("data", "preference"), ("sft",), ("align", "ppo"), ("align", "kto"), ("align", "dpo")]
+    known = {key for place in places for key in explain.known_keys((*place, "?"), raw)}
+    lora = set(explain.known_keys(("sft", "lora", "?"), {"sft": {"lora": {}}}))
+    for ours, _ in explain._OTHER_NAMES.values():
+        first, _, rest = ours.partition(".")
+        assert first in known and (first != "lora" or not rest or rest in lora)
