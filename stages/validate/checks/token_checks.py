@@ -138,10 +138,10 @@ class _Tokens:
             self.lengths.extend(lengths)
         if self.kind == "sft":
             yield from self._turns(usable, lengths)
-        of_answers = {row["row"]: ids for row, ids in zip(batch, encoded, strict=True)}
+        of_answers = {id(row): ids for row, ids in zip(batch, encoded, strict=True)}  # rows may share a number
         for row, length in zip(usable, lengths, strict=True):
             number = row["row"]
-            of_row, every = _answers(self.kind, row), of_answers[number]
+            of_row, every = _answers(self.kind, row), of_answers[id(row)]
             problems = [self._answer(length, text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
             for (column, _), problem in zip(of_row, problems, strict=True):
                 if problem:
