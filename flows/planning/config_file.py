@@ -1,8 +1,10 @@
 """From a preset or a YAML file and `--set` to a checked config: all mistakes are found here, before anything starts."""
 
 import contextlib
+import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import takewhile
@@ -24,8 +26,12 @@ from ruamel.yaml.events import (
 from flows.planning.config_checks import check, check_keys
 from flows.planning.explain import validate
 from flows.planning.plan import Plan, plan
-from schemas.errors import Problem, StageError
+from schemas.errors import Problem, StageError, refuse
+from schemas.source import Hub, data_source, is_commit, model_source
 from schemas.text import one_line, short
+from stages.runtime import workspace
+
+log = logging.getLogger("alignflow")
 
 BYTES = 1 << 20
 """Of a config file. The bounds are far above what people write, and keep a hostile file to seconds and megabytes."""
@@ -109,6 +115,81 @@ class _Constructor(SafeConstructor):
         return value
 
 
+# --- names on the Hub ---
+
+HUB_COMMITS = "hub.json"
+"""In the home: the commit that each name on the Hub stood at when it was first used without one."""
+
+
+def pin(raw: dict[str, Any]) -> None:
+    """Set the commit of models and data sets of the Hub that are named without one: asked once, then kept in the home,
+    so that the same config means the same weights and rows. Where the Hub cannot be asked, they stay as they are.
+
+    Raises:
+        StageError: the Hub has no such model or data set, or does not give it to this user.
+    """
+    kept = workspace.home() / HUB_COMMITS
+    known: dict[str, str] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for field, kind, name, place in _on_hub(raw):
+        revision = place.get("revision") or "main"
+        key = f"{kind} {name} {revision}"
+        if key not in known:
+            commit = _commit_of(field, kind, name, revision)
+            if commit is None:
+                continue
+            known[key] = commit
+            workspace.write_whole(kept, json.dumps(known, indent=1, sort_keys=True) + "\n")
+            text = "%s = %s: %s is at commit %s, which %s keeps. Write it as `revision`, or another."
+            log.info(text, field, name, revision, commit, kept)
+        place["revision"] = known[key]
+
+
+def _on_hub(raw: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(field, `model` or `dataset`, name, mapping) of what a config, maybe a wrong one, names on the Hub by no commit."""
+    model, data = raw.get("model"), raw.get("data")
+    slots = list(data.items()) if isinstance(data, dict) else []
+    many = [(slot, given.get("sources") if isinstance(given, dict) else given) for slot, given in slots]
+    rows = [*slots, *((f"{slot}.{number}", one) for slot, all_ in many for number, one in enumerate(_list(all_)))]
+    for field, place in [("model", model), *((f"data.{slot}", given) for slot, given in rows)]:
+        path = place.get("path") if isinstance(place, dict) else None
+        if not isinstance(path, str) or not isinstance(place.get("revision", ""), str | None) or "\0" in path:
+            continue
+        source = model_source(path) if field == "model" else data_source(path)
+        if isinstance(source, Hub) and not is_commit(place.get("revision")) and not Path(source.name).exists():
+            yield f"{field}.path", "model" if field == "model" else "dataset", source.name, place
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _commit_of(field: str, kind: str, name: str, revision: str) -> str | None:
+    """The commit of a branch or tag, from the Hub or, where that cannot be reached, from its cache on this machine."""
+    # Imported here: only a name on the Hub needs them.
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.file_download import repo_folder_name
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        ask = api.model_info if kind == "model" else api.dataset_info
+        return ask(name, revision=revision, timeout=10).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError) as error:
+        why = one_line(str(error).strip().splitlines()[0], 200)
+        message = f"no such file or folder in {Path.cwd()}, and the Hugging Face Hub does not give it: {why}"
+        fix = "check path, name and revision; for what is gated or private set HF_TOKEN"
+        raise refuse(field, name, message, fix) from None
+    except Exception:  # no network or HF_HUB_OFFLINE: errors of whichever HTTP library it uses
+        ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
+        cached = ref.read_text().strip() if ref.is_file() else None
+        return cached if is_commit(cached) else None
+
+
 # --- from a file to a plan ---
 
 
@@ -136,10 +217,11 @@ def load(source: str, overrides: Sequence[str] = (), here: bool = True) -> Plan:
 
 
 def raw_of(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The YAML of a preset or file, with `a.b=value` overrides. Raises StageError."""
+    """The YAML of a preset or file, with `a.b=value` overrides and names on the Hub pinned. Raises StageError."""
     raw = read(find(source))
     for override in overrides:
         apply(raw, override)
+    pin(raw)
     return raw
 
 
