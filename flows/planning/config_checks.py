@@ -90,8 +90,8 @@ def _check_model_path(path: str, revision: str | None) -> Iterator[Problem]:
         case File():
             yield from _check_folder("model.path", path, scorer=False)
         case Hub() if not revision:
-            message = f"no such folder in {Path.cwd()}, and a name on the Hugging Face Hub needs a revision."
-            fix = "fix the path, or set model.revision to a commit, so that the same config means the same weights"
+            message = f"no such folder in {Path.cwd()}, and the Hugging Face Hub cannot be asked for its commit."
+            fix = "fix the path, connect to the network, or set model.revision to a commit"
             yield problem("model.path", path, message, fix)
 
 

