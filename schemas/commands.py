@@ -82,3 +82,5 @@ class ChatCommand(Strict):
     temperature: float = Field(default=1.0, ge=0)
     seed: int = 0
     max_new_tokens: int = Field(default=128, ge=1)
+    as_json: bool = False
+    """One JSON object per message, and nothing else on stdout."""

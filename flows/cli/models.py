@@ -81,6 +81,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 = greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per message.")] = False,
 ) -> None:
     """Talk to a model, or to two side by side.
 

@@ -103,8 +103,9 @@ def load(uri: str, system: str | None, name: str | None = None) -> Talker:
 
 
 def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCommand) -> None:
-    """Answer line by line until /quit or the end of input."""
-    shows_prompt = lines.isatty()
+    """Answer line by line until /quit or the end of input. As JSON: answers on `out`, what else is said on stderr."""
+    shows_prompt = lines.isatty() and not command.as_json
+    aside = sys.stderr if command.as_json else out
     turn = 0
     while True:
         if shows_prompt:
@@ -112,29 +113,33 @@ def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCom
         line = lines.readline()
         text = line.strip()
         if any("\ud800" <= character <= "\udfff" for character in text):
-            show("(this line is not UTF-8 text and was not sent. Fix: set the terminal to UTF-8)", out)
+            show("(this line is not UTF-8 text and was not sent. Fix: set the terminal to UTF-8)", aside)
             continue
         if not line or text == "/quit":
             return
         if text == "/reset":
             for talker in talkers:
                 talker.reset()
-            show("(forgotten)", out)
+            show("(forgotten)", aside)
         elif text.startswith("/"):
-            show(HELP, out)
+            show(HELP, aside)
         elif text:
             show(reply(talkers, text, seed_of(command.seed, turn), command), out)
             turn += 1
 
 
 def reply(talkers: list[Talker], text: str, seed: int, command: ChatCommand) -> str:
-    """What is shown for one message: an answer, or two answers in columns."""
-    answers = []
+    """What is shown for one message: an answer, or two answers in columns; or the message and its answers as JSON."""
+    answers, given = [], []
     for talker in talkers:
         try:
             answers.append(talker.answer(text, seed, command))
+            given.append({"model": talker.name, "answer": answers[-1]})
         except StageError as error:
             answers.append(f"({error})")
+            given.append({"model": talker.name, "answer": None, "problem": str(error)})
+    if command.as_json:
+        return json.dumps({"message": text, "answers": given})
     if len(answers) == 1:
         return answers[0]
     return side_by_side([talker.name for talker in talkers], answers, shutil.get_terminal_size().columns)
@@ -158,7 +163,7 @@ def main(command: ChatCommand) -> int:
         if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused by the line
             sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
-            show(HELP)
+            show(HELP, sys.stderr if command.as_json else None)
         converse(talkers, sys.stdin, sys.stdout, command)
     except StageError as error:
         show(f"alignflow chat: {error}", sys.stderr)
