@@ -17,6 +17,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.execution import live, process
 from flows.execution.lease import stage_lease
+from flows.execution.progress import Progress
 from flows.execution.work_pool import run_placed
 from flows.planning import sweep
 from flows.planning.allowed_paths import check_roots
@@ -69,9 +70,12 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
     with live.stage(name) as line:
         if pool is not None:
             result = run_placed(request, pool, logger)
+        elif not has_shared_server():  # and so nobody who looks on
+            result = process.run_stage(request, logger)
         else:
-            lease = stage_lease(request.key(), logger) if has_shared_server() else None
-            result = process.run_stage(request, logger, lease)
+            result = process.run_stage(request, bar := Progress(logger, name), stage_lease(request.key(), logger))
+            if result.status == "done":
+                bar.done()
         line.result = result
     if result.status == "done":
         return result
@@ -82,7 +86,13 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
     return Failed(message=str(error), data=error)
 
 
-@flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
+def run_name() -> str:
+    """The flow run's name: the config's, and what differs from its file."""
+    config = PipelineConfig.model_validate(flow_run.parameters["config"])
+    return history.run_name(config.name, [tag for tag in flow_run.tags if "=" in tag])
+
+
+@flow(name="pipeline", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop.
 
@@ -214,7 +224,7 @@ def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) ->
     config = planned.config
     _done.clear()
     try:
-        with tags(*changed):
+        with tags(*tags_of(config), *changed):
             run_locally(lambda: pipeline(config, until))
     except Exception as error:
         if isinstance(error, StageError) or not _done:
@@ -222,6 +232,11 @@ def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) ->
         log.warning("All stages are done; Prefect could not record the end of the run (%s).", type(error).__name__)
     ((flow_run_id, results),) = _done.items()
     return Finished(flow_run_id, results)
+
+
+def tags_of(config: PipelineConfig, flow: str = "pipeline") -> list[str]:
+    """What runs are found by in Prefect: the flow and the methods."""
+    return list(dict.fromkeys([flow, *(method.method for method in config.align.values())]))
 
 
 def run_locally(call: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, tags
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
@@ -78,7 +78,13 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-@flow(name="retrain", flow_run_name="retrain {source}", persist_result=False, result_serializer="json")
+def run_name() -> str:
+    """The flow run's name: the config's source, and what differs from it."""
+    given = flow_run.parameters
+    return history.run_name(f"retrain {given['source']}", given.get("overrides", []))
+
+
+@flow(name="retrain", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def retrain(source: str, overrides: list[str] = [], force: bool = False) -> State[Any]:  # noqa: B006 - Prefect's form
     """Retrain from a preset or config file when its data or settings changed since the champion was trained.
 
@@ -229,5 +235,7 @@ def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outc
     Raises:
         StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
     """
-    check_gate(config_file.load(source, overrides).config)  # what is missing is said before a server starts
-    return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))
+    config = config_file.load(source, overrides).config
+    check_gate(config)  # what is missing is said before a server starts
+    with tags(*pipeline.tags_of(config, "retrain"), *overrides):
+        return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))

@@ -11,13 +11,13 @@ from flows.planning import sweep
 from flows.planning.plan import Plan
 from flows.results.summary import Compared, Summary
 from flows.servers import address_file, supervisor
-from flows.servers.local_prefect import has_shared_server
 from schemas.stage import Result
 from stages import tracking
 
 
 def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> None:
-    """Log what was reused and what not done; on a worker, or aloud, the comparison too. A shared server shows it.
+    """Log what was reused and what not done; on a worker, or aloud, the comparison too. Prefect's page of the run shows
+    it, where the server is our own once `alignflow ui` runs.
 
     `alignflow run` prints the comparison itself, once the flow is over.
     """
@@ -38,8 +38,7 @@ def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> No
         logger.info("\n%s", text)
         for what, link in links.items():
             logger.info("%s side by side in MLflow: %s%s", what, link, first)
-    if has_shared_server():
-        show_in_prefect(text, links)
+    show_in_prefect(text, links)
 
 
 def compared(results: Mapping[str, Result]) -> Compared | None:
@@ -80,9 +79,9 @@ def mlflow_pages() -> tuple[str, str]:
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
     """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail because of them.
 
-    Only an address that a server of MLflow answers can be followed from there.
+    Where no server of MLflow is set, the links go to where `alignflow ui` will have one.
     """
-    pages = links if tracking.tracking_uri().startswith("http") else {}
+    pages = {what: link for what, link in links.items() if link.startswith("http")}
     ways = "\n".join(f"- [{what} side by side in MLflow]({link})" for what, link in pages.items())
     try:
         if table:

@@ -124,6 +124,11 @@ def find(which: str) -> Record | None:
     return next((one for one in records() if which == one.name or is_id(which, one.run)), None)
 
 
+def run_name(name: str, changed: Sequence[str]) -> str:
+    """A run's name in Prefect, with what differs from its config's file: `demo dpo.beta=0.3`."""
+    return one_line(" ".join([name, *(change.removeprefix("align.") for change in changed)]), 120)
+
+
 def is_id(which: str, run: str) -> bool:
     """Whether a word names a run: its id, or the beginning of it that lists show."""
     return which == run or (len(which) >= SHORT and run.startswith(which))

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import cli, pipeline
 from flows.execution import process, warm
 from flows.planning import dry_run, requests
 from flows.planning.plan import Node, Plan
+from flows.results import announce
+from flows.results.summary import Compared
 from flows.servers import local_prefect
 from schemas.config import PipelineConfig
 from schemas.errors import EXIT_CODES, StageError
@@ -82,6 +85,27 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     assert {name for name, result in again.items() if result.reused} == {"first", "left"}
     assert "reused 2 of 4 stages: first, left" in caplog.text
     assert again["both"].key != results["both"].key
+
+
+def test_without_a_server_a_run_keeps_its_name_tags_table_and_links_for_later(
+    prefect: SyncPrefectClient, planned: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table.txt").write_text("dpo is better")
+    (tmp_path / "comparison.json").write_text('{"best": ["dpo"]}')
+    (tmp_path / "table.json").write_text("[]")
+    monkeypatch.setattr(announce, "compared", lambda results: Compared(tmp_path))
+    monkeypatch.setattr(announce, "mlflow_pages", lambda: ("http://127.0.0.1:5000", "  (start `alignflow ui`)"))
+    planned[:] = [fake("eval a"), fake("eval b")]
+    made = config(name="kept", align={"first": {"method": "dpo"}, "second": {"method": "dpo"}})
+    run_id = pipeline.run(plan_of(planned, made), ["align.dpo.beta=0.3", "seed=1"]).run
+    (flow_run,) = [one for one in prefect.read_flow_runs() if str(one.id) == run_id]
+    assert flow_run.name == "kept dpo.beta=0.3 seed=1"
+    assert sorted(flow_run.tags) == ["align.dpo.beta=0.3", "dpo", "pipeline", "seed=1"]
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]))
+    artifacts = {one.key: one for one in prefect.read_artifacts(artifact_filter=of_run)}
+    assert artifacts.keys() == {"comparison", "metrics-in-mlflow", "answers-in-mlflow"}
+    assert "dpo is better" in str(artifacts["comparison"].data)
+    assert "](http://127.0.0.1:5000/" in str(artifacts["comparison"].data)
 
 
 def test_another_server_than_our_own_is_shared(prefect: SyncPrefectClient) -> None:
