@@ -80,6 +80,8 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
     if result.status == "done":
         return result
     assert result.error is not None
+    if result.status == "diverged":
+        announce.emit("diverged", tracking.experiment_name(request), f"{name}: {result.error}")
     first = "field" if result.error.field else "message"
     named = {first: f"{name}: {getattr(result.error, first)}"}
     error = StageError(result.error.model_copy(update=named), status=result.status)
@@ -100,7 +102,10 @@ def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
     """
     changed = [tag for tag in flow_run.tags if "=" in tag]
     with history.recorded(str(flow_run.id), config.name, changed) as entry:
-        return run_config(config, until, entry)
+        state = run_config(config, until, entry)
+        if isinstance(state.data, StageError) and state.data.status != "preempted":
+            announce.emit("failed", config.name, str(state.message))
+        return state
 
 
 def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) -> State[Any]:

@@ -34,7 +34,8 @@ class Record(Strict):
     """Seconds since the epoch."""
     ended: float | None = None
     state: str = "running"
-    """`running`, `done` or `stopped`; else the status of the problem that ended it; of a retraining its outcome."""
+    """`running`, `done` or `stopped`; else the status of the problem that ended it; of a retraining its outcome, or
+    `waiting` where it was suspended until a person approves."""
     changed: list[str] = []
     """What `--set` and other options changed: `align.dpo.beta=0.2`."""
     stages: int = 0
@@ -99,10 +100,9 @@ def recorded(run: str, name: str, changed: Sequence[str]) -> Iterator[Entry]:
     try:
         yield entry
     except BaseException:
-        entry.note(state="stopped", ended=time.time())
+        entry.note(ended=time.time(), **{"state": "stopped"} if entry.record.state == "running" else {})
         raise
-    running = entry.record.state == "running"
-    entry.note(ended=time.time(), **{"state": "done"} if running else {})
+    entry.note(ended=time.time(), **{"state": "done"} if entry.record.state == "running" else {})
 
 
 def records() -> list[Record]:

@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.events.filters import EventFilter
 from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry, Crashed
+from prefect.states import AwaitingRetry, Crashed, Scheduled
 
 AUTOMATION, STUCK, ZOMBIES = "alignflow reschedule", "alignflow stuck", "alignflow zombies"
 AFTER = timedelta(minutes=2)
@@ -22,6 +22,8 @@ WITHIN = timedelta(days=1)
 """A run that crashed longer ago is history."""
 STARTS = 3
 """Of one run, in all."""
+WAITS = "waits for approval until "
+"""How the message of a suspended run ends, before the time in ISO 8601."""
 
 
 def apply(path: Path | None = None) -> list[str]:
@@ -55,7 +57,8 @@ class RunWatch:
     """Does what the automations have missed, where they are in force: an event is lost when a server dies with it.
 
     A run that is Pending, or silent, for longer than its automation waits becomes Crashed, and a crashed one is
-    scheduled again. To be called every half minute or so; while the server is away nothing happens.
+    scheduled again. So is a suspended one whose time to be approved is up, to say so. To be called every half minute or
+    so; while the server is away nothing happens.
     """
 
     def __init__(self) -> None:
@@ -68,6 +71,7 @@ class RunWatch:
             with get_client(sync_client=True) as client:
                 self._mark_dead(client, now)
                 start_crashed_again(client, now)
+                resume_late(client, now)
         except (httpx.HTTPError, PrefectException, OSError):
             self._answering_since = None
         else:
@@ -121,3 +125,12 @@ def start_crashed_again(client: SyncPrefectClient, now: datetime) -> None:
         if run.run_count < STARTS and AFTER < now - run.state.timestamp < WITHIN:
             message = "It crashed. Started again, it resumes where it was."
             client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)
+
+
+def resume_late(client: SyncPrefectClient, now: datetime) -> None:
+    """Schedule the runs again that nobody has approved in time: they end as rejected."""
+    for run in runs_in(client, ["PAUSED"], ["retrain"]):
+        _, waits, until = (run.state.message or "").rpartition(WAITS)
+        if waits and run.state.name == "Suspended" and now > datetime.fromisoformat(until):
+            late = Scheduled(name="Resuming", message="Nobody has approved it in time.")
+            client.set_flow_run_state(run.id, late, force=True)
