@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import Task, flow, get_run_logger, tags, task
@@ -19,8 +20,8 @@ from flows.execution import live, process
 from flows.execution.lease import stage_lease
 from flows.execution.progress import Progress
 from flows.execution.work_pool import run_placed
-from flows.planning import sweep
-from flows.planning.allowed_paths import check_roots
+from flows.planning import config_file, sweep
+from flows.planning.allowed_paths import check_roots, check_source
 from flows.planning.nodes import until as nodes_until
 from flows.planning.plan import Node, Plan, last_test, plan
 from flows.planning.requests import request_for
@@ -102,10 +103,37 @@ def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
     """
     changed = [tag for tag in flow_run.tags if "=" in tag]
     with history.recorded(str(flow_run.id), config.name, changed) as entry:
-        state = run_config(config, until, entry)
-        if isinstance(state.data, StageError) and state.data.status != "preempted":
-            announce.emit("failed", config.name, str(state.message))
-        return state
+        return told(config.name, run_config(config, until, entry))
+
+
+def preset_name() -> str:
+    """The flow run's name: the preset's, and what differs from it."""
+    given = flow_run.parameters
+    return history.run_name(Path(given["preset"]).stem, given.get("overrides", []))
+
+
+@flow(name="pipeline", flow_run_name=preset_name, persist_result=False, result_serializer="json")
+def from_preset(preset: str, overrides: list[str] = [], until: str | None = None) -> State[Any]:  # noqa: B006 - a form
+    """Run a preset, or a config file as the worker sees it, with some settings changed.
+
+    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `until`: the last stage, None for all.
+    """
+    with history.recorded(str(flow_run.id), Path(preset).stem, overrides) as entry:
+        try:
+            if deployment.id and preset not in config_file.presets():
+                check_source(preset, deployed=True)
+            config = config_file.load(preset, overrides).config
+        except StageError as error:
+            entry.fail(error)
+            return Failed(message=str(error), data=error)
+        return told(config.name, run_config(config, until, entry))
+
+
+def told(name: str, state: State[Any]) -> State[Any]:
+    """A run's final state, after automations have been told of a failure."""
+    if isinstance(state.data, StageError) and state.data.status != "preempted":
+        announce.emit("failed", name, str(state.message))
+    return state
 
 
 def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) -> State[Any]:

@@ -84,16 +84,25 @@ def _digest(value: object) -> str:
 def run_name() -> str:
     """The flow run's name: the config's source, and what differs from it."""
     given = flow_run.parameters
-    return history.run_name(f"retrain {given['source']}", given.get("overrides", []))
+    return history.run_name(
+        f"retrain {given['source']}", [*given.get("overrides", []), *filter(None, [given.get("data")])]
+    )
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False, result_serializer="json")
-def retrain(source: str, overrides: list[str] = [], force: bool = False) -> State[Any]:  # noqa: B006 - Prefect's form
+def retrain(
+    source: str,
+    overrides: list[str] = [],  # noqa: B006 - Prefect's form
+    force: bool = False,
+    data: str | None = None,
+) -> State[Any]:
     """Retrain from a preset or config file when its data or settings changed since the champion was trained.
 
-    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed.
+    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed. `data`:
+    one more override, which the event of data that has arrived brings, `data.preference.path=/data/pairs.jsonl`.
     """
     process.begin()
+    overrides = [*overrides, *([data] if data else [])]
     with history.recorded(str(flow_run.id), f"retrain {source}", overrides) as entry:
         try:
             if deployment.id and source not in config_file.presets():

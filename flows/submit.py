@@ -19,7 +19,7 @@ from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from stages import tracking
 
-DEPLOYMENT = "pipeline/pipeline"
+DEPLOYMENT = "pipeline/config"
 
 
 def submit(config: PipelineConfig, overrides: Sequence[str] = ()) -> tuple[str, str]:

@@ -94,9 +94,9 @@ def version_page(model: str, number: str) -> str:
     return f"{server}/#/models/{quote(model, safe='')}/versions/{number}" if server else ""
 
 
-def emit(event: str, name: str, finding: str, version: str = "", **more: str) -> bool:
-    """Let Prefect have the event `alignflow.EVENT` about a registered model or experiment, so that automations can tell
-    a person or start something; whether it was sent. No run fails because of it.
+def emit(event: str, name: str, finding: str, version: str = "", kind: str = "model", **more: str) -> bool:
+    """Let Prefect have the event `alignflow.EVENT` about a registered model or experiment (or data, by `kind`), so that
+    automations can tell a person or start something; whether it was sent. No run fails because of it.
 
     Its payload: `finding`, a sentence; `version`, `run` (the flow run's id), `links` (`prefect`, `mlflow`), and `more`.
     """
@@ -108,7 +108,7 @@ def emit(event: str, name: str, finding: str, version: str = "", **more: str) ->
         pages["prefect"] = f"{PREFECT_UI_URL.value() or str(api).removesuffix('/api')}/runs/flow-run/{run}"
     if version:
         pages["mlflow"] = version_page(name, version)
-    resource = {"prefect.resource.id": f"alignflow.model.{name}", "prefect.resource.name": name}
+    resource = {"prefect.resource.id": f"alignflow.{kind}.{name}", "prefect.resource.name": name}
     resource |= {"alignflow.version": version, "alignflow.run": run}
     payload = {"finding": tracking.shortened(finding, FINDING), "model": name, "version": version, "run": run}
     emitted = emit_event(f"alignflow.{event}", resource=resource, payload={**payload, "links": pages, **more})

@@ -12,7 +12,7 @@ from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.events.filters import EventFilter
-from prefect.exceptions import PrefectException
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Crashed, Scheduled
 
 AUTOMATION, STUCK, ZOMBIES = "alignflow reschedule", "alignflow stuck", "alignflow zombies"
@@ -26,23 +26,47 @@ WAITS = "waits for approval until "
 """How the message of a suspended run ends, before the time in ISO 8601."""
 
 
-def apply(path: Path | None = None) -> list[str]:
-    """Create or update the automations of a file, by default of the one that comes with alignflow; their names.
-    Idempotent.
+def apply(path: Path | None = None) -> dict[str, str]:
+    """Create or update the automations of a file, by default of the one that comes with alignflow. Name -> why it was
+    not made: the block or the deployment that it names does not exist; empty where it was. Idempotent.
     """
-    names = []
+    notes: dict[str, str] = {}
     path = path or Path(str(files("deploy"))) / "automations.yaml"
-    for raw in yaml.safe_load(path.read_text(encoding="utf-8"))["automations"]:
-        wanted = Automation(**raw)
-        existing = read(wanted.name)
-        if existing is None:
-            wanted.create()
-        else:
-            existing.model_copy(
-                update={field: getattr(wanted, field) for field in Automation.model_fields if field != "id"}
-            ).update()
-        names.append(wanted.name)
-    return names
+    with get_client(sync_client=True) as client:
+        for raw in yaml.safe_load(path.read_text(encoding="utf-8"))["automations"]:
+            try:
+                actions = [resolved(client, action) for action in raw["actions"]]
+            except ObjectNotFound:
+                named = [action.get("block") or action.get("deployment") for action in raw["actions"]]
+                what = "block" if "block" in raw["actions"][0] else "deployment"
+                notes[raw["name"]] = f"not made: there is no {what} {', '.join(map(str, named))}"
+                continue
+            wanted = Automation(**{**raw, "actions": actions})
+            existing = read(wanted.name)
+            if existing is None:
+                wanted.create()
+            else:
+                existing.model_copy(
+                    update={field: getattr(wanted, field) for field in Automation.model_fields if field != "id"}
+                ).update()
+            notes[wanted.name] = ""
+    return notes
+
+
+def resolved(client: SyncPrefectClient, action: dict[str, Any]) -> dict[str, Any]:
+    """An action with the ids of what the file calls `block: TYPE/NAME` or `deployment: FLOW/NAME`.
+
+    Raises:
+        ObjectNotFound: the server does not have it.
+    """
+    rest = {name: value for name, value in action.items() if name not in ("block", "deployment")}
+    if "block" in action:
+        kind, _, name = action["block"].partition("/")
+        found = client.read_block_document_by_name(name, kind, include_secrets=False)
+        return rest | {"block_document_id": found.id}
+    if "deployment" in action:
+        return rest | {"source": "selected", "deployment_id": client.read_deployment_by_name(action["deployment"]).id}
+    return rest
 
 
 def read(name: str) -> Automation | None:
