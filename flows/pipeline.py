@@ -109,7 +109,7 @@ def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
 def preset_name() -> str:
     """The flow run's name: the preset's, and what differs from it."""
     given = flow_run.parameters
-    return history.run_name(Path(given["preset"]).stem, given.get("overrides", []))
+    return history.run_name(given["preset"], given.get("overrides", []))
 
 
 @flow(name="pipeline", flow_run_name=preset_name, persist_result=False, result_serializer="json")

@@ -84,9 +84,8 @@ def _digest(value: object) -> str:
 def run_name() -> str:
     """The flow run's name: the config's source, and what differs from it."""
     given = flow_run.parameters
-    return history.run_name(
-        f"retrain {given['source']}", [*given.get("overrides", []), *filter(None, [given.get("data")])]
-    )
+    changed = [*given.get("overrides", []), *filter(None, [given.get("data")])]
+    return f"retrain {history.run_name(given['source'], changed)}"
 
 
 @flow(name="retrain", flow_run_name=run_name, persist_result=False, result_serializer="json")

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -125,8 +126,10 @@ def find(which: str) -> Record | None:
 
 
 def run_name(name: str, changed: Sequence[str]) -> str:
-    """A run's name in Prefect, with what differs from its config's file: `demo dpo.beta=0.3`."""
-    return one_line(" ".join([name, *(change.removeprefix("align.") for change in changed)]), 120)
+    """A run's name in Prefect, with what differs from its file: `demo dpo.beta=0.3`; of paths the last part."""
+    parts = [change.removeprefix("align.").partition("=") for change in changed]
+    short = [f"{key}={value.rpartition('/')[2]}" for key, _, value in parts]
+    return one_line(" ".join([Path(name).stem if name.endswith((".yaml", ".yml")) else name, *short]), 120)
 
 
 def is_id(which: str, run: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.callables import parameter_schema
 
 from flows import cli, pipeline
 from flows.execution import process, warm
@@ -97,15 +98,32 @@ def test_without_a_server_a_run_keeps_its_name_tags_table_and_links_for_later(
     monkeypatch.setattr(announce, "mlflow_pages", lambda: ("http://127.0.0.1:5000", "  (start `alignflow ui`)"))
     planned[:] = [fake("eval a"), fake("eval b")]
     made = config(name="kept", align={"first": {"method": "dpo"}, "second": {"method": "dpo"}})
-    run_id = pipeline.run(plan_of(planned, made), ["align.dpo.beta=0.3", "seed=1"]).run
+    run_id = pipeline.run(plan_of(planned, made), ["align.dpo.beta=0.3", "model.path=/some/where"]).run
     (flow_run,) = [one for one in prefect.read_flow_runs() if str(one.id) == run_id]
-    assert flow_run.name == "kept dpo.beta=0.3 seed=1"
-    assert sorted(flow_run.tags) == ["align.dpo.beta=0.3", "dpo", "pipeline", "seed=1"]
+    assert flow_run.name == "kept dpo.beta=0.3 model.path=where"
+    assert sorted(flow_run.tags) == ["align.dpo.beta=0.3", "dpo", "model.path=/some/where", "pipeline"]
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]))
     artifacts = {one.key: one for one in prefect.read_artifacts(artifact_filter=of_run)}
     assert artifacts.keys() == {"comparison", "metrics-in-mlflow", "answers-in-mlflow"}
     assert "dpo is better" in str(artifacts["comparison"].data)
     assert "](http://127.0.0.1:5000/" in str(artifacts["comparison"].data)
+
+
+def test_a_preset_with_changes_is_run_from_a_form_of_three_fields(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = parameter_schema(pipeline.from_preset.fn)
+    assert list(form.properties) == ["preset", "overrides", "until"] and form.required == ["preset"]
+    asked: list[PipelineConfig] = []
+    monkeypatch.setattr(pipeline, "plan", lambda config: asked.append(config) or plan_of(planned, config))
+    planned[:] = [fake("only")]
+    results: Any = pipeline.from_preset("demo", ["align.dpo.beta=0.3"])
+    assert [result.status for result in results.values()] == ["done"]
+    assert asked[0].align["dpo"].beta == 0.3  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match="is neither a preset nor a file"):
+        pipeline.from_preset("dmo")
+    names = [run.name for run in sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))]
+    assert names[-2:] == ["demo dpo.beta=0.3", "dmo"]
 
 
 def test_another_server_than_our_own_is_shared(prefect: SyncPrefectClient) -> None:

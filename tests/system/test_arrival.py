@@ -52,7 +52,9 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
     home, incoming = homes.furnish(tmp_path / "home", ready), tmp_path / "incoming"
     incoming.mkdir()
     models.model_folder(tmp_path / "model")
-    config = config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True})
+    judged = {"judge": "rule", "min_prompts": 4, "max_new_tokens": 4, "bootstrap": 100, "temperatures": [1.0]}
+    promoted = {"model": "assistant", "gate": GATE, "approval": True}
+    config = config_file(tmp_path, promote=promoted, evaluate={**judged, "baselines": None})
     (tmp_path / "pairs.jsonl").unlink()  # the config's own data; what arrives takes its place
     deployments = yaml.safe_load(Path("deploy/prefect.yaml").read_text())["deployments"]
     (retrain,) = [one for one in deployments if one["name"] == "retrain"]
@@ -83,6 +85,7 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
             assert calls[0]["finding"].startswith(
                 "assistant version 1 has passed the gate and waits for approval until"
             )
+            assert run.name == "retrain config data.preference.path=pairs.jsonl"
             assert run.parameters["data"] == f"data.preference.path={incoming / 'pairs.jsonl'}"
             # It has left its worker, and no alias has moved.
             wait_for(lambda: state_name(client) == "Suspended", 60, story)
