@@ -125,7 +125,7 @@ def from_preset(preset: str, overrides: list[str] = [], until: str | None = None
             config = config_file.load(preset, overrides).config
         except StageError as error:
             entry.fail(error)
-            return Failed(message=str(error), data=error)
+            return told(history.run_name(preset, []), Failed(message=str(error), data=error))
         return told(config.name, run_config(config, until, entry))
 
 

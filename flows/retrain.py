@@ -115,7 +115,7 @@ def retrain(
             entry.fail(error)
             conflict = error.problem.kind == "conflict"
             if error.status != "preempted":
-                announce.emit("failed", source, str(error))
+                announce.emit("failed", history.run_name(source, []), str(error))
             return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
         if outcome.news and outcome.version is not None:
             announce.emit(outcome.ending.lower(), outcome.version.model, outcome.message, outcome.version.number)

@@ -127,7 +127,7 @@ def find(which: str) -> Record | None:
 
 def run_name(name: str, changed: Sequence[str]) -> str:
     """A run's name in Prefect, with what differs from its file: `demo dpo.beta=0.3`; of paths the last part."""
-    parts = [change.removeprefix("align.").partition("=") for change in changed]
+    parts = [change.removeprefix("align.").partition("=") for change in sorted(changed)]  # tags have no order
     short = [f"{key}={value.rpartition('/')[2]}" for key, _, value in parts]
     return one_line(" ".join([Path(name).stem if name.endswith((".yaml", ".yml")) else name, *short]), 120)
 

@@ -23,7 +23,7 @@ from flows.results import announce
 from flows.results.summary import Compared
 from flows.servers import local_prefect
 from schemas.config import PipelineConfig
-from schemas.errors import EXIT_CODES, StageError
+from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import STAGES, Artifact, Result, StageSpec
 from stages import tracking
 
@@ -167,6 +167,26 @@ def test_a_failure_stops_what_needs_it_only(
     failed = [run for run in prefect.read_flow_runs() if run.state is not None and run.state.is_failed()]
     assert [run.state.message for run in failed if run.state] == [str(stopped.value)]
     assert list(outlooks(planned).values()) == ["reused", "reused", "run", "unknown"]
+
+
+def test_automations_are_told_of_a_divergence_and_of_the_failure_that_it_is(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(announce, "emit", lambda *event: told.append(event))
+    lost = Problem(kind="diverged", message="the loss is nan at step 3.", fix="lower learning_rate")
+    ended = Result(status="diverged", key="k", error=lost)
+    monkeypatch.setattr(process, "run_stage", lambda request, log: ended)
+    planned[:] = [fake("dpo")]
+    with pytest.raises(StageError, match="the loss is nan"):
+        run(planned)
+    words = "dpo: the loss is nan at step 3. Fix: lower learning_rate"
+    assert told == [("diverged", "tests", words), ("failed", "tests", words)]
+    stopped = ended.model_copy(update={"status": "preempted"})
+    monkeypatch.setattr(process, "run_stage", lambda request, log: stopped)
+    with pytest.raises(StageError):  # a stop is no failure: the same command resumes
+        run(planned)
+    assert len(told) == 2
 
 
 def test_two_side_by_side_and_no_more(

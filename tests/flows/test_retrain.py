@@ -294,7 +294,7 @@ def test_the_life_of_a_champion(
     assert events(prefect) == [
         ("alignflow.promoted", "assistant", "1", first.message),
         ("alignflow.rejected", "assistant", "2", rejected.message),
-        ("alignflow.failed", config, "", states(prefect)[4][1]),
+        ("alignflow.failed", "config", "", states(prefect)[4][1]),
         ("alignflow.promoted", "assistant", "2", promoted.message),
     ]
     check_lineage(tmp_path, champion)
