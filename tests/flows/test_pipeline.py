@@ -109,23 +109,6 @@ def test_without_a_server_a_run_keeps_its_name_tags_table_and_links_for_later(
     assert "](http://127.0.0.1:5000/" in str(artifacts["comparison"].data)
 
 
-def test_a_preset_with_changes_is_run_from_a_form_of_three_fields(
-    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    form = parameter_schema(pipeline.from_preset.fn)
-    assert list(form.properties) == ["preset", "overrides", "until"] and form.required == ["preset"]
-    asked: list[PipelineConfig] = []
-    monkeypatch.setattr(pipeline, "plan", lambda config: asked.append(config) or plan_of(planned, config))
-    planned[:] = [fake("only")]
-    results: Any = pipeline.from_preset("demo", ["align.dpo.beta=0.3"])
-    assert [result.status for result in results.values()] == ["done"]
-    assert asked[0].align["dpo"].beta == 0.3  # type: ignore[attr-defined]
-    with pytest.raises(StageError, match="is neither a preset nor a file"):
-        pipeline.from_preset("dmo")
-    names = [run.name for run in sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))]
-    assert names[-2:] == ["demo dpo.beta=0.3", "dmo"]
-
-
 def test_another_server_than_our_own_is_shared(prefect: SyncPrefectClient) -> None:
     assert not local_prefect.has_shared_server()
     with temporary_settings({PREFECT_API_URL: "http://prefect.example/api"}):
@@ -242,3 +225,20 @@ def test_a_request_carries_cause_beside_effect() -> None:
 def test_the_longest_chain_goes_first() -> None:
     nodes = [fake("a"), fake("dpo", "a"), fake("reward", "a"), fake("ppo", "a", "reward"), fake("end", "ppo", "dpo")]
     assert [node.name for node in pipeline.longest_chain_first(nodes)] == ["a", "reward", "dpo", "ppo", "end"]
+
+
+def test_a_preset_with_changes_is_run_from_a_form_of_three_fields(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = parameter_schema(pipeline.from_preset.fn)
+    assert list(form.properties) == ["preset", "overrides", "until"] and form.required == ["preset"]
+    asked: list[PipelineConfig] = []
+    monkeypatch.setattr(pipeline, "plan", lambda config: asked.append(config) or plan_of(planned, config))
+    planned[:] = [fake("only")]
+    results: Any = pipeline.from_preset("demo", ["align.dpo.beta=0.3"])
+    assert [result.status for result in results.values()] == ["done"]
+    assert asked[0].align["dpo"].beta == 0.3  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match="is neither a preset nor a file"):
+        pipeline.from_preset("dmo")
+    names = [run.name for run in sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))]
+    assert names[-2:] == ["demo dpo.beta=0.3", "dmo"]
