@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import Task, flow, get_run_logger, tags, task
@@ -17,9 +18,10 @@ from prefect.states import Completed, Failed, State
 
 from flows.execution import live, process
 from flows.execution.lease import stage_lease
+from flows.execution.progress import Progress
 from flows.execution.work_pool import run_placed
-from flows.planning import sweep
-from flows.planning.allowed_paths import check_roots
+from flows.planning import config_file, sweep
+from flows.planning.allowed_paths import check_roots, check_source
 from flows.planning.nodes import until as nodes_until
 from flows.planning.plan import Node, Plan, last_test, plan
 from flows.planning.requests import request_for
@@ -69,20 +71,31 @@ def run_node(name: str, request: Request, pool: str | None = None) -> Result | S
     with live.stage(name) as line:
         if pool is not None:
             result = run_placed(request, pool, logger)
+        elif not has_shared_server():  # and so nobody who looks on
+            result = process.run_stage(request, logger)
         else:
-            lease = stage_lease(request.key(), logger) if has_shared_server() else None
-            result = process.run_stage(request, logger, lease)
+            result = process.run_stage(request, bar := Progress(logger, name), stage_lease(request.key(), logger))
+            if result.status == "done":
+                bar.done()
         line.result = result
     if result.status == "done":
         return result
     assert result.error is not None
+    if result.status == "diverged":
+        announce.emit("diverged", tracking.experiment_name(request), f"{name}: {result.error}")
     first = "field" if result.error.field else "message"
     named = {first: f"{name}: {getattr(result.error, first)}"}
     error = StageError(result.error.model_copy(update=named), status=result.status)
     return Failed(message=str(error), data=error)
 
 
-@flow(name="pipeline", flow_run_name="{config.name}", persist_result=False, result_serializer="json")
+def run_name() -> str:
+    """The flow run's name: the config's, and what differs from its file."""
+    config = PipelineConfig.model_validate(flow_run.parameters["config"])
+    return history.run_name(config.name, [tag for tag in flow_run.tags if "=" in tag])
+
+
+@flow(name="pipeline", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
     """Run a config. The flow's result is node name -> Result; it fails with the problem of the first stage to stop.
 
@@ -90,7 +103,37 @@ def pipeline(config: PipelineConfig, until: str | None = None) -> State[Any]:
     """
     changed = [tag for tag in flow_run.tags if "=" in tag]
     with history.recorded(str(flow_run.id), config.name, changed) as entry:
-        return run_config(config, until, entry)
+        return told(config.name, run_config(config, until, entry))
+
+
+def preset_name() -> str:
+    """The flow run's name: the preset's, and what differs from it."""
+    given = flow_run.parameters
+    return history.run_name(given["preset"], given.get("overrides", []))
+
+
+@flow(name="pipeline", flow_run_name=preset_name, persist_result=False, result_serializer="json")
+def from_preset(preset: str, overrides: list[str] = [], until: str | None = None) -> State[Any]:  # noqa: B006 - a form
+    """Run a preset, or a config file as the worker sees it, with some settings changed.
+
+    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `until`: the last stage, None for all.
+    """
+    with history.recorded(str(flow_run.id), Path(preset).stem, overrides) as entry:
+        try:
+            if deployment.id and preset not in config_file.presets():
+                check_source(preset, deployed=True)
+            config = config_file.load(preset, overrides).config
+        except StageError as error:
+            entry.fail(error)
+            return told(history.run_name(preset, []), Failed(message=str(error), data=error))
+        return told(config.name, run_config(config, until, entry))
+
+
+def told(name: str, state: State[Any]) -> State[Any]:
+    """A run's final state, after automations have been told of a failure."""
+    if isinstance(state.data, StageError) and state.data.status != "preempted":
+        announce.emit("failed", name, str(state.message))
+    return state
 
 
 def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) -> State[Any]:
@@ -214,7 +257,7 @@ def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) ->
     config = planned.config
     _done.clear()
     try:
-        with tags(*changed):
+        with tags(*tags_of(config), *changed):
             run_locally(lambda: pipeline(config, until))
     except Exception as error:
         if isinstance(error, StageError) or not _done:
@@ -222,6 +265,11 @@ def run(planned: Plan, changed: Sequence[str] = (), until: str | None = None) ->
         log.warning("All stages are done; Prefect could not record the end of the run (%s).", type(error).__name__)
     ((flow_run_id, results),) = _done.items()
     return Finished(flow_run_id, results)
+
+
+def tags_of(config: PipelineConfig, flow: str = "pipeline") -> list[str]:
+    """What runs are found by in Prefect: the flow and the methods."""
+    return list(dict.fromkeys([flow, *(method.method for method in config.align.values())]))
 
 
 def run_locally(call: Callable[[], T]) -> T:

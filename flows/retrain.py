@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, tags
+from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
@@ -20,7 +21,7 @@ from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
-from flows.results import announce, history, looks, registry
+from flows.results import announce, approval, history, looks, registry
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
@@ -40,6 +41,8 @@ class Outcome:
     message: str
     version: Version | None = None
     decision: Decision | None = None
+    news: bool = False
+    """Whether it is the first time that this comes out, so that a person should be told."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,44 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-@flow(name="retrain", flow_run_name="retrain {source}", persist_result=False, result_serializer="json")
-def retrain(source: str, overrides: list[str] = [], force: bool = False) -> State[Any]:  # noqa: B006 - Prefect's form
+def run_name() -> str:
+    """The flow run's name: the config's source, and what differs from it."""
+    given = flow_run.parameters
+    changed = [*given.get("overrides", []), *filter(None, [given.get("data")])]
+    return f"retrain {history.run_name(given['source'], changed)}"
+
+
+@flow(name="retrain", flow_run_name=run_name, persist_result=False, result_serializer="json")
+def retrain(
+    source: str,
+    overrides: list[str] = [],  # noqa: B006 - Prefect's form
+    force: bool = False,
+    data: str | None = None,
+) -> State[Any]:
     """Retrain from a preset or config file when its data or settings changed since the champion was trained.
 
-    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed.
+    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed. `data`:
+    one more override, which the event of data that has arrived brings, `data.preference.path=/data/pairs.jsonl`.
     """
     process.begin()
+    overrides = [*overrides, *([data] if data else [])]
     with history.recorded(str(flow_run.id), f"retrain {source}", overrides) as entry:
         try:
             if deployment.id and source not in config_file.presets():
                 check_source(source, deployed=True)
             with process.stages_of_flow():
                 outcome = retrained(config_file.load(source, overrides), str(flow_run.id), force)
+        except Pause:
+            entry.note(state="waiting")
+            raise
         except StageError as error:
             entry.fail(error)
             conflict = error.problem.kind == "conflict"
+            if error.status != "preempted":
+                announce.emit("failed", history.run_name(source, []), str(error))
             return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
+        if outcome.news and outcome.version is not None:
+            announce.emit(outcome.ending.lower(), outcome.version.model, outcome.message, outcome.version.number)
         entry.note(state=outcome.ending.lower(), best=[str(outcome.version)] if outcome.version else [])
     return Completed(name=outcome.ending, message=outcome.message, data=outcome)
 
@@ -111,6 +135,8 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
     config = planned.config
     pipeline.prepare(config)
     name = model_name(config)
+    if (asked := approval.asked_by(name, pipeline_run)) is not None:  # it was suspended, or died while it waited
+        return as_outcome(approval.answered(asked))
     made_from = fingerprint(planned)
     champion = registry.settled_champion(name)
     if champion is not None and not force and made_from.tags().items() <= champion.tags.items():
@@ -118,7 +144,8 @@ def retrained(planned: Plan, pipeline_run: str, force: bool = False) -> Outcome:
         return Outcome("Unchanged", message, champion)
     gate = (config.promote or PromoteConfig()).gate
     known = looks.looks(name)
-    if not any(look.decision == looks.OPEN for look in known):  # else this may be a retraining that was killed in one
+    # Else this may be a retraining that was killed in a look, or while it waited for a person: it takes no new one.
+    if not any(look.decision == looks.OPEN for look in known) and not approval.pending(name):
         looks.check_budget(name, known, gate)  # before anything is trained in vain
     get_run_logger().info("gate: %s", gate.power(gate.prompts_min))
     results = run_all(planned, pipeline_run)
@@ -185,15 +212,27 @@ def decide(
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
     }
-    expected = None if champion is None else champion.number
-    version = registry.register_and_promote(
-        registered, model, run_id, tags, promote=decision.promote, expected=expected
-    )
-    instead = "the first champion" if champion is None else f"replaces version {champion.number}"
-    if decision.promote:
-        return Outcome("Promoted", f"{version} is {instead}.", version, decision)
-    message = f"{version} is not promoted: {tags['decision.reasons']}."
-    return Outcome("Rejected", message, version, decision)
+    expected, promote = None if champion is None else champion.number, planned.config.promote or PromoteConfig()
+    if decision.promote and promote.approval:
+        asked = approval.ask(registered, model, run_id, tags, expected, promote.approval_hours)
+        version, news = approval.answered(asked), asked.tags["decision"] == approval.WAITING
+    else:
+        version = registry.register_and_promote(
+            registered, model, run_id, tags, promote=decision.promote, expected=expected
+        )
+        news = look.decision == looks.OPEN or decision.promote
+    return as_outcome(version, decision, news)
+
+
+def as_outcome(version: Version, decision: Decision | None = None, news: bool = True) -> Outcome:
+    """The outcome that the tags of a version tell, which was decided on."""
+    by = f" Approved by {version.tags['approval.by']}." if version.tags.get(approval.APPROVAL) == "approved" else ""
+    if version.tags["decision"] == "promoted":
+        former = registry.former_of(version)
+        instead = "the first champion" if former is None else f"replaces version {former}"
+        return Outcome("Promoted", f"{version} is {instead}.{by}", version, decision, news)
+    message = f"{version} is not promoted: {version.tags['decision.reasons']}."
+    return Outcome("Rejected", message, version, decision, news)
 
 
 def look_key(planned: Plan, trained: Mapping[str, Result], champion: Version | None) -> str:
@@ -229,5 +268,7 @@ def run(source: str, overrides: Sequence[str] = (), force: bool = False) -> Outc
     Raises:
         StageError: as `retrained`; or the run was stopped by Ctrl-C or SIGTERM (status `preempted`).
     """
-    check_gate(config_file.load(source, overrides).config)  # what is missing is said before a server starts
-    return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))
+    config = config_file.load(source, overrides).config
+    check_gate(config)  # what is missing is said before a server starts
+    with tags(*pipeline.tags_of(config, "retrain"), *overrides):
+        return pipeline.run_locally(lambda: cast("Outcome", retrain(source, list(overrides), force)))

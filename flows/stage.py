@@ -8,6 +8,7 @@ from prefect.states import Completed, Crashed, Failed, State
 
 from flows.execution import process
 from flows.execution.lease import stage_lease
+from flows.execution.progress import Progress
 from flows.planning.allowed_paths import check_request_roots
 from flows.servers import checks
 from schemas import environment
@@ -35,7 +36,7 @@ def stage(request: Request) -> State[Any]:
             checks.check_experiment(tracking.experiment_name(request), placed=True)
         if request.spec.needs_device:
             checks.check_gpu(environment.gpus())
-        log = get_run_logger()
+        log = Progress(get_run_logger(), request.label)
         result = process.run_stage(request, log, stage_lease(request.key(), log))
     except StageError as error:
         return Failed(name=error.status.title(), message=str(error))
@@ -43,6 +44,7 @@ def stage(request: Request) -> State[Any]:
         process.stop_all()
         raise
     if result.status == "done":
+        log.done()
         return Completed(message=f"MLflow run {result.run_id}{', reused' if result.reused else ''}")
     if result.error is not None and result.error.kind == "killed":
         return Crashed(message=str(result.error))

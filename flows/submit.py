@@ -11,13 +11,15 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
+from flows import pipeline
 from flows.planning.allowed_paths import paths_of_config
+from flows.results import history
 from flows.servers import checks
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from stages import tracking
 
-DEPLOYMENT = "pipeline/pipeline"
+DEPLOYMENT = "pipeline/config"
 
 
 def submit(config: PipelineConfig, overrides: Sequence[str] = ()) -> tuple[str, str]:
@@ -40,10 +42,9 @@ def submit(config: PipelineConfig, overrides: Sequence[str] = ()) -> tuple[str, 
     if tracking.tracking_uri().startswith("http"):  # else the worker alone knows where MLflow is
         checks.check_experiment(config.name, placed=bool(config.pools))
     try:
-        parameters = {"config": absolute(config)}
-        run = run_deployment(
-            DEPLOYMENT, parameters=parameters, flow_run_name=config.name, timeout=0, tags=list(overrides)
-        )
+        parameters, name = {"config": absolute(config)}, history.run_name(config.name, overrides)
+        marks = [*pipeline.tags_of(config), *overrides]
+        run = run_deployment(DEPLOYMENT, parameters=parameters, flow_run_name=name, timeout=0, tags=marks)
     except ObjectNotFound as error:
         fix = "deploy it first: alignflow deploy"
         raise refuse("deployment", DEPLOYMENT, "there is no such deployment.", fix, kind="deploy") from error

@@ -29,7 +29,8 @@ app = typer.Typer(
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
 register(app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank)
 register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
-register(app, "Serve", models.rollback, servers.ui, servers.up, servers.deploy, servers.clean)
+register(app, "Serve", models.approve, models.rollback, servers.ui, servers.up, servers.deploy)
+register(app, "Serve", servers.data_arrived, servers.clean)
 register(app, "", run.stage)
 
 FOR_OTHERS = {"init", "validate", "generate", "rank", "export", "presets"}

@@ -31,6 +31,34 @@ def rollback(
     show(f"restored {restored} as champion; rolled back version {bad.number}")
 
 
+def approve(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Id of the run that waits, or its beginning; or the registered model."),
+    ] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Reject the candidate; no alias moves.")] = False,
+    by: Annotated[str | None, typer.Option(metavar="NAME", help="Who decides. Default: user@host.")] = None,
+    note: Annotated[str, typer.Option(help="Why; kept with the version.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Approve the candidate of a retraining that waits (promote.approval), which makes it the champion; or reject it.
+
+    Examples:
+
+    - alignflow approve
+    - alignflow approve 3f2a9c1e --note "read 50 answers"
+    - alignflow approve my-assistant --reject
+    """
+    from flows.results import approval
+    from schemas.text import show
+
+    one = approval.decide(run, not reject, by, note)
+    if as_json:
+        about = {name: one.tags.get(name) for name in ("approval", "approval.by", "approval.at", "approval.note")}
+        return show_json({"model": one.model, "version": one.number, "decision": one.tags["decision"], **about})
+    show(f"{one} is the champion" if one.tags["decision"] == "promoted" else f"rejected {one}; no alias has moved")
+
+
 def lineage(
     what: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS, a model of the last run (dpo); or a data file, or a sha256.")

@@ -37,6 +37,10 @@ def up(
         int | None,
         typer.Option(min=1, help="Runs at a time on each of the pools cpu and gpu. Default: by cores and memory."),
     ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Retrain with each preference file that is put here, once it is whole."),
+    ] = None,
 ) -> None:
     """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
 
@@ -47,10 +51,15 @@ def up(
     - alignflow up
     - alignflow up --pool gpu
     - alignflow up --host 0.0.0.0
+    - alignflow up --watch incoming
     """
     from flows.servers.up import up as start
 
-    start(pools, host, mlflow_port, prefect_port, limit)
+    if watch is None:
+        return start(pools, host, mlflow_port, prefect_port, limit)
+    from flows.arrivals import FolderWatch
+
+    start(pools, host, mlflow_port, prefect_port, limit, FolderWatch(watch))
 
 
 def deploy(
@@ -67,6 +76,33 @@ def deploy(
     from flows.servers.deploy import deploy as create
 
     create(file)
+
+
+def data_arrived(
+    path: Annotated[Path, typer.Argument(help="Data file, or folder, as the workers see it too.")],
+    part: Annotated[
+        str, typer.Option("--as", metavar="KIND", help="Which of `data` in the config it is.")
+    ] = "preference",
+    as_json: AsJson = False,
+) -> None:
+    """Tell the Prefect server of new data, where its content changed since the last time.
+
+    The automation `alignflow data changed`, which `alignflow deploy` makes, then starts the deployment `retrain`.
+
+    Examples:
+
+    - alignflow data-arrived /data/pairs.jsonl
+    - alignflow data-arrived /data/thumbs.parquet --as feedback
+    """
+    from flows.arrivals import arrived
+    from flows.servers import checks
+    from schemas.text import show
+
+    checks.check_servers()
+    sha256 = arrived(path, part)
+    if as_json:
+        return show_json({"path": str(path), "changed": sha256 is not None, "sha256": sha256})
+    show(f"{path}: told, sha256 {sha256[:12]}" if sha256 else f"{path}: the same content as before, nothing to do")
 
 
 def clean(

@@ -19,7 +19,7 @@ from schemas.text import show
 from stages.runtime.process import die_with_parent
 from stages.runtime.workspace import PRIVATE
 
-FLOWS = ("flows.pipeline.pipeline", "flows.retrain.retrain", "flows.stage.stage")
+FLOWS = ("flows.pipeline.pipeline", "flows.pipeline.from_preset", "flows.retrain.retrain", "flows.stage.stage")
 """Entrypoints that a worker runs."""
 
 HEARTBEAT_SECONDS = "30"  # the shortest that Prefect takes; a silent run is marked Crashed (deploy/automations.yaml)

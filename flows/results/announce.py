@@ -1,23 +1,35 @@
-"""The summary of a finished run: what was reused, the table of the comparison, links into MLflow."""
+"""The summary of a finished run: what was reused, the table of the comparison, links into MLflow; and the events by
+which automations learn of what happened.
+"""
 
 import os
+import threading
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.runtime import deployment
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from flows.planning import sweep
 from flows.planning.plan import Plan
 from flows.results.summary import Compared, Summary
 from flows.servers import address_file, supervisor
-from flows.servers.local_prefect import has_shared_server
 from schemas.stage import Result
 from stages import tracking
 
+EMIT_SECONDS = 10.0
+"""How long an event is waited for until the server has it."""
+FINDING = 2000
+"""Characters of an event's sentence; a model's reasons may be long."""
+
 
 def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> None:
-    """Log what was reused and what not done; on a worker, or aloud, the comparison too. A shared server shows it.
+    """Log what was reused and what not done; on a worker, or aloud, the comparison too. Prefect's page of the run shows
+    it, where the server is our own once `alignflow ui` runs.
 
     `alignflow run` prints the comparison itself, once the flow is over.
     """
@@ -38,8 +50,7 @@ def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> No
         logger.info("\n%s", text)
         for what, link in links.items():
             logger.info("%s side by side in MLflow: %s%s", what, link, first)
-    if has_shared_server():
-        show_in_prefect(text, links)
+    show_in_prefect(text, links)
 
 
 def compared(results: Mapping[str, Result]) -> Compared | None:
@@ -77,12 +88,43 @@ def mlflow_pages() -> tuple[str, str]:
     return "", "  (start `alignflow ui`, and prefix this with the MLflow address that it prints)"
 
 
+def version_page(model: str, number: str) -> str:
+    """MLflow's page of a registered version; empty where it has none that a browser finds."""
+    server, _ = mlflow_pages()
+    return f"{server}/#/models/{quote(model, safe='')}/versions/{number}" if server else ""
+
+
+def emit(event: str, name: str, finding: str, version: str = "", kind: str = "model", **more: str) -> bool:
+    """Let Prefect have the event `alignflow.EVENT` about a registered model or experiment (or data, by `kind`), so that
+    automations can tell a person or start something; whether it was sent. No run fails because of it.
+
+    Its payload: `finding`, a sentence; `version`, `run` (the flow run's id), `links` (`prefect`, `mlflow`), and `more`.
+    """
+    api = PREFECT_API_URL.value()
+    if not api:
+        return False
+    run, pages = str(flow_run.id or ""), {}
+    if run:
+        pages["prefect"] = f"{PREFECT_UI_URL.value() or str(api).removesuffix('/api')}/runs/flow-run/{run}"
+    if version:
+        pages["mlflow"] = version_page(name, version)
+    resource = {"prefect.resource.id": f"alignflow.{kind}.{name}", "prefect.resource.name": name}
+    resource |= {"alignflow.version": version, "alignflow.run": run}
+    payload = {"finding": tracking.shortened(finding, FINDING), "model": name, "version": version, "run": run}
+    emitted = emit_event(f"alignflow.{event}", resource=resource, payload={**payload, "links": pages, **more})
+    # It is sent from a side thread, and this process, or its server, may end soon.
+    sent = threading.Thread(target=EventsWorker.instance().wait_until_empty, daemon=True)
+    sent.start()
+    sent.join(EMIT_SECONDS)
+    return emitted is not None and not sent.is_alive()
+
+
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
     """The table and the way to MLflow as artifacts on Prefect's page of the run. A run does not fail because of them.
 
-    Only an address that a server of MLflow answers can be followed from there.
+    Where no server of MLflow is set, the links go to where `alignflow ui` will have one.
     """
-    pages = links if tracking.tracking_uri().startswith("http") else {}
+    pages = {what: link for what, link in links.items() if link.startswith("http")}
     ways = "\n".join(f"- [{what} side by side in MLflow]({link})" for what, link in pages.items())
     try:
         if table:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,7 +35,8 @@ class Record(Strict):
     """Seconds since the epoch."""
     ended: float | None = None
     state: str = "running"
-    """`running`, `done` or `stopped`; else the status of the problem that ended it; of a retraining its outcome."""
+    """`running`, `done` or `stopped`; else the status of the problem that ended it; of a retraining its outcome, or
+    `waiting` where it was suspended until a person approves."""
     changed: list[str] = []
     """What `--set` and other options changed: `align.dpo.beta=0.2`."""
     stages: int = 0
@@ -99,10 +101,9 @@ def recorded(run: str, name: str, changed: Sequence[str]) -> Iterator[Entry]:
     try:
         yield entry
     except BaseException:
-        entry.note(state="stopped", ended=time.time())
+        entry.note(ended=time.time(), **{"state": "stopped"} if entry.record.state == "running" else {})
         raise
-    running = entry.record.state == "running"
-    entry.note(ended=time.time(), **{"state": "done"} if running else {})
+    entry.note(ended=time.time(), **{"state": "done"} if entry.record.state == "running" else {})
 
 
 def records() -> list[Record]:
@@ -122,6 +123,13 @@ def records() -> list[Record]:
 def find(which: str) -> Record | None:
     """The newest run with this id or beginning of an id, or of this name; None where there is none here."""
     return next((one for one in records() if which == one.name or is_id(which, one.run)), None)
+
+
+def run_name(name: str, changed: Sequence[str]) -> str:
+    """A run's name in Prefect, with what differs from its file: `demo dpo.beta=0.3`; of paths the last part."""
+    parts = [change.removeprefix("align.").partition("=") for change in sorted(changed)]  # tags have no order
+    short = [f"{key}={value.rpartition('/')[2]}" for key, _, value in parts]
+    return one_line(" ".join([Path(name).stem if name.endswith((".yaml", ".yml")) else name, *short]), 120)
 
 
 def is_id(which: str, run: str) -> bool:

@@ -151,14 +151,23 @@ def register_and_promote(
     with held(model):
         candidate_version = register(model, candidate, run_id, tags)
         if promote:
-            try:
-                check_not_rolled_back(candidate_version)
-                check_still_champion(model, expected)
-            except StageError as error:
-                tag(candidate_version, {"decision": error.problem.kind, "decision.reasons": str(error)})
-                raise
-            move(candidate_version, expected)
+            make_champion(candidate_version, expected)
         return version(model, candidate_version.number)
+
+
+def make_champion(one: Version, expected: str | None) -> None:
+    """Make a version the champion in the place of version `expected`. To be called while the model is held.
+
+    Raises:
+        StageError: as `register_and_promote`.
+    """
+    try:
+        check_not_rolled_back(one)
+        check_still_champion(one.model, expected)
+    except StageError as error:
+        tag(one, {"decision": error.problem.kind, "decision.reasons": str(error)})
+        raise
+    move(one, expected)
 
 
 def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str]) -> Version:
@@ -182,6 +191,12 @@ def tag(one: Version, tags: Mapping[str, str]) -> None:
     for name, value in tags.items():
         short = tracking.shortened(value, tracking.TAG_LENGTH)
         tracking.client().set_model_version_tag(one.model, one.number, name, short)
+
+
+def untag(one: Version, name: str) -> None:
+    """Remove a tag of a version, if it has it."""
+    if name in one.tags:
+        tracking.client().delete_model_version_tag(one.model, one.number, name)
 
 
 def check_still_champion(model: str, expected: str | None) -> None:

@@ -12,8 +12,8 @@ from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.events.filters import EventFilter
-from prefect.exceptions import PrefectException
-from prefect.states import AwaitingRetry, Crashed
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import AwaitingRetry, Crashed, Scheduled
 
 AUTOMATION, STUCK, ZOMBIES = "alignflow reschedule", "alignflow stuck", "alignflow zombies"
 AFTER = timedelta(minutes=2)
@@ -22,25 +22,51 @@ WITHIN = timedelta(days=1)
 """A run that crashed longer ago is history."""
 STARTS = 3
 """Of one run, in all."""
+WAITS = "waits for approval until "
+"""How the message of a suspended run ends, before the time in ISO 8601."""
 
 
-def apply(path: Path | None = None) -> list[str]:
-    """Create or update the automations of a file, by default of the one that comes with alignflow; their names.
-    Idempotent.
+def apply(path: Path | None = None) -> dict[str, str]:
+    """Create or update the automations of a file, by default of the one that comes with alignflow. Name -> why it was
+    not made: the block or the deployment that it names does not exist; empty where it was. Idempotent.
     """
-    names = []
+    notes: dict[str, str] = {}
     path = path or Path(str(files("deploy"))) / "automations.yaml"
-    for raw in yaml.safe_load(path.read_text(encoding="utf-8"))["automations"]:
-        wanted = Automation(**raw)
-        existing = read(wanted.name)
-        if existing is None:
-            wanted.create()
-        else:
-            existing.model_copy(
-                update={field: getattr(wanted, field) for field in Automation.model_fields if field != "id"}
-            ).update()
-        names.append(wanted.name)
-    return names
+    with get_client(sync_client=True) as client:
+        for raw in yaml.safe_load(path.read_text(encoding="utf-8"))["automations"]:
+            try:
+                actions = [resolved(client, action) for action in raw["actions"]]
+            except ObjectNotFound:
+                named = [action.get("block") or action.get("deployment") for action in raw["actions"]]
+                what = "block" if "block" in raw["actions"][0] else "deployment"
+                notes[raw["name"]] = f"not made: there is no {what} {', '.join(map(str, named))}"
+                continue
+            wanted = Automation(**{**raw, "actions": actions})
+            existing = read(wanted.name)
+            if existing is None:
+                wanted.create()
+            else:
+                existing.model_copy(
+                    update={field: getattr(wanted, field) for field in Automation.model_fields if field != "id"}
+                ).update()
+            notes[wanted.name] = ""
+    return notes
+
+
+def resolved(client: SyncPrefectClient, action: dict[str, Any]) -> dict[str, Any]:
+    """An action with the ids of what the file calls `block: TYPE/NAME` or `deployment: FLOW/NAME`.
+
+    Raises:
+        ObjectNotFound: the server does not have it.
+    """
+    rest = {name: value for name, value in action.items() if name not in ("block", "deployment")}
+    if "block" in action:
+        kind, _, name = action["block"].partition("/")
+        found = client.read_block_document_by_name(name, kind, include_secrets=False)
+        return rest | {"block_document_id": found.id}
+    if "deployment" in action:
+        return rest | {"source": "selected", "deployment_id": client.read_deployment_by_name(action["deployment"]).id}
+    return rest
 
 
 def read(name: str) -> Automation | None:
@@ -55,7 +81,8 @@ class RunWatch:
     """Does what the automations have missed, where they are in force: an event is lost when a server dies with it.
 
     A run that is Pending, or silent, for longer than its automation waits becomes Crashed, and a crashed one is
-    scheduled again. To be called every half minute or so; while the server is away nothing happens.
+    scheduled again. So is a suspended one whose time to be approved is up, to say so. To be called every half minute or
+    so; while the server is away nothing happens.
     """
 
     def __init__(self) -> None:
@@ -68,6 +95,7 @@ class RunWatch:
             with get_client(sync_client=True) as client:
                 self._mark_dead(client, now)
                 start_crashed_again(client, now)
+                resume_late(client, now)
         except (httpx.HTTPError, PrefectException, OSError):
             self._answering_since = None
         else:
@@ -121,3 +149,12 @@ def start_crashed_again(client: SyncPrefectClient, now: datetime) -> None:
         if run.run_count < STARTS and AFTER < now - run.state.timestamp < WITHIN:
             message = "It crashed. Started again, it resumes where it was."
             client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)
+
+
+def resume_late(client: SyncPrefectClient, now: datetime) -> None:
+    """Schedule the runs again that nobody has approved in time: they end as rejected."""
+    for run in runs_in(client, ["PAUSED"], ["retrain"]):
+        _, waits, until = (run.state.message or "").rpartition(WAITS)
+        if waits and run.state.name == "Suspended" and now > datetime.fromisoformat(until):
+            late = Scheduled(name="Resuming", message="Nobody has approved it in time.")
+            client.set_flow_run_state(run.id, late, force=True)

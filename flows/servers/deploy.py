@@ -54,8 +54,8 @@ def deploy(prefect_file: Path | None = None) -> None:
                 times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
                 name = one_line(f"{flows[one.flow_id]}/{one.name}")
                 show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())
-    for name in automations.apply():
-        show(f"automation  {name}")
+    for name, note in automations.apply().items():
+        show(f"automation  {name}" + (f" ({note})" if note else ""))
 
 
 def create_deployments(prefect_file: Path) -> None:

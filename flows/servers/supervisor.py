@@ -227,8 +227,11 @@ def failed(server: Server) -> StageError:
     return StageError(f"{server.name} does not run. The end of {server.log}:\n{tail}", status="failed", kind="server")
 
 
-def watch(running: Sequence[Running], besides: Callable[[], None] | None = None) -> None:
-    """Start again what stops by itself, until Ctrl-C or SIGTERM; every half minute do what is to be done `besides`.
+def watch(
+    running: Sequence[Running], besides: Callable[[], None] | None = None, often: Callable[[], None] | None = None
+) -> None:
+    """Start again what stops by itself, until Ctrl-C or SIGTERM; every half minute do what is to be done `besides`, and
+    every half second what is to be done `often`.
 
     Raises:
         StageError: one stops again and again.
@@ -241,6 +244,8 @@ def watch(running: Sequence[Running], besides: Callable[[], None] | None = None)
             if besides is not None and time.monotonic() - done > BESIDES_SECONDS:
                 besides()
                 done = time.monotonic()
+            if often is not None:
+                often()
             time.sleep(0.5)
 
 

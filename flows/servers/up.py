@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -53,9 +53,10 @@ def up(
     mlflow_port: int | None = None,
     prefect_port: int | None = None,
     limit: int | None = None,
+    often: Callable[[], None] | None = None,
 ) -> None:
     """Start what is not running elsewhere, with workers for each wanted pool, each of which takes up at most `limit`
-    runs at a time (None: as cores and memory allow); print the addresses; wait for Ctrl-C.
+    runs at a time (None: as cores and memory allow); print the addresses; wait for Ctrl-C, doing `often` what is given.
 
     Where it already runs for this home, report that and return.
 
@@ -85,7 +86,7 @@ def up(
         with (workspace.home() / "up-guards.lock").open("a") as guards:
             fcntl.flock(guards, fcntl.LOCK_EX)
             keep = [guards.fileno()]
-            bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep)
+            bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep, often)
         address_file.file().unlink(missing_ok=True)
 
 
@@ -123,6 +124,7 @@ def bring_up(
     prefect_port: int | None,
     limit: int,
     keep: Sequence[int],
+    often: Callable[[], None] | None,
 ) -> None:
     """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
     # Servers that the environment names, and that are therefore not started: name -> address.
@@ -151,7 +153,7 @@ def bring_up(
             public = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
             workspace.write_whole(address_file.file(), where.model_copy(update=public).model_dump_json(indent=2))
             say_all(where, elsewhere, limit)
-            supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None)
+            supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None, often)
             show("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
 

@@ -140,6 +140,11 @@ class PromoteConfig(Strict):
     """Answers of each side to each prompt for the gate, drawn anew for every look. A second one raises the power about
     as far as twice the prompts would; but a prompt counts once, by the mean over its answers, and where some prompts
     tie far more often than others only `1` tests the win rate over answers itself."""
+    approval: bool = False
+    """Whether a person must approve what has passed the gate before it becomes champion: on Prefect's page of the run,
+    or with `alignflow approve`."""
+    approval_hours: float = Field(default=72.0, gt=0, le=8760)
+    """How long the candidate waits for that; then it is rejected."""
     gate: Gate = Gate()
 
 

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.callables import parameter_schema
 
 from flows import cli, pipeline
 from flows.execution import process, warm
 from flows.planning import dry_run, requests
 from flows.planning.plan import Node, Plan
+from flows.results import announce
+from flows.results.summary import Compared
 from flows.servers import local_prefect
 from schemas.config import PipelineConfig
-from schemas.errors import EXIT_CODES, StageError
+from schemas.errors import EXIT_CODES, Problem, StageError
 from schemas.stage import STAGES, Artifact, Result, StageSpec
 from stages import tracking
 
@@ -84,6 +88,27 @@ def test_a_run_and_its_reuse(prefect: SyncPrefectClient, planned: list[Node], ca
     assert again["both"].key != results["both"].key
 
 
+def test_without_a_server_a_run_keeps_its_name_tags_table_and_links_for_later(
+    prefect: SyncPrefectClient, planned: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table.txt").write_text("dpo is better")
+    (tmp_path / "comparison.json").write_text('{"best": ["dpo"]}')
+    (tmp_path / "table.json").write_text("[]")
+    monkeypatch.setattr(announce, "compared", lambda results: Compared(tmp_path))
+    monkeypatch.setattr(announce, "mlflow_pages", lambda: ("http://127.0.0.1:5000", "  (start `alignflow ui`)"))
+    planned[:] = [fake("eval a"), fake("eval b")]
+    made = config(name="kept", align={"first": {"method": "dpo"}, "second": {"method": "dpo"}})
+    run_id = pipeline.run(plan_of(planned, made), ["align.dpo.beta=0.3", "model.path=/some/where"]).run
+    (flow_run,) = [one for one in prefect.read_flow_runs() if str(one.id) == run_id]
+    assert flow_run.name == "kept dpo.beta=0.3 model.path=where"
+    assert sorted(flow_run.tags) == ["align.dpo.beta=0.3", "dpo", "model.path=/some/where", "pipeline"]
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run.id]))
+    artifacts = {one.key: one for one in prefect.read_artifacts(artifact_filter=of_run)}
+    assert artifacts.keys() == {"comparison", "metrics-in-mlflow", "answers-in-mlflow"}
+    assert "dpo is better" in str(artifacts["comparison"].data)
+    assert "](http://127.0.0.1:5000/" in str(artifacts["comparison"].data)
+
+
 def test_another_server_than_our_own_is_shared(prefect: SyncPrefectClient) -> None:
     assert not local_prefect.has_shared_server()
     with temporary_settings({PREFECT_API_URL: "http://prefect.example/api"}):
@@ -125,6 +150,26 @@ def test_a_failure_stops_what_needs_it_only(
     failed = [run for run in prefect.read_flow_runs() if run.state is not None and run.state.is_failed()]
     assert [run.state.message for run in failed if run.state] == [str(stopped.value)]
     assert list(outlooks(planned).values()) == ["reused", "reused", "run", "unknown"]
+
+
+def test_automations_are_told_of_a_divergence_and_of_the_failure_that_it_is(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(announce, "emit", lambda *event: told.append(event))
+    lost = Problem(kind="diverged", message="the loss is nan at step 3.", fix="lower learning_rate")
+    ended = Result(status="diverged", key="k", error=lost)
+    monkeypatch.setattr(process, "run_stage", lambda request, log: ended)
+    planned[:] = [fake("dpo")]
+    with pytest.raises(StageError, match="the loss is nan"):
+        run(planned)
+    words = "dpo: the loss is nan at step 3. Fix: lower learning_rate"
+    assert told == [("diverged", "tests", words), ("failed", "tests", words)]
+    stopped = ended.model_copy(update={"status": "preempted"})
+    monkeypatch.setattr(process, "run_stage", lambda request, log: stopped)
+    with pytest.raises(StageError):  # a stop is no failure: the same command resumes
+        run(planned)
+    assert len(told) == 2
 
 
 def test_two_side_by_side_and_no_more(
@@ -180,3 +225,20 @@ def test_a_request_carries_cause_beside_effect() -> None:
 def test_the_longest_chain_goes_first() -> None:
     nodes = [fake("a"), fake("dpo", "a"), fake("reward", "a"), fake("ppo", "a", "reward"), fake("end", "ppo", "dpo")]
     assert [node.name for node in pipeline.longest_chain_first(nodes)] == ["a", "reward", "dpo", "ppo", "end"]
+
+
+def test_a_preset_with_changes_is_run_from_a_form_of_three_fields(
+    prefect: SyncPrefectClient, planned: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = parameter_schema(pipeline.from_preset.fn)
+    assert list(form.properties) == ["preset", "overrides", "until"] and form.required == ["preset"]
+    asked: list[PipelineConfig] = []
+    monkeypatch.setattr(pipeline, "plan", lambda config: asked.append(config) or plan_of(planned, config))
+    planned[:] = [fake("only")]
+    results: Any = pipeline.from_preset("demo", ["align.dpo.beta=0.3"])
+    assert [result.status for result in results.values()] == ["done"]
+    assert asked[0].align["dpo"].beta == 0.3  # type: ignore[attr-defined]
+    with pytest.raises(StageError, match="is neither a preset nor a file"):
+        pipeline.from_preset("dmo")
+    names = [run.name for run in sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))]
+    assert names[-2:] == ["demo dpo.beta=0.3", "dmo"]

@@ -1,22 +1,27 @@
 """Retraining: what counts as a change, and one life of a champion from end to end, on a tiny model."""
 
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.filters import EventFilter, EventNameFilter
 
 from flows import retrain
 from flows.planning import config_file as planning_config_file
 from flows.planning.plan import Plan, promotion
-from flows.results import lineage, looks, registry
+from flows.results import approval, lineage, looks, registry
 from schemas.errors import StageError
 from schemas.stage import Artifact, Result
 from stages import tracking
 from tests.flows.test_cli import write_rows
 from tests.support import models
+from tests.support.processes import wait_for
 
 
 def pairs(n: int) -> list[dict[str, str]]:
@@ -115,6 +120,8 @@ def test_data_settings_and_gate_count_and_places_do_not(tmp_path: Path) -> None:
     before = retrain.fingerprint(loaded(here))
     assert retrain.fingerprint(loaded(there)) == before
     assert retrain.fingerprint(loaded(here, "parallel=2")) == before
+    asked = loaded(here, "promote.approval=true", "promote.approval_hours=1")  # who has the last word changes no result
+    assert retrain.fingerprint(asked) == before
 
     for changed in ("align.dpo.beta=0.5", "promote.gate.kl_max=7", "evaluate.judge=rule", "seed=1"):
         after = retrain.fingerprint(loaded(here, changed))
@@ -283,7 +290,25 @@ def test_the_life_of_a_champion(
     ]
     assert states(prefect)[3][1] == rejected.message
 
+    # Automations are told once of each decision: not of those that stand, nor where nothing changed.
+    assert events(prefect) == [
+        ("alignflow.promoted", "assistant", "1", first.message),
+        ("alignflow.rejected", "assistant", "2", rejected.message),
+        ("alignflow.failed", "config", "", states(prefect)[4][1]),
+        ("alignflow.promoted", "assistant", "2", promoted.message),
+    ]
     check_lineage(tmp_path, champion)
+
+
+def events(prefect: SyncPrefectClient) -> list[tuple[str, str, str, str]]:
+    """Our events: name, what about, version and finding, in their order."""
+    ours = EventFilter(event=EventNameFilter(prefix=["alignflow."]))
+    wait_for(lambda: len(prefect.read_events(filter=ours, limit=50).events) >= 4, 30)
+    read = sorted(prefect.read_events(filter=ours, limit=50).events, key=lambda event: event.occurred)
+    return [
+        (one.event, one.resource["prefect.resource.name"], one.payload["version"], one.payload["finding"])
+        for one in read
+    ]
 
 
 def check_lineage(folder: Path, champion: registry.Version) -> None:
@@ -305,3 +330,41 @@ def walk(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield item
     for inner in item["below"]:
         yield from walk(inner)
+
+
+@pytest.mark.slow
+def test_a_candidate_waits_for_a_person_and_outlives_the_process_that_waits(
+    prefect: SyncPrefectClient, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.model_folder(tmp_path / "model")
+    config = str(config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True}))
+    with (tmp_path / "log").open("wb") as log:
+        killed = subprocess.Popen([sys.executable, "-m", "flows.cli", "retrain", config], stdout=log, stderr=log)
+        asks = lambda: any("approval" in one.tags for one in registry.versions("assistant"))  # noqa: E731
+        wait_for(lambda: killed.poll() is not None or asks(), 300, (tmp_path / "log").read_text)
+        killed.kill()
+        killed.wait()
+    asked = registry.version("assistant", "1")
+    assert asked.tags["decision"] == "waiting" and "win_rate_p is" in asked.tags["decision.reasons"]
+    assert registry.aliases("assistant") == {}
+
+    def answer() -> None:
+        """Once the second process waits."""
+        first = asked.tags["pipeline.run"]
+        wait_for(lambda: registry.version("assistant", "1").tags["pipeline.run"] != first, 300)
+        approval.decide(None, approve=True, by="ada")
+
+    monkeypatch.setattr(approval, "LOOK_SECONDS", 0.2)
+    person = threading.Thread(target=answer, daemon=True)
+    person.start()
+    outcome = retrain.run(config)
+    person.join()
+    assert outcome.ending == "Promoted", outcome
+    assert outcome.message == "assistant version 1 is the first champion. Approved by ada."
+    assert registry.aliases("assistant") == {"champion": "1"}
+    settled = registry.version("assistant", "1").tags
+    assert settled["approval.until"] == asked.tags["approval.until"]
+    assert settled["decision.reasons"] == asked.tags["decision.reasons"]  # of the gate
+    assert [look.decision for look in looks.looks("assistant")] == ["promote"]  # one look, though two processes asked
+    assert (runs_of("align"), runs_of("promote")) == (1, 1)
+    assert retrain.run(config).ending == "Unchanged"

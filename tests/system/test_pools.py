@@ -271,11 +271,11 @@ def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
     file = tmp_path / "prefect.yaml"
     own = "entrypoint: flows.pipeline.pipeline\n    parameters: {config: {name: own, sft: {learning_rate: 1e-3}}}"
     text = PREFECT_FILE.read_text().replace("active: false", "active: true")
-    file.write_text(text.replace("entrypoint: flows.pipeline.pipeline", own))
+    file.write_text(text.replace("entrypoint: flows.pipeline.pipeline\n", f"{own}\n"))
     deploy.deploy(file)
     there = {one.name: one for one in prefect.read_deployments()}
     assert set(there) == {one["name"] for one in declared}
-    (config,) = there["pipeline"].parameters.values()
+    (config,) = there["config"].parameters.values()
     assert config["sft"]["learning_rate"] == 0.001  # a text is refused by Prefect, before we could read it as a number
     for one in declared:
         assert there[one["name"]].work_pool_name == one["work_pool"]["name"]

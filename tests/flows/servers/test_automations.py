@@ -9,11 +9,13 @@ import httpx
 import pytest
 import yaml
 from prefect.automations import Automation
-from prefect.states import AwaitingRetry, Crashed, Pending, Running, State
+from prefect.states import AwaitingRetry, Crashed, Paused, Pending, Running, State, Suspended
 
+from flows.results import approval
 from flows.servers import automations
 
 LONG = automations.AFTER + timedelta(seconds=10)
+OF_RUNS = {automations.AUTOMATION, automations.STUCK, automations.ZOMBIES}
 RESTARTED, DEAD = AwaitingRetry().name, Crashed().name
 
 
@@ -47,7 +49,8 @@ class Client:
 def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Automation]:
     """The automations that come with alignflow, as the server has them."""
     raw = yaml.safe_load(Path("deploy/automations.yaml").read_text(encoding="utf-8"))["automations"]
-    found = {one["name"]: Automation(**one) for one in raw}
+    found = {one["name"]: Automation(**one) for one in raw if one["name"] in OF_RUNS}
+    assert found.keys() == OF_RUNS
     monkeypatch.setattr(automations, "read", found.get)
     return found
 
@@ -135,6 +138,28 @@ def test_a_silent_run_is_dead_only_where_it_could_be_heard(
     watch._answering_since = None if answering is None else ago(answering)
     client = Client(a_run(Running(timestamp=ago(20))), None if heard is None else ago(heard))
     assert looked(client, monkeypatch, watch) == ([("r", DEAD, True)] if dead else [])
+
+
+@pytest.mark.parametrize(
+    ("minutes", "suspended", "deployment", "resumed"),
+    [
+        (1, True, "d", True),
+        (-1, True, "d", False),  # there is time left
+        (1, False, "d", False),  # its process lives, and sees for itself
+        (1, True, None, False),
+    ],
+)
+def test_a_retraining_that_nobody_has_approved_in_time_is_resumed_to_say_so(
+    minutes: float,
+    suspended: bool,
+    deployment: str | None,
+    resumed: bool,
+    shipped: dict[str, Automation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = f"assistant version 2 {automations.WAITS}{approval.iso(ago(minutes))}"
+    client = Client(a_run((Suspended if suspended else Paused)(message=message), 1, deployment))
+    assert looked(client, monkeypatch) == ([("r", "Resuming", True)] if resumed else [])
 
 
 def test_while_the_server_is_away_nothing_happens_and_its_silence_is_forgotten(

@@ -1,17 +1,22 @@
 """How many runs a machine takes up, and in which queue what waits for what."""
 
 import os
+import subprocess
+import sys
 from importlib.resources import files
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
+from prefect.client.orchestration import SyncPrefectClient
 
 from flows.execution import gpu_slots
 from flows.servers import pools
 from flows.servers.address_file import Addresses
 from flows.servers.up import workers_of
+from tests.conftest import ROOT
+from tests.flows.test_cli import shell_lines
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,18 @@ def test_runs_at_once(cores: int, gib: int, gpus: int, runs: int, monkeypatch: p
     assert pools.runs_at_once() == runs
 
 
+def test_prefects_own_command_deploys_from_the_root_as_the_readme_says(prefect: SyncPrefectClient) -> None:
+    (line,) = [line for line in shell_lines() if line.startswith("prefect ") and " deploy " in line]
+    for pool in pools.templates():
+        pools.apply(prefect, pool)
+    command = [sys.executable, "-m", *line.split()]
+    environment = os.environ | {"PREFECT_API_URL": str(prefect.api_url), "NO_COLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    declared = yaml.safe_load((files("deploy") / "prefect.yaml").read_text())["deployments"]
+    assert {one.name for one in prefect.read_deployments()} == {one["name"] for one in declared}
+
+
 def test_a_run_that_waits_for_a_stage_does_not_take_its_worker() -> None:
     """With a limit of one, the worker that has the pipeline takes no stage, and another one does."""
     declared = yaml.safe_load((files("deploy") / "prefect.yaml").read_text())["deployments"]
@@ -40,6 +57,7 @@ def test_a_run_that_waits_for_a_stage_does_not_take_its_worker() -> None:
         if one["work_pool"]["name"] in pools.PROCESS_POOLS
     }
     assert queues == {
+        ("flows.pipeline.from_preset", "cpu"): "default",
         ("flows.pipeline.pipeline", "cpu"): "default",
         ("flows.retrain.retrain", "cpu"): "default",
         ("flows.stage.stage", "cpu"): "stages",

@@ -1,0 +1,231 @@
+"""A person's word before the alias moves: what the registry keeps of it, and a flow that waits for it."""
+
+import contextvars
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.runtime import flow_run
+
+from flows.results import approval, registry
+from schemas.errors import StageError
+from schemas.stage import Artifact
+from stages import tracking
+from tests.flows.results.test_registry import model_of
+from tests.flows.test_cli import alignflow
+from tests.support.processes import wait_for
+
+Made = tuple[Artifact, str]
+TAGS = {"decision": "promoted", "decision.reasons": "all hold", "decided.at": "then", "decision.look": "1"}
+
+
+@pytest.fixture
+def models(ready_home: Path, tmp_path: Path) -> list[Made]:
+    """The champion, which is registered, and two candidates."""
+    made = [model_of(tmp_path / name, name) for name in ("one", "two", "three")]
+    registry.register_and_promote("assistant", *made[0], {}, promote=True, expected=None)
+    return made
+
+
+def ask(made: Made, run: str = "run-of-two", hours: float = 1.0, look: str = "1") -> registry.Version:
+    tags = {**TAGS, "decision.look": look, "pipeline.run": run}
+    return approval.ask("assistant", *made, tags, "1", hours)
+
+
+def champion() -> str | None:
+    return registry.aliases("assistant").get("champion")
+
+
+def test_the_alias_moves_with_the_answer_and_the_version_says_whose_it_was(models: list[Made]) -> None:
+    asked = ask(models[1])
+    assert asked.tags["approval"] == "waiting" == asked.tags["decision"] and champion() == "1"
+    assert approval.pending("assistant")
+    until = datetime.fromisoformat(asked.tags["approval.until"])
+    assert timedelta(minutes=59) < until - datetime.now(UTC) <= timedelta(hours=1)
+    settled = approval.settle(asked, True, "ada", "looks well")
+    assert champion() == "2" and registry.aliases("assistant")["previous"] == "1"
+    told = {name: settled.tags[name] for name in ("approval", "approval.by", "approval.note", "decision")}
+    assert told == {
+        "approval": "approved",
+        "approval.by": "ada",
+        "approval.note": "looks well",
+        "decision": "promoted",
+    }
+    assert abs(datetime.fromisoformat(settled.tags["approval.at"]) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert not approval.pending("assistant")
+
+
+def test_the_first_answer_counts_and_only_time_is_overruled(models: list[Made]) -> None:
+    rejected = approval.settle(ask(models[1]), False, "ada", "too long")
+    assert rejected.tags["decision.reasons"] == "ada rejected it: too long"
+    assert approval.settle(rejected, True, "bob").tags["approval"] == "rejected" and champion() == "1"
+
+    late = approval.settle(ask(models[2]), False, "time", late=True)
+    assert late.tags["approval"] == "timed out" and late.tags["decision"] == "rejected"
+    assert late.tags["decision.reasons"] == f"nobody approved it until {late.tags['approval.until']}"
+    assert approval.settle(late, True, "bob").tags["approval.by"] == "bob" and champion() == "3"
+    assert approval.settle(late, False, "time", late=True).tags["approval"] == "approved"
+
+
+def test_an_answer_whose_process_died_before_the_move_is_acted_on(models: list[Made]) -> None:
+    asked = ask(models[1])
+    registry.tag(asked, {"approval.by": "ada", "approval": "approved"})
+    assert approval.settle(asked, None).tags["decision"] == "promoted" and champion() == "2"
+
+
+def test_a_champion_of_the_meantime_is_not_replaced(models: list[Made]) -> None:
+    asked = ask(models[1])
+    registry.register_and_promote("assistant", *models[2], {}, promote=True, expected="1")
+    with pytest.raises(StageError, match="version 1 was champion when the candidate was judged, now it is version 3"):
+        approval.settle(asked, True, "ada")
+    assert champion() == "3" and registry.version("assistant", "2").tags["decision"] == "conflict"
+
+
+def test_the_same_decision_is_asked_once(models: list[Made]) -> None:
+    asked = ask(models[1])
+    again = ask(models[1], "another-run", hours=50)
+    assert again.number == "2" and again.tags["approval.until"] == asked.tags["approval.until"]
+    assert again.tags["pipeline.run"] == "another-run" and again.tags["decision"] == "waiting"
+    approval.settle(again, False, "ada", "no")
+    stands = ask(models[1], "a-third-run")
+    assert stands.tags["approval"] == "rejected" == stands.tags["decision"]
+    assert stands.tags["decision.reasons"] == "ada rejected it: no"
+    other = ask(models[1], "a-fourth-run", look="2")  # another decision: nobody has said anything of it
+    assert other.tags["approval"] == "waiting" == other.tags["decision"]
+    assert not {"approval.by", "approval.at", "approval.note"} & other.tags.keys()
+
+
+# --- a flow that waits ---
+
+
+class Waiting(threading.Thread):
+    """A flow, in a thread of its own, that waits with a version; as one of a run from a terminal."""
+
+    def __init__(self, one: registry.Version) -> None:
+        super().__init__(daemon=True)
+        self.one, self.run_id = one, ""
+        self.context = contextvars.copy_context()  # the address of the server
+        self.outcome: registry.Version | BaseException | None = None
+
+    def run(self) -> None:
+        @flow(name="retrain", persist_result=False)
+        def waits() -> None:
+            self.run_id = str(flow_run.id)
+            registry.tag(self.one, {"pipeline.run": self.run_id})
+            self.outcome = approval.answered(registry.version("assistant", self.one.number))
+
+        try:
+            self.context.run(waits)
+        except BaseException as error:
+            self.outcome = error
+
+
+@pytest.fixture
+def server(prefect: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncPrefectClient]:
+    monkeypatch.setattr(approval, "LOOK_SECONDS", 0.1)
+    yield prefect
+
+
+def waiting(server: SyncPrefectClient, one: registry.Version) -> tuple[Waiting, FlowRun]:
+    """The flow, and its run once it is paused."""
+    flow = Waiting(one)
+    flow.start()
+
+    def state() -> State[Any] | None:
+        return server.read_flow_run(flow.run_id).state if flow.run_id else None  # type: ignore[arg-type]
+
+    wait_for(lambda: (now := state()) is not None and now.is_paused(), 60, lambda: (flow.outcome, state()))
+    return flow, server.read_flow_run(flow.run_id)  # type: ignore[arg-type]
+
+
+def ended(flow: Waiting) -> registry.Version:
+    flow.join(30)
+    assert isinstance(flow.outcome, registry.Version), flow.outcome
+    return flow.outcome
+
+
+def test_it_is_resumed_by_the_form_on_prefects_page(server: SyncPrefectClient, models: list[Made]) -> None:
+    flow, run = waiting(server, ask(models[1]))
+    assert run.state is not None and run.state.name == "Paused"
+    assert (run.state.message or "").startswith("assistant version 2 waits for approval until 20")
+    nothing = server.resume_flow_run(run.id)  # the form is not filled in
+    assert nothing.status.value == "REJECT" and flow.outcome is None
+    server.resume_flow_run(run.id, run_input={"approve": True, "by": "ada"})
+    assert ended(flow).tags["approval.by"] == "ada" and champion() == "2"
+    emitted = EventFilter(event=EventNameFilter(name=["alignflow.approval-needed"]))
+    told: list[Any] = []
+    wait_for(lambda: told.extend(server.read_events(filter=emitted, limit=10).events) or told, 30)
+    assert told[0].resource.id == "alignflow.model.assistant" and told[0].payload["version"] == "2"
+    assert told[0].payload["run"] == str(run.id)
+    assert told[0].payload["finding"].startswith("assistant version 2 has passed the gate and waits")
+
+
+def test_it_is_rejected_by_the_form(server: SyncPrefectClient, models: list[Made]) -> None:
+    flow, run = waiting(server, ask(models[1]))
+    server.resume_flow_run(run.id, run_input={"approve": False, "by": "ada", "note": "no"})
+    assert ended(flow).tags["decision.reasons"] == "ada rejected it: no" and champion() == "1"
+
+
+def test_it_sees_the_answer_of_the_command_line(server: SyncPrefectClient, models: list[Made]) -> None:
+    """Also where the command knows nothing of the server of the run, as here."""
+    flow, run = waiting(server, ask(models[1]))
+    answer = alignflow("approve", str(run.id)[:8], "--by", "ada", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert '"approval": "approved"' in answer.stdout and '"version": "2"' in answer.stdout
+    assert ended(flow).tags["decision"] == "promoted" and champion() == "2"
+    wait_for(lambda: (state := server.read_flow_run(run.id).state) is not None and state.is_completed(), 30)
+
+
+def test_nobody_answers(server: SyncPrefectClient, models: list[Made]) -> None:
+    flow, _ = waiting(server, ask(models[1], hours=3 / 3600))
+    assert ended(flow).tags["approval"] == "timed out" and champion() == "1"
+
+
+def test_one_that_was_killed_waits_again_with_the_same_decision_until_the_same_time(
+    server: SyncPrefectClient, models: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """The process dies here."""
+
+    def dies(*given: object) -> None:
+        raise Killed
+
+    asked = ask(models[1])
+    with monkeypatch.context() as killed:
+        killed.setattr(approval, "watched", dies)
+        first = Waiting(asked)
+        first.start()
+        first.join(30)
+    assert isinstance(first.outcome, Killed)
+    flow, run = waiting(server, ask(models[1]))
+    assert flow.one.tags["approval.until"] == asked.tags["approval.until"] and str(run.id) != first.run_id
+    approval.decide(str(run.id), approve=True, by="ada")
+    assert ended(flow).tags["decision"] == "promoted"
+
+
+# --- the command ---
+
+
+def test_what_cannot_be_answered_is_named(models: list[Made]) -> None:
+    with pytest.raises(StageError, match=r"0 versions wait\. Fix: `alignflow retrain` asks"):
+        approval.decide(None, approve=True)
+    ask(models[1], "11111111-aaaa")
+    ask(models[2], "22222222-bbbb")
+    with pytest.raises(
+        StageError, match=r"RUN = none given: 2 versions wait\. Fix: name one of .*11111111 \(assistant v"
+    ):
+        approval.decide(None, approve=True)
+    with pytest.raises(StageError, match="RUN = 3333: nothing of that waits for approval"):
+        approval.decide("3333", approve=True)
+    assert approval.decide("11111111", approve=False, by="ada").number == "2"
+    with pytest.raises(StageError, match="assistant version 2 was rejected by ada at 20"):
+        approval.decide("11111111", approve=True)
+    assert approval.decide("assistant", approve=True, by="ada").number == "3" and champion() == "3"
+    assert tracking.client().get_model_version("assistant", "3").tags["approval"] == "approved"
