@@ -1,11 +1,17 @@
 """Commands for the servers: started, watched, and told what to deploy."""
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.options import AsJson, show_json
+
+if TYPE_CHECKING:
+    from flows.servers.address_file import Addresses
 
 Pools = Annotated[
     list[str], typer.Option("--pool", metavar="POOL", help="Work pool to run a worker for. Can be repeated.")
@@ -14,7 +20,12 @@ MlflowPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 
 PrefectPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Default 4200, or a free one.")]
 
 
-def ui(mlflow_port: MlflowPort = None, prefect_port: PrefectPort = None) -> None:
+ReadyAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the addresses as one JSON object once they answer, all else on stderr.")
+]
+
+
+def ui(mlflow_port: MlflowPort = None, prefect_port: PrefectPort = None, as_json: ReadyAsJson = False) -> None:
     """Start MLflow (models and numbers) and Prefect (runs) on this machine, until Ctrl-C.
 
     Example:
@@ -23,7 +34,8 @@ def ui(mlflow_port: MlflowPort = None, prefect_port: PrefectPort = None) -> None
     """
     from flows.servers.up import up as start
 
-    start([], mlflow_port=mlflow_port, prefect_port=prefect_port)
+    with _aside(as_json) as ready:
+        start([], mlflow_port=mlflow_port, prefect_port=prefect_port, ready=ready)
 
 
 def up(
@@ -41,6 +53,7 @@ def up(
         Path | None,
         typer.Option(metavar="FOLDER", help="Retrain with each preference file that is put here, once it is whole."),
     ] = None,
+    as_json: ReadyAsJson = False,
 ) -> None:
     """Start MLflow, Prefect, work pools and their workers on this machine, until Ctrl-C. Results are kept.
 
@@ -55,15 +68,34 @@ def up(
     """
     from flows.servers.up import up as start
 
-    if watch is None:
-        return start(pools, host, mlflow_port, prefect_port, limit)
-    from flows.arrivals import FolderWatch
+    often = None
+    if watch is not None:
+        from flows.arrivals import FolderWatch
 
-    start(pools, host, mlflow_port, prefect_port, limit, FolderWatch(watch))
+        often = FolderWatch(watch)
+    with _aside(as_json) as ready:
+        start(pools, host, mlflow_port, prefect_port, limit, often, ready)
+
+
+@contextlib.contextmanager
+def _aside(as_json: bool) -> "Iterator[Callable[[Addresses], None] | None]":
+    """Where JSON is asked for: what is said meanwhile goes to stderr, and the addresses, given to this, to stdout."""
+    if not as_json:
+        yield None
+        return
+    out = sys.stdout
+
+    def tell(there: "Addresses") -> None:
+        with contextlib.redirect_stdout(out):
+            show_json(there.model_dump(mode="json", include={"pid", "mlflow", "prefect", "pools"}))
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield tell
 
 
 def deploy(
     file: Annotated[Path | None, typer.Option(help="Default: deploy/prefect.yaml of this project.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Create or update work pools, deployments and automations on the Prefect server, without questions.
 
@@ -75,7 +107,12 @@ def deploy(
     """
     from flows.servers.deploy import deploy as create
 
-    create(file)
+    if not as_json:
+        create(file)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        there = create(file)
+    show_json(there)
 
 
 def data_arrived(

@@ -19,8 +19,9 @@ from schemas.text import one_line, show
 from stages.runtime import workspace
 
 
-def deploy(prefect_file: Path | None = None) -> None:
-    """Create what is missing on the Prefect server and update the rest; print what there is then.
+def deploy(prefect_file: Path | None = None) -> dict[str, dict[str, str]]:
+    """Create what is missing on the Prefect server and update the rest; print what there is then, and return it: names
+    of work pools, deployments and automations, each with what there is to say of it.
 
     Raises:
         StageError: no server is set or answers, a schedule is wrong, a pool is missing, or Prefect refuses something.
@@ -43,8 +44,10 @@ def deploy(prefect_file: Path | None = None) -> None:
                 others = f"use one of {', '.join(sorted(known))}, or create it first"
                 fix = f"did you mean {near[0]!r}?" if near else others
                 raise refuse(field, name, "there is no such work pool.", fix, kind="pool")
+        there: dict[str, dict[str, str]] = {"work_pools": {}, "deployments": {}, "automations": {}}
         for pool in pools.templates():
-            show(f"work pool   {pool}: {pools.apply(client, pool)}")
+            there["work_pools"][pool] = pools.apply(client, pool)
+            show(f"work pool   {pool}: {there['work_pools'][pool]}")
     create_deployments(prefect_file)
     names = {str(one.get("name")) for one in deployments}
     with get_client(sync_client=True) as client:
@@ -53,9 +56,12 @@ def deploy(prefect_file: Path | None = None) -> None:
             if one.name in names:
                 times = "; ".join(str(schedule.schedule) for schedule in one.schedules if schedule.active)
                 name = one_line(f"{flows[one.flow_id]}/{one.name}")
-                show(f"deployment  {name} on {one.work_pool_name} {times}".rstrip())
+                there["deployments"][name] = f"on {one.work_pool_name} {times}".rstrip()
+                show(f"deployment  {name} {there['deployments'][name]}")
     for name, note in automations.apply().items():
+        there["automations"][name] = note or ""
         show(f"automation  {name}" + (f" ({note})" if note else ""))
+    return there
 
 
 def create_deployments(prefect_file: Path) -> None:

@@ -54,9 +54,11 @@ def up(
     prefect_port: int | None = None,
     limit: int | None = None,
     often: Callable[[], None] | None = None,
+    ready: Callable[[Addresses], None] | None = None,
 ) -> None:
     """Start what is not running elsewhere, with workers for each wanted pool, each of which takes up at most `limit`
-    runs at a time (None: as cores and memory allow); print the addresses; wait for Ctrl-C, doing `often` what is given.
+    runs at a time (None: as cores and memory allow); print the addresses, and let `ready` have them; wait for Ctrl-C,
+    doing `often` what is given.
 
     Where it already runs for this home, report that and return.
 
@@ -77,6 +79,8 @@ def up(
             running = address_file.found()
             if running is not None:  # else it has only begun, or just died
                 say_where(running, wanted)
+                if ready is not None:
+                    ready(running)
                 return
             if tries >= 5 and address_file.file().exists():
                 message = "another version of alignflow runs its servers there."
@@ -86,7 +90,7 @@ def up(
         with (workspace.home() / "up-guards.lock").open("a") as guards:
             fcntl.flock(guards, fcntl.LOCK_EX)
             keep = [guards.fileno()]
-            bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep, often)
+            bring_up(wanted, host, mlflow_port, prefect_port, limit or pools.runs_at_once(), keep, often, ready)
         address_file.file().unlink(missing_ok=True)
 
 
@@ -125,6 +129,7 @@ def bring_up(
     limit: int,
     keep: Sequence[int],
     often: Callable[[], None] | None,
+    ready: Callable[[Addresses], None] | None,
 ) -> None:
     """Servers, then pools and workers. Workers end first, so that their runs can still report how they ended."""
     # Servers that the environment names, and that are therefore not started: name -> address.
@@ -153,6 +158,8 @@ def bring_up(
             public = {name: tracking.without_passwords(getattr(where, name)) for name in ("mlflow", "prefect")}
             workspace.write_whole(address_file.file(), where.model_copy(update=public).model_dump_json(indent=2))
             say_all(where, elsewhere, limit)
+            if ready is not None:
+                ready(where.model_copy(update=public))
             supervisor.watch([*servers, *at_work], automations.RunWatch() if wanted else None, often)
             show("Stopping the servers." if not wanted else "Stopping workers and servers.")
 
