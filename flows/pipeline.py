@@ -152,7 +152,7 @@ def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) 
         if planned.config.sweep and whole and (tests := last_test(planned, sweep.winner(results))) is not None:
             results, errors = run_nodes(tests, str(flow_run.id), results)
             planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
-    entry.count(results)
+    entry.count(results, live.took)
     announce.report(planned, results)
     if errors:
         first = next(iter(errors.values()))
@@ -189,7 +189,7 @@ def run_nodes(
     """
     # Not `wait_for` of Prefect's tasks: each waiting one holds a thread, and the longest chain could not go first.
     config, results = planned.config, dict(known or {})
-    live.expect(planned.nodes)
+    live.expect(planned.nodes, history.usual_seconds(config.name))
     errors: dict[str, StageError] = {}
     waiting = longest_chain_first(list(planned.nodes.values()))
     running: dict[str, Request] = {}

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -88,10 +88,10 @@ class View:
 
     def __init__(self, console: "Console") -> None:
         self.console, self.began = console, time.monotonic()
-        self.names: dict[str, None] = {}
-        """Of all stages, in the plan's order."""
-        self.over = 0
-        """How many of them are done or have failed."""
+        self.names: dict[str, float | None] = {}
+        """Of all stages, in the plan's order; the seconds that each usually takes, where that is known."""
+        self.over: set[str] = set()
+        """Those that are done or have failed."""
         self.running: dict[str, Line] = {}
         self.guard = threading.RLock()
         self.plain = not console.encoding.lower().startswith("utf")
@@ -99,7 +99,7 @@ class View:
     def begin(self, name: str) -> Line:
         """A stage starts."""
         with self.guard:
-            self.names.setdefault(name)
+            self.names.setdefault(name, None)
             self.running[name] = Line(name, time.monotonic())
             return self.running[name]
 
@@ -112,7 +112,7 @@ class View:
             self.running.pop(line.name, None)
             if result is None or result.status == "preempted":
                 return
-            self.over += 1
+            self.over.add(line.name)
         style = "green" if result.status == "done" else "red"
         mark = _MARKS["done" if result.status == "done" else "failed"][self.plain]
         text = Text.assemble((f"{mark} ", style), self.named(line.name))
@@ -127,6 +127,23 @@ class View:
         """A name, as wide as the widest."""
         return f"{visible(name):{min(20, max(map(len, self.names), default=0))}}"
 
+    def left(self, now: float) -> float | None:
+        """Seconds until all stages are over, by their own estimates and by what they took last time, as many at once as
+        now; None where one has neither.
+        """
+        sum_ = 0.0
+        for name, usual in self.names.items():
+            line = self.running.get(name)
+            if name in self.over:
+                continue
+            if line is not None and line.ends is not None:
+                sum_ += max(0.0, line.ends - now)
+            elif usual is None:
+                return None
+            else:
+                sum_ += max(0.0, usual - (0.0 if line is None else now - line.began))
+        return sum_ / max(1, len(self.running))
+
     def __rich__(self) -> "Group":
         from rich.console import Group
         from rich.progress_bar import ProgressBar
@@ -135,7 +152,7 @@ class View:
 
         with self.guard:
             running, now = list(self.running.values()), time.monotonic()
-            over, total = self.over, max(len(self.names), 1)
+            over, total, left = len(self.over), max(len(self.names), 1), self.left(now)
         turning, width = _TURNING[self.plain], max(6, min(30, self.console.width - 68))
         grid = Table.grid(padding=(0, 1), expand=True)
         for justify in ("left", "left", "left", "right"):
@@ -143,18 +160,19 @@ class View:
         grid.add_column(no_wrap=True, ratio=1, overflow="ellipsis")
         grid.add_column(no_wrap=True, justify="right")
         for line in running:
-            left = "" if line.ends is None else f"{clock(max(0.0, line.ends - now))} left"
+            own = "" if line.ends is None else f"{clock(max(0.0, line.ends - now))} left"
             grid.add_row(
                 Text(turning[int(8 * now) % len(turning)], "cyan"),
                 Text(self.named(line.name)),
                 ProgressBar(max(line.total, 1), line.done, width=width, pulse=not line.total, **_BAR),
                 Text(f"{line.done}/{line.total}" if line.total else ""),
                 Text(f"{line.unit}  {line.what}" if line.total else line.what, "" if line.total else "dim"),
-                Text(left, "dim"),
+                Text(own, "dim"),
             )
         at = Text(f"stage {min(over + max(len(running), 1), total)} of {total}", "bold")
         whole = ProgressBar(total, over, width=width, complete_style="bold green", finished_style="bold green")
-        grid.add_row(Text(" "), at, whole, Text(clock(now - self.began), "dim"))
+        about = "" if left is None else f"about {clock(left)} left"
+        grid.add_row(Text(" "), at, whole, Text(clock(now - self.began), "dim"), Text(), Text(about, "dim"))
         return Group(Text(), grid)
 
 
@@ -186,13 +204,15 @@ class Messages(logging.Handler):
 
 
 _view: View | None = None
+took: dict[str, float] = {}
+"""Seconds of each stage of this process that was not reused."""
 
 
-def expect(names: Iterable[str]) -> None:
-    """Tell the view, if there is one, of stages that are going to run."""
+def expect(names: Iterable[str], usual: Mapping[str, float]) -> None:
+    """Tell the view, if there is one, of stages that are going to run, and what they usually take."""
     if _view is not None:
         with _view.guard:
-            _view.names.update(dict.fromkeys(names))
+            _view.names.update({name: usual.get(name) for name in names})
 
 
 @contextlib.contextmanager
@@ -203,6 +223,8 @@ def stage(name: str) -> Iterator[Line]:
     try:
         yield line
     finally:
+        if line.result is not None and line.result.status == "done" and not line.result.reused:
+            took[name] = time.monotonic() - line.began
         if view is not None:
             view.end(line)
 

@@ -42,6 +42,8 @@ class Record(Strict):
     stages: int = 0
     """Those that are done."""
     reused: int = 0
+    seconds: dict[str, float] = {}
+    """Of each stage that ran: what it took."""
     best: list[str] = []
     """The first model of its comparison, and those that cannot be told apart from it."""
     problem: str | None = None
@@ -81,9 +83,10 @@ class Entry:
         except OSError as error:
             log.warning("`alignflow runs` will not show this: %s", error)
 
-    def count(self, results: Mapping[str, Result]) -> None:
-        """Note how many stages are done, and how many of them were reused."""
-        self.note(stages=len(results), reused=sum(result.reused for result in results.values()))
+    def count(self, results: Mapping[str, Result], seconds: Mapping[str, float]) -> None:
+        """Note how many stages are done, how many of them were reused, and what the others took."""
+        reused = sum(result.reused for result in results.values())
+        self.note(stages=len(results), reused=reused, seconds={name: round(took, 1) for name, took in seconds.items()})
 
     def fail(self, error: StageError) -> None:
         """Note the problem that ends the run."""
@@ -118,6 +121,15 @@ def records() -> list[Record]:
         dead = record.state == "running" and not record.alive
         found.append(record.model_copy(update={"state": "killed"}) if dead else record)
     return sorted(found, key=lambda record: -record.began)
+
+
+def usual_seconds(name: str) -> dict[str, float]:
+    """What each stage took in runs of a config of that name, the newest counting first; empty where none has ended."""
+    usual: dict[str, float] = {}
+    for record in records():
+        if record.name == name:
+            usual = record.seconds | usual
+    return usual
 
 
 def find(which: str) -> Record | None:

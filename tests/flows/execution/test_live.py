@@ -63,7 +63,7 @@ def test_other_lines_do_not_hide_the_metrics() -> None:
 def test_bars_metrics_and_time_fit_the_terminal(width: int) -> None:
     view = View(console(width))
     for name in ("base", "data generated", "ppo"):
-        view.names.setdefault(name)
+        view.names.setdefault(name, None)
     view.begin("ppo").read("ppo  100/128 steps  reward 1.02  KL 5.51  12:45 left", live.time.monotonic())
     blank, bar, whole = shown(view)
     assert blank == "" and all(len(line) <= width for line in (bar, whole))
@@ -109,7 +109,7 @@ def test_a_stage_that_was_stopped_is_not_over() -> None:
     line = view.begin("dpo")
     line.result = Result(status="preempted", key="k")
     view.end(line)
-    assert (view.over, view.running, printed(view.console)) == (0, {}, [])
+    assert (view.over, view.running, printed(view.console)) == (set(), {}, [])
 
 
 def test_a_terminal_without_unicode_gets_none() -> None:
@@ -164,3 +164,27 @@ def test_a_view_is_for_terminals(
         assert [one.view is not None for one in ours] == ([kind == "view"] if ours else [])
         assert (LIVE in live.os.environ) == (kind == "view")
     assert logging.getLogger().handlers is handlers and LIVE not in live.os.environ
+
+
+def test_the_time_that_is_left_is_said_where_every_stage_has_an_estimate() -> None:
+    """dpo says 30 s itself; kto has run 10 of its usual 50 s; ppo takes 100: 170 s of work, two stages at once."""
+    view = View(console(120))
+    view.names.update({"sft": 500.0, "dpo": 60.0, "kto": 50.0, "ppo": 100.0})
+    sft, dpo, kto = (view.begin(name) for name in ("sft", "dpo", "kto"))
+    sft.result = Result(status="done", key="k")
+    view.end(sft)
+    now = live.time.monotonic()
+    dpo.ends, kto.began = now + 30, now - 10
+    assert view.left(now) == pytest.approx((30 + 40 + 100) / 2)
+    assert shown(view)[-1].endswith(("about 1:25 left", "about 1:24 left"))
+    view.names["ppo"] = None
+    assert view.left(now) is None and not shown(view)[-1].endswith("left")
+
+
+def test_what_stages_took_is_kept_but_of_those_that_were_reused() -> None:
+    live.took.clear()
+    for name, reused in (("sft", False), ("dpo", True)):
+        with live.stage(name) as line:
+            line.began -= 10
+            line.result = Result(status="done", key="k", reused=reused)
+    assert live.took == {"sft": pytest.approx(10, abs=1)}

@@ -26,9 +26,9 @@ def test_a_run_is_recorded_with_what_was_changed_and_how_it_ended(home: Path) ->
     with history.recorded(ID, "demo", ["align.dpo.beta=0.3", "evil=\n\x1b[2J"]) as entry:
         (during,) = history.records()
         assert during.state == "running" and during.ended is None
-        entry.count(results)
+        entry.count(results, {"sft": 1.24})
     (after,) = history.records()
-    assert (after.state, after.stages, after.reused) == ("done", 2, 1)
+    assert (after.state, after.stages, after.reused, after.seconds) == ("done", 2, 1, {"sft": 1.2})
     assert after.changed == ["align.dpo.beta=0.3", "evil= �[2J"] and (after.ended or 0) >= after.began
 
 
@@ -124,3 +124,13 @@ def test_a_run_is_not_compared_with_itself(asked: list[Request]) -> None:
     with pytest.raises(StageError, match="RUN = a: this is the same run"):
         across.compare("a", "a")
     assert asked == []
+
+
+def test_what_stages_usually_take_is_what_they_took_last(home: Path) -> None:
+    """Of runs of the same name; a stage that the newest lacks is believed of the one before."""
+    runs = [("demo", {"sft": 1.0, "dpo": 2.0}), ("other", {"sft": 9.0}), ("demo", {"sft": 3.0})]
+    for number, (name, seconds) in enumerate(runs):
+        with history.recorded(f"{number}" * 32, name, []) as entry:
+            entry.count({"base": Result(status="done", key="k")}, seconds)
+    assert history.usual_seconds("demo") == {"sft": 3.0, "dpo": 2.0}
+    assert history.usual_seconds("none") == {}
