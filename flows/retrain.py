@@ -15,7 +15,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
 from flows import pipeline
-from flows.execution import process
+from flows.execution import process, smoke
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
@@ -168,6 +168,14 @@ def decide(
     name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
     decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
     decision = read_stored(Decision, decided.read_text())
+    decision = smoke.checked(
+        decision,
+        planned.config.promote or PromoteConfig(),
+        trained[candidate(planned.config)].outputs["model"],
+        trained[judging.nodes[judged].inputs["data"][0]].outputs["data"],
+        planned.config.evaluate.max_new_tokens,
+        results["promote"].run_id,
+    )
     looks.note(registered, look, decision)
     model, run_id = results[name].outputs["model"], results[name].run_id
     tags = {

@@ -1,4 +1,4 @@
-"""What `alignflow validate`, `generate`, `rank` and `chat` ask of their processes (stages/commands): their options."""
+"""What `alignflow validate`, `generate`, `rank`, `chat` and `retrain` ask of their processes (stages/commands): their options."""
 
 from typing import Annotated, Literal
 
@@ -81,4 +81,15 @@ class ChatCommand(Strict):
     system: str | None = None
     temperature: float = Field(default=1.0, ge=0)
     seed: int = 0
+    max_new_tokens: int = Field(default=128, ge=1)
+
+
+class SmokeCommand(Strict):
+    """Let a model answer a few held-out prompts as it will be served; asked by `alignflow retrain` alone."""
+
+    model: str
+    """Its uri in MLflow."""
+    data: FilePath
+    """Data folder with held-out prompts."""
+    prompts: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)

@@ -141,6 +141,12 @@ class PromoteConfig(Strict):
     as far as twice the prompts would; but a prompt counts once, by the mean over its answers, and where some prompts
     tie far more often than others only `1` tests the win rate over answers itself."""
     gate: Gate = Gate()
+    smoke: bool = False
+    """Before the alias moves, the candidate has to answer eight held-out prompts as it will be served: loaded by MLflow
+    into plain transformers, in a process of its own. An empty answer, no answer that ends by itself, an error or too
+    long a time reject it."""
+    smoke_minutes: float = Field(default=10.0, gt=0)
+    """How long that may take, loading included."""
 
 
 class PromoteParams(Strict):

@@ -262,6 +262,12 @@ def test_the_life_of_a_champion(
     assert registry.version("assistant", "2").tags["decision"] == "conflict"
     tracking.client().set_registered_model_alias("assistant", "champion", "1")
 
+    # It passes the gate, but does not answer in time as it would be served: nothing moves.
+    asked = ["promote.smoke=true", "promote.smoke_minutes=0.0001"]
+    silent = retrain.run(config, asked)
+    assert silent.ending == "Rejected" and "smoke is 0, must be >= 1 (no answers within 0.0001 minutes" in silent.message
+    assert registry.aliases("assistant") == {"champion": "1"}
+
     # Once more, undisturbed: nothing is made again, and the candidate takes the champion's place.
     promoted = retrain.run(config)
     assert promoted.ending == "Promoted" and promoted.message.endswith("replaces version 1.")
@@ -279,7 +285,7 @@ def test_the_life_of_a_champion(
     names = [name for name, _ in states(prefect)]
     assert names == [
         *("Promoted", "Unchanged", "Unchanged", "Rejected"),
-        *("Conflict", "Promoted", "Unchanged", "Rejected"),
+        *("Conflict", "Rejected", "Promoted", "Unchanged", "Rejected"),
     ]
     assert states(prefect)[3][1] == rejected.message
 
