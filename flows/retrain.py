@@ -21,6 +21,7 @@ from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
 from flows.results import announce, history, looks, registry
+from flows.results.described import described
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
@@ -193,9 +194,10 @@ def decide(
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
     }
+    page = described(decision, tags["decision.against"], results, name)
     expected = None if champion is None else champion.number
     version = registry.register_and_promote(
-        registered, model, run_id, tags, promote=decision.promote, expected=expected
+        registered, model, run_id, tags, promote=decision.promote, expected=expected, description=page
     )
     instead = "the first champion" if champion is None else f"replaces version {champion.number}"
     if decision.promote:

@@ -239,6 +239,10 @@ def test_the_life_of_a_champion(
     assert rejected.decision is not None and rejected.decision.against == "champion"
     assert registry.aliases("assistant") == {"champion": "1"}
     second = registry.version("assistant", "2")
+    page = tracking.client().get_model_version("assistant", "2").description or ""
+    assert page.startswith("**Rejected**, judged against version 1. Candidate `dpo`.\n\nFailed: win_rate_p")
+    assert "| win_rate_p | " in page and f"- data `preference`: `{tmp_path / 'pairs.jsonl'}` (sha256 " in page
+    assert f"/runs/{second.run_id})" in page and "/artifacts/comparison/report.html)" in page
     assert second.tags["decision"] == "rejected" and "true win rate of 0.999" in second.tags["decision.reasons"]
     assert second.tags["decision.against"] == "version 1" and second.tags["data.digest"] != champion.tags["data.digest"]
     evaluated = tracking.client().search_runs([tracking.experiment("trial")], "tags.model = 'champion'")
@@ -265,7 +269,9 @@ def test_the_life_of_a_champion(
     # It passes the gate, but does not answer in time as it would be served: nothing moves.
     asked = ["promote.smoke=true", "promote.smoke_minutes=0.0001"]
     silent = retrain.run(config, asked)
-    assert silent.ending == "Rejected" and "smoke is 0, must be >= 1 (no answers within 0.0001 minutes" in silent.message
+    assert (
+        silent.ending == "Rejected" and "smoke is 0, must be >= 1 (no answers within 0.0001 minutes" in silent.message
+    )
     assert registry.aliases("assistant") == {"champion": "1"}
 
     # Once more, undisturbed: nothing is made again, and the candidate takes the champion's place.
