@@ -137,6 +137,8 @@ def run_all(planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None
     """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
     results, errors = pipeline.run_nodes(planned, pipeline_run, known)
     announce.report(planned, results, aloud=True)
+    if (record := history.find(pipeline_run)) is not None:
+        announce.group(planned, results, record, "FAILED" if errors else "FINISHED")
     if errors:
         raise next(iter(errors.values()))
     return results
