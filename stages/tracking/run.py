@@ -32,7 +32,7 @@ from stages.tracking.mlflow_client import (
     plain_client,
     value_classes,
 )
-from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened, shown_name
 from stages.tracking.problems import first_line, without_passwords
 from stages.tracking.reuse import runs_with
 from stages.tracking.store import arrived, digest, fetch, keep
@@ -236,7 +236,7 @@ class StageRun:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at a step, or without one as final. Returns at once; NaN and infinity are logged as such."""
         if self.rank == 0:
-            self._journal.add(values, step)
+            self._journal.add({shown_name(name): value for name, value in values.items()}, step)
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""

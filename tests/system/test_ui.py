@@ -121,7 +121,7 @@ def test_flat_runs_with_tags_and_equal_tokens(swept: Sweep) -> None:
     (limit,) = {int(run.data.params["train_tokens"]) for run in aligned}
     for run in aligned:
         # The last step is the one that reaches the limit; it has at most 4 rows of at most 64 tokens a sequence.
-        assert limit <= run.data.metrics["compute/train_tokens"] < limit + 4 * 2 * 64
+        assert limit <= run.data.metrics["usage/train_tokens"] < limit + 4 * 2 * 64
     assert "training tokens of the 2 variants" in swept.said
 
 

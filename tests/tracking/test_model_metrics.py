@@ -40,7 +40,7 @@ def test_an_evaluation_is_shown_on_its_model_with_its_data(model: Artifact) -> N
     assert (metric.key, metric.value, metric.run_id) == ("eval/judge_score", 2.5, run_id)
     assert (metric.dataset_name, metric.dataset_digest) == ("held-out prompts", ("ab" * 32)[:36])
     run = tracking.client().get_run(run_id)
-    assert math.isnan(run.data.metrics["eval/reward_score"]) and run.data.metrics["compute/seconds"] == 9.0
+    assert math.isnan(run.data.metrics["eval/reward_score"]) and run.data.metrics["usage/seconds"] == 9.0
     assert [point.value for point in tracking.client().get_metric_history(run_id, "eval/judge_score")] == [2.5], "once"
     assert run.inputs is not None and [one.model_id for one in run.inputs.model_inputs] == [
         model.uri[len("models:/") :]
@@ -61,3 +61,16 @@ def test_a_model_that_is_gone_costs_no_number(model: Artifact, caplog: pytest.Lo
     assert "the model's page will not show its evaluation" in caplog.text
     outside = evaluated(Artifact(uri="/a/folder", sha256="0"))
     assert tracking.client().get_run(outside).data.metrics["eval/judge_score"] == 2.5
+
+
+def test_cost_comes_after_quality_on_mlflows_pages_and_keeps_its_name_in_results(ready_home: Path) -> None:
+    """Sweeps read the training tokens of results, those of before too."""
+    asked = Request(stage="evaluate", version=1, params={}, experiment="trial")
+    with StageRun(asked) as run:
+        run.metrics({"compute/train_tokens": 5.0}, step=2)
+        result = run.finish(NUMBERS)
+    names = sorted(tracking.client().get_run(run.run_id).data.metrics)
+    assert names == ["eval/judge_score", "eval/reward_score", "usage/seconds", "usage/train_tokens"]
+    assert "compute/seconds" in result.metrics
+    found = tracking.find(asked.key())
+    assert found is not None and found.metrics["compute/seconds"] == 9.0
