@@ -154,6 +154,7 @@ def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) 
             planned = Plan(planned.config, {**planned.nodes, **tests.nodes})
     entry.count(results, live.took)
     announce.report(planned, results)
+    announce.group(planned, results, entry.record, "FAILED" if errors else "FINISHED")
     if errors:
         first = next(iter(errors.values()))
         entry.fail(first)

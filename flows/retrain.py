@@ -15,13 +15,14 @@ from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import pipeline
+from flows import pipeline, smoke
 from flows.execution import process
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
 from flows.results import announce, approval, history, looks, registry
+from flows.results.described import described
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig
@@ -163,6 +164,8 @@ def run_all(planned: Plan, pipeline_run: str, known: Mapping[str, Result] | None
     """Results of all nodes, and of the known ones. Raises StageError, the first one, when a stage stopped."""
     results, errors = pipeline.run_nodes(planned, pipeline_run, known)
     announce.report(planned, results, aloud=True)
+    if (record := history.find(pipeline_run)) is not None:
+        announce.group(planned, results, record, "FAILED" if errors else "FINISHED")
     if errors:
         raise next(iter(errors.values()))
     return results
@@ -195,6 +198,14 @@ def decide(
     name, judged = candidate(planned.config), judging.nodes["promote"].inputs["candidate"][0]
     decided = tracking.fetch(results["promote"].outputs["decision"]) / "decision.json"
     decision = read_stored(Decision, decided.read_text())
+    decision = smoke.checked(
+        decision,
+        planned.config.promote or PromoteConfig(),
+        trained[candidate(planned.config)].outputs["model"],
+        trained[judging.nodes[judged].inputs["data"][0]].outputs["data"],
+        planned.config.evaluate.max_new_tokens,
+        results["promote"].run_id,
+    )
     looks.note(registered, look, decision)
     model, run_id = results[name].outputs["model"], results[name].run_id
     tags = {
@@ -212,13 +223,14 @@ def decide(
         "pipeline.run": pipeline_run,
         "decided.at": registry.now(),
     }
+    page = described(decision, tags["decision.against"], results, name)
     expected, promote = None if champion is None else champion.number, planned.config.promote or PromoteConfig()
     if decision.promote and promote.approval:
-        asked = approval.ask(registered, model, run_id, tags, expected, promote.approval_hours)
+        asked = approval.ask(registered, model, run_id, tags, expected, promote.approval_hours, page)
         version, news = approval.answered(asked), asked.tags["decision"] == approval.WAITING
     else:
         version = registry.register_and_promote(
-            registered, model, run_id, tags, promote=decision.promote, expected=expected
+            registered, model, run_id, tags, promote=decision.promote, expected=expected, description=page
         )
         news = look.decision == looks.OPEN or decision.promote
     return as_outcome(version, decision, news)

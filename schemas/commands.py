@@ -1,4 +1,4 @@
-"""What `alignflow validate`, `generate`, `rank` and `chat` ask of their processes (stages/commands): their options."""
+"""What `alignflow validate`, `generate`, `rank`, `chat` and `retrain` ask of their processes in stages/commands."""
 
 from typing import Annotated, Literal
 
@@ -84,3 +84,14 @@ class ChatCommand(Strict):
     max_new_tokens: int = Field(default=128, ge=1)
     as_json: bool = False
     """One JSON object per message, and nothing else on stdout."""
+
+
+class SmokeCommand(Strict):
+    """Let a model answer a few held-out prompts as it will be served; asked by `alignflow retrain` alone."""
+
+    model: str
+    """Its uri in MLflow."""
+    data: FilePath
+    """Data folder with held-out prompts."""
+    prompts: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)

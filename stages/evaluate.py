@@ -48,6 +48,8 @@ def run(context: StageContext) -> dict[str, float]:
     judge = judge_for(config.judge, context)  # first, so that a missing key or package costs no sampling
     evaluator = Evaluator(context, config)
     prompts = evaluator.prompts()
+    data = request.inputs["data"]
+    context.dataset("held-out prompts", data.uri, data.sha256, len(prompts))
     settings = settings_of(request, config)
     baseline = read_baseline(context, settings, prompts, evaluator.itself)
 

@@ -82,23 +82,41 @@ def lineage(
 
 def export(
     model: Annotated[str, typer.Argument(help="A name in the last run (dpo), models:/NAME@ALIAS or runs:/ID/model.")],
-    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    out: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Send it to the Hugging Face Hub, where it stays private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: everybody may read it.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter alone, for peft.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="With --adapter: where others find the base it is put on.")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="LLAMA_CPP", help="Also a GGUF file, by the converter in this checkout.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model to a folder that plain transformers loads, with a model card.
+    """Write a model to a folder that plain transformers loads, with a model card; or push it to the Hub.
 
     Examples:
 
     - alignflow export dpo --out my-model
-    - alignflow export models:/assistant@champion --out my-model
+    - alignflow export models:/assistant@champion --push my-name/my-model
+    - alignflow export dpo --adapter --out my-adapter
+    - alignflow export dpo --out my-model --gguf llama.cpp
     """
     from flows.results.export import export as write
     from schemas.text import show
 
-    folder = write(model, out)
+    made = write(model, out, adapter=adapter, base=base, converter=gguf, push=push, public=public)
+    sent = made.pushed
     if as_json:
-        return show_json({"model": model, "folder": str(folder)})
-    show(f"{model} is in {folder}, with a model card in README.md")
+        hub = None if sent is None else {"url": sent.url, "commit": sent.commit, "private": sent.private}
+        return show_json({"model": model, "folder": None if made.folder is None else str(made.folder), "hub": hub})
+    if made.folder is not None:
+        show(f"{model} is in {made.folder}, with a model card in README.md")
+    if sent is not None:
+        show(f"{model} is at {sent.url} ({'private' if sent.private else 'public'}), commit {sent.commit}")
 
 
 def chat(

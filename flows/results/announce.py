@@ -16,15 +16,19 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from flows.planning import sweep
 from flows.planning.plan import Plan
+from flows.results.history import Record
 from flows.results.summary import Compared, Summary
 from flows.servers import address_file, supervisor
 from schemas.stage import Result
+from schemas.text import one_line
 from stages import tracking
 
 EMIT_SECONDS = 10.0
 """How long an event is waited for until the server has it."""
 FINDING = 2000
 """Characters of an event's sentence; a model's reasons may be long."""
+PIPELINE = "pipeline"
+"""Tag of the MLflow run that stands for a whole pipeline run: the flow run's id."""
 
 
 def report(plan: Plan, results: Mapping[str, Result], aloud: bool = False) -> None:
@@ -117,6 +121,48 @@ def emit(event: str, name: str, finding: str, version: str = "", kind: str = "mo
     sent.start()
     sent.join(EMIT_SECONDS)
     return emitted is not None and not sent.is_alive()
+
+
+def group(plan: Plan, results: Mapping[str, Result], entry: Record, status: str = "FINISHED") -> None:
+    """One MLflow run for the whole pipeline run: what came out, and the ways to its report and its stages. The stages
+    that it has computed itself are nested below it; those that it has reused belong to the run that made them.
+
+    A run does not fail because of it. It has neither of the tags by which stages are found. Called again for the same
+    pipeline run, as a retraining does, it goes on with the same MLflow run.
+    """
+    try:
+        client = tracking.client()
+        experiment = tracking.experiment(plan.config.name)
+        (known, *_) = [*client.search_runs([experiment], f"tags.`{PIPELINE}` = '{entry.run}'"), None]
+        if known is None:
+            tags = {PIPELINE: entry.run, "mlflow.source.name": "alignflow", "mlflow.source.type": "LOCAL"}
+            name = f"pipeline {one_line(' '.join([entry.name, *entry.changed]), 100)}"
+            known = client.create_run(experiment, int(entry.began * 1000), tags, name)
+        run_id = known.info.run_id
+        for result in results.values():
+            if result.run_id and not result.reused:
+                client.set_tag(result.run_id, "mlflow.parentRunId", run_id)
+        for name, value in (results["compare"].metrics if "compare" in results else {}).items():
+            if not name.startswith("eval/"):  # those stay where they were measured
+                client.log_metric(run_id, tracking.acceptable_name(name), value)
+        client.set_tag(run_id, "mlflow.note.content", tracking.shortened(_note(results), tracking.TAG_LENGTH))
+        client.set_terminated(run_id, status)
+    except Exception as error:  # whatever the server or the network is up to
+        get_run_logger().warning("MLflow does not show the run as a whole: %s", error)
+
+
+def _note(results: Mapping[str, Result]) -> str:
+    """Markdown: the first finding, the way to the report, and to each stage."""
+    found, lines = compared(results), []
+    if found is not None:
+        lines += [f"**{sentence}**\n" for sentence in found.numbers().get("findings", [])[:1]]
+    for name, result in results.items():
+        if result.run_id:
+            page = f"#/experiments/{tracking.client().get_run(result.run_id).info.experiment_id}/runs/{result.run_id}"
+            if name == "compare":
+                lines.insert(1, f"[Report]({page}/artifacts/report.html)\n")
+            lines.append(f"- [{one_line(name, 60)}]({page}){' (reused)' if result.reused else ''}")
+    return "\n".join(lines)
 
 
 def show_in_prefect(table: str, links: Mapping[str, str]) -> None:

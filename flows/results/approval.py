@@ -29,6 +29,7 @@ from flows.results.registry import Version
 from flows.servers.automations import WAITS
 from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
+from stages import tracking
 
 APPROVAL = "approval"
 """Tag of a version that a person is asked about; the others begin with it: `approval.by`, `.at`, `.until`, `.note`."""
@@ -47,9 +48,16 @@ class Answer(RunInput):
 
 
 def ask(
-    model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], expected: str | None, hours: float
+    model: str,
+    candidate: Artifact,
+    run_id: str | None,
+    tags: Mapping[str, str],
+    expected: str | None,
+    hours: float,
+    description: str = "",
 ) -> Version:
-    """Register the candidate as a version that waits for a person, who has so many hours.
+    """Register the candidate as a version that waits for a person, who has so many hours. `description`: Markdown for
+    its page.
 
     The same decision (the same look, before the same champion) is asked once: its answer and its deadline stay.
     """
@@ -62,11 +70,14 @@ def ask(
             return registry.version(model, one.number)
         until = datetime.now(UTC) + timedelta(hours=hours)
         # The tag that says that it waits comes last: a process may die in between.
-        asked = {**mine, "approval.until": iso(until), "decision": WAITING, APPROVAL: WAITING}
+        asked = {**mine, "approval.until": iso(until), "decision": WAITING}
+        asked |= {registry.STATUS: "waiting for approval", APPROVAL: WAITING}
         if known is not None:
             for name in ("approval.by", "approval.at", "approval.note"):  # of another decision
                 registry.untag(known, name)
         one = registry.register(model, candidate, run_id, {**tags, **asked})
+        if description:
+            tracking.client().update_model_version(model, one.number, description)
         return registry.version(model, one.number)
 
 
@@ -88,7 +99,7 @@ def settle(one: Version, approve: bool | None, by: str = "", note: str = "", *, 
             answer = APPROVED if approve else EXPIRED if late else REJECTED
             why = f"nobody approved it until {one.tags['approval.until']}" if late else f"{by} rejected it"
             why = f"{why}: {note}" if note else why
-            rejected = {} if approve else {"decision": "rejected", "decision.reasons": why}
+            rejected = {} if approve else {"decision": "rejected", "decision.reasons": why, registry.STATUS: "rejected"}
             # The answer itself last: whoever sees it finds the rest.
             given = {"approval.by": by, "approval.at": registry.now(), "approval.note": note, **rejected}
             registry.tag(one, {**given, APPROVAL: answer})

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ class Model:
     request: Request | None = None
     tags: dict[str, str] | None = None
     metrics: dict[str, float] | None = None
+    judged: Mapping[str, str] = field(default_factory=dict)
+    """The parameters of its evaluation."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,7 @@ def model(what: str) -> Model:
     """
     if what.startswith(("models:/", "runs:/")):
         folder = tracking.locate(what)  # says clearly when there is none
-        source, run_id = tracking.registered(what), None
-        if source.startswith("runs:/"):
-            run_id = source.removeprefix("runs:/").partition("/")[0]
-        elif source.startswith("models:/m-"):
-            run_id = tracking.client().get_logged_model(source.removeprefix("models:/")).source_run_id
+        run_id = maker(tracking.registered(what))
         if not run_id:  # MLflow does not know which run has made it
             return Model(what, folder)
         name = tracking.client().get_run(run_id).data.tags.get("model")
@@ -160,6 +159,15 @@ def model(what: str) -> Model:
         return Model(Path(what).name, tracking.locate(what))
     fix = f"name one of {', '.join(names()) or 'the models of a pipeline run, after one'}, a uri or a model folder"
     raise refuse("MODEL", what, "there is no such model.", fix, kind="history")
+
+
+def maker(uri: str) -> str | None:
+    """The run that has published an artifact; None where MLflow does not know it."""
+    if uri.startswith("runs:/"):
+        return uri.removeprefix("runs:/").partition("/")[0]
+    if uri.startswith("models:/m-"):
+        return tracking.client().get_logged_model(uri.removeprefix("models:/")).source_run_id
+    return None
 
 
 def names() -> list[str]:
@@ -183,5 +191,5 @@ def _made(name: str, run_id: str) -> Model:
     evaluations = search(f"params.`train.run_id` = {quoted(run_id)} and tags.stage = 'evaluate'")
     # not the gate's, at a temperature of its own, and not those on a sweep's test part
     own = [r for r in evaluations if GATE_TAG not in r.data.tags and r.data.params.get("part", "eval") == "eval"]
-    metrics = dict(own[0].data.metrics) if own else {}
-    return Model(name, tracking.fetch(output), request, tags, metrics)
+    metrics, judged = (dict(own[0].data.metrics), dict(own[0].data.params)) if own else ({}, {})
+    return Model(name, tracking.fetch(output), request, tags, metrics, judged)

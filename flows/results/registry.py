@@ -25,6 +25,21 @@ CHAMPION, PREVIOUS = "champion", "previous"
 FORMER = "champion.former"
 """Tag on a version that has become champion: the version that was it before, or `none`."""
 ROLLED_BACK = "rolled_back"
+STATUS = "status"
+"""Tag that tells people what became of a version: `champion`, `former champion`, `rejected`, `conflict`, `rolled back`.
+"""
+LAST = "z."
+"""Before the names of tags that only programs read, so that a page lists them last."""
+FOR_PROGRAMS = {
+    "config.digest",
+    "data.digest",
+    "eval.run_id",
+    "pipeline.run",
+    "promote.run_id",
+    "stage.key",
+    "train.run_id",
+}
+"""These. Versions of before there was such a prefix have them without."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ def of_digest(model: str, sha256: str) -> Version | None:
 
 def _version(raw: Any) -> Version:
     tags = dict(raw.tags)
+    tags |= {name.removeprefix(LAST): value for name, value in raw.tags.items() if name.startswith(LAST)}
     source, sha256 = str(raw.source), tags.get("sha256")
     if sha256 is None and source.startswith("models:/m-"):  # not registered here: its LoggedModel has it, or nothing
         sha256 = tracking.client().get_logged_model(source.removeprefix("models:/")).tags.get("sha256")
@@ -138,11 +154,18 @@ def settled_champion(model: str) -> Version | None:
 
 
 def register_and_promote(
-    model: str, candidate: Artifact, run_id: str | None, tags: Mapping[str, str], *, promote: bool, expected: str | None
+    model: str,
+    candidate: Artifact,
+    run_id: str | None,
+    tags: Mapping[str, str],
+    *,
+    promote: bool,
+    expected: str | None,
+    description: str = "",
 ) -> Version:
     """Register the candidate with its tags; to promote it, make it the champion replaces version `expected`.
 
-    A content that is registered already keeps its version, with the new tags.
+    A content that is registered already keeps its version, with the new tags. description: Markdown for its page.
 
     Raises:
         StageError: kind `conflict`: another version is champion by now; kind `rolled_back`: this content was champion
@@ -150,6 +173,10 @@ def register_and_promote(
     """
     with held(model):
         candidate_version = register(model, candidate, run_id, tags)
+        if description:
+            tracking.client().update_model_version(model, candidate_version.number, description)
+        if not promote and aliases(model).get(CHAMPION) != candidate_version.number:
+            tag(candidate_version, {STATUS: "rejected"})
         if promote:
             make_champion(candidate_version, expected)
         return version(model, candidate_version.number)
@@ -165,7 +192,8 @@ def make_champion(one: Version, expected: str | None) -> None:
         check_not_rolled_back(one)
         check_still_champion(one.model, expected)
     except StageError as error:
-        tag(one, {"decision": error.problem.kind, "decision.reasons": str(error)})
+        kind = error.problem.kind
+        tag(one, {"decision": kind, "decision.reasons": str(error), STATUS: kind.replace("_", " ")})
         raise
     move(one, expected)
 
@@ -190,7 +218,8 @@ def tag(one: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a version; a long value is shortened."""
     for name, value in tags.items():
         short = tracking.shortened(value, tracking.TAG_LENGTH)
-        tracking.client().set_model_version_tag(one.model, one.number, name, short)
+        place = LAST + name if name in FOR_PROGRAMS else name
+        tracking.client().set_model_version_tag(one.model, one.number, place, short)
 
 
 def untag(one: Version, name: str) -> None:
@@ -227,8 +256,8 @@ def move(one: Version, former: str | None) -> None:
     client.set_registered_model_alias(one.model, CHAMPION, one.number)
     point_previous(one.model, former)
     if former is not None:
-        tag(version(one.model, former), {"champion.until": now()})
-    tag(one, {"champion.since": now()})
+        tag(version(one.model, former), {"champion.until": now(), STATUS: "former champion"})
+    tag(one, {"champion.since": now(), STATUS: "champion"})
 
 
 def point_previous(model: str, number: str | None) -> None:
@@ -274,7 +303,8 @@ def rollback(model: str | None = None) -> tuple[Version, Version]:
             fix = "point the alias at a version that you trust in MLflow"
             message = f"the champion before it, version {former}, was rolled back itself."
             raise refuse("MODEL", bad, message, fix, kind="registry")
-        tag(bad, {ROLLED_BACK: now()})  # first: from here on no schedule promotes it again
+        tag(bad, {ROLLED_BACK: now(), STATUS: "rolled back"})  # first: from here on no schedule promotes it again
         tracking.client().set_registered_model_alias(model, CHAMPION, former)
         point_previous(model, former_of(restored))
+        tag(restored, {STATUS: "champion"})
         return bad, restored

@@ -146,6 +146,12 @@ class PromoteConfig(Strict):
     approval_hours: float = Field(default=72.0, gt=0, le=8760)
     """How long the candidate waits for that; then it is rejected."""
     gate: Gate = Gate()
+    smoke: bool = False
+    """Before the alias moves, the candidate has to answer eight held-out prompts as it will be served: loaded by MLflow
+    into plain transformers, in a process of its own. An empty answer, no answer that ends by itself, an error or too
+    long a time reject it."""
+    smoke_minutes: float = Field(default=10.0, gt=0)
+    """How long that may take, loading included."""
 
 
 class PromoteParams(Strict):

@@ -1,3 +1,4 @@
-"""Commands for a terminal that need no MLflow, each run as `python -P -m stages.commands.NAME request.json`."""
+"""Commands for a terminal, and what flows ask of torch beside the stages, each run as `python -P -m
+stages.commands.NAME request.json`."""
 
 from stages.commands import lean as lean

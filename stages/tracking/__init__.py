@@ -5,7 +5,7 @@ file, and a side thread ships them. `find` looks up a finished run by its key, `
 check its digest.
 """
 
-from stages.tracking.flavour import FOR_MLFLOW
+from stages.tracking.flavour import FOR_MLFLOW, load_pipeline
 from stages.tracking.journal import close_left
 from stages.tracking.mlflow_client import (
     answer_soon,
@@ -58,6 +58,7 @@ __all__ = [
     "find",
     "flatten",
     "folder_locations",
+    "load_pipeline",
     "locate",
     "model_locations",
     "needs_server",

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from schemas.model_folder import is_reward_model, read_json
+from stages.tracking.mlflow_client import set_up_mlflow, tracking_uri
 
 _SERVED_REWARD = Path(__file__).resolve().parents[1] / "engine" / "scoring" / "served_reward.py"
 """Copied, never imported here: it needs transformers."""
@@ -98,3 +99,16 @@ def _reward_model(folder: Path, config: dict[str, Any]) -> tuple[dict[str, dict[
     inputs = Schema([ColSpec(AnyType(), "prompt"), ColSpec(DataType.string, "answer")])
     signature = ModelSignature(inputs=inputs, outputs=Schema([ColSpec(DataType.double, "score")]))
     return flavours, signature, {"dataframe_records": [{"prompt": [_HELLO], "answer": "Hello to you."}]}
+
+
+def load_pipeline(uri: str) -> Any:
+    """A published language model as MLflow's users and its server load it: transformers' pipeline.
+
+    Raises:
+        Exception: whatever MLflow and transformers raise.
+    """
+    set_up_mlflow()
+    import mlflow.transformers  # late: it imports transformers, which no flow may
+
+    mlflow.set_tracking_uri(tracking_uri())
+    return mlflow.transformers.load_model(uri)

@@ -134,6 +134,26 @@ class Journal:
         self._file.close()
 
 
+def log_on_model(run_id: str, model_id: str, dataset: tuple[str, str] | None, values: Mapping[str, float]) -> set[str]:
+    """Log final metrics of a run as those of a LoggedModel too, on a data set (its name and digest), so that MLflow's
+    page of models shows them. Returns the names of those that are logged; none, with a warning, where MLflow refuses.
+    """
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}  # a model's table has no NaN
+    entities, when = value_classes(), time.time_ns() // 1_000_000
+    about = {"model_id": model_id, "run_id": run_id}
+    if dataset is not None:
+        about |= {"dataset_name": dataset[0], "dataset_digest": dataset[1]}
+    metrics = [entities.Metric(acceptable_name(name), value, when, 0, **about) for name, value in finite.items()]
+    try:
+        client().log_inputs(run_id, models=[entities.LoggedModelInput(model_id)])
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            client().log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+    except Exception as error:  # the model was deleted, say: the run has its metrics all the same
+        log.warning("the model's page will not show its evaluation: %s", first_line(error))
+        return set()
+    return set(finite)
+
+
 def close_left() -> list[str]:
     """Close the runs that stages of this home have left RUNNING by their death, as KILLED with the tag `problem`.
 

@@ -12,6 +12,16 @@ TAG_LENGTH = 5000
 KEY_LENGTH = 250
 
 
+COST, COST_SHOWN = "compute/", "usage/"
+"""Metrics of cost, as stages and their results call them, and as MLflow has them: its page of charts lists groups by
+name, and people look for quality first. Runs of before this have them as `compute/`; nothing here reads them there."""
+
+
+def shown_name(name: str) -> str:
+    """The name under which MLflow has a metric."""
+    return COST_SHOWN + name.removeprefix(COST) if name.startswith(COST) else name
+
+
 def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
     """Nested settings as flat names with dots: {"a": {"b": 1}} -> {"a.b": "1"}."""
     flat: dict[str, str] = {}

@@ -24,7 +24,7 @@ from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.flavour import describe
-from stages.tracking.journal import Journal, journal_file, points_of
+from stages.tracking.journal import Journal, journal_file, log_on_model, points_of
 from stages.tracking.mlflow_client import (
     client,
     experiment,
@@ -32,7 +32,7 @@ from stages.tracking.mlflow_client import (
     plain_client,
     value_classes,
 )
-from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened
+from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened, shown_name
 from stages.tracking.problems import first_line, without_passwords
 from stages.tracking.reuse import runs_with
 from stages.tracking.store import arrived, digest, fetch, keep
@@ -116,6 +116,7 @@ class StageRun:
         self.result: Result | None = None
         self._fetched: dict[str, Path] = {}
         self._pace = Pace()
+        self._dataset: tuple[str, str] | None = None
         self.work.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -183,12 +184,27 @@ class StageRun:
     def finish(self, metrics: Mapping[str, float]) -> Result:
         """Log the final metrics and leave the result where `find` looks for it."""
         # Training metrics have their points already; one more, at step 0, would bend their curves.
-        self.metrics({name: value for name, value in metrics.items() if not name.startswith("train/")})
+        final = {name: value for name, value in metrics.items() if not name.startswith("train/")}
+        on_model = self._on_model(final)
+        self.metrics({name: value for name, value in final.items() if name not in on_model})
         self.result = Result(
             status="done", key=self.key, run_id=self.run_id, outputs=self.outputs, metrics=dict(metrics)
         )
         self.text(self.result.model_dump_json(indent=2), "result.json")
         return self.result
+
+    def _on_model(self, metrics: Mapping[str, float]) -> set[str]:
+        """Log the numbers of an evaluation on the model that it is of; returns their names. A gate's, at a temperature
+        of its own, and those of a sweep's test part would be taken for them.
+        """
+        request, model = self.request, self.request.inputs.get("model")
+        own = request.stage == "evaluate" and request.params.get("part", "eval") == "eval"
+        if self.rank > 0 or not own or request.params.get("gate") or model is None:
+            return set()
+        if not model.uri.startswith("models:/m-"):
+            return set()
+        measured = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        return log_on_model(self.run_id, model.uri.removeprefix("models:/"), self._dataset, measured)
 
     def fail(self, problem: Problem, trace: str | None = None) -> None:
         """Record on the run why the stage stops; log where even that fails."""
@@ -220,7 +236,7 @@ class StageRun:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at a step, or without one as final. Returns at once; NaN and infinity are logged as such."""
         if self.rank == 0:
-            self._journal.add(values, step)
+            self._journal.add({shown_name(name): value for name, value in values.items()}, step)
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters, flat; long values are shortened (config.json has them whole), known names are left alone."""
@@ -282,6 +298,7 @@ class StageRun:
         context = [entities.InputTag("mlflow.data.context", self.request.stage)]
         logged = [entities.DatasetInput(dataset=dataset, tags=context)]
         client().log_inputs(self.run_id, datasets=logged)
+        self._dataset = (dataset.name, dataset.digest)
 
     def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
         """Store a folder as an output of the stage; a model becomes a LoggedModel, visible once it is whole."""

@@ -44,11 +44,11 @@ def work_in(home: Path) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         metrics = run.data.metrics
-        waited = metrics["compute/tracking_seconds"]
+        waited = metrics["usage/tracking_seconds"]
         found.append(
             {
                 "stage": run.info.run_name,
-                "work": metrics["compute/stage_seconds"] - waited,
+                "work": metrics["usage/stage_seconds"] - waited,
                 "end": (run.info.end_time or 0) / 1000,
                 "waited": waited,
                 "mlflow_run": ((run.info.end_time or 0) - run.info.start_time) / 1000,

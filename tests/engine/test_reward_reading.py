@@ -78,7 +78,8 @@ def test_ours_scores_in_plain_transformers_by_its_card(
     save_scorer(load_scorer(base, seed=5), Codec.load(base), tmp_path / "reward", mean=0.5, std=2.0)
     judge = RewardJudge(tmp_path / "reward")
     ours = [2.0 * score + 0.5 for score in judge.score(CHATS, ANSWERS)]
-    out = export.export(str(tmp_path / "reward"), tmp_path / "exported")
+    out = tmp_path / "exported"
+    export.export(str(tmp_path / "reward"), out)
     assert plain_scores(out, family.end) == pytest.approx(ours, abs=1e-4)
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)

@@ -246,6 +246,10 @@ def test_the_life_of_a_champion(
     assert rejected.decision is not None and rejected.decision.against == "champion"
     assert registry.aliases("assistant") == {"champion": "1"}
     second = registry.version("assistant", "2")
+    page = tracking.client().get_model_version("assistant", "2").description or ""
+    assert page.startswith("**Rejected**, judged against version 1. Candidate `dpo`.\n\nFailed: win_rate_p")
+    assert "| win_rate_p | " in page and f"- data `preference`: `{tmp_path / 'pairs.jsonl'}` (sha256 " in page
+    assert f"/runs/{second.run_id})" in page and "/artifacts/comparison/report.html)" in page
     assert second.tags["decision"] == "rejected" and "true win rate of 0.999" in second.tags["decision.reasons"]
     assert second.tags["decision.against"] == "version 1" and second.tags["data.digest"] != champion.tags["data.digest"]
     evaluated = tracking.client().search_runs([tracking.experiment("trial")], "tags.model = 'champion'")
@@ -269,6 +273,14 @@ def test_the_life_of_a_champion(
     assert registry.version("assistant", "2").tags["decision"] == "conflict"
     tracking.client().set_registered_model_alias("assistant", "champion", "1")
 
+    # It passes the gate, but does not answer in time as it would be served: nothing moves.
+    asked = ["promote.smoke=true", "promote.smoke_minutes=0.0001"]
+    silent = retrain.run(config, asked)
+    assert (
+        silent.ending == "Rejected" and "smoke is 0, must be >= 1 (no answers within 0.0001 minutes" in silent.message
+    )
+    assert registry.aliases("assistant") == {"champion": "1"}
+
     # Once more, undisturbed: nothing is made again, and the candidate takes the champion's place.
     promoted = retrain.run(config)
     assert promoted.ending == "Promoted" and promoted.message.endswith("replaces version 1.")
@@ -286,7 +298,7 @@ def test_the_life_of_a_champion(
     names = [name for name, _ in states(prefect)]
     assert names == [
         *("Promoted", "Unchanged", "Unchanged", "Rejected"),
-        *("Conflict", "Promoted", "Unchanged", "Rejected"),
+        *("Conflict", "Rejected", "Promoted", "Unchanged", "Rejected"),
     ]
     assert states(prefect)[3][1] == rejected.message
 

@@ -19,7 +19,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ('return (raw - self.scale["mean"]) / self.scale["std"]', 'return raw - self.scale["mean"]'),
         ('+ self.around.get("end", self.tokenizer.eos_token or "")', ""),
     ],
-    ("flows/results/export.py", (FLAVOUR,)): [
+    ("flows/results/export/__init__.py", (FLAVOUR,)): [
         ("if inner.parts[0] in left:", "if inner.name in left:"),
     ],
     ("stages/tracking/database.py", (DATABASE,)): [

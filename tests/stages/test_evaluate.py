@@ -543,15 +543,16 @@ def test_the_run_in_mlflow_carries_metrics_without_steps_table_and_the_trainings
     result = execute(request)
     assert result.status == "done", result.error
     logged = tracking.client().get_run(result.run_id or "")
-    times = {"compute/stage_seconds", "compute/tracking_seconds"}
+    times = {"usage/stage_seconds", "usage/tracking_seconds"}
     final = {name: value for name, value in logged.data.metrics.items() if name not in times}
-    assert final == pytest.approx(result.metrics) and times <= logged.data.metrics.keys()
+    shown = {name.replace("compute/", "usage/"): value for name, value in result.metrics.items()}
+    assert final == pytest.approx(shown) and times <= logged.data.metrics.keys()
     assert logged.data.metrics["eval/win_rate_vs_sft"] == 0.5
     assert {
-        metric.step
-        for name in result.metrics
-        for metric in tracking.client().get_metric_history(logged.info.run_id, name)
+        metric.step for name in shown for metric in tracking.client().get_metric_history(logged.info.run_id, name)
     } == {0}
+    assert logged.inputs is not None
+    assert [one.dataset.name for one in logged.inputs.dataset_inputs] == ["held-out prompts"]
     assert logged.data.tags["model"] == "sft" and logged.data.tags["data.version"] == "abc"
     assert logged.data.params["learning_rate"] == "0.001"
     assert "eval/samples.json" in logged.data.tags["mlflow.loggedArtifacts"]

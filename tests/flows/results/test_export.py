@@ -2,34 +2,34 @@
 
 import re
 import time
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.results import export, lookup
+from flows.results.export import origins
 from schemas.config.training import Training
 from schemas.errors import StageError
-from schemas.stage import Request, Result
+from schemas.stage import Result
 from stages import tracking
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy, load_scorer
 from stages.engine.models.saving import save_policy, save_scorer
-from stages.tracking import StageRun
+from tests.support.finished import finish
 from tests.support.models import LORA, model_folder
 
 
-def finish(outputs: dict[str, Path], metrics: dict[str, float] | None = None, **request: Any) -> Result:
-    """A finished stage run with the given outputs; models are those called `model`."""
-    pipeline_run = request.pop("pipeline_run", "run-1")
-    whole = Request(version=1, pipeline_run=pipeline_run, experiment="trial", **request)
-    with StageRun(whole) as run:
-        for name, folder in outputs.items():
-            run.publish(name, folder, model=name == "model")
-        return run.finish(metrics or {})
+def exported(what: str, out: Path, **options: Any) -> Path:
+    """The folder that an export has written."""
+    made = export.export(what, out, **options).folder
+    assert made == out
+    return out
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def aligned(ready_home: Path, tmp_path: Path) -> Result:
 def test_a_place_that_cannot_be_written_is_named(aligned: Result, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match=r"--out = .*file/model: cannot be written: .*Fix: name a place"):
-        export.export("dpo", tmp_path / "file" / "model")
+        exported("dpo", tmp_path / "file" / "model")
 
 
 def test_an_exported_model_loads_in_plain_transformers(aligned: Result, tmp_path: Path) -> None:
-    out = export.export("dpo", tmp_path / "exported")
+    out = exported("dpo", tmp_path / "exported")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids_BT = tokenizer.apply_chat_template(
@@ -72,13 +72,19 @@ def test_an_exported_model_loads_in_plain_transformers(aligned: Result, tmp_path
 
 
 def test_the_card_tells_method_parameters_metrics_and_data(aligned: Result, tmp_path: Path) -> None:
-    card = (export.export("dpo", tmp_path / "exported") / "README.md").read_text()
-    for line in ("# dpo", "method `dpo`", "data version: `d1`", "| beta | 0.3 |", "| eval/win_rate_vs_sft | 0.75 |"):
-        assert line in card
+    card = (exported("dpo", tmp_path / "exported") / "README.md").read_text()
+    lines = (
+        "# dpo",
+        "method `dpo`",
+        "data version: `d1`",
+        "| beta | 0.3 |",
+        "| Win rate against the SFT model | 75.0 % |",
+    )
+    assert [line for line in lines if line not in card] == [] and "lora" not in card
 
 
 def test_the_cards_code_runs(aligned: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = export.export("dpo", tmp_path / "exported")
+    out = exported("dpo", tmp_path / "exported")
     code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     exec(code[0], {})
@@ -91,7 +97,7 @@ def test_a_reward_model_is_exported_with_code_that_scores_as_we_do(
     codec = Codec.load(base)
     save_scorer(load_scorer(base, seed=1), codec, tmp_path / "scorer")
     finish({"model": tmp_path / "scorer"}, stage="reward", name="reward", params={})
-    out = export.export("reward", tmp_path / "exported")
+    out = exported("reward", tmp_path / "exported")
     code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -107,24 +113,162 @@ def test_the_card_tells_the_adapters_base(ready_home: Path, tmp_path: Path) -> N
     policy = load_policy(base, Training(lora=LORA))
     save_policy(policy, Codec.load(base), tmp_path / "model", base=made.sha256)
     finish({"model": tmp_path / "model"}, stage="sft", name="sft", params={}, inputs={"model": made})
-    card = (export.export("sft", tmp_path / "exported") / "README.md").read_text()
+    card = (exported("sft", tmp_path / "exported") / "README.md").read_text()
     assert f"Its base is `{made.uri}` (sha256 `{made.sha256[:12]}`" in card
-    assert "adapter" not in (export.export("base", tmp_path / "plain") / "README.md").read_text().partition("merged")[2]
+    assert "adapter" not in (exported("base", tmp_path / "plain") / "README.md").read_text().partition("merged")[2]
 
 
 def test_the_cards_metadata_tell_the_hub_what_it_is_and_how_it_did(aligned: Result, tmp_path: Path) -> None:
-    data = ModelCard.load(export.export("dpo", tmp_path / "exported") / "README.md").data
+    data = ModelCard.load(exported("dpo", tmp_path / "exported") / "README.md").data
     assert data.to_dict() | {"model-index": 0} == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["alignflow"],
+        "tags": ["alignflow", "dpo"],
         "model-index": 0,
     }
     assert isinstance(data, ModelCardData) and data.eval_results is not None
     (result,) = data.eval_results
-    assert (data.model_name, result.metric_type, result.metric_value) == ("dpo", "eval/win_rate_vs_sft", 0.75)
-    bare = ModelCard.load(export.export(str(tmp_path / "model"), tmp_path / "bare") / "README.md").data
-    assert bare.to_dict() == {name: value for name, value in data.to_dict().items() if name != "model-index"}
+    assert (data.model_name, result.metric_type, result.metric_value) == ("dpo", "win_rate_vs_sft", 0.75)
+    bare = ModelCard.load(exported(str(tmp_path / "model"), tmp_path / "bare") / "README.md").data
+    known = {name: value for name, value in data.to_dict().items() if name != "model-index"}
+    assert bare.to_dict() == known | {"tags": ["alignflow"]}
+
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def from_the_hub(ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """An SFT model with LoRA on a Hub model, and KTO with LoRA on that, on a data set of the Hub and a file."""
+    card = tmp_path / "their-card.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n# Theirs\n")
+    monkeypatch.setattr(origins, "try_to_load_from_cache", lambda *asked, **named: str(card))
+    folder = model_folder(tmp_path / "base")
+    params = {"path": "their/base", "revision": COMMIT, "scratch": None}
+    (base,) = finish({"model": folder}, stage="base", name="base", params=params).outputs.values()
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    sources: Any = [{"name": "chat", "path": "hub:their/rows"}, {"name": "mine", "path": "pairs.jsonl"}]
+    data = finish({"data": rows}, stage="validate", params={"sources": sources}).outputs["data"]
+    (rows / "one").write_text("")
+    held_out = finish({"data": rows}, stage="validate", params={"path": "hub:their/test"}).outputs["data"]
+    below = base
+    for stage, name in (("sft", "sft"), ("align", "kto")):
+        policy = load_policy(folder, Training(lora=LORA))
+        torch.manual_seed(1)
+        for weights in policy.parameters():  # a fresh adapter changes nothing
+            if weights.requires_grad:
+                torch.nn.init.normal_(weights.data, std=0.1)
+        folder = tmp_path / name
+        save_policy(policy, Codec.load(tmp_path / "base"), folder, base=below.sha256)
+        inputs = {"model": below, "data": data, "evaluation": held_out}
+        made = finish({"model": folder}, stage=stage, name=name, params={"method": name, "lora": None}, inputs=inputs)
+        below = made.outputs["model"]
+    about = {"train.run_id": str(made.run_id)}
+    numbers = {"win_rate_vs_sft": 0.9, "win_rate_vs_sft_low": 0.85, "win_rate_vs_sft_high": 0.94, "reward_score": nan}
+    numbers |= {"kl_to_reference": 5.25, "kl_to_reference_se": 0.125, "t0.3/length": 20.0, "chat/judge_score": 2.0}
+    metrics = {f"eval/{name}": value for name, value in numbers.items()} | {"compute/seconds": 9.0}
+    judging: Any = {"judge": {"judge": "rule"}, "max_new_tokens": 64}
+    finish({}, metrics, stage="evaluate", name="kto", params=judging, about=about)
+    return made
+
+
+def test_the_card_names_the_hubs_base_its_licence_and_the_data(from_the_hub: Result, tmp_path: Path) -> None:
+    data = ModelCard.load(exported("kto", tmp_path / "exported") / "README.md").data
+    assert (data.get("base_model"), data.get("license"), data.get("datasets")) == (
+        "their/base",
+        "apache-2.0",
+        ["their/rows"],
+    )
+    assert isinstance(data, ModelCardData) and data.eval_results is not None
+    assert {one.metric_name: one.metric_value for one in data.eval_results} == {
+        "Win rate against the SFT model": 0.9,
+        "Win rate against the SFT model, lower end": 0.85,
+        "Win rate against the SFT model, upper end": 0.94,
+        "KL to the SFT model, nats per answer": 5.25,
+        "KL to the SFT model, nats per answer, standard error": 0.125,
+        "Tokens per answer at temperature 0.3": 20.0,
+        "Mean judge score on prompts of chat": 2.0,
+    }, "the Hub refuses NaN"
+    text = (tmp_path / "exported" / "README.md").read_text()
+    assert "| Win rate against the SFT model | 90.0 [85.0, 94.0] % |" in text
+    assert "| KL to the SFT model, nats per answer | 5.25 ± 0.125 |" in text
+    assert "Judged by `rule` on held-out prompts, at most 64 tokens an answer" in text
+
+
+@PEFT_WARNS
+def test_an_adapter_alone_loads_in_peft_and_says_what_it_sits_on(from_the_hub: Result, tmp_path: Path) -> None:
+    for what, base, commit in (("sft", None, COMMIT), ("kto", "me/sft", None)):
+        out = exported(what, tmp_path / f"{what} adapter", adapter=True, base=base)
+        files = {file.name for file in out.iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", "README.md"} <= files
+        assert "model.safetensors" not in files and "config.json" not in files
+        config = PeftConfig.from_pretrained(str(out))
+        assert (config.base_model_name_or_path, config.revision) == (base or "their/base", commit)
+        data = ModelCard.load(out / "README.md").data
+        assert (data.get("base_model"), data.get("library_name")) == (base or "their/base", "peft")
+        below = AutoModelForCausalLM.from_pretrained(tmp_path / ("base" if what == "sft" else "sft"))
+        ids_BT = torch.tensor([[1, 5, 9, 2]])
+        whole = AutoModelForCausalLM.from_pretrained(exported(what, tmp_path / f"{what} whole"))
+        assert not torch.allclose(below(ids_BT).logits, whole(ids_BT).logits, atol=1e-2)
+        assert torch.allclose(PeftModel.from_pretrained(below, out)(ids_BT).logits, whole(ids_BT).logits, atol=1e-5)
+
+
+@PEFT_WARNS
+def test_an_adapters_code_runs(from_the_hub: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = exported("kto", tmp_path / "exported", adapter=True, base=str(tmp_path / "sft"))
+    code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code[0], {})
+
+
+def test_an_adapter_that_nobody_else_can_put_on_says_so(from_the_hub: Result, tmp_path: Path) -> None:
+    card = (exported("kto", tmp_path / "exported", adapter=True) / "README.md").read_text()
+    below = lookup.model("kto").request
+    assert below is not None and f"The adapter's base is `{below.inputs['model'].uri}`" in card
+    assert "base_model:" not in card and "FOLDER_OF_ITS_BASE" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": None}, "--out = not given: nothing says where the model is to go. Fix: give --out, --push, or both"),
+        ({"adapter": True}, "--adapter = dpo: this model has no LoRA adapter"),
+        ({"base": "me/sft"}, "--base = me/sft: only an adapter alone has one"),
+        ({"public": True}, "--public = given: nothing is pushed"),
+        ({"converter": Path("nowhere")}, "there is no convert_hf_to_gguf.py in it.*Fix: git clone"),
+        ({"converter": Path("nowhere"), "adapter": True}, "an adapter alone becomes no GGUF model"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_a_file_is_written(
+    aligned: Result, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StageError, match=message):
+        export.export("dpo", **{"out": tmp_path / "out", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_is_made_by_the_converter_of_a_checkout(aligned: Result, tmp_path: Path) -> None:
+    """Called as llama.cpp's is, with what lies beside it at hand; its own last line is the reason where it fails."""
+    checkout = tmp_path / "llama.cpp"
+    checkout.mkdir()
+    (checkout / "beside.py").write_text("SUFFIX = b' as gguf'\n")
+    script = checkout / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import argparse, pathlib, beside\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('model', type=pathlib.Path)\n"
+        "parser.add_argument('--outfile', type=pathlib.Path)\n"
+        "given = parser.parse_args()\n"
+        "given.outfile.write_bytes((given.model / 'config.json').read_bytes() + beside.SUFFIX)\n"
+    )
+    out = exported("dpo", tmp_path / "mine", converter=checkout)
+    assert (out / "mine.gguf").read_bytes() == (out / "config.json").read_bytes() + b" as gguf"
+    script.write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')\n")
+    with pytest.raises(StageError, match=r"converter failed: NotImplementedError: BPE pre-tokenizer .*Fix: the export"):
+        export.export("dpo", tmp_path / "other", converter=checkout)
+    assert (tmp_path / "other" / "model.safetensors").exists() and not (tmp_path / "other" / "other.gguf").exists()
 
 
 @pytest.mark.parametrize("what", ["uri", "run", "registered", "folder"])
@@ -200,28 +344,28 @@ def test_runs_of_all_experiments_are_looked_through(aligned: Result, monkeypatch
 
 def test_an_unknown_model_names_those_that_are_there(aligned: Result, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"MODEL = ppo: there is no such model. Fix: name one of dpo"):
-        export.export("ppo", tmp_path / "exported")
+        exported("ppo", tmp_path / "exported")
     with pytest.raises(StageError, match="cannot hold quotes"):
-        export.export("o'neill", tmp_path / "exported")
+        exported("o'neill", tmp_path / "exported")
     with pytest.raises(StageError):
-        export.export("models:/nobody@champion", tmp_path / "exported")
+        exported("models:/nobody@champion", tmp_path / "exported")
 
 
 def test_an_export_overwrites_nothing(aligned: Result, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("keep me")
     with pytest.raises(StageError, match="already exists"):
-        export.export("dpo", tmp_path / "mine")
+        exported("dpo", tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "keep me"
     (tmp_path / "empty").mkdir()
-    assert export.export("dpo", tmp_path / "empty") == tmp_path / "empty"
+    assert exported("dpo", tmp_path / "empty") == tmp_path / "empty"
 
 
 def test_an_altered_model_is_not_exported(aligned: Result, tmp_path: Path) -> None:
     weights = lookup.model("dpo").folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(StageError, match="altered"):
-        export.export("dpo", tmp_path / "exported")
+        exported("dpo", tmp_path / "exported")
 
 
 def test_the_last_comparison_is_found_by_run_and_by_name(aligned: Result) -> None:

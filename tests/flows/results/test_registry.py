@@ -49,7 +49,9 @@ def test_a_version_is_registered_from_the_logged_model_with_its_tags(models: lis
     settle(models[0], None)
     found = tracking.client().get_model_version_by_alias("assistant", "champion")
     assert str(found.version) == "1" and found.run_id == run_id and found.source == artifact.uri
-    assert found.tags.items() >= {**TAGS, "sha256": artifact.sha256, "champion.former": "none"}.items()
+    told = {"decision": "promoted", "z.data.digest": "d1", "status": "champion"}
+    assert found.tags.items() >= {**told, "sha256": artifact.sha256, "champion.former": "none"}.items()
+    assert registry.version("assistant", "1").tags["data.digest"] == "d1"
     assert tracking.locate("models:/assistant@champion") == tracking.fetch(artifact)
     assert aliases() == {"champion": "1"}
     champion = registry.champion("assistant")
@@ -62,6 +64,34 @@ def test_the_former_champion_is_kept(models: list[tuple[Artifact, str]]) -> None
     assert aliases() == {"champion": "2", "previous": "1"}
     assert registry.version("assistant", "2").tags["champion.former"] == "1"
     assert "champion.until" in registry.version("assistant", "1").tags
+
+
+def test_the_status_says_what_became_of_each_version(models: list[tuple[Artifact, str]]) -> None:
+    def told() -> dict[str, str]:
+        return {one.number: one.tags["status"] for one in registry.versions("assistant")}
+
+    settle(models[0], None)
+    settle(models[1], "1", promote=False)
+    assert told() == {"1": "champion", "2": "rejected"}
+    settle(models[2], "1")
+    assert told() == {"1": "former champion", "2": "rejected", "3": "champion"}
+    settle(models[2], "3", promote=False)
+    assert told()["3"] == "champion", "a champion that is judged again is not rejected"
+    with pytest.raises(StageError, match="version 1 was champion when"):
+        settle(models[1], "1")
+    assert told() == {"1": "former champion", "2": "conflict", "3": "champion"}
+    registry.rollback("assistant")
+    assert told() == {"1": "champion", "2": "conflict", "3": "rolled back"}
+
+
+def test_tags_of_before_they_had_a_prefix_are_read_and_give_way(models: list[tuple[Artifact, str]]) -> None:
+    settle(models[0], None)
+    client = tracking.client()
+    client.delete_model_version_tag("assistant", "1", "z.data.digest")
+    client.set_model_version_tag("assistant", "1", "data.digest", "of before")
+    assert registry.version("assistant", "1").tags["data.digest"] == "of before"
+    settle(models[0], "1")
+    assert registry.version("assistant", "1").tags["data.digest"] == "d1"
 
 
 class Killed(BaseException):
