@@ -36,7 +36,7 @@ STAGES = {
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
     "baselines": StageSpec(1, needs_device=True, shows_text=True),
-    "compare": StageSpec(4, shows_text=True),
+    "compare": StageSpec(5, shows_text=True),
     "promote": StageSpec(2),
 }
 """Every stage: a file or folder of that name in `stages/`."""

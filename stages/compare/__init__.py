@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
-from stages.compare import by_source, curve, frontier, head_to_head
+from stages.compare import by_source, curve, frontier, head_to_head, origin
 from stages.compare.findings import COVERS, best, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
@@ -22,7 +22,7 @@ from stages.compare.plots import draw
 from stages.compare.table import WIDTH, WIDTHS, Comparison, over, render_text
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, load_all, text_of
 from stages.engine.scoring.intervals import Interval, clustered_error
-from stages.engine.scoring.paired import wins_between
+from stages.engine.scoring.paired import scores_alone, wins_between
 from stages.runtime.context import StageContext
 
 BASELINES = "baselines"
@@ -41,6 +41,15 @@ JUDGES = {
     "sentiment": "vaderSentiment, a lexicon that scores how positive a text is",
     "reward": "a reward model that no policy was trained on",
 }
+DOUBTS = {
+    "rule": "It counts what it was programmed to count: it shows that the methods work, not that an answer is good.",
+    "sentiment": "It measures how cheerful the words are: not whether an answer is right, useful or to the point.",
+    "reward": "It has learned from preferences like those that the policies have learned from, and may have picked up "
+    "the same habits, such as a liking for long answers.",
+    "endpoint": "Language models as judges tend to like long and confident answers, and those like their own. Both "
+    "orders were asked, so that the place of an answer decides nothing.",
+}
+"""Of each kind of judge: what its verdicts do not show."""
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -64,6 +73,7 @@ def run(context: StageContext) -> dict[str, float]:
         ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
+        made=origin.origin(context, list(evaluations)),
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -105,12 +115,13 @@ def compare(
     ask: Ask | None = None,
     score_std: float | None = None,
     chosen: str = "",
+    made: origin.Origin | None = None,
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
     Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
     stand in the order of the variants, and each group shows the first seed's answers. `ask`: a judge that only
-    compares. `score_std`: as in `frontier.points`; `chosen`: as in Comparison.
+    compares. `score_std`: as in `frontier.points`; `chosen`, `made`: as in Comparison, there `origin`.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
@@ -167,6 +178,10 @@ def compare(
         points=points,
         chosen=chosen,
         sources=first.settings.get("sources", {}),
+        samples={name: evaluations[name].first for name in names},
+        alone=scores_alone(first.settings["judge"]),
+        doubt=DOUBTS[first.settings["judge"]["judge"]],
+        origin=made or origin.Origin(),
     )
 
 

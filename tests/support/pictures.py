@@ -20,7 +20,8 @@ def draw(report: Path, out: Path) -> None:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, device_scale_factor=1.5, color_scheme="light")
         page.goto((report / "report.html").as_uri())
-        top, bottom = page.locator("h2").last.bounding_box(), page.locator("details").nth(1).bounding_box()
+        answers = page.locator("#answers ~ details")
+        top, bottom = page.locator("#answers").bounding_box(), answers.nth(1).bounding_box()
         assert top is not None and bottom is not None
         start, end = top["y"] - MARGIN, bottom["y"] + bottom["height"] + MARGIN
         clip = FloatRect(x=0, y=start, width=WIDTH, height=end - start)
