@@ -86,7 +86,9 @@ def origin(context: StageContext, models: Sequence[str]) -> Origin:
             run = context.recorded(what, list(CURVES)) if what and made not in trainings else None
             if run is not None:
                 trainings[made] = Training(made, run, _data(context, run))
-    return Origin(list(trainings.values()), _facts(context, list(trainings.values()), list(evaluations.values())))
+    first = ["base", "sft", "reward"]
+    ordered = sorted(trainings.values(), key=lambda one: first.index(one.model) if one.model in first else len(first))
+    return Origin(ordered, _facts(context, ordered, list(evaluations.values())))
 
 
 def _maker(context: StageContext, uri: str) -> Recorded | None:
@@ -97,15 +99,14 @@ def _maker(context: StageContext, uri: str) -> Recorded | None:
 
 def _data(context: StageContext, run: Recorded) -> str:
     """The rows of a training: the sources that their check has read, and the digest of what it published."""
-    for _, uri, sha256 in run.datasets:
-        check = _maker(context, uri)
-        # Of a path its last part: a report is shown to people who need not know this machine's folders.
-        names = (
-            [PurePath(name).name if name.startswith("/") else name for name, _, _ in check.datasets] if check else []
-        )
-        read = ", ".join("generated answers" if name == "input:rows" else name for name in names)
-        return f"{read or 'data'}, sha256 {sha256[:DIGITS]}"
-    return ""
+    sha256 = run.tags.get("input.data", "")
+    if not sha256:
+        return ""
+    check = context.recorded(sha256)
+    # Of a path its last part: a report is shown to people who need not know this machine's folders.
+    names = [PurePath(name).name if name.startswith("/") else name for name in check.datasets] if check else []
+    read = ", ".join("generated answers" if name == "input:rows" else name for name in names)
+    return f"{read or 'data'}, sha256 {sha256[:DIGITS]}"
 
 
 def _facts(context: StageContext, trainings: Sequence[Training], evaluations: Sequence[Recorded]) -> dict[str, str]:

@@ -22,8 +22,8 @@ class Recorded:
     """The last value of each."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """Metric -> (step, value) in the order of the steps, of those that were asked for and are there."""
-    datasets: Sequence[tuple[str, str, str]] = ()
-    """(name, uri, sha256) of the data that it has read."""
+    datasets: Sequence[str] = ()
+    """Names of the data that it has read."""
 
 
 class StageContext(Protocol):

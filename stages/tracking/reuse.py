@@ -93,7 +93,6 @@ def recorded(what: str, curves: Sequence[str] = ()) -> Recorded | None:
         if name in run.data.metrics:
             history = client().get_metric_history(run.info.run_id, name)
             points[name] = sorted({one.step: one.value for one in history if math.isfinite(one.value)}.items())
-    read = [one.dataset for one in run.inputs.dataset_inputs]
     return Recorded(
         run_id=run.info.run_id,
         stage=run.data.tags.get("stage", ""),
@@ -102,9 +101,7 @@ def recorded(what: str, curves: Sequence[str] = ()) -> Recorded | None:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
         curves=points,
-        datasets=[
-            (one.name, json.loads(one.source).get("uri", ""), json.loads(one.profile).get("sha256", "")) for one in read
-        ],
+        datasets=[one.dataset.name for one in run.inputs.dataset_inputs],
     )
 
 

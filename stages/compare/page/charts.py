@@ -29,13 +29,13 @@ class Scale:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """At most five round numbers from low to high: multiples of 1, 2 or 5 times a power of ten; of equal ends one."""
+    """Three to five round numbers from low to high: multiples of 1, 2 or 5 times a power of ten; of equal ends one."""
     if not high > low:
         return [low]
     step = 10.0 ** math.floor(math.log10(high - low))
     for factor in (1.0, 0.5, 0.2, 0.1):
         first, last = math.ceil(low / (step * factor) - 1e-9), math.floor(high / (step * factor) + 1e-9)
-        if last > first:
+        if last >= first + 2:
             return [number * step * factor for number in range(first, last + 1)][:: math.ceil((last - first + 1) / 5)]
     return [low, high]
 
