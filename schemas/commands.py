@@ -1,4 +1,4 @@
-"""What `alignflow validate`, `generate`, `rank` and `chat` ask of their processes (stages/commands): their options."""
+"""What `alignflow validate`, `generate`, `rank`, `ab` and `chat` ask of their processes: their options."""
 
 from typing import Annotated, Literal
 
@@ -53,21 +53,41 @@ RankForm = Literal["ranking", "pairs", "thumbs"]
 AnnotatorName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^\S(.*\S)?$")]
 
 
-class RankCommand(Strict):
-    """Let a person rank the answers of a file."""
+class Interview(Strict):
+    """How a person is asked."""
 
-    file: FilePath
-    output: FilePath | None = None
-    """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
     annotator: AnnotatorName
-    form: RankForm = "ranking"
-    """All answers to a prompt at once, every two of them, or each one with a thumb."""
     terminal: bool = False
     open: bool = True
     """Whether the page is opened in a browser, where there is a screen."""
     port: int = Field(default=0, ge=0, le=65535)
     """0: a free one."""
     seed: int = 0
+
+
+class RankCommand(Interview):
+    """Let a person rank the answers of a file."""
+
+    file: FilePath
+    output: FilePath | None = None
+    """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
+    form: RankForm = "ranking"
+    """All answers to a prompt at once, every two of them, or each one with a thumb."""
+
+
+class AbCommand(Interview):
+    """Let a person judge the answers of two evaluated models."""
+
+    model: str
+    other: str
+    first: FilePath
+    """The first model's evaluation folder."""
+    second: FilePath
+    out: FilePath
+    """Folder for `NAME-NAME.verdicts.jsonl` and `results/NAME-NAME.json`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Ask about so many prompts only, drawn by the seed."""
+    as_json: bool = False
 
 
 class ChatCommand(Strict):

@@ -48,6 +48,10 @@ ENGINE_VERSION = 5
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations", "few_prompts"}
 
 
+BASELINES = "baselines"
+"""The input of `compare` that holds the SFT model's baselines; all others but PEOPLE are models."""
+PEOPLE = "people"
+"""The input of `compare` that holds what people said of two models: results of `alignflow ab`."""
 SOURCE = "source"
 """The input that is the file or folder which `path` in a request's parameters names."""
 

@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
 register(app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank)
-register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
+register(
+    app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.ab, models.export
+)
 register(app, "Serve", models.rollback, servers.ui, servers.up, servers.deploy, servers.clean)
 register(app, "", run.stage)
 

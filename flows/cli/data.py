@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.cli.child import start
-from flows.cli.options import AsJson, show_json
+from flows.cli.options import Annotator, AsJson, named, show_json
 
 
 def presets(
@@ -211,7 +211,7 @@ def rank(
     output: Annotated[
         Path | None, typer.Option(help="JSONL file for the rows to train on; default: beside FILE, NAME.ranked.jsonl.")
     ] = None,
-    annotator: Annotated[str | None, typer.Option(help="Who ranks; default: the user's name on this machine.")] = None,
+    annotator: Annotator = None,
     form: Annotated[
         str | None,
         typer.Option(help="ranking (all answers at once; the default), pairs (every two), or thumbs (each one)."),
@@ -232,15 +232,6 @@ def rank(
     - alignflow rank to_rank.jsonl --annotator anna --terminal
     - alignflow rank pairs.jsonl --form pairs --output judged.jsonl
     """
-    from getpass import getuser
-
     from schemas.commands import RankCommand
-    from schemas.errors import refuse
 
-    if annotator is None:
-        try:
-            annotator = getuser()
-        except (KeyError, OSError) as error:
-            message = "this machine has no name for you."
-            raise refuse("--annotator", None, message, "give your name", kind="no_name") from error
-    start(context, RankCommand, annotator=annotator)
+    start(context, RankCommand, annotator=named(annotator))

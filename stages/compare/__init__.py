@@ -8,13 +8,14 @@ import json
 import math
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
-from stages.compare import by_source, curve, frontier, head_to_head, origin
+from schemas.stage import BASELINES, PEOPLE
+from stages.compare import by_source, curve, frontier, head_to_head, origin, people
 from stages.compare.findings import COVERS, best, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
@@ -25,8 +26,6 @@ from stages.engine.scoring.intervals import Interval, clustered_error
 from stages.engine.scoring.paired import scores_alone, wins_between
 from stages.runtime.context import StageContext
 
-BASELINES = "baselines"
-"""The input that holds the SFT model's baselines; all others are models."""
 BASELINE_CONDITIONS = ("judge", "judge_model", "max_new_tokens", "seed")
 
 LOGGED = ("judge_score", "win_rate_vs_sft", "kl_to_reference")
@@ -58,7 +57,8 @@ def run(context: StageContext) -> dict[str, float]:
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
     request = context.request
-    evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs if name != BASELINES}
+    models = [name for name in request.inputs if name not in (BASELINES, PEOPLE)]
+    evaluations = {name: Evaluation.load(context.input(name)) for name in models}
     baselines = load_all(context.input(BASELINES)) if context.has(BASELINES) else {}
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
@@ -73,7 +73,8 @@ def run(context: StageContext) -> dict[str, float]:
         ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
-        made=origin.origin(context, list(evaluations)),
+        made=origin.origin(context, models),
+        said=people.read(context.input(PEOPLE)) if context.has(PEOPLE) else (),
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -116,12 +117,14 @@ def compare(
     score_std: float | None = None,
     chosen: str = "",
     made: origin.Origin | None = None,
+    said: Sequence[people.People] = (),
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
     Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
     stand in the order of the variants, and each group shows the first seed's answers. `ask`: a judge that only
-    compares. `score_std`: as in `frontier.points`; `chosen`, `made`: as in Comparison, there `origin`.
+    compares. `score_std`: as in `frontier.points`; `chosen`, `made`, `said`: as in Comparison, the last
+    two there `origin` and `people`.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
@@ -182,6 +185,7 @@ def compare(
         alone=scores_alone(first.settings["judge"]),
         doubt=DOUBTS[first.settings["judge"]["judge"]],
         origin=made or origin.Origin(),
+        people=[one for one in said if {one.model, one.other} <= set(names)],
     )
 
 
@@ -240,7 +244,8 @@ def notes(comparison: Comparison) -> list[str]:
     baselines = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
     if baselines and not comparison.points:
         pairs.append(f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these.")
-    return [*pairs, *filter(None, [comparison.agreement])]
+    told = [sentence for one in comparison.people for sentence in one.sentences]
+    return [*pairs, *filter(None, [comparison.agreement]), *told]
 
 
 def sources_text(comparison: Comparison) -> str:
@@ -271,6 +276,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "best": best(comparison),
         "tables": {str(width): table_text(comparison, width) for width in WIDTHS},
         "judge": comparison.agreement,
+        "people": [one.model_dump() for one in comparison.people],
         "covers": COVERS,
     }
 

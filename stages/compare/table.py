@@ -10,6 +10,7 @@ from schemas.config import ENOUGH_PROMPTS
 from stages.compare.curve import Gain, Point
 from stages.compare.head_to_head import Duel
 from stages.compare.origin import Origin
+from stages.compare.people import People
 from stages.engine.scoring.evaluation_record import Sample
 
 Row = Mapping[str, Any]
@@ -50,6 +51,8 @@ class Comparison:
     """Whether the judge scores answers by themselves; else it compares them with the SFT model's."""
     doubt: str = ""
     """What this kind of judge cannot be trusted with."""
+    people: Sequence[People] = ()
+    """What people said of two of the models."""
     origin: Origin = field(default_factory=Origin)
     """How the models were made."""
 

@@ -67,7 +67,9 @@ def test_another_stage_reads_what_a_run_has_logged(home: Path, tmp_path: Path) -
         made.finish({"compute/train_tokens": 7.0})
     with StageRun(Request(stage="compare", version=1, params={}, experiment="tests")) as reader:
         known = reader.recorded(made.run_id, ["train/loss", "train/none"])
-        assert known is not None and known == reader.recorded(model.sha256, ["train/loss"])
+        by_digest = reader.recorded(model.sha256, ["train/loss"])
+        assert known is not None and by_digest is not None
+        assert (known.run_id, known.curves) == (by_digest.run_id, by_digest.curves)
         assert known.curves == {"train/loss": [(1, 1.0), (2, 0.5)]}  # in the order of the steps, finite
         assert (known.stage, known.params["beta"], list(known.datasets)) == ("sft", "0.5", ["pairs"])
         assert known.metrics["compute/train_tokens"] == 7.0 and known.tags["output.model"] == model.sha256

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from schemas.text import visible
 from stages.compare import by_source, frontier, plots
 from stages.compare.findings import findings
-from stages.compare.head_to_head import STARTING_POINTS, Duel, cell
+from stages.compare.head_to_head import STARTING_POINTS, Duel, cell, percent
 from stages.compare.origin import clock
 from stages.compare.page import charts
 from stages.compare.page.groups import EXAMPLES, groups
@@ -114,6 +114,7 @@ def render_html(comparison: Comparison) -> str:
         examples=EXAMPLES,
         colour_of=colour | {"reward": plots.CURVE_COLOUR},
         made=lines,
+        percent=percent,
         **picked,
     )
 
