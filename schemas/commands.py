@@ -90,6 +90,21 @@ class AbCommand(Interview):
     as_json: bool = False
 
 
+class LabelCommand(Strict):
+    """Send answers to a labelling tool, or take back what people said there."""
+
+    action: Literal["export", "import"]
+    file: FilePath
+    to: Literal["label-studio"] = "label-studio"
+    source: Literal["label-studio", "argilla", "mlflow"] = "label-studio"
+    out: FilePath | None = None
+    """Of `export` a folder, by default `NAME.label-studio` beside the file; of `import` a file, `NAME.rows.jsonl`."""
+    form: Literal["ranking", "pairs"] = "ranking"
+    name: str | None = None
+    """MLflow's assessment that counts."""
+    seed: int = 0
+
+
 class ChatCommand(Strict):
     """Talk to a model, or to two side by side: each a folder, `models:/NAME@ALIAS` or `runs:/RUN_ID/model`."""
 

@@ -27,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
-register(app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank)
+register(
+    app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank, data.label
+)
 register(
     app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.ab, models.export
 )

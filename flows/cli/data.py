@@ -235,3 +235,41 @@ def rank(
     from schemas.commands import RankCommand
 
     start(context, RankCommand, annotator=named(annotator))
+
+
+def label(
+    context: typer.Context,
+    action: Annotated[str, typer.Argument(help="export or import.")],
+    file: Annotated[Path, typer.Argument(help="Prompts with answers; of import, what the tool has exported as JSON.")],
+    to: Annotated[str | None, typer.Option(help="Tool to export to: label-studio.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Tool to import from: label-studio, argilla or mlflow.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the tasks, or JSONL file for the rows; default: beside FILE.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="ranking (all answers at once; the default) or pairs (every two).")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of MLflow: the assessment that counts, where there are several.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+) -> None:
+    """Send answers to Label Studio, or make rows of what people said in Label Studio, Argilla or MLflow.
+
+    Answers go blind and shuffled. What several people said of a prompt becomes one row, as with `rank`.
+
+    Examples:
+
+    - alignflow label export to_rank.jsonl --to label-studio --form pairs
+    - alignflow label import project-1.json --from label-studio --out ranked.jsonl
+    - alignflow label import traces.json --from mlflow --name helpful --out thumbs.jsonl
+    """
+    from schemas.commands import LabelCommand
+    from schemas.errors import refuse
+
+    wrong, right, value = ("--from", "--to", source) if action == "export" else ("--to", "--from", to)
+    if action in ("export", "import") and (value is not None or (to if action == "export" else source) is None):
+        raise refuse(right, None, f"{action} needs it, and takes no {wrong}.", f"give {right} label-studio")
+    start(context, LabelCommand)
