@@ -73,6 +73,9 @@ class RankCommand(Interview):
     """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
     form: RankForm = "ranking"
     """All answers to a prompt at once, every two of them, or each one with a thumb."""
+    columns: dict[str, str] = {}
+    """Our name of a column -> its name in the file."""
+    as_json: bool = False
 
 
 class AbCommand(Interview):

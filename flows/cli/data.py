@@ -116,12 +116,10 @@ def validate(
         raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
     if path.endswith((".yaml", ".yml")):
         _validate_config(context, Path(path), kind)
-    named = [pair.partition("=") for pair in columns]
-    theirs = _pairs("--columns", named, "a pair of column names", "OURS=THEIRS, such as prompt=question")
     meant = [pair.rpartition("=") for pair in label_map]  # a bound has its own: >=4=up
     form = "VALUE=MEANING, such as 5=up or '>=4=up'"
     meanings = _pairs("--label-map", meant, "a value and what it means", form)
-    start(context, ValidateCommand, columns=theirs, label_map=meanings)
+    start(context, ValidateCommand, columns=_columns(columns), label_map=meanings)
 
 
 _OF_THE_COMMAND = {"path", "kind", "out", "model", "evaluation", "as_json", "force"}
@@ -155,6 +153,12 @@ def _validate_config(context: typer.Context, file: Path, slot: str) -> NoReturn:
     if "sources" in params:
         start(context, MixtureCommand, **params | {"path": None, "kind": None, "config": file, "slot": slot})
     start(context, ValidateCommand, **params)
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    """`--columns` as our name -> theirs. Raises StageError for what is not such a pair."""
+    parts = [pair.partition("=") for pair in given]
+    return _pairs("--columns", parts, "a pair of column names", "OURS=THEIRS, such as prompt=question")
 
 
 def _pairs(option: str, parts: Sequence[tuple[str, str, str]], what: str, form: str) -> dict[str, str]:
@@ -216,10 +220,12 @@ def rank(
         str | None,
         typer.Option(help="ranking (all answers at once; the default), pairs (every two), or thumbs (each one)."),
     ] = None,
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
     terminal: Annotated[bool, typer.Option("--terminal", help="Ask here, without a page in the browser.")] = False,
     open: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the page; default: a free one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let people rank answers, blind and shuffled, on a page of this machine; write the rows to train on.
 
@@ -231,10 +237,11 @@ def rank(
     - alignflow rank to_rank.jsonl
     - alignflow rank to_rank.jsonl --annotator anna --terminal
     - alignflow rank pairs.jsonl --form pairs --output judged.jsonl
+    - alignflow rank answers.csv --columns prompt=question --columns responses=outputs --json
     """
     from schemas.commands import RankCommand
 
-    start(context, RankCommand, annotator=named(annotator))
+    start(context, RankCommand, annotator=named(annotator), columns=_columns(columns))
 
 
 def label(

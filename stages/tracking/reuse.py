@@ -101,7 +101,7 @@ def recorded(what: str, curves: Sequence[str] = ()) -> Recorded | None:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
         curves=points,
-        datasets=[one.dataset.name for one in run.inputs.dataset_inputs],
+        datasets=[one.dataset.name for one in (run.inputs.dataset_inputs if run.inputs else [])],
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,7 +96,7 @@ def test_ticks_are_round_numbers_within_the_ends(ends: tuple[float, float], expe
     assert charts.ticks(*ends) == pytest.approx(expected)
 
 
-def training(model: str, method: str | None, **more: object) -> Training:
+def training(model: str, method: str | None, **more: Any) -> Training:
     params = {"learning_rate": "0.001", "beta": "0.1", "lora": "null"} | ({"method": method} if method else {})
     curves = {"train/loss": [(step, 1 / step) for step in range(1, 251)], "train/score": [(1, 0.0), (2, 1.0)]}
     return Training(model, Recorded("r" * 32, "align" if method else "sft", 0.0, params=params, curves=curves, **more))

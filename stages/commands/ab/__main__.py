@@ -28,7 +28,7 @@ def main(command: AbCommand) -> int:
         if verdicts.cut is not None:
             show(f"the last verdict was cut off, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
         file = command.out / "results" / f"{name}.json"
-        lines = interview(session, command, lambda: contest.finish(verdicts.read("pairs"), file))
+        lines = interview(session, command, lambda: contest.finish(verdicts.read("pairs"), file), stream)
         if command.as_json:
             show(file.read_text() if file.exists() else "null")
         for line in () if command.as_json else lines:

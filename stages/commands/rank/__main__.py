@@ -36,7 +36,7 @@ def main(command: RankCommand) -> int:
     """Let a person judge, then write the rows and say what comes next; returns the exit code."""
     try:
         output, file = places(command)
-        asked = questions.read(command.file, command.form)
+        asked = questions.read(command.file, command.form, command.columns)
         verdicts = Verdicts(file)
         session = Session(asked.items, verdicts, command.annotator, command.form, command.seed)
     except StageError as error:
@@ -48,7 +48,10 @@ def main(command: RankCommand) -> int:
     if verdicts.cut is not None:
         show(f"the last line of {file} was cut off, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
     done = len(asked.items) - session.view(None)["states"].count(".")
-    show(f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}")
+    stream = sys.stderr if command.as_json else sys.stdout
+    show(
+        f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}", stream
+    )
 
     def finish() -> list[str]:
         told = verdicts.read(command.form)
@@ -64,11 +67,15 @@ def main(command: RankCommand) -> int:
         ]
 
     try:
-        lines = interview(session, command, finish)
+        lines = interview(session, command, finish, stream)
     except StageError as error:
         show(f"alignflow rank: {error}", sys.stderr)
         return EXIT_CODES[error.status]
-    for line in lines:
+    if command.as_json:
+        told = verdicts.read(command.form)
+        made = {"out": str(output), "rows": len(rows.rows_of(asked.items, told)), "verdicts": str(file)}
+        show(json.dumps(made | rows.numbers(asked.items, told), indent=2))
+    for line in () if command.as_json else lines:
         show(line)
     return 0
 

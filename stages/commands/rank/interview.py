@@ -9,6 +9,7 @@ import tempfile
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from schemas.commands import Interview
 from schemas.text import show
@@ -18,8 +19,10 @@ from stages.commands.rank.session import Session
 from stages.runtime.process import die_with_parent
 
 
-def interview(session: Session, command: Interview, finish: Callable[[], list[str]]) -> list[str]:
+def interview(session: Session, command: Interview, finish: Callable[[], list[str]], out: TextIO) -> list[str]:
     """Ask until the person ends it, then write what came of it; returns the lines that `finish` gives.
+
+    out: where the items are shown, or the page's address.
 
     Raises:
         StageError: the port is taken, or what `finish` raises.
@@ -28,22 +31,22 @@ def interview(session: Session, command: Interview, finish: Callable[[], list[st
         if command.terminal:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="replace")
-            terminal.rank(session, sys.stdin, sys.stdout)
+            terminal.rank(session, sys.stdin, out)
         else:
-            serve(Server(session, command.port, finish), command.open)
+            serve(Server(session, command.port, finish), command.open, out)
     except KeyboardInterrupt:
-        show()
+        show(file=out)
     return finish()
 
 
-def serve(server: Server, opens: bool) -> None:
+def serve(server: Server, opens: bool, out: TextIO | None = None) -> None:
     """Serve the page until the person has finished, or Ctrl-C.
 
     A browser is started with a file that leads to the page: other users of the machine can read its command line.
     """
     folder = Path(tempfile.mkdtemp(prefix="alignflow-"))
     try:
-        show(f"open      {server.address}\nCtrl-C, or Finish on the page, writes the rows and ends.")
+        show(f"open      {server.address}\nCtrl-C, or Finish on the page, writes the result and ends.", out)
         if opens and sys.stdout.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
             (folder / "rank.html").write_text(f'<meta http-equiv="refresh" content="0;url={server.address}">')
             webbrowser.open((folder / "rank.html").as_uri())

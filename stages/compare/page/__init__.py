@@ -171,12 +171,12 @@ def _answers(
         scores = [sample.score for sample in every.values()]
         shown[place] = []
         for name, sample in every.items():
-            won = {1: "beats SFT", 0: "loses to SFT"}.get(sample.win, "level with SFT") if name != "sft" else ""
+            won = {1.0: "beats SFT", 0.0: "loses to SFT"}.get(sample.win, "level with SFT") if name != "sft" else ""
             best = comparison.alone and sample.score == max(scores) and scores.count(sample.score) == 1
             side = {"model": name, "colour": colour[name], "answer": sample.answer or "", "length": sample.length}
             side |= {"score": sample.score if comparison.alone else None}
             side |= {"verdict": " · ".join(filter(None, ["best score" if best else "", won]))}
-            side |= {"mark": {1: "better", 0: "worse"}.get(sample.win, "soft") if won else "soft"}
+            side |= {"mark": {1.0: "better", 0.0: "worse"}.get(sample.win, "soft") if won else "soft"}
             shown[place].append(side)
     return shown
 

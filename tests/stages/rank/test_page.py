@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stages.commands.rank.__main__ import serve
+from stages.commands.rank.interview import serve
 from stages.commands.rank.server import Server
 from tests.support.pictures import CHROMIUM
 from tests.support.ranking import FRUIT, session, told, write
