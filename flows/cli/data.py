@@ -276,7 +276,9 @@ def label(
     from schemas.commands import LabelCommand
     from schemas.errors import refuse
 
-    wrong, right, value = ("--from", "--to", source) if action == "export" else ("--to", "--from", to)
-    if action in ("export", "import") and (value is not None or (to if action == "export" else source) is None):
-        raise refuse(right, None, f"{action} needs it, and takes no {wrong}.", f"give {right} label-studio")
+    needed, other = ("--to", "--from") if action == "export" else ("--from", "--to")
+    given = {"--to": to, "--from": source}
+    if action in ("export", "import") and (given[needed] is None or given[other] is not None):
+        message = f"{action} needs it, and takes no {other}."
+        raise refuse(needed, given[needed], message, f"give {needed} label-studio, and no {other}")
     start(context, LabelCommand)

@@ -77,6 +77,18 @@ def test_help_is_quick_and_says_where_to_start() -> None:
         (["run", "tinystories"], "model.path = ./YOUR_MODEL: no such folder"),
         (["export", "dpo", "--out", "new"], "MODEL = dpo: there is no such model"),
         (["chat", "dpo"], "MODEL = dpo: there is no such model"),
+        (["ab", "dpo", "sft"], "there is no finished pipeline run"),
+        (
+            ["label", "export", "rows.jsonl"],
+            "--to = null: export needs it, and takes no --from. Fix: give --to label",
+        ),
+        (["label", "import", "x.json", "--to", "label-studio"], "--from = null: import needs it, and takes no --to"),
+        (["label", "send", "x.json", "--to", "label-studio"], "ACTION = 'send': must be 'export' or 'import'"),
+        (["label", "import", "none.json", "--from", "argilla"], "FILE = none.json: the file cannot be read"),
+        (
+            ["label", "import", "x.json", "--from", "doccano"],
+            "--from = 'doccano': must be 'label-studio', 'argilla' or",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: list[str], message: str) -> None:
@@ -287,7 +299,7 @@ def test_the_papers_hold_what_is_tested() -> None:
     assert len(PAPERS) == 6 and len((ROOT / "README.md").read_text().splitlines()) <= 170
     kinds = [language for language, _, _ in BLOCKS]
     counts = {language: kinds.count(language) for language in ("bash", "json", "yaml", "diff", "python")}
-    assert counts == {"bash": 25, "json": 8, "yaml": 5, "diff": 2, "python": 2}
+    assert counts == {"bash": 27, "json": 8, "yaml": 5, "diff": 2, "python": 2}
 
 
 def shell_lines() -> list[str]:
