@@ -210,6 +210,17 @@ def test_peoples_assessments_in_mlflow_become_thumbs(tmp_path: Path) -> None:
     assert [turn["role"] for turn in bread["prompt"]] == ["system", "user"]
 
 
+def test_a_verdict_that_was_replaced_and_a_models_do_not_count(tmp_path: Path) -> None:
+    """Whatever the order in which MLflow lists them."""
+    trace = recorded("mlflow-traces.json")[1]
+    ben = [one for one in trace["info"]["assessments"] if one["source"]["source_id"] == "ben"]
+    judge = recorded("mlflow-traces.json")[0]["info"]["assessments"][2]
+    assert [one["valid"] for one in ben] == [False, True] and judge["source"]["source_type"] == "LLM_JUDGE"
+    trace["info"]["assessments"] = [*reversed(ben), judge | {"feedback": {"value": True}}]
+    (row,) = rows(tmp_path, [trace], "mlflow")
+    assert row["label"] is False
+
+
 def test_one_trace_a_line_is_read_too(tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in recorded("mlflow-traces.json")))
