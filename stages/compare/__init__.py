@@ -73,7 +73,7 @@ def run(context: StageContext) -> dict[str, float]:
         ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
-        made=origin.origin(context, models),
+        made=origin.origin(context, models, drawn=not variants),
         said=people.read(context.input(PEOPLE)) if context.has(PEOPLE) else (),
     )
     with tempfile.TemporaryDirectory() as temporary:

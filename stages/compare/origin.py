@@ -74,8 +74,12 @@ class Origin:
     """What tells this run from another: name, id, time, versions, tokens, seconds."""
 
 
-def origin(context: StageContext, models: Sequence[str]) -> Origin:
-    """The trainings behind the evaluations of these models, which are inputs, and of the reward model they share."""
+def origin(context: StageContext, models: Sequence[str], drawn: bool = True) -> Origin:
+    """The trainings behind the evaluations of these models, which are inputs, and of the reward model they share.
+
+    drawn: whether their curves are wanted: of many models they take a while to read.
+    """
+    curves = list(CURVES) if drawn else []
     evaluations = {name: run for name in models if (run := _maker(context, context.request.inputs[name].uri))}
     trainings: dict[str, Training] = {}
     for name, evaluation in evaluations.items():
@@ -83,7 +87,7 @@ def origin(context: StageContext, models: Sequence[str]) -> Origin:
             (name, evaluation.params.get("train.run_id")),
             ("reward", evaluation.tags.get("input.reward")),
         ):
-            run = context.recorded(what, list(CURVES)) if what and made not in trainings else None
+            run = context.recorded(what, curves) if what and made not in trainings else None
             if run is not None:
                 trainings[made] = Training(made, run, _data(context, run))
     first = ["base", "sft", "reward"]
