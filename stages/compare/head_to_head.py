@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -193,7 +193,16 @@ def logged(matrix: Matrix, first: bool) -> dict[str, float]:
 # --- words ---
 
 
-def percent(value: float, interval: Interval | None) -> str:
+class Ends(Protocol):
+    """Whatever has the ends of an interval."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def percent(value: float, interval: Ends | None) -> str:
     """`63 % [58, 69]`."""
     ends = "" if interval is None else f" [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
     return f"{100 * value:.0f} %{ends}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from schemas.colours import COLOURS, SPARE_COLOURS
-from schemas.text import visible
+from schemas.text import one_line
 from stages.compare.curve import Point, hull
 from stages.compare.table import Row, finite
 
@@ -20,6 +20,8 @@ CURVE_COLOUR = "#8a93a0"
 MARKERS = {"base": "s", "sft": "D"}
 
 Z95 = 1.96  # standard errors to each side of a 95 % interval
+
+NAME = 28  # characters of a model's name
 
 OFF_PICTURE = 3.0  # a base model that many times as far away as the farthest other would squeeze them together
 
@@ -37,14 +39,17 @@ def colours_of(table: Sequence[Row]) -> dict[str, str]:
     return {model: colour[name] for model, name in named.items()}
 
 
-def canvas(dark: bool) -> "tuple[Figure, Axes, str]":
-    """An empty picture of judge score against KL to the SFT model; the last is the colour of its text."""
+def canvas(dark: bool, small: bool = False) -> "tuple[Figure, Axes, str]":
+    """An empty picture of judge score against KL to the SFT model; the last is the colour of its text.
+
+    small: for a screen of about 360 pixels, which shows a point of text as a pixel.
+    """
     # Imported here: it takes a second, and whoever wants only the text should not wait for it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     ink, paper, faint = ("#e5e7eb", "#16181d", "#3a3f49") if dark else ("#1f2937", "#ffffff", "#e5e7eb")
-    figure = Figure(figsize=(8.2, 4.6), dpi=150, facecolor=paper)
+    figure = Figure(figsize=(4.6, 4.6) if small else (8.2, 4.6), dpi=150, facecolor=paper)
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=paper)
@@ -56,7 +61,8 @@ def canvas(dark: bool) -> "tuple[Figure, Axes, str]":
     axes.tick_params(colors=ink, length=0)
     axes.set_xlabel("distance from the SFT model: KL, nats per answer", color=ink)
     axes.set_ylabel("judge score", color=ink)
-    axes.set_title("Judge score against distance from the SFT model", color=ink, loc="left", fontsize=12, pad=12)
+    if not small:
+        axes.set_title("Judge score against distance from the SFT model", color=ink, loc="left", fontsize=12, pad=12)
     return figure, axes, ink
 
 
@@ -67,12 +73,12 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def draw(table: Sequence[Row], dark: bool = False, baselines: Sequence[Point] = ()) -> bytes:
+def draw(table: Sequence[Row], dark: bool = False, baselines: Sequence[Point] = (), small: bool = False) -> bytes:
     """PNG of judge score against KL to the SFT model, one point per model with its 95 % intervals.
 
     The baselines are small grey points under their curve (stages/compare/curve.py).
     """
-    figure, axes, ink = canvas(dark)
+    figure, axes, ink = canvas(dark, small)
     rows = [row for row in table if finite(row, "judge_score") and finite(row, "kl_to_reference")]
     reach = max((row["kl_to_reference"] for row in rows if row["model"] != "base"), default=math.inf)
     far = OFF_PICTURE * max(reach, 0.1)  # a base model beyond it is named, and not drawn to scale
@@ -117,7 +123,7 @@ def _point(axes: "Axes", row: Row, colour: str, ink: str) -> None:
     axes.errorbar(x, y, up, across, fmt=marker, color=colour, markersize=9, elinewidth=1.6, capsize=3, zorder=3)
     # No mathtext: a `$` in a model's name is a character like any other.
     axes.annotate(
-        visible(row["model"]),
+        one_line(row["model"], NAME),
         (x, y),
         (9, 7),
         textcoords="offset points",

@@ -9,6 +9,9 @@ from typing import Any
 from schemas.config import ENOUGH_PROMPTS
 from stages.compare.curve import Gain, Point
 from stages.compare.head_to_head import Duel
+from stages.compare.origin import Origin
+from stages.compare.people import People
+from stages.engine.scoring.evaluation_record import Sample
 
 Row = Mapping[str, Any]
 """One model's line of the table: `model`, and the metrics by their names without `eval/`; None where there is none."""
@@ -42,6 +45,16 @@ class Comparison:
 
     sources: Mapping[str, int] = field(default_factory=dict)
     """Where the prompts are a mixture's: name of a source -> its prompts."""
+    samples: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
+    """Model -> its samples at the first temperature. They may have no texts."""
+    alone: bool = True
+    """Whether the judge scores answers by themselves; else it compares them with the SFT model's."""
+    doubt: str = ""
+    """What this kind of judge cannot be trusted with."""
+    people: Sequence[People] = ()
+    """What people said of two of the models."""
+    origin: Origin = field(default_factory=Origin)
+    """How the models were made."""
 
     @property
     def first_duels(self) -> Mapping[tuple[str, str], Duel]:

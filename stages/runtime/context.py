@@ -1,10 +1,29 @@
 """What a stage and the training loop see of a run. `tracking.StageRun` is this on MLflow; tests keep it in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from schemas.stage import Artifact, Request
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What another stage's run has logged."""
+
+    run_id: str
+    stage: str
+    began: float
+    """Unix time."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each."""
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Metric -> (step, value) in the order of the steps, of those that were asked for and are there."""
+    datasets: Sequence[str] = ()
+    """Names of the data that it has read."""
 
 
 class StageContext(Protocol):
@@ -54,4 +73,11 @@ class StageContext(Protocol):
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Say every few seconds how far the stage is."""
+        ...
+
+    def recorded(self, what: str, curves: Sequence[str] = ()) -> Recorded | None:
+        """What a run has logged, with the points of some metrics; None where the store does not have it any more.
+
+        what: the run's id, or the sha256 of what it has published, of which the newest finished run counts.
+        """
         ...

@@ -1,15 +1,18 @@
-"""Finished runs: found by their key, reused, compared."""
+"""Finished runs: found by their key, reused, compared, read."""
 
 import json
 import logging
+import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, urlencode
 
 from schemas import read_stored
 from schemas.stage import Result
+from stages.runtime.context import Recorded
 from stages.tracking.mlflow_client import client, runs
 from stages.tracking.names import TAG_LENGTH
 from stages.tracking.problems import first_line
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 log = logging.getLogger("alignflow")
+
+DIGEST_LENGTH = 64
+PUBLISHED = ("model", "data")
+"""Outputs of stages by whose digests runs are looked up."""
 
 
 def runs_with(key: str, condition: str) -> "list[Run]":
@@ -66,6 +73,36 @@ def find(key: str) -> Result | None:
         ):
             return result.model_copy(update={"reused": True})
     return None
+
+
+def recorded(what: str, curves: Sequence[str] = ()) -> Recorded | None:
+    """What a run has logged; None where MLflow does not have it any more. See StageContext.recorded.
+
+    Values that are not finite are left out of curves.
+    """
+    if len(what) == DIGEST_LENGTH:
+        conditions = (f"tags.`output.{name}` = '{what}'" for name in PUBLISHED)
+        every = (run for one in conditions for run in runs(f"attributes.status = 'FINISHED' and {one}"))
+        run = next(every, None)
+    else:
+        run = next(runs(f"attributes.run_id = '{what}'"), None)
+    if run is None:
+        return None
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name in curves:
+        if name in run.data.metrics:
+            history = client().get_metric_history(run.info.run_id, name)
+            points[name] = sorted({one.step: one.value for one in history if math.isfinite(one.value)}.items())
+    return Recorded(
+        run_id=run.info.run_id,
+        stage=run.data.tags.get("stage", ""),
+        began=run.info.start_time / 1000,
+        tags=dict(run.data.tags),
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        curves=points,
+        datasets=[one.dataset.name for one in (run.inputs.dataset_inputs if run.inputs else [])],
+    )
 
 
 def note_reuse(result: Result, pipeline_run: str | None) -> None:

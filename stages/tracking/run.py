@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,6 +22,7 @@ from schemas.colours import COLOURS
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
+from stages.runtime.context import Recorded
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.flavour import describe
 from stages.tracking.journal import Journal, journal_file, log_on_model, points_of
@@ -34,7 +35,7 @@ from stages.tracking.mlflow_client import (
 )
 from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, flatten, shortened, shown_name
 from stages.tracking.problems import first_line, without_passwords
-from stages.tracking.reuse import runs_with
+from stages.tracking.reuse import recorded, runs_with
 from stages.tracking.store import arrived, digest, fetch, keep
 
 log = logging.getLogger("alignflow")
@@ -348,6 +349,10 @@ class StageRun:
         output = [entities.LoggedModelOutput(model.model_id, 0)]
         client().log_outputs(self.run_id, output)
         return f"models:/{model.model_id}"
+
+    def recorded(self, what: str, curves: Sequence[str] = ()) -> Recorded | None:
+        """What a run has logged: `reuse.recorded`. On rank > 0 nothing."""
+        return recorded(what, curves) if self.rank == 0 else None
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Print progress to stderr, every few seconds and at the end: `sft  120/400 steps  0:34 left`."""

@@ -77,6 +77,18 @@ def test_help_is_quick_and_says_where_to_start() -> None:
         (["run", "tinystories"], "model.path = ./YOUR_MODEL: no such folder"),
         (["export", "dpo", "--out", "new"], "MODEL = dpo: there is no such model"),
         (["chat", "dpo"], "MODEL = dpo: there is no such model"),
+        (["ab", "dpo", "sft"], "there is no finished pipeline run"),
+        (
+            ["label", "export", "rows.jsonl"],
+            "--to = null: export needs it, and takes no --from. Fix: give --to label",
+        ),
+        (["label", "import", "x.json", "--to", "label-studio"], "--from = null: import needs it, and takes no --to"),
+        (["label", "send", "x.json", "--to", "label-studio"], "ACTION = 'send': must be 'export' or 'import'"),
+        (["label", "import", "none.json", "--from", "argilla"], "FILE = none.json: the file cannot be read"),
+        (
+            ["label", "import", "x.json", "--from", "doccano"],
+            "--from = 'doccano': must be 'label-studio', 'argilla' or",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: list[str], message: str) -> None:

@@ -13,9 +13,10 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from flows import retrain
+from flows.gate import approval, looks
 from flows.planning import config_file as planning_config_file
 from flows.planning.plan import Plan, promotion
-from flows.results import approval, lineage, looks, registry
+from flows.results import lineage, registry
 from schemas.errors import StageError
 from schemas.stage import Artifact, Result
 from stages import tracking

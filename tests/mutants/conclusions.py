@@ -144,7 +144,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ),
         ("if power(trials, middle / 1000, alpha, minimum) >= chance:", "if middle / 1000 > minimum:"),
     ],
-    ("flows/results/looks.py", ("tests/flows/results/test_looks.py",)): [
+    ("flows/gate/looks.py", ("tests/flows/gate/test_looks.py",)): [
         ("sum(look.alpha for look in recent) + gate.alpha", "sum(look.alpha for look in recent)"),
         ("if look.time > now - YEAR), key=lambda look", "if look.time > now - KEPT), key=lambda look"),
         ("{model}/{look.number}/{look.candidate}", "{model}/{look.candidate}"),

@@ -183,10 +183,13 @@ def test_the_page_stands_alone_and_shows_everything() -> None:
     page = Page(text)
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
     addresses = [value or "" for name, value in page.attributes if name in ("src", "srcset", "href", "action")]
-    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert any(value.startswith("data:image/png;base64,") for value in addresses)
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in addresses)
+    assert {value[1:] for value in addresses if value[0] == "#"} <= {v for name, v in page.attributes if name == "id"}
     assert not re.search(r"https?://|url\(|@import", re.sub(r"base64,[\w+/=]+", "", text))
     assert ("http-equiv", "Content-Security-Policy") in page.attributes
-    assert base64.b64decode(addresses[-1].partition(",")[2]).startswith(b"\x89PNG")
+    images = [value.partition(",")[2] for value in addresses if value.startswith("data:")]
+    assert len(set(images)) == 4 and all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
     for column in shown_columns(comparison.table):
         assert column.title in page.text and column.meaning in page.text
     for shown in (

@@ -1,7 +1,7 @@
 """A stage's context kept in memory: no MLflow. The one that all tests of stages share."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from schemas import Strict
 from schemas.stage import Artifact, Request
+from stages.runtime.context import Recorded
 from stages.tracking import digest
 
 
@@ -34,6 +35,7 @@ class MemoryContext:
         self.tables: dict[str, Mapping[str, list[Any]]] = {}
         self.files: set[str] = set()
         self.published: dict[str, Path] = {}
+        self.records: dict[str, Recorded] = {}
 
     def has(self, name: str) -> bool:
         return name in self.request.inputs
@@ -67,6 +69,9 @@ class MemoryContext:
 
     def progress(self, done: int, total: int, what: str) -> None:
         pass
+
+    def recorded(self, what: str, curves: Sequence[str] = ()) -> Recorded | None:
+        return self.records.get(what)
 
     def steps(self, name: str) -> list[float]:
         """A metric's values over the steps."""

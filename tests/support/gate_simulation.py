@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from flows.results.looks import Look, opens
+from flows.gate.looks import Look, opens
 from schemas.promotion import Gate, PromoteConfig, exact
 from stages.promote import signs
 

@@ -114,7 +114,7 @@ def test_runs_with_tags_and_equal_tokens_below_one_for_the_whole(swept: Sweep) -
         assert run.data.tags.keys() >= {"pipeline.run", "stage", "method", "data.version", "sweep"}
     assert len({run.data.tags["pipeline.run"] for run in [*aligned, *evaluated]}) == 1
     (parent,) = {run.data.tags["mlflow.parentRunId"] for run in [*aligned, *evaluated]}
-    assert tracking.client().get_run(parent).info.run_name.startswith("pipeline seen")
+    assert str(tracking.client().get_run(parent).info.run_name).startswith("pipeline seen")
     # how right the judge is, is measured once: on the SFT model's evaluation
     measured = [{n for n in run.data.metrics if not n.startswith("judge/accuracy")} for run in evaluated]
     assert all(names == measured[0] for names in measured), "the same metrics for all"

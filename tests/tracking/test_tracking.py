@@ -58,6 +58,25 @@ def test_fetch_verifies(tmp_path: Path) -> None:
         tracking.fetch(Artifact(uri=str(tmp_path / "nothing"), sha256="0"))
 
 
+def test_another_stage_reads_what_a_run_has_logged(home: Path, tmp_path: Path) -> None:
+    with StageRun(request(beta=0.5)) as made:
+        for step, loss in ((2, 0.5), (1, 1.0), (3, math.nan)):
+            made.metrics({"train/loss": loss, "train/other": 1.0}, step=step)
+        made.dataset("pairs", "pairs.jsonl", "ab" * 32, 17)
+        model = made.publish("model", folder_with(tmp_path / "model", weights="w"), model=True)
+        made.finish({"compute/train_tokens": 7.0})
+    with StageRun(Request(stage="compare", version=1, params={}, experiment="tests")) as reader:
+        known = reader.recorded(made.run_id, ["train/loss", "train/none"])
+        by_digest = reader.recorded(model.sha256, ["train/loss"])
+        assert known is not None and by_digest is not None
+        assert (known.run_id, known.curves) == (by_digest.run_id, by_digest.curves)
+        assert known.curves == {"train/loss": [(1, 1.0), (2, 0.5)]}  # in the order of the steps, finite
+        assert (known.stage, known.params["beta"], list(known.datasets)) == ("sft", "0.5", ["pairs"])
+        assert known.metrics["compute/train_tokens"] == 7.0 and known.tags["output.model"] == model.sha256
+        assert reader.recorded("0" * 32) is None and reader.recorded("0" * 64) is None
+        reader.finish({})
+
+
 def test_a_run_is_whole_in_mlflow(home: Path, tmp_path: Path) -> None:
     asked = request(a={"b": 1, "c": None}, long="x" * 9000, **{"odd,name": [1, 2]})
     with StageRun(asked) as run:

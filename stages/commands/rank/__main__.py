@@ -1,23 +1,16 @@
 """`python -P -m stages.commands.rank request.json`: see the folder's docstring."""
 
-import io
 import json
-import os
-import shutil
-import signal
 import sys
-import tempfile
-import webbrowser
 from pathlib import Path
 
 from schemas.commands import RankCommand, RankForm
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show, show_tracebacks
-from stages.commands.rank import questions, rows, terminal
-from stages.commands.rank.server import Server
+from stages.commands.rank import questions, rows
+from stages.commands.rank.interview import interruptible, interview
 from stages.commands.rank.session import Session
 from stages.commands.rank.verdicts import Verdicts
-from stages.runtime.process import die_with_parent
 
 _ENDINGS: dict[RankForm, str] = {"ranking": "ranked", "pairs": "pairs", "thumbs": "thumbs"}
 
@@ -43,7 +36,7 @@ def main(command: RankCommand) -> int:
     """Let a person judge, then write the rows and say what comes next; returns the exit code."""
     try:
         output, file = places(command)
-        asked = questions.read(command.file, command.form)
+        asked = questions.read(command.file, command.form, command.columns)
         verdicts = Verdicts(file)
         session = Session(asked.items, verdicts, command.annotator, command.form, command.seed)
     except StageError as error:
@@ -55,7 +48,10 @@ def main(command: RankCommand) -> int:
     if verdicts.cut is not None:
         show(f"the last line of {file} was cut off, and was moved to {verdicts.cut}: judge that item again", sys.stderr)
     done = len(asked.items) - session.view(None)["states"].count(".")
-    show(f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}")
+    stream = sys.stderr if command.as_json else sys.stdout
+    show(
+        f"{len(asked.items)} items, {done} of them judged by {command.annotator} before; verdicts go to {file}", stream
+    )
 
     def finish() -> list[str]:
         told = verdicts.read(command.form)
@@ -71,48 +67,20 @@ def main(command: RankCommand) -> int:
         ]
 
     try:
-        try:
-            if command.terminal:
-                if isinstance(sys.stdin, io.TextIOWrapper):
-                    sys.stdin.reconfigure(errors="replace")
-                terminal.rank(session, sys.stdin, sys.stdout)
-            else:
-                serve(Server(session, command.port, finish), command.open)
-        except KeyboardInterrupt:
-            show()
-        lines = finish()
+        lines = interview(session, command, finish, stream)
     except StageError as error:
         show(f"alignflow rank: {error}", sys.stderr)
         return EXIT_CODES[error.status]
-    for line in lines:
+    if command.as_json:
+        told = verdicts.read(command.form)
+        made = {"out": str(output), "rows": len(rows.rows_of(asked.items, told)), "verdicts": str(file)}
+        show(json.dumps(made | rows.numbers(asked.items, told), indent=2))
+    for line in () if command.as_json else lines:
         show(line)
     return 0
 
 
-def serve(server: Server, opens: bool) -> None:
-    """Serve the page until the person has finished, or Ctrl-C.
-
-    A browser is started with a file that leads to the page: other users of the machine can read its command line.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="alignflow-"))
-    try:
-        show(f"open      {server.address}\nCtrl-C, or Finish on the page, writes the rows and ends.")
-        if opens and sys.stdout.isatty() and (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            (folder / "rank.html").write_text(f'<meta http-equiv="refresh" content="0;url={server.address}">')
-            webbrowser.open((folder / "rank.html").as_uri())
-        server.serve_forever(poll_interval=0.1)
-    finally:
-        server.server_close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     show_tracebacks()
-    die_with_parent(signal.SIGTERM)  # which ends it as Ctrl-C does
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interruptible()
     sys.exit(main(RankCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))

@@ -77,10 +77,11 @@ class Asked:
     """Rows that have fewer than two different answers which are not empty; with thumbs, none."""
 
 
-def read(file: Path, form: RankForm) -> Asked:
+def read(file: Path, form: RankForm, named: Mapping[str, str] | None = None) -> Asked:
     """The items of a JSONL, JSON, CSV or Parquet file.
 
     `ranking` asks for all answers to a prompt at once, `pairs` for every two of them, `thumbs` for each one.
+    named: our name of a column -> its name in the file, as `validate` takes it.
 
     Raises:
         StageError: the file cannot be read, holds no answers, or a row that is none (it is named).
@@ -91,7 +92,7 @@ def read(file: Path, form: RankForm) -> Asked:
         try:
             if record.row is None:
                 raise BadRow("row", record.reason)
-            columns = columns or _columns(file, record.row, form)
+            columns = columns or _columns(file, record.row, form, named or {})
             question = _question(columns, record.row)
         except BadRow as problem:
             message = f"row {number} holds no prompt with answers: {problem}"
@@ -111,11 +112,14 @@ def read(file: Path, form: RankForm) -> Asked:
     return asked
 
 
-def _columns(file: Path, row: Mapping[str, Any], form: RankForm) -> Columns:
+def _columns(file: Path, row: Mapping[str, Any], form: RankForm, named: Mapping[str, str]) -> Columns:
     """How the file's columns are read, told by its first row. Raises StageError where it has no answers."""
     for kind, forms in _ANSWERS.items():
-        columns = Columns(ValidateParams(path=str(file), kind=kind))
-        columns.plan(row)
+        columns = Columns(ValidateParams(path=str(file), kind=kind, columns=dict(named)))
+        try:
+            columns.plan(row)
+        except BadRow:  # the names that are given are those of another kind
+            continue
         if columns.whole is None and any(columns.ours >= needed for needed in forms):
             if kind == "feedback" and form != "thumbs":
                 message = "each row of the file has one answer, which can be compared with none"

@@ -79,23 +79,34 @@ def units(verdicts: Iterable[Verdict]) -> list[list[float]]:
     return [told for told in values.values() if len(told) > 1]
 
 
-def summary(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[str]:
-    """Lines for people: what each has judged and in which time, and how far they agree."""
+def numbers(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """For programs: what each has judged and in which time, and how far they agree; null where nothing is shared."""
     known = {item.id for item in items}
     others = sum(one.item not in known for one in verdicts)
-    lines = [f"{others} verdicts are on items that the file does not have: left out"] if others else []
     verdicts = [one for one in verdicts if one.item in known]
+    people = {}
     for name in dict.fromkeys(one.annotator for one in verdicts):
         own = [one for one in verdicts if one.annotator == name]
         skipped = sum(one.verdict is None for one in own)
-        time = f"median {median(one.seconds for one in own):.1f} s per item"
-        lines.append(f"{name}: {len(own) - skipped} of {len(items)} judged, {skipped} skipped, {time}")
+        time = round(median(one.seconds for one in own), 1)
+        people[name] = {"judged": len(own) - skipped, "skipped": skipped, "median_seconds": time}
     shared = Counter(one.item for one in verdicts if one.verdict is not None)
     several = sum(count > 1 for count in shared.values())
+    value = alpha(units(verdicts)) if several else None
+    return {"items": len(items), "people": people, "shared": several, "alpha": value, "left_out": others}
+
+
+def summary(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[str]:
+    """The numbers as lines for people."""
+    told = numbers(items, verdicts)
+    others, several, value = told["left_out"], told["shared"], told["alpha"]
+    lines = [f"{others} verdicts are on items that the file does not have: left out"] if others else []
+    for name, own in told["people"].items():
+        time = f"median {own['median_seconds']:.1f} s per item"
+        lines.append(f"{name}: {own['judged']} of {told['items']} judged, {own['skipped']} skipped, {time}")
     if several:
-        value = alpha(units(verdicts))
-        told = "not defined, all values are equal" if value is None else f"{value:.2f} (1 is full, 0 that of chance)"
-        lines.append(f"agreement on the {several} items that several judged: Krippendorff's alpha {told}")
+        how = "not defined, all values are equal" if value is None else f"{value:.2f} (1 is full, 0 that of chance)"
+        lines.append(f"agreement on the {several} items that several judged: Krippendorff's alpha {how}")
     return lines
 
 

@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
             return True
-        self._answer(401, "This address is not valid any more. Fix: take the one that alignflow rank prints.")
+        self._answer(401, "This address is not valid any more. Fix: take the one that the command prints.")
         return False
 
     def _number(self) -> int | None:

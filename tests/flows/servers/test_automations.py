@@ -11,7 +11,7 @@ import yaml
 from prefect.automations import Automation
 from prefect.states import AwaitingRetry, Crashed, Paused, Pending, Running, State, Suspended
 
-from flows.results import approval
+from flows.gate import approval
 from flows.servers import automations
 
 LONG = automations.AFTER + timedelta(seconds=10)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stages.commands.rank.__main__ import serve
+from stages.commands.rank.interview import serve
 from stages.commands.rank.server import Server
 from tests.support.pictures import CHROMIUM
 from tests.support.ranking import FRUIT, session, told, write
@@ -135,7 +135,7 @@ def test_two_people_rank_with_keys_and_mouse_and_one_goes_on_after_a_reload(brow
         at(page, 2)
         texts = page.locator("#ask .text").all_text_contents()
         assert texts.count(HOSTILE.replace("\u202e", "\ufffd").replace("\x1b", "\ufffd")) == 2
-        assert page.locator("img, b b, #ask script").count() == 0 and page.title() == "alignflow rank"
+        assert page.locator("img, b b, #ask script").count() == 0 and page.title() == "alignflow: judge answers"
         page.locator(".card", has_text="B").last.click()
         page.locator(".card .text").first.click()
         keys(page, "Enter")

@@ -312,6 +312,25 @@ def test_the_command_survives_kill_resumes_and_names_the_next_one(tmp_path: Path
     assert [len(json.loads(line)["order"]) for line in output.read_text().splitlines()] == [2, 2]
 
 
+def test_columns_of_other_names_are_mapped_and_the_result_is_json(tmp_path: Path) -> None:
+    odd = [{"ask": row["prompt"], "outs": row["responses"][:2], "row": i} for i, row in enumerate((FRUIT, TREE))]
+    file = write(tmp_path / "rows.jsonl", odd)
+    named = ("--columns", "prompt=ask", "--columns", "responses=outs", "--terminal", "--json")
+    asked = questions.read(file, "ranking", {"prompt": "ask", "responses": "outs"}).items
+    for name, lines in (("anna", "12\n12\n"), ("ben", "12\n")):
+        done = rank(file, *named, "--annotator", name, lines=lines)
+        assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["items"], told["shared"], told["rows"]) == (2, 1, 2) and told["out"].endswith("rows.ranked.jsonl")
+    assert {name: one["judged"] for name, one in told["people"].items()} == {"anna": 2, "ben": 1}
+    made = [json.loads(line) for line in (tmp_path / "rows.ranked.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in made] == [0, 1] and [i.question.texts for i in asked] == [
+        r["responses"] for r in made
+    ]
+    wrong = rank(file, "--columns", "prompt", "--annotator", "anna")
+    assert wrong.returncode == EXIT_CODES["refused"] and "--columns = prompt: this is not a pair" in wrong.stderr
+
+
 def test_a_users_mistake_is_one_message_and_a_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

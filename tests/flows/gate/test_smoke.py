@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows import smoke
+from flows.gate import smoke
 from schemas.commands import SmokeCommand
 from schemas.errors import StageError
 from schemas.promotion import Decision, PromoteConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.results import looks
-from flows.results.looks import Look
+from flows.gate import looks
+from flows.gate.looks import Look
 from schemas.errors import StageError
 from schemas.promotion import Check, Decision, Gate
 from stages import tracking

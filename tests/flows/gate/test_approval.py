@@ -14,7 +14,8 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.runtime import flow_run
 
-from flows.results import approval, registry
+from flows.gate import approval
+from flows.results import registry
 from schemas.errors import StageError
 from schemas.stage import Artifact
 from stages import tracking
