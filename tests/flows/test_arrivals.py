@@ -80,6 +80,9 @@ def test_a_file_of_a_watched_folder_is_told_when_it_is_whole(
             watch()
         return [Path(one["path"]).name for one in told[before:]]
 
+    read: list[Path] = []
+    digest = tracking.digest
+    monkeypatch.setattr(arrivals.tracking, "digest", lambda path: read.append(path) or digest(path))
     for name in (".pairs.jsonl.x7a", "notes.txt", ".hidden.csv"):
         (folder / name).write_text("x")
     file = folder / "pairs.jsonl"
@@ -89,7 +92,7 @@ def test_a_file_of_a_watched_folder_is_told_when_it_is_whole(
         still.write("two\n")
     assert passes(10) == []
     assert passes(4) == ["pairs.jsonl"]
-    assert passes(60) == []
+    assert passes(60) == [] and read == [file]  # nor is it read again and again
     file.touch()  # the same content
     assert passes(60) == []
     file.write_text("three\n")

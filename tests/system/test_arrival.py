@@ -52,7 +52,7 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
     home, incoming = homes.furnish(tmp_path / "home", ready), tmp_path / "incoming"
     incoming.mkdir()
     models.model_folder(tmp_path / "model")
-    judged = {"judge": "rule", "min_prompts": 4, "max_new_tokens": 4, "bootstrap": 100, "temperatures": [1.0]}
+    judged = {"judge": "sentiment", "min_prompts": 4, "max_new_tokens": 6, "bootstrap": 100, "temperatures": [1.0]}
     promoted = {"model": "assistant", "gate": GATE, "approval": True}
     config = config_file(tmp_path, promote=promoted, evaluate={**judged, "baselines": None})
     (tmp_path / "pairs.jsonl").unlink()  # the config's own data; what arrives takes its place

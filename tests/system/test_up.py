@@ -164,7 +164,7 @@ def test_what_is_submitted_is_checked_as_a_run_from_here_is(
     assert refused.returncode == EXIT_CODES["refused"]
     assert "name = kept-here: this experiment keeps its artifacts in" in refused.stderr
     found = live_servers.ask(home, "POST", f"{where.prefect}/flow_runs/filter", json={}).raise_for_status().json()
-    assert not {"demo", "kept-here"} & {run["name"] for run in found}, "nothing was started"
+    assert not [run for run in found if run["name"].startswith(("demo", "kept-here"))], "nothing was started"
 
 
 @pytest.mark.slow
