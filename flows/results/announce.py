@@ -136,6 +136,7 @@ def group(plan: Plan, results: Mapping[str, Result], entry: Record, status: str 
         (known, *_) = [*client.search_runs([experiment], f"tags.`{PIPELINE}` = '{entry.run}'"), None]
         if known is None:
             tags = {PIPELINE: entry.run, "mlflow.source.name": "alignflow", "mlflow.source.type": "LOCAL"}
+            tags["mlflow.user"] = tracking.user()
             name = f"pipeline {one_line(' '.join([entry.name, *entry.changed]), 100)}"
             known = client.create_run(experiment, int(entry.began * 1000), tags, name)
         run_id = known.info.run_id

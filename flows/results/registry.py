@@ -26,8 +26,8 @@ FORMER = "champion.former"
 """Tag on a version that has become champion: the version that was it before, or `none`."""
 ROLLED_BACK = "rolled_back"
 STATUS = "status"
-"""Tag that tells people what became of a version: `champion`, `former champion`, `rejected`, `conflict`, `rolled back`.
-"""
+"""Tag that tells people what became of a version: `candidate`, `champion`, `former champion`, `rejected`, `conflict`,
+`rolled back`."""
 LAST = "z."
 """Before the names of tags that only programs read, so that a page lists them last."""
 FOR_PROGRAMS = {
@@ -205,7 +205,11 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
         client = tracking.client()
         if not client.search_registered_models(f"name = {quoted(model)}"):
             client.create_registered_model(model)
-        at_once = {"sha256": candidate.sha256}  # by which it is found again, should this process die here
+        # The status first, since lists show tags as they were set.
+        at_once = {
+            STATUS: "candidate",
+            "sha256": candidate.sha256,
+        }  # by which it is found again, should this process die here
         logged = candidate.uri.removeprefix("models:/")  # a server wants to hear it twice
         with tracking.as_default():
             made = client.create_model_version(model, candidate.uri, run_id, at_once, model_id=logged)
@@ -216,9 +220,9 @@ def register(model: str, candidate: Artifact, run_id: str | None, tags: Mapping[
 
 def tag(one: Version, tags: Mapping[str, str]) -> None:
     """Set tags of a version; a long value is shortened."""
-    for name, value in tags.items():
-        short = tracking.shortened(value, tracking.TAG_LENGTH)
-        place = LAST + name if name in FOR_PROGRAMS else name
+    places = {LAST + name if name in FOR_PROGRAMS else name: value for name, value in tags.items()}
+    for place in sorted(places, key=lambda place: place.startswith(LAST)):  # a list shows them as they were set
+        short = tracking.shortened(places[place], tracking.TAG_LENGTH)
         tracking.client().set_model_version_tag(one.model, one.number, place, short)
 
 

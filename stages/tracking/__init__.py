@@ -33,7 +33,7 @@ from stages.tracking.removal import (
     stored_size,
 )
 from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version
+from stages.tracking.run import StageRun, code_version, user
 from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
@@ -74,5 +74,6 @@ __all__ = [
     "shortened",
     "stored_size",
     "tracking_uri",
+    "user",
     "without_passwords",
 ]

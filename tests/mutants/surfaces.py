@@ -2,6 +2,9 @@
 
 FLAVOUR, DATABASE = "tests/tracking/test_flavour.py", "tests/tracking/test_database.py"
 PLAN, VALIDATE = "tests/flows/planning/test_plan.py", "tests/stages/validate/test_validate.py"
+PUSH, EXPORT = "tests/flows/results/test_push.py", "tests/flows/results/test_export.py"
+SMOKE, REGISTRY = "tests/flows/execution/test_smoke.py", "tests/flows/results/test_registry.py"
+GROUP, MODEL_METRICS = "tests/flows/results/test_group.py", "tests/tracking/test_model_metrics.py"
 INIT, AGREEMENT, RANK = (
     "tests/flows/test_init.py",
     "tests/stages/rank/test_agreement.py",
@@ -21,6 +24,34 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("flows/results/export/__init__.py", (FLAVOUR,)): [
         ("if inner.parts[0] in left:", "if inner.name in left:"),
+    ],
+    ("flows/results/export/hub.py", (PUSH,)): [
+        ("return Door(name, not public, api)", "return Door(name, public, api)"),
+        ("if not public and not existing.private:", "if not existing.private and public:"),
+        ("if odd and chosen.request is None:", "if odd and chosen.request is not None:"),
+    ],
+    ("flows/results/export/card.py", (EXPORT,)): [
+        ("if math.isfinite(value)}", "}"),
+        ('return f"{100 * value:.1f}" if share', 'return f"{value:.1f}" if share'),
+    ],
+    ("flows/results/export/origins.py", (EXPORT,)): [
+        ('NOT_LEARNED_FROM = {"evaluation", "baseline"}', 'NOT_LEARNED_FROM = {"baseline"}'),
+    ],
+    ("flows/execution/smoke.py", (SMOKE,)): [
+        ("if not (config.smoke and decision.promote):", "if not config.smoke:"),
+        ("if asked and ended else 0.0", "if asked else 0.0"),
+    ],
+    ("flows/results/registry.py", (REGISTRY,)): [
+        ("if not promote and aliases(model).get(CHAMPION) != candidate_version.number:", "if not promote:"),
+        ("if name.startswith(LAST)}", "if not name}"),
+    ],
+    ("flows/results/announce.py", (GROUP,)): [
+        ("if result.run_id and not result.reused:", "if result.run_id:"),
+        ('if not name.startswith("eval/"):', "if name:"),
+    ],
+    ("stages/tracking/run.py", (MODEL_METRICS,)): [
+        ('request.params.get("part", "eval") == "eval"', "True"),
+        ("if name not in on_model})", "if name})"),
     ],
     ("stages/tracking/database.py", (DATABASE,)): [
         ("return any((here / Path(uri).relative_to(place)).exists() for (uri,) in runs)", "return any(runs)"),

@@ -48,6 +48,7 @@ def test_a_pipeline_run_is_one_run_above_the_stages_that_it_computed(results: di
     assert parent.info.run_name == "pipeline trial align.dpo.beta=0.3"
     assert (parent.info.status, parent.info.start_time) == ("FINISHED", 1_000_000)
     assert parent.data.metrics == {"judge_score/dpo": 2.5}
+    assert parent.data.tags["mlflow.user"] == tracking.user()
     note = parent.data.tags["mlflow.note.content"]
     page = f"#/experiments/{parent.info.experiment_id}/runs"
     assert note.startswith(

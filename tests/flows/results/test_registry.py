@@ -50,6 +50,8 @@ def test_a_version_is_registered_from_the_logged_model_with_its_tags(models: lis
     found = tracking.client().get_model_version_by_alias("assistant", "champion")
     assert str(found.version) == "1" and found.run_id == run_id and found.source == artifact.uri
     told = {"decision": "promoted", "z.data.digest": "d1", "status": "champion"}
+    names = list(found.tags)
+    assert names[0] == "status" and names.index("decision") < names.index("z.data.digest"), "lists show them as set"
     assert found.tags.items() >= {**told, "sha256": artifact.sha256, "champion.former": "none"}.items()
     assert registry.version("assistant", "1").tags["data.digest"] == "d1"
     assert tracking.locate("models:/assistant@champion") == tracking.fetch(artifact)
