@@ -3,7 +3,7 @@
 FLAVOUR, DATABASE = "tests/tracking/test_flavour.py", "tests/tracking/test_database.py"
 PLAN, VALIDATE = "tests/flows/planning/test_plan.py", "tests/stages/validate/test_validate.py"
 PUSH, EXPORT = "tests/flows/results/test_push.py", "tests/flows/results/test_export.py"
-SMOKE, REGISTRY = "tests/flows/execution/test_smoke.py", "tests/flows/results/test_registry.py"
+SMOKE, REGISTRY = "tests/flows/gate/test_smoke.py", "tests/flows/results/test_registry.py"
 GROUP, MODEL_METRICS = "tests/flows/results/test_group.py", "tests/tracking/test_model_metrics.py"
 INIT, AGREEMENT, RANK = (
     "tests/flows/test_init.py",
@@ -37,7 +37,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("flows/results/export/origins.py", (EXPORT,)): [
         ('NOT_LEARNED_FROM = {"evaluation", "baseline"}', 'NOT_LEARNED_FROM = {"baseline"}'),
     ],
-    ("flows/execution/smoke.py", (SMOKE,)): [
+    ("flows/gate/smoke.py", (SMOKE,)): [
         ("if not (config.smoke and decision.promote):", "if not config.smoke:"),
         ("if asked and ended else 0.0", "if asked else 0.0"),
     ],
