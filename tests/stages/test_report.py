@@ -50,6 +50,7 @@ def test_the_page_counts_each_group_and_shows_its_first_prompts() -> None:
     scores = [-1.0] * 7 + [1.0] * (N - 7)
     comparison = compare.compare({"sft": made([0.0] * N), "dpo": made(scores)})
     text = render_html(comparison)
+    assert "their methods; <code>alignflow run --seeds 0,1,2</code> or a sweep compares methods.</p>" in text
     assert "dpo loses to SFT · 7 of 120 prompts" in re.sub(r"</?span[^>]*>", "", text)
     group = text.partition("dpo loses to SFT <span")[2].partition("</details>")[0]
     assert group.count('class="example"') == EXAMPLES and "say 4<" in group and "say 5<" not in group
