@@ -98,6 +98,7 @@ class LabelCommand(Strict):
 
     action: Literal["export", "import"]
     file: FilePath
+    """Of `import` with `url`, the number of a project."""
     to: Literal["label-studio"] = "label-studio"
     source: Literal["label-studio", "argilla", "mlflow"] = "label-studio"
     out: FilePath | None = None
@@ -105,6 +106,8 @@ class LabelCommand(Strict):
     form: Literal["ranking", "pairs"] = "ranking"
     name: str | None = None
     """MLflow's assessment that counts."""
+    url: str | None = None
+    """A running Label Studio, in place of files."""
     seed: int = 0
 
 

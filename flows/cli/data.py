@@ -247,7 +247,12 @@ def rank(
 def label(
     context: typer.Context,
     action: Annotated[str, typer.Argument(help="export or import.")],
-    file: Annotated[Path, typer.Argument(help="Prompts with answers; of import, what the tool has exported as JSON.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Prompts with answers; of import, the tool's export as JSON, or with --url a project's number."
+        ),
+    ],
     to: Annotated[str | None, typer.Option(help="Tool to export to: label-studio.")] = None,
     source: Annotated[
         str | None, typer.Option("--from", help="Tool to import from: label-studio, argilla or mlflow.")
@@ -262,6 +267,9 @@ def label(
         str | None, typer.Option(help="Of MLflow: the assessment that counts, where there are several.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed shows the answers in another order.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running Label Studio, in place of files; its token in LABEL_STUDIO_API_KEY.")
+    ] = None,
 ) -> None:
     """Send answers to Label Studio, or make rows of what people said in Label Studio, Argilla or MLflow.
 
@@ -271,6 +279,7 @@ def label(
 
     - alignflow label export to_rank.jsonl --to label-studio --form pairs
     - alignflow label import project-1.json --from label-studio --out ranked.jsonl
+    - alignflow label import 7 --from label-studio --url http://127.0.0.1:8080 --out ranked.jsonl
     - alignflow label import traces.json --from mlflow --name helpful --out thumbs.jsonl
     """
     from schemas.commands import LabelCommand

@@ -85,14 +85,14 @@ def round_trip(address: str, folder: Path, form: str, page: Any) -> Path:
     """Export from us, judge there, export from there; returns that file."""
     (folder / "to_rank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = [sys.executable, "-m", "flows.cli", "label", "export", folder / "to_rank.jsonl", "--to", "label-studio"]
-    subprocess.run([*command, "--form", form, "--out", folder / form], check=True)
+    done = subprocess.run([*command, "--form", form, "--url", address], check=True, text=True, stdout=subprocess.PIPE)
+    number = int(done.stdout.split("project ")[1].partition(":")[0])
     asks = httpx.Client(base_url=address, headers={"Authorization": f"Token {TOKEN}"}, timeout=60)
-    config = (folder / form / "config.xml").read_text()
-    made = asks.post("/api/projects/", json={"title": form, "label_config": config}).raise_for_status().json()
-    asks.post(f"/api/projects/{made['id']}/import", json=json.loads((folder / form / "tasks.json").read_text()))
-    tasks = asks.get(f"/api/tasks?project={made['id']}&page_size=100").raise_for_status().json()["tasks"]
-    judge(page, address, made["id"], sorted(tasks, key=lambda task: task["id"]), form)
-    export = asks.get(f"/api/projects/{made['id']}/export", params={"exportType": "JSON"}).raise_for_status()
+    tasks = asks.get(f"/api/tasks?project={number}&page_size=100").raise_for_status().json()["tasks"]
+    judge(page, address, number, sorted(tasks, key=lambda task: task["id"]), form)
+    command = [sys.executable, "-m", "flows.cli", "label", "import", str(number), "--from", "label-studio"]
+    subprocess.run([*command, "--url", address, "--out", folder / f"{form}.fetched.jsonl"], check=True)
+    export = asks.get(f"/api/projects/{number}/export", params={"exportType": "JSON"}).raise_for_status()
     file = folder / f"{form}.json"
     file.write_text(json.dumps(sorted(export.json(), key=lambda task: task["id"]), indent=1))
     return file
@@ -114,6 +114,7 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
+    os.environ["LABEL_STUDIO_API_KEY"] = TOKEN
     process = server(given.program.resolve(), folder, port)
     try:
         wait_for(address, process)
@@ -130,6 +131,7 @@ def main() -> None:
                 rows = file.with_suffix(".jsonl")
                 command = [sys.executable, "-m", "flows.cli", "label", "import", file, "--from", "label-studio"]
                 subprocess.run([*command, "--out", rows], check=True)
+                assert rows.read_text() == (folder / f"{form}.fetched.jsonl").read_text()
                 print(rows.read_text())
                 if given.record:
                     shutil.copy(file, given.record / f"label-studio-{form}.json")

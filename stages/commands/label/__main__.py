@@ -10,6 +10,7 @@ from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show, show_tracebacks
 from stages.commands.label import argilla, label_studio, mlflow_traces
 from stages.commands.label.collected import Told, Unreadable, as_verdicts, form_of, load
+from stages.commands.label.project import Server
 from stages.commands.rank import questions, rows
 from stages.runtime.workspace import write_whole
 
@@ -31,6 +32,8 @@ def sent(command: LabelCommand) -> list[str]:
     Raises:
         StageError: the file holds nothing to judge, or the folder exists.
     """
+    if command.url is not None:
+        return _made(command, command.url)
     folder = command.out or command.file.with_name(f"{Path(command.file.name.removesuffix('.gz')).stem}.label-studio")
     if folder.exists():
         raise refuse("--out", folder, "it already exists.", "name a new folder", kind="file_exists")
@@ -47,18 +50,36 @@ def sent(command: LabelCommand) -> list[str]:
     ]
 
 
+def _made(command: LabelCommand, url: str) -> list[str]:
+    """Make a project of a file's questions on a running Label Studio; returns lines for people."""
+    if command.out is not None:
+        raise refuse("--out", command.out, "with --url no files are written.", "leave one of the two out")
+    server = Server(url)
+    asked = questions.read(command.file, command.form)
+    title = Path(command.file.name.removesuffix(".gz")).stem
+    number = server.make(title, label_studio.CONFIGS[command.form], label_studio.tasks(asked.items, command.seed))
+    again = ["alignflow", "label", "import", str(number), "--from", "label-studio", "--url", server.url]
+    return [
+        f"made      {len(asked.items)} tasks in project {number}: {server.url}/projects/{number}/data",
+        f"next      {shlex.join(again)}",
+    ]
+
+
 def received(command: LabelCommand) -> list[str]:
     """Write what people said as rows; returns lines for people.
 
     Raises:
         StageError: the output exists, or the export is not what its tool writes (the record is named).
     """
-    output = command.out or command.file.with_name(f"{command.file.stem}.rows.jsonl")
+    beside = command.file if command.url is None else Path(f"project-{command.file}.json")
+    output = command.out or beside.with_name(f"{beside.stem}.rows.jsonl")
+    if command.url is not None and command.source != "label-studio":
+        raise refuse("--url", command.url, f"only files are read from {command.source}.", "leave it out")
     if output.suffix != ".jsonl":
         raise refuse("--out", output, "rows are written as JSON lines.", "name a file that ends in .jsonl")
     if output.exists():
         raise refuse("--out", output, "the file already exists.", "name another file", kind="file_exists")
-    records = load(command.file)
+    records = load(command.file) if command.url is None else Server(command.url).judged(command.file)
     told: list[Told] = []
     try:
         if command.source == "label-studio":
