@@ -22,10 +22,11 @@ class _WithoutPandas:
 
 
 if "pandas" not in sys.modules and "pandera" not in sys.modules:
+    import polars as pl  # before the finder: polars remembers whether there is pyarrow
+
     sys.meta_path.insert(0, _WithoutPandas)
     try:
         import pandera.polars as pa
-        import polars as pl
 
         # It looks for pandas once more at its first check, and remembers.
         pa.DataFrameSchema({"x": pa.Column(int, pa.Check.ge(0))}).validate(pl.DataFrame({"x": [0]}))

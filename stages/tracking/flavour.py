@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from schemas.model_folder import is_reward_model, read_json
-from stages.tracking.mlflow_client import set_up_mlflow, tracking_uri
+from stages.tracking.mlflow_client import as_default, set_up_mlflow
 
 _SERVED_REWARD = Path(__file__).resolve().parents[1] / "engine" / "scoring" / "served_reward.py"
 """Copied, never imported here: it needs transformers."""
@@ -110,5 +110,5 @@ def load_pipeline(uri: str) -> Any:
     set_up_mlflow()
     import mlflow.transformers  # late: it imports transformers, which no flow may
 
-    mlflow.set_tracking_uri(tracking_uri())
-    return mlflow.transformers.load_model(uri)
+    with as_default():  # `mlflow.set_tracking_uri` would stay, in the environment too
+        return mlflow.transformers.load_model(uri)

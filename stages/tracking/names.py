@@ -14,12 +14,17 @@ KEY_LENGTH = 250
 
 COST, COST_SHOWN = "compute/", "usage/"
 """Metrics of cost, as stages and their results call them, and as MLflow has them: its page of charts lists groups by
-name, and people look for quality first. Runs of before this have them as `compute/`; nothing here reads them there."""
+name, and people look for quality first. Runs of before this have them as `compute/`."""
 
 
 def shown_name(name: str) -> str:
     """The name under which MLflow has a metric."""
     return COST_SHOWN + name.removeprefix(COST) if name.startswith(COST) else name
+
+
+def own_name(name: str) -> str:
+    """The name that stages have for one of MLflow's metrics."""
+    return COST + name.removeprefix(COST_SHOWN) if name.startswith(COST_SHOWN) else name
 
 
 def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str]:

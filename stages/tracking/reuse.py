@@ -14,7 +14,7 @@ from schemas import read_stored
 from schemas.stage import Result
 from stages.runtime.context import Recorded
 from stages.tracking.mlflow_client import client, runs
-from stages.tracking.names import TAG_LENGTH
+from stages.tracking.names import TAG_LENGTH, own_name
 from stages.tracking.problems import first_line
 from stages.tracking.store import BAD, intact, local_path, location_of
 
@@ -99,7 +99,7 @@ def recorded(what: str, curves: Sequence[str] = ()) -> Recorded | None:
         began=run.info.start_time / 1000,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
+        metrics={own_name(name): value for name, value in run.data.metrics.items()},
         curves=points,
         datasets=[one.dataset.name for one in (run.inputs.dataset_inputs if run.inputs else [])],
     )
