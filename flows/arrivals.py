@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL
+from ruamel.yaml.error import YAMLError
 
+from flows.planning import config_file
 from flows.results import announce
-from flows.servers import checks
+from flows.servers import automations, checks
 from schemas.environment import ROOTS, roots
-from schemas.errors import StageError, refuse
+from schemas.errors import refuse
 from schemas.text import one_line
 from stages import tracking
 from stages.runtime import workspace
@@ -23,6 +25,8 @@ from stages.runtime import workspace
 log = logging.getLogger("alignflow")
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+AUTOMATION = "alignflow data changed"
+"""Of deploy/automations.yaml: it starts the retraining."""
 STABLE_SECONDS = 10.0
 """A file whose size and time of change stay the same for so long is whole."""
 LOOK_SECONDS = 2.0
@@ -40,12 +44,20 @@ def arrived(path: Path, part: str = "preference") -> str | None:
     path = path.expanduser().resolve()
     if not PREFECT_API_URL.value():
         raise refuse("PREFECT_API_URL", "", "no Prefect server is set.", checks.START, kind="server")
+    listening = automations.read(AUTOMATION)
+    if listening is None or not listening.enabled:  # the event would be told once, and to nobody
+        message = f"nothing on the Prefect server listens for data: it has no automation {AUTOMATION!r} that is on."
+        raise refuse("PATH", path, message, "alignflow deploy", kind="server")
     sha256, file = tracking.digest(path), workspace.home() / "arrivals.json"
     with workspace.lock(workspace.home() / "arrivals.lock"):
-        known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            fix = "remove it: data is then told once more"
+            raise refuse("arrivals.json", file, f"it cannot be read: {error}.", fix, kind="file") from error
         if known.get(str(path)) == sha256:
             return None
-        about = {"path": str(path), "sha256": sha256, "setting": f"data.{part}.path={path}"}
+        about = {"path": str(path), "sha256": sha256, "setting": f"data.{part}.path={_as_yaml(str(path))}"}
         finding = f"{path} has new content, sha256 {sha256[:12]}."
         if not announce.emit("data.changed", str(path), finding, kind="data", **about):
             message = "the Prefect server has not taken the event."
@@ -54,6 +66,15 @@ def arrived(path: Path, part: str = "preference") -> str | None:
             )
         workspace.write_whole(file, json.dumps(known | {str(path): sha256}, indent=2))
     return sha256
+
+
+def _as_yaml(text: str) -> str:
+    """The text as `--set` reads it: in quotes where YAML would take it for something else (`pairs #2.jsonl`)."""
+    try:
+        plain = config_file.parse(text)
+    except YAMLError:
+        plain = None
+    return text if plain == text else json.dumps(text)
 
 
 class FolderWatch:
@@ -89,7 +110,7 @@ class FolderWatch:
                     if (sha256 := arrived(file)) is not None:
                         log.warning("%s has arrived, sha256 %s", file, sha256[:12])
                     self._told[file] = stamp
-                except (StageError, OSError) as error:
+                except Exception as error:  # whatever the server does: the servers here must not end by it
                     log.warning("%s: %s", one_line(file, 200), one_line(error, 500))
                     self._seen[file] = (stamp, now)
 

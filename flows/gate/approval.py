@@ -7,9 +7,10 @@ the flow that it resumes; `alignflow approve`, at once; or time, which rejects.
 
 import contextlib
 import getpass
+import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -31,10 +32,14 @@ from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
 
+log = logging.getLogger("alignflow")
+
 APPROVAL = "approval"
 """Tag of a version that a person is asked about; the others begin with it: `approval.by`, `.at`, `.until`, `.note`."""
 WAITING, APPROVED, REJECTED, EXPIRED = "waiting", "approved", "rejected", "timed out"
 
+ASKED_BY, RUNS = "approval.runs", 50
+"""Tag with the flow runs that wait for the answer, and how many of them are kept."""
 LOOK_SECONDS = 3.0
 """Between two looks of a waiting flow at what was answered."""
 
@@ -66,19 +71,29 @@ def ask(
         known = registry.of_digest(model, candidate.sha256)
         if known is not None and APPROVAL in known.tags and mine.items() <= known.tags.items():
             kept = {name: known.tags[name] for name in ("decision", "decision.reasons", "decided.at")}
-            one = registry.register(model, candidate, run_id, {**tags, **kept})
+            runs = [*runs_of(known), tags["pipeline.run"]][-RUNS:]
+            one = registry.register(model, candidate, run_id, {**tags, **kept, ASKED_BY: " ".join(dict.fromkeys(runs))})
             return registry.version(model, one.number)
+        if known is not None:  # an answer to another decision must never pass for one to this
+            close(known)
         until = datetime.now(UTC) + timedelta(hours=hours)
-        # The tag that says that it waits comes last: a process may die in between.
-        asked = {**mine, "approval.until": iso(until), "decision": WAITING}
-        asked |= {registry.STATUS: "waiting for approval", APPROVAL: WAITING}
-        if known is not None:
-            for name in ("approval.by", "approval.at", "approval.note"):  # of another decision
-                registry.untag(known, name)
-        one = registry.register(model, candidate, run_id, {**tags, **asked})
+        asked = {**mine, "approval.until": iso(until), "decision": WAITING, ASKED_BY: tags["pipeline.run"]}
+        one = registry.register(model, candidate, run_id, {**tags, **asked, registry.STATUS: "waiting for approval"})
         if description:
             tracking.client().update_model_version(model, one.number, description)
+        registry.tag(one, {APPROVAL: WAITING})  # last: a process may die in between
         return registry.version(model, one.number)
+
+
+def close(one: Version) -> None:
+    """Take a question and its answer off a version."""
+    for name in (APPROVAL, "approval.by", "approval.at", "approval.note", ASKED_BY):
+        registry.untag(one, name)
+
+
+def runs_of(one: Version) -> list[str]:
+    """Ids of the flow runs that have asked about a version."""
+    return one.tags.get(ASKED_BY, one.tags.get("pipeline.run", "")).split()
 
 
 def iso(moment: datetime) -> str:
@@ -95,7 +110,8 @@ def settle(one: Version, approve: bool | None, by: str = "", note: str = "", *, 
     """
     with registry.held(one.model):
         one = registry.version(one.model, one.number)
-        if approve is not None and one.tags[APPROVAL] in ((WAITING,) if late else (WAITING, EXPIRED)):
+        asked = one.tags.get(APPROVAL)  # none: another decision has closed the question
+        if approve is not None and asked in ((WAITING,) if late else (WAITING, EXPIRED)):
             answer = APPROVED if approve else EXPIRED if late else REJECTED
             why = f"nobody approved it until {one.tags['approval.until']}" if late else f"{by} rejected it"
             why = f"{why}: {note}" if note else why
@@ -104,22 +120,25 @@ def settle(one: Version, approve: bool | None, by: str = "", note: str = "", *, 
             given = {"approval.by": by, "approval.at": registry.now(), "approval.note": note, **rejected}
             registry.tag(one, {**given, APPROVAL: answer})
             one = registry.version(one.model, one.number)
-        if one.tags[APPROVAL] == APPROVED and one.tags["decision"] != "promoted":
+        if one.tags.get(APPROVAL) == APPROVED and one.tags["decision"] != "promoted":
             before = one.tags["approval.before"]
-            registry.make_champion(one, None if before == "none" else before)
-            registry.tag(one, {"decision": "promoted"})
+            if registry.aliases(one.model).get(registry.CHAMPION) != one.number:  # else it was moved, and died then
+                registry.make_champion(one, None if before == "none" else before)
+            registry.tag(one, {"decision": "promoted", registry.STATUS: "champion"})
         return registry.version(one.model, one.number)
 
 
 def asked_by(model: str, run: str) -> Version | None:
     """The version that a flow run has asked about before it was stopped or suspended."""
-    mine = (one for one in registry.versions(model) if one.tags.get("pipeline.run") == run)
+    mine = (one for one in registry.versions(model) if run in runs_of(one))
     return next((one for one in mine if APPROVAL in one.tags), None)
 
 
 def pending(model: str) -> bool:
-    """Whether a version waits for a person."""
-    return any(one.tags.get("decision") == WAITING for one in registry.versions(model))
+    """Whether a version waits for a person, and has the time."""
+    now = iso(datetime.now(UTC))
+    waiting = (one for one in registry.versions(model) if one.tags.get(APPROVAL) == WAITING)
+    return any(now < one.tags["approval.until"] for one in waiting)
 
 
 # --- the flow that waits ---
@@ -135,7 +154,7 @@ def answered(one: Version) -> Version:
         StageError: the answer was yes, and it may not become champion; or the run was cancelled (status `preempted`).
     """
     run, until = UUID(str(flow_run.id)), datetime.fromisoformat(one.tags["approval.until"])
-    if one.tags[APPROVAL] != WAITING:
+    if one.tags.get(APPROVAL) != WAITING:
         return settle(one, None)
     with get_client(sync_client=True) as client:
         if (given := from_page(client, run, one)) is not None:
@@ -144,7 +163,9 @@ def answered(one: Version) -> Version:
             return settle(one, False, "time", late=True)
         how = f"alignflow approve {str(run)[: history.SHORT]} (or --reject)"
         get_run_logger().warning("%s has passed the gate and %s%s: %s", one, WAITS, iso(until), how)
-        announce.emit("approval-needed", one.model, f"{one} has passed the gate and {WAITS}{iso(until)}.", one.number)
+        if len(runs_of(one)) == 1:  # else a person was told when it was asked first
+            finding = f"{one} has passed the gate and {WAITS}{iso(until)}."
+            announce.emit("approval-needed", one.model, finding, one.number)
         state = pause(client, run, one, iso(until))
         if deployment.id:
             raise Pause(state=state)
@@ -190,10 +211,14 @@ def pause(client: SyncPrefectClient, run: UUID, one: Version, until: str) -> Sta
 
 def watched(client: SyncPrefectClient, run: UUID, one: Version, until: datetime) -> Version:
     """Look for an answer in the registry and on the server, until there is one or time is up."""
+    look = one.tags["approval.look"]
     while True:
         time.sleep(LOOK_SECONDS)
         one = registry.version(one.model, one.number)
-        if one.tags[APPROVAL] != WAITING:
+        if one.tags.get("approval.look") != look:
+            message = f"{one} was asked about anew, after another look."
+            raise StageError(message, status="preempted", kind="preempted", fix="answer that question")
+        if one.tags.get(APPROVAL) != WAITING:
             return settle(one, None)
         try:
             state = client.read_flow_run(run).state
@@ -222,12 +247,13 @@ def decide(which: str | None, approve: bool, by: str | None = None, note: str = 
     if which is None:
         found = [one for one in asked if one.tags[APPROVAL] == WAITING]
     else:
-        found = [one for one in asked if which == one.model or history.is_id(which, one.tags.get("pipeline.run", ""))]
-        open_ones = [one for one in found if one.tags[APPROVAL] in (WAITING, EXPIRED)]
-        found = open_ones or found[:1]
+        found = [one for one in asked if which == one.model or any(history.is_id(which, run) for run in runs_of(one))]
+        waiting = [one for one in found if one.tags[APPROVAL] == WAITING]
+        expired = [one for one in found if one.tags[APPROVAL] == EXPIRED]
+        found = waiting or expired[:1] or found[:1]  # the newest
     if len(found) != 1:
         waiting = [one for one in asked if one.tags[APPROVAL] == WAITING]
-        known = ", ".join(f"{one.tags['pipeline.run'][: history.SHORT]} ({one})" for one in waiting)
+        known = ", ".join(f"{runs_of(one)[-1][: history.SHORT]} ({one})" for one in waiting)
         message = f"{len(found) or 'nothing'} of that waits for approval." if which else f"{len(found)} versions wait."
         fix = f"name one of {known}" if known else "`alignflow retrain` asks where promote.approval is true"
         raise refuse("RUN", which or "none given", message, fix, kind="registry")
@@ -236,18 +262,26 @@ def decide(which: str | None, approve: bool, by: str | None = None, note: str = 
         message = f"{one} was {one.tags[APPROVAL]} by {one.tags['approval.by']} at {one.tags['approval.at']}."
         raise refuse("RUN", which or one, message, "retrain, or roll back", kind="registry")
     by = by or f"{getpass.getuser()}@{socket.gethostname()}"
+    answer = {"approve": approve, "by": by, "note": note}
     try:
-        return settle(one, approve, by, note)
-    finally:
-        resume(one.tags["pipeline.run"], {"approve": approve, "by": by, "note": note})
+        settled = settle(one, approve, by, note)
+    except StageError as error:
+        if error.problem.kind in ("conflict", registry.ROLLED_BACK):  # an answer too: the run ends as that
+            resume(runs_of(one), answer)
+        raise
+    resume(runs_of(one), answer)
+    return settled
 
 
-def resume(run: str, answer: Mapping[str, object]) -> None:
-    """Resume the flow run, if a server is set that knows it; it looks at the registry too, and so need not be told."""
+def resume(runs: Sequence[str], answer: Mapping[str, object]) -> None:
+    """Resume the flow runs, if a server is set that knows them; they look at the registry too, and need not be told."""
     if not PREFECT_API_URL.value():
         return
-    try:
-        with get_client(sync_client=True) as client:
-            client.resume_flow_run(UUID(run), run_input=dict(answer))
-    except (httpx.HTTPError, PrefectException, ValueError):
-        return
+    for run in runs:
+        try:
+            with get_client(sync_client=True) as client:
+                told = client.resume_flow_run(UUID(run), run_input=dict(answer))
+            if told.status.value != "ACCEPT":
+                log.info("run %s was not resumed: %s", run[: history.SHORT], told.details)
+        except (httpx.HTTPError, PrefectException, ValueError) as error:
+            log.info("run %s was not resumed: %s", run[: history.SHORT], tracking.without_passwords(str(error)))

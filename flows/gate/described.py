@@ -14,7 +14,7 @@ def described(decision: Decision, against: str, results: Mapping[str, Result], c
 
     results: of all nodes by name, as `retrain.decide` has them.
     """
-    verdict = "Promoted" if decision.promote else "Rejected"
+    verdict = "Passed the gate" if decision.promote else "Failed the gate"
     lines = [f"{verdict}, judged against {against}. Candidate: {candidate}.", ""]  # plain: a list shows it as it is
     if decision.reasons:
         lines += [f"Failed: {', '.join(check.metric for check in decision.reasons)}.", ""]

@@ -129,7 +129,7 @@ def pin(raw: dict[str, Any]) -> None:
         StageError: the Hub has no such model or data set, or does not give it to this user.
     """
     kept = workspace.home() / HUB_COMMITS
-    known: dict[str, str] = json.loads(kept.read_text()) if kept.is_file() else {}
+    known = _kept_commits(kept)
     for field, kind, name, place in _on_hub(raw):
         revision = place.get("revision") or "main"
         key = f"{kind} {name} {revision}"
@@ -137,10 +137,11 @@ def pin(raw: dict[str, Any]) -> None:
             commit = _commit_of(field, kind, name, revision)
             if commit is None:
                 continue
-            known[key] = commit
-            workspace.write_whole(kept, json.dumps(known, indent=1, sort_keys=True) + "\n")
+            with workspace.lock(kept.with_suffix(".lock")):  # another run may have added to it, or been first
+                known = {key: commit, **_kept_commits(kept)}
+                workspace.write_whole(kept, json.dumps(known, indent=1, sort_keys=True) + "\n")
             text = "%s = %s: %s is at commit %s, which %s keeps. Write it as `revision`, or another."
-            log.info(text, field, name, revision, commit, kept)
+            log.info(text, field, name, revision, known[key], kept)
         place["revision"] = known[key]
 
 
@@ -155,8 +156,17 @@ def _on_hub(raw: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]
         if not isinstance(path, str) or not isinstance(place.get("revision", ""), str | None) or "\0" in path:
             continue
         source = model_source(path) if field == "model" else data_source(path)
-        if isinstance(source, Hub) and not is_commit(place.get("revision")) and not Path(source.name).exists():
+        named = isinstance(source, Hub) and (field == "model" or source.plain)
+        if isinstance(source, Hub) and named and not is_commit(place.get("revision")):
             yield f"{field}.path", "model" if field == "model" else "dataset", source.name, place
+
+
+def _kept_commits(kept: Path) -> dict[str, str]:
+    try:
+        return json.loads(kept.read_text()) if kept.is_file() else {}
+    except ValueError as error:
+        fix = "repair it, or remove it: commits are then asked for anew"
+        raise refuse(HUB_COMMITS, kept, f"it cannot be read: {error}.", fix) from error
 
 
 def _list(value: Any) -> list[Any]:

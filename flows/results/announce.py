@@ -109,7 +109,8 @@ def emit(event: str, name: str, finding: str, version: str = "", kind: str = "mo
         return False
     run, pages = str(flow_run.id or ""), {}
     if run:
-        pages["prefect"] = f"{PREFECT_UI_URL.value() or str(api).removesuffix('/api')}/runs/flow-run/{run}"
+        server = tracking.without_passwords(str(PREFECT_UI_URL.value() or str(api).removesuffix("/api")))
+        pages["prefect"] = f"{server}/runs/flow-run/{run}"
     if version:
         pages["mlflow"] = version_page(name, version)
     resource = {"prefect.resource.id": f"alignflow.{kind}.{name}", "prefect.resource.name": name}
@@ -149,7 +150,7 @@ def group(plan: Plan, results: Mapping[str, Result], entry: Record, status: str 
         client.set_tag(run_id, "mlflow.note.content", tracking.shortened(_note(results), tracking.TAG_LENGTH))
         client.set_terminated(run_id, status)
     except Exception as error:  # whatever the server or the network is up to
-        get_run_logger().warning("MLflow does not show the run as a whole: %s", error)
+        get_run_logger().warning("MLflow does not show the run as a whole: %s", tracking.without_passwords(str(error)))
 
 
 def _note(results: Mapping[str, Result]) -> str:
@@ -181,4 +182,4 @@ def show_in_prefect(table: str, links: Mapping[str, str]) -> None:
             words = f"{what} side by side in MLflow"
             create_link_artifact(link, link_text=words, key=f"{what}-in-mlflow", description=f"The models' {words}")
     except Exception as error:  # whatever the server or the network is up to
-        get_run_logger().warning("Prefect does not show the comparison: %s", error)
+        get_run_logger().warning("Prefect does not show the comparison: %s", tracking.without_passwords(str(error)))

@@ -21,6 +21,8 @@ from stages.runtime import workspace
 
 log = logging.getLogger("alignflow")
 
+QUOTE = '"'
+"""Around a path that YAML would take for something else."""
 SHORT = 8
 """Characters of a run's id that tell it from others."""
 
@@ -140,7 +142,7 @@ def find(which: str) -> Record | None:
 def run_name(name: str, changed: Sequence[str]) -> str:
     """A run's name in Prefect, with what differs from its file: `demo dpo.beta=0.3`; of paths the last part."""
     parts = [change.removeprefix("align.").partition("=") for change in sorted(changed)]  # tags have no order
-    short = [f"{key}={value.rpartition('/')[2]}" for key, _, value in parts]
+    short = [f"{key}={value.rpartition('/')[2].rstrip(QUOTE)}" for key, _, value in parts]
     return one_line(" ".join([Path(name).stem if name.endswith((".yaml", ".yml")) else name, *short]), 120)
 
 

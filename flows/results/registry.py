@@ -173,6 +173,8 @@ def register_and_promote(
     """
     with held(model):
         candidate_version = register(model, candidate, run_id, tags)
+        for name in [one for one in candidate_version.tags if one == "approval" or one.startswith("approval.")]:
+            untag(candidate_version, name)  # of a question about it that this decision closes
         if description:
             tracking.client().update_model_version(model, candidate_version.number, description)
         if not promote and aliases(model).get(CHAMPION) != candidate_version.number:

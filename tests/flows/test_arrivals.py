@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import arrivals
-from flows.results import announce
+from flows.planning import config_file
+from flows.results import announce, history
+from flows.servers import automations
 from schemas.errors import StageError
 from stages import tracking
 
@@ -24,6 +27,7 @@ def told(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         return "refused" not in name
 
     monkeypatch.setattr(announce, "emit", emit)
+    monkeypatch.setattr(automations, "read", lambda name: SimpleNamespace(enabled=True))
     return events
 
 
@@ -44,6 +48,29 @@ def test_a_file_is_told_once_per_content(told: list[dict[str, str]], tmp_path: P
     assert arrivals.arrived(file) is None and len(told) == 1
     file.write_text("two\n")
     assert arrivals.arrived(file) == tracking.digest(file) != sha256 and len(told) == 2
+
+
+@pytest.mark.parametrize("name", ["pairs #2.jsonl", "a: b.jsonl", "[x].jsonl", "it's.jsonl", "plain.jsonl", "ä.jsonl"])
+def test_a_setting_names_the_file_that_arrived(name: str, told: list[dict[str, str]], tmp_path: Path) -> None:
+    (tmp_path / name).write_text("one\n")
+    arrivals.arrived(tmp_path / name)
+    raw: dict[str, Any] = {}
+    config_file.apply(raw, told[0]["setting"])
+    assert raw == {"data": {"preference": {"path": str(tmp_path / name)}}}
+    assert history.run_name("a", ["data.preference.path=/x/plain.jsonl"]) == "a data.preference.path=plain.jsonl"
+
+
+@pytest.mark.parametrize("there", [None, SimpleNamespace(enabled=False)])
+def test_nothing_is_told_where_nobody_listens(
+    there: object, told: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be kept as told, and the data would never be trained on."""
+    monkeypatch.setattr(automations, "read", lambda name: there)
+    (tmp_path / "pairs.jsonl").write_text("one\n")
+    with pytest.raises(StageError, match="Fix: alignflow deploy"):
+        arrivals.arrived(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr(automations, "read", lambda name: SimpleNamespace(enabled=True))
+    assert told == [] and arrivals.arrived(tmp_path / "pairs.jsonl") is not None
 
 
 def test_what_prefect_has_not_taken_is_told_again(told: list[dict[str, str]], tmp_path: Path) -> None:

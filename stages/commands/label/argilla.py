@@ -2,6 +2,9 @@
 
 A field is `prompt`, `instruction` or `question`; the others hold answers. A ranking question's values, and a label
 question's, are the names of the fields that hold them, or of a tie.
+
+Argilla 2 keeps a ranking that was made on its pages as values with their ranks, and `to_json` writes the values alone,
+in the order of the options (https://github.com/argilla-io/argilla/issues/5712). Lists that are all alike are refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,19 +15,27 @@ from stages.commands.rank.questions import Question
 
 PROMPTS = ("prompt", "instruction", "question")
 TIES = {"tie", "equal", "both", "same"}
-DISCARDED = "discarded"
+SUBMITTED = "submitted"
 
 
 def read(records: Sequence[Any]) -> Iterator[tuple[int, list[Told]]]:
     """(number, what was told) of each record. Raises Unreadable, at the record that is none."""
+    orders: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for number, record in enumerate(records):
         try:
-            yield number, _told(mapping(record, "it"))
+            yield number, _told(mapping(record, "it"), orders)
         except Unreadable as problem:
             raise Unreadable(f"record {number}: {problem}") from problem
+    if orders and all(len(seen) == 1 for seen in orders.values()):
+        order = ", ".join(next(iter(next(iter(orders.values())))))
+        raise Unreadable(
+            f"every ranking is {order}: Argilla's to_json loses the ranks that people gave; export the records over "
+            "its API, where each value has its `rank`"
+        )
 
 
-def _told(record: dict[str, Any]) -> list[Told]:
+def _told(record: dict[str, Any], orders: dict[tuple[str, ...], set[tuple[str, ...]]]) -> list[Told]:
+    """What was said of a record. `orders`: names -> the orders in which lists without ranks have had them."""
     fields = mapping(record.get("fields"), "`fields`")
     prompt = next((name for name in PROMPTS if name in fields), None)
     if prompt is None:
@@ -39,7 +50,10 @@ def _told(record: dict[str, Any]) -> list[Told]:
     places, told = tuple(range(len(texts))), []
     for response in _responses(record.get("responses") or {}):
         who = text_of(response.get("user_id"), "a response's `user_id`")
-        verdict = None if response.get("status") == DISCARDED else _groups(response.get("value"), names)
+        value, submitted = response.get("value"), response.get("status", SUBMITTED) == SUBMITTED
+        verdict = _groups(value, names) if submitted else None
+        if verdict is not None and isinstance(value, list) and not any(isinstance(one, dict) for one in value):
+            orders.setdefault(tuple(sorted(map(str, value))), set()).add(tuple(map(str, value)))
         told.append(Told(question, places, who, verdict))
     return told
 
@@ -60,7 +74,7 @@ def _responses(value: Any) -> list[dict[str, Any]]:
 def _groups(value: Any, names: Sequence[str]) -> list[list[int]]:
     """A label, a list of names with the best first, or of {value, rank}, where equal ranks are ties."""
     if isinstance(value, str):
-        if value.lower() in TIES:
+        if value.lower() in TIES and len(names) == 2:
             return [list(range(len(names)))]
         if value not in names or len(names) != 2:
             raise Unreadable(

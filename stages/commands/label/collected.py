@@ -72,7 +72,11 @@ def form_of(told: Sequence[Told]) -> RankForm:
 
 
 def as_verdicts(told: Sequence[Told]) -> tuple[list[Item], list[Verdict]]:
-    """The items, each once, and the last verdict of each person on each. Raises Unreadable for a name that is none."""
+    """The items, each once, and the last verdict of each person on each, by their times where these are known.
+
+    Raises:
+        Unreadable: a name is none.
+    """
     form = form_of(told)
     items: dict[str, Item] = {}
     verdicts: dict[tuple[str, str], Verdict] = {}
@@ -85,7 +89,9 @@ def as_verdicts(told: Sequence[Told]) -> tuple[list[Item], list[Verdict]]:
             verdict = Verdict.model_validate(values | {"seconds": max(0.0, one.seconds), "at": one.at})
         except ValidationError as error:
             raise Unreadable(str(error.errors()[0]["msg"])) from error
-        verdicts[one.annotator, item.id] = verdict
+        before = verdicts.get((one.annotator, item.id))
+        if before is None or before.at <= verdict.at or not verdict.at:
+            verdicts[one.annotator, item.id] = verdict
     return list(items.values()), list(verdicts.values())
 
 

@@ -85,17 +85,23 @@ def _told(record: Any) -> list[Told]:
     task = mapping(record, "it")
     data = mapping(task.get("data"), "`data`")
     question, order = _question(data, task.get("meta"))
+    answers = data.get("answers")
+    shown = [one.get("id") if isinstance(one, dict) else None for one in answers] if isinstance(answers, list) else []
+    ids = [str(number if id is None else id) for number, id in enumerate(shown or [None] * len(order), 1)]
+    if len(set(ids)) != len(order):
+        raise Unreadable("the ids of its `answers` are not one for each answer")
     annotations = task.get("annotations")
     if not isinstance(annotations, list):
         raise Unreadable("it has no `annotations`: export as JSON, not as JSON-MIN or CSV")
     told = []
     for one in annotations:
         annotation = mapping(one, "an annotation")
-        by = annotation.get("completed_by", "unknown")
+        by = annotation.get("completed_by")
         by = by.get("email", by.get("id")) if isinstance(by, dict) else by
-        who = f"user {by}" if isinstance(by, int) else str(by)
-        verdict = None if annotation.get("was_cancelled") else _verdict(annotation.get("result"), order)
-        lead, at = annotation.get("lead_time"), annotation.get("created_at")
+        nobody = f"unknown {annotation.get('id', len(told))}"  # each somebody else
+        who = nobody if by is None else f"user {by}" if isinstance(by, int) else str(by)
+        verdict = None if annotation.get("was_cancelled") else _verdict(annotation.get("result"), order, ids)
+        lead, at = annotation.get("lead_time"), annotation.get("updated_at") or annotation.get("created_at")
         seconds = float(lead) if isinstance(lead, int | float) else 0.0
         told.append(Told(question, tuple(sorted(order)), who, verdict, seconds, str(at or "")))
     return told
@@ -124,23 +130,26 @@ def _question(data: dict[str, Any], meta: Any) -> tuple[Question, list[int]]:
     return Question(messages_of(data.get("prompt")), texts, list(texts), {}), list(range(len(texts)))
 
 
-def _verdict(result: Any, order: Sequence[int]) -> list[list[int]] | None:
-    """The groups that an annotation's result says; None where nothing was chosen."""
+def _verdict(result: Any, order: Sequence[int], ids: Sequence[str]) -> list[list[int]] | None:
+    """The groups that an annotation's result says; None where nothing was chosen. `ids`: the answers' in that order."""
     if not isinstance(result, list):
         raise Unreadable("an annotation has no `result`")
+    said: list[list[list[int]]] = []
     for one in result:
         kind, value = mapping(one, "a result").get("type"), mapping(one.get("value"), "a result's `value`")
         if kind == "pairwise" and len(order) == 2:
             if value.get("selected") not in ("left", "right"):
                 raise Unreadable(f"`selected` is {value.get('selected')!r}, neither left nor right")
-            return [[place] for place in (order if value["selected"] == "left" else order[::-1])]
+            said.append([[place] for place in (order if value["selected"] == "left" else order[::-1])])
         if kind == "ranker":
             ranked = value.get("ranker")
             lists = [ids for ids in ranked.values() if isinstance(ids, list)] if isinstance(ranked, dict) else [ranked]
-            ids = lists[0] if lists else None
-            if not isinstance(ids, list) or not all(str(id).isdecimal() and 0 < int(id) <= len(order) for id in ids):
+            named = lists[0] if lists else None
+            if not isinstance(named, list) or not all(str(id) in ids for id in named):
                 raise Unreadable("a ranking does not name the task's answers")
-            return groups_of([[order[int(id) - 1]] for id in ids], order)
+            said.append(groups_of([[order[ids.index(str(id))]] for id in named], order))
         if kind == "choices" and value.get("choices") == [TIE] and len(order) == 2:
-            return [sorted(order)]
-    return None
+            said.append([sorted(order)])
+    if len(said) > 1 and any(one != said[0] for one in said):
+        raise Unreadable(f"an annotation both prefers an answer and says {TIE!r}; correct it there")
+    return said[0] if said else None

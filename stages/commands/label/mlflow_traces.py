@@ -64,7 +64,7 @@ def _told(record: dict[str, Any], assessment: dict[str, Any]) -> Told:
         raise Unreadable(f"the assessment {assessment['assessment_name']} is {value!r}, neither yes nor no")
     who = text_of(mapping(assessment["source"], "a source").get("source_id"), "an assessment's source_id")
     note = assessment.get("rationale")
-    at = str(assessment.get("create_time", ""))
+    at = str(assessment.get("last_update_time") or assessment.get("create_time", ""))
     return Told(question, (0,), who, thumb, 0.0, at, note if isinstance(note, str) else "")
 
 

@@ -2,8 +2,9 @@
 
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,86 @@ def test_the_same_decision_is_asked_once(models: list[Made]) -> None:
     stands = ask(models[1], "a-third-run")
     assert stands.tags["approval"] == "rejected" == stands.tags["decision"]
     assert stands.tags["decision.reasons"] == "ada rejected it: no"
+    assert approval.runs_of(stands) == ["run-of-two", "another-run", "a-third-run"]
+    assert approval.asked_by("assistant", "another-run") == stands
     other = ask(models[1], "a-fourth-run", look="2")  # another decision: nobody has said anything of it
     assert other.tags["approval"] == "waiting" == other.tags["decision"]
     assert not {"approval.by", "approval.at", "approval.note"} & other.tags.keys()
+
+
+def test_an_answer_to_an_earlier_decision_is_none_to_a_later_one(
+    models: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the process dies that asks anew."""
+    approval.settle(ask(models[1]), True, "ada")
+    registry.register_and_promote("assistant", *models[2], {}, promote=True, expected="2")
+    tag, asked = registry.tag, {**TAGS, "decision.look": "9", "pipeline.run": "r"}
+
+    def dies_after(number: int, one: registry.Version, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            if len(written) == number:
+                raise KeyboardInterrupt
+            written.append(name)
+            tag(one, {name: value})
+
+    for number in range(7, 11):  # of 11 tags; the last of them says that it waits
+        written: list[str] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "tag", partial(dies_after, number))
+            with pytest.raises(KeyboardInterrupt):
+                approval.ask("assistant", *models[1], asked, "3", 1.0)
+        again = approval.ask("assistant", *models[1], asked, "3", 1.0)
+        assert approval.settle(again, None).tags["approval"] == "waiting" and champion() == "3"
+        approval.settle(again, True, "ada")  # for the next round
+        registry.move(registry.version("assistant", "3"), "2")
+        registry.tag(again, {"approval.look": f"of round {number}"})
+
+
+def test_a_later_verdict_closes_the_question(models: list[Made]) -> None:
+    asked = ask(models[1])
+    rejected = {**TAGS, "decision": "rejected", "decision.reasons": "smoke"}
+    registry.register_and_promote("assistant", *models[1], rejected, promote=False, expected="1")
+    with pytest.raises(StageError, match="waits for approval"):
+        approval.decide("assistant", approve=True)
+    assert approval.settle(asked, True, "ada").tags["decision"] == "rejected" and champion() == "1"
+
+
+def test_a_champion_whose_promotion_died_behind_the_move_stays_one(
+    models: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, move = ask(models[1]), registry.move
+
+    def moves_and_dies(*given: Any) -> None:
+        move(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "move", moves_and_dies)
+        with pytest.raises(KeyboardInterrupt):
+            approval.settle(asked, True, "ada")
+    settled = approval.settle(asked, None)
+    assert (settled.tags["decision"], settled.tags["status"], champion()) == ("promoted", "champion", "2")
+
+
+def test_a_command_that_is_stopped_answers_nothing(models: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(models[1])
+    told: list[object] = []
+    monkeypatch.setattr(approval, "resume", lambda *given: told.append(given))
+
+    def stopped(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(approval, "settle", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        approval.decide(None, approve=True)
+    assert told == []
+
+
+def test_who_waits_counts_before_whose_time_was_up(models: list[Made]) -> None:
+    approval.settle(ask(models[1]), False, "time", late=True)
+    waits = ask(models[2], "run-of-three")
+    assert approval.decide("assistant", approve=False, by="ada").number == waits.number
+    assert approval.decide("assistant", approve=False, by="ada").number == "2"
 
 
 # --- a flow that waits ---
@@ -119,7 +197,7 @@ class Waiting(threading.Thread):
         @flow(name="retrain", persist_result=False)
         def waits() -> None:
             self.run_id = str(flow_run.id)
-            registry.tag(self.one, {"pipeline.run": self.run_id})
+            registry.tag(self.one, {"pipeline.run": self.run_id, approval.ASKED_BY: self.run_id})
             self.outcome = approval.answered(registry.version("assistant", self.one.number))
 
         try:

@@ -1,5 +1,6 @@
 """A name on the Hub without a commit: resolved once, kept, and never a second time."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_what_names_a_commit_or_a_file_is_left_alone(hub: stub.Hub, tmp_path: Pa
         raw["data"] = {"preference": {"path": "a.jsonl"}}
     (tmp_path / "own" / "model").rename(tmp_path / "own" / "other")
     raws[0]["model"]["path"] = "./own/other"
+    raws[0]["data"]["sft"] = [{"path": path} for path in ("hub:~/rows", "hub:https://example.org/rows", "hub:./own")]
     before = [dict(raw["model"]) for raw in raws]
     for raw in raws:
         config_file.pin(raw)
@@ -78,6 +80,31 @@ def test_a_branch_is_resolved_as_such(hub: stub.Hub) -> None:
 def test_what_the_hub_does_not_have_is_refused_by_name(hub: stub.Hub) -> None:
     del hub.repos["own/model"]
     with pytest.raises(StageError, match=r"model\.path = own/model: no such file or folder in .*Fix: check path, name"):
+        config_file.pin(config())
+
+
+def test_a_commit_that_another_run_has_kept_meanwhile_stays(hub: stub.Hub, tmp_path: Path, monkeypatch: Any) -> None:
+    kept = tmp_path / "home" / config_file.HUB_COMMITS
+    ask = config_file._commit_of
+
+    def slow(*asked: str) -> str | None:
+        commit = ask(*asked)
+        if asked[1] == "model":
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps({"model own/model main": "1" * 40, "model other/one main": "2" * 40}))
+        return commit
+
+    monkeypatch.setattr(config_file, "_commit_of", slow)
+    raw = config()
+    config_file.pin(raw)
+    assert revisions(raw) == ["1" * 40, SHA, SHA, None]
+    assert json.loads(kept.read_text()).keys() == {
+        "model own/model main",
+        "model other/one main",
+        "dataset own/rows main",
+    }
+    kept.write_text("{")
+    with pytest.raises(StageError, match=r"hub\.json.*Fix: repair it"):
         config_file.pin(config())
 
 

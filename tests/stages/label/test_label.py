@@ -242,6 +242,66 @@ def test_of_several_assessments_one_is_named(tmp_path: Path) -> None:
 # --- all of them ---
 
 
+def test_rankings_that_argilla_has_lost_are_not_read_as_the_order_of_its_options(tmp_path: Path) -> None:
+    """Its pages keep ranks, and its JSON the values in the order of the options, whatever people have chosen."""
+    record = recorded("argilla-ranking.json")[0]
+    first = {"value": ["answer-1", "answer-2", "answer-3"], "user_id": "ada"}
+    alike = copy.deepcopy(record) | {"responses": {"ranking": [first, first | {"user_id": "ben"}]}}
+    with pytest.raises(StageError, match="loses the ranks that people gave"):
+        rows(tmp_path, [alike], "argilla")
+    ranked = [{"value": name, "rank": rank} for name, rank in (("answer-1", 3), ("answer-2", 1), ("answer-3", 2))]
+    with_ranks = alike | {"responses": {"ranking": [first | {"value": ranked}]}}
+    (row,) = rows(tmp_path, [with_ranks], "argilla")
+    assert row["order"] == [1, 2, 0]
+    draft = {"value": "answer-1", "user_id": "eve", "status": "draft"}
+    two = copy.deepcopy(recorded("argilla-label.json")[0])
+    two["responses"] = {name: [draft] for name in two["responses"]}
+    lines = label.received(command(written(tmp_path, [two]), source="argilla", out=tmp_path / "draft.jsonl"))
+    assert lines[-1].startswith("nothing was judged yet")
+
+
+def written(tmp_path: Path, records: list[Any]) -> Path:
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def pair(*results: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A task made elsewhere with two answers, and one annotation."""
+    data = {"prompt": "Say it.", "answers": [{"id": "2", "body": "A"}, {"id": "1", "body": "B"}]}
+    return {"data": data, "annotations": [{"id": 5, "completed_by": 1, "result": list(results)} | more]}
+
+
+LEFT = {"type": "pairwise", "value": {"selected": "left"}}
+EQUAL = {"type": "choices", "value": {"choices": [label_studio.TIE]}}
+
+
+def test_ids_of_answers_and_not_their_places_are_what_a_ranking_names(tmp_path: Path) -> None:
+    ranked = {"type": "ranker", "value": {"ranker": {"rank": ["2", "1"]}}}
+    (row,) = rows(tmp_path, [pair(ranked)], "label-studio")
+    assert (row["responses"], row["order"]) == (["A", "B"], [0, 1])
+
+
+def test_an_annotation_that_says_two_things_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="task 0: an annotation both prefers an answer and says 'Equally good'"):
+        rows(tmp_path, [pair(LEFT, EQUAL)], "label-studio")
+
+
+def test_the_latest_verdict_of_a_person_counts_and_strangers_are_apart(tmp_path: Path) -> None:
+    late, early = (
+        pair(LEFT, created_at="2026-01-02T00:00:00Z"),
+        pair(created_at="2026-01-01T00:00:00Z", was_cancelled=True),
+    )
+    both = late | {"annotations": [*late["annotations"], *early["annotations"]]}
+    (row,) = rows(tmp_path, [both], "label-studio")
+    assert row["order"] == [0, 1]
+    strangers = [pair(LEFT, completed_by=None, id=number)["annotations"][0] for number in (1, 2)]
+    lines = label.received(
+        command(written(tmp_path, [late | {"annotations": strangers}]), source="label-studio", out=tmp_path / "s.jsonl")
+    )
+    assert [line.partition(":")[0] for line in lines[:2]] == ["unknown 1", "unknown 2"]
+
+
 @pytest.mark.parametrize("source", ["label-studio", "argilla", "mlflow"])
 @pytest.mark.parametrize("text", ["", "no json", "[]", "[1]", '[{"data": 3}]', '{"a": ' * 3000])
 def test_what_is_no_export_is_refused(tmp_path: Path, source: str, text: str) -> None:
