@@ -154,12 +154,11 @@ def ab(
     names = contest.ordered(model, other)
     first, second = contest.evaluations(asked, *names)
     out = people_folder(asked.inputs)
-    before = contest.results(out)
     values = {"model": names[0], "other": names[1], "first": first, "second": second, "out": out, "run": None}
     try:
         start(context, AbCommand, annotator=named(annotator), **values)
     except typer.Exit as ended:
-        if ended.exit_code or contest.results(out) == before:
+        if ended.exit_code or contest.shown(asked, out):
             raise
     report = contest.refresh(asked)
     if report is None:

@@ -52,7 +52,7 @@ def _answered(config: PromoteConfig, model: Artifact, data: Artifact, max_new_to
             )
         except subprocess.TimeoutExpired:
             return _check(0.0, f"no answers within {config.smoke_minutes:g} minutes (promote.smoke_minutes)")
-    if done.returncode != 0:
+    if done.returncode != 0 or not done.stdout.strip():
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
         return _check(0.0, f"exit code {done.returncode}: {one_line(last, 300)}")
     counts = json.loads(done.stdout.splitlines()[-1])

@@ -185,7 +185,7 @@ def compare(
         alone=scores_alone(first.settings["judge"]),
         doubt=DOUBTS[first.settings["judge"]["judge"]],
         origin=made or origin.Origin(),
-        people=[one for one in said if {one.model, one.other} <= set(names)],
+        people=[one for one in said if {one.model, one.other} <= set(evaluations)],
     )
 
 

@@ -15,6 +15,7 @@ from schemas import Strict, read_stored
 from schemas.errors import refuse
 from schemas.promotion.exact import upper_tail
 from stages.engine.scoring.intervals import Interval, groups, signs, two_sided
+from stages.runtime import workspace
 
 LEVEL = 0.95
 HALVINGS = 60  # of an interval from 0 to 1, to where floats end
@@ -152,5 +153,7 @@ def read(folder: Path) -> list[People]:
 
 
 def write(result: People, file: Path) -> None:
-    """As `read` reads it."""
-    file.write_text(json.dumps(result.model_dump(), indent=2) + "\n", encoding="utf-8")
+    """As `read` reads it. All of it or nothing, and no other file in the folder, whose digest names it."""
+    whole = file.parent.parent / f"{file.name}.new"
+    workspace.write_whole(whole, json.dumps(result.model_dump(), indent=2) + "\n")
+    whole.replace(file)

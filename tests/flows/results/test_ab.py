@@ -85,12 +85,15 @@ def test_the_comparison_is_made_anew_with_people(home: Path, tmp_path: Path, mon
     monkeypatch.setattr(ab.tracking, "fetch", lambda artifact: tmp_path)
     monkeypatch.setattr(ab.tracking, "note_reuse", lambda result, run: None)
     request = asked(tmp_path)
-    assert ab.refresh(request) is None and made == [] and ab.results(requests.people_folder(request.inputs)) == ""
+    assert ab.refresh(request) is None and made == [] and ab.shown(request, requests.people_folder(request.inputs))
     results = said(request)
     assert ab.refresh(request) == tmp_path / "report.html"
     assert made[0].inputs[PEOPLE].uri == str(results) and set(made[0].inputs) == {*SHAS, PEOPLE}
     assert made[0].version == STAGES["compare"].version and made[0].pipeline_run == "run 7"
-    digest = ab.results(requests.people_folder(request.inputs))
+    folder = requests.people_folder(request.inputs)
+    assert not ab.shown(request, folder)  # also where the command was stopped before it compared
     (results / "dpo-sft.json").write_text(json.dumps({"more": 1}))
-    assert ab.results(requests.people_folder(request.inputs)) != digest
+    assert ab.shown(
+        request.model_copy(update={"inputs": {**request.inputs, **requests.people_said(request.inputs, {})}}), folder
+    )
     assert ab.refresh(asked(tmp_path, params={"judge": {"judge": "endpoint"}})) is None

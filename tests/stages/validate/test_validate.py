@@ -794,3 +794,26 @@ def test_other_data_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     (theirs / "notes.txt").write_text("mine")
     assert main(first.model_copy(update={"out": theirs})) == 65
     assert "add --force" in capsys.readouterr().err and [path.name for path in theirs.iterdir()] == ["notes.txt"]
+
+
+def test_the_command_holds_no_pandas_and_reads_data_sets_all_the_same(tmp_path: Path) -> None:
+    """In a process of its own, where neither has been imported: rows of a file, then those of `datasets` by Arrow."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    script = """
+import sys
+from pathlib import Path
+from stages.commands.validate import main
+from schemas.commands import ValidateCommand
+folder = Path(sys.argv[1])
+for path, out in ((str(folder / "pairs.jsonl"), "a"), (f"hub:{folder / 'saved'}", "b")):
+    assert main(ValidateCommand(path=path, kind="preference", out=folder / out)) == 0
+    print([name in sys.modules for name in ("pandas", "pyarrow")], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "[False, False]" and done.stdout.count("20 kept") == 2
