@@ -118,7 +118,7 @@ def _here_called(loc: tuple[str | int, ...], raw: Any) -> str:
     tops = [("model",), ("sft",), ("reward",), *methods, ()]
     places = [loc[:-1], *((place for place in tops if place != loc[:-1]) if len(loc) < 3 else ())]
     found = [place for place in places if name.partition(".")[0] in known_keys((*place, name), raw)]
-    own = [loc[:-1]] if inner in known_keys(loc, raw) else []  # within `lora` already
+    own = [loc[:-1]] if "lora" in loc[:-1] and inner in known_keys(loc, raw) else []
     keys = [
         ".".join(map(str, (*place, inner if own else name))) for place in own or found[: 1 if loc[:-1] in found else 6]
     ]

@@ -26,8 +26,8 @@ FORMER = "champion.former"
 """Tag on a version that has become champion: the version that was it before, or `none`."""
 ROLLED_BACK = "rolled_back"
 STATUS = "status"
-"""Tag that tells people what became of a version: `candidate`, `champion`, `former champion`, `rejected`, `conflict`,
-`rolled back`."""
+"""Tag that tells people what became of a version: `candidate`, `waiting for approval`, `champion`, `former champion`,
+`rejected`, `conflict`, `rolled back`."""
 LAST = "z."
 """Before the names of tags that only programs read, so that a page lists them last."""
 FOR_PROGRAMS = {
