@@ -248,7 +248,7 @@ def test_the_life_of_a_champion(
     assert registry.aliases("assistant") == {"champion": "1"}
     second = registry.version("assistant", "2")
     page = tracking.client().get_model_version("assistant", "2").description or ""
-    assert page.startswith("Rejected, judged against version 1. Candidate: dpo.\n\nFailed: win_rate_p")
+    assert page.startswith("Failed the gate, judged against version 1. Candidate: dpo.\n\nFailed: win_rate_p")
     assert "| win_rate_p | " in page and f"- data `preference`: `{tmp_path / 'pairs.jsonl'}` (sha256 " in page
     assert f"/runs/{second.run_id})" in page and "/artifacts/comparison/report.html)" in page
     assert second.tags["decision"] == "rejected" and "true win rate of 0.999" in second.tags["decision.reasons"]
