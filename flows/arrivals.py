@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL
-from ruamel.yaml.error import YAMLError
 
-from flows.planning import config_file
 from flows.results import announce
 from flows.servers import automations, checks
 from schemas.environment import ROOTS, roots
 from schemas.errors import refuse
-from schemas.text import one_line
+from schemas.text import as_setting, one_line
 from stages import tracking
 from stages.runtime import workspace
 
@@ -57,7 +55,7 @@ def arrived(path: Path, part: str = "preference") -> str | None:
             raise refuse("arrivals.json", file, f"it cannot be read: {error}.", fix, kind="file") from error
         if known.get(str(path)) == sha256:
             return None
-        about = {"path": str(path), "sha256": sha256, "setting": f"data.{part}.path={_as_yaml(str(path))}"}
+        about = {"path": str(path), "sha256": sha256, "setting": f"data.{part}.path={as_setting(str(path))}"}
         finding = f"{path} has new content, sha256 {sha256[:12]}."
         if not announce.emit("data.changed", str(path), finding, kind="data", **about):
             message = "the Prefect server has not taken the event."
@@ -66,15 +64,6 @@ def arrived(path: Path, part: str = "preference") -> str | None:
             )
         workspace.write_whole(file, json.dumps(known | {str(path): sha256}, indent=2))
     return sha256
-
-
-def _as_yaml(text: str) -> str:
-    """The text as `--set` reads it: in quotes where YAML would take it for something else (`pairs #2.jsonl`)."""
-    try:
-        plain = config_file.parse(text)
-    except YAMLError:
-        plain = None
-    return text if plain == text else json.dumps(text)
 
 
 class FolderWatch:

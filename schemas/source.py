@@ -7,7 +7,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
@@ -149,6 +149,14 @@ def data_source(path: str) -> File | Remote | Hub | Demo | Generated:
     if scheme == "hub":
         return Hub(rest)
     return File(_expanded(path))
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises when the Hub refuses, cannot be reached, or must not be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub.errors import HfHubHTTPError  # late: only a name on the Hub needs it
+
+    http_error: Any = HfHubHTTPError.__mro__[1]  # of its HTTP library: httpx, or in newer versions httpx2
+    return http_error, OSError, ValueError
 
 
 def is_commit(revision: str | None) -> bool:

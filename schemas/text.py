@@ -1,5 +1,6 @@
 """Texts from outside (rows, models, names, paths) as a terminal, a log or a page may show them."""
 
+import json
 import os
 import re
 import sys
@@ -40,6 +41,18 @@ def message(value: object) -> str:
 def short(value: object) -> str:
     """The value as Python writes it, bounded before it is made: a small text may stand for gigabytes."""
     return one_line(_SHORT.repr(value), _WIDTH)
+
+
+def as_setting(value: object) -> str:
+    """A value as `--set`, whose values are YAML, reads it back: in quotes where YAML would take it for something else
+    (`pairs #2.jsonl`, `true`).
+    """
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and not _NO_TEXT.fullmatch(value)
+    return str(value) if plain else json.dumps(value)
+
+
+_PLAIN = re.compile(r"[A-Za-z_./][\w./:-]*(?<!:)")
+_NO_TEXT = re.compile(r"true|false|null|[.](inf|nan|[0-9_]+(e[+-]?[0-9]+)?)", re.IGNORECASE)
 
 
 def listed(names: Any, most: int = 20) -> str:

@@ -27,7 +27,7 @@ from flows.planning.config_checks import check, check_keys
 from flows.planning.explain import validate
 from flows.planning.plan import Plan, plan
 from schemas.errors import Problem, StageError, refuse
-from schemas.source import Hub, data_source, is_commit, model_source
+from schemas.source import Hub, data_source, hub_errors, is_commit, model_source
 from schemas.text import one_line, short
 from stages.runtime import workspace
 
@@ -194,7 +194,7 @@ def _commit_of(field: str, kind: str, name: str, revision: str) -> str | None:
         message = f"no such file or folder in {Path.cwd()}, and the Hugging Face Hub does not give it: {why}"
         fix = "check path, name and revision; for what is gated or private set HF_TOKEN"
         raise refuse(field, name, message, fix) from None
-    except Exception:  # no network or HF_HUB_OFFLINE: errors of whichever HTTP library it uses
+    except hub_errors():
         ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
         cached = ref.read_text().strip() if ref.is_file() else None
         return cached if is_commit(cached) else None

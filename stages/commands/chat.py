@@ -11,15 +11,15 @@ import sys
 import textwrap
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from typing import TextIO
 
 from jinja2 import TemplateError
 
 from schemas.commands import ChatCommand
-from schemas.errors import EXIT_CODES, StageError, refuse
-from schemas.text import one_line, show, show_tracebacks, visible
+from schemas.errors import StageError, refuse
+from schemas.text import one_line, show, visible
 from stages import tracking
+from stages.commands.entry import begin, refused
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, context_length
@@ -166,13 +166,11 @@ def main(command: ChatCommand) -> int:
             show(HELP, sys.stderr if command.as_json else None)
         converse(talkers, sys.stdin, sys.stdout, command)
     except StageError as error:
-        show(f"alignflow chat: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("alignflow chat", error)
     except KeyboardInterrupt:
         show()
     return 0
 
 
 if __name__ == "__main__":
-    show_tracebacks()
-    sys.exit(main(ChatCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(ChatCommand.model_validate, main)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from schemas.commands import GenerateCommand
 from schemas.config.data import ValidateParams
 from schemas.conversation import EXTRA
-from schemas.errors import EXIT_CODES, StageError, refuse
-from schemas.text import show, show_tracebacks
+from schemas.errors import StageError, refuse
+from schemas.text import show
+from stages.commands.entry import begin, refused
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_policy
 from stages.engine.scoring.judges import Judge, RewardJudge, RuleJudge, SentimentJudge
@@ -118,8 +119,7 @@ def main(command: GenerateCommand) -> int:
     try:
         counts = alone(command)
     except StageError as error:
-        show(f"error: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("error", error)
     if command.as_json:
         numbers = {name[9:]: value for name, value in counts.items() if name.startswith("generate/")}
         show(json.dumps({"out": str(command.out), **numbers}, indent=2))
@@ -133,5 +133,4 @@ def main(command: GenerateCommand) -> int:
 
 
 if __name__ == "__main__":
-    show_tracebacks()
-    sys.exit(main(GenerateCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(GenerateCommand.model_validate, main)

@@ -4,14 +4,13 @@ Prints what came of it as JSON, and no text of an answer: `answers`, `empty`, `e
 """
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from schemas.commands import SmokeCommand
-from schemas.errors import EXIT_CODES, StageError, refuse
-from schemas.text import show, show_tracebacks
+from schemas.errors import StageError, refuse
+from schemas.text import show
 from stages import tracking
+from stages.commands.entry import begin, refused
 from stages.engine.data.examples import read
 
 
@@ -49,11 +48,9 @@ def main(command: SmokeCommand) -> int:
     try:
         show(json.dumps(answer(command)))
     except StageError as error:
-        show(f"error: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("error", error)
     return 0
 
 
 if __name__ == "__main__":
-    show_tracebacks()
-    sys.exit(main(SmokeCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(SmokeCommand.model_validate, main)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ from schemas.config import ENOUGH_PROMPTS
 from schemas.config.data import SLOTS, DataConfig, ValidateParams
 from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.source import File, data_source
-from schemas.text import listed, one_line, show, show_tracebacks
+from schemas.text import as_setting, listed, one_line, show
+from stages.commands.entry import begin
 from stages.validate import check, check_mixture
 from stages.validate.context import Context
 from stages.validate.mixtures import about_source
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _SOURCE = "source.json"
 """Beside the rows: which data they are of. The stage writes none, since equal rows make equal folders there."""
-_PLAIN = re.compile(r"[A-Za-z_./][\w./:-]*")
-"""Text that YAML, which `--set` reads, takes for nothing else."""
 
 
 Command = ValidateCommand | MixtureCommand
@@ -161,13 +159,14 @@ def _next(command: Command) -> str:
     slot = f"data.{SLOTS.get(command.kind, command.kind)}"
     given = DataConfig.model_validate(command.model_dump(include=set(DataConfig.model_fields)))
     values = given.model_dump(mode="json", exclude_defaults=True)
-    texts = {key: value if _PLAIN.fullmatch(str(value)) else json.dumps(value) for key, value in values.items()}
-    settings = [shlex.quote(f"{slot}.{key}={text}") for key, text in texts.items()]
+    settings = [shlex.quote(f"{slot}.{key}={as_setting(value)}") for key, value in values.items()]
     settings += ["sft.learn=all"] if command.learn == "all" else []
     return "alignflow run my.yaml --dry-run " + " ".join(f"--set {setting}" for setting in settings)
 
 
+def _asked(given: Any) -> Command:
+    return (MixtureCommand if "sources" in given else ValidateCommand).model_validate(given)
+
+
 if __name__ == "__main__":
-    show_tracebacks()
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    sys.exit(main((MixtureCommand if "sources" in asked else ValidateCommand).model_validate(asked)))
+    begin(_asked, main)

@@ -8,8 +8,10 @@ import unicodedata
 
 import pytest
 
+from flows.planning import config_file
 from schemas import text
 from schemas.errors import StageError, refuse
+from schemas.text import as_setting
 from tests.conftest import ROOT
 
 ACTS = [
@@ -115,3 +117,17 @@ def test_a_reader_who_goes_ends_no_command() -> None:
         process.stdin.close()
         assert process.stderr.read() == "done\n"
     assert process.returncode == 0
+
+
+WORDS = ["pairs.jsonl", "/data/a b.jsonl", "a: b", "a:", "x #2", "[x]", "it's", "ä.jsonl", "é:b", "-", "", "\n", "~"]
+NO_WORDS = ["true", "Null", "no", "1e5", ".5", "._1", ".inf", ".nan", "=", "<<", 3, 0.5, True, None, {"a": "b"}, ["x"]]
+
+
+@pytest.mark.parametrize("value", [*WORDS, *NO_WORDS, "./a", "hub:org/name"])
+def test_a_setting_is_read_back_as_it_was(value: object) -> None:
+    assert config_file.parse(as_setting(value)) == value
+
+
+def test_a_plain_setting_needs_no_quotes() -> None:
+    plain = ["data/pairs-1.jsonl", "hub:org/name"]
+    assert [as_setting(value) for value in plain] == plain

@@ -2,12 +2,13 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.support import web
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -102,12 +103,5 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def serving() -> Iterator[Hub]:
     """The server, until the block is left."""
     hub = Hub()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with web.serving(_handler(hub)) as hub.url:
+        yield hub

@@ -1,10 +1,9 @@
 """From a file that arrives to a new champion: real servers, a worker, a person who approves, a webhook that tells."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from tests.flows.test_cli import alignflow, write_rows
 from tests.flows.test_retrain import GATE, config_file, pairs
-from tests.support import homes, models
+from tests.support import homes, models, web
 from tests.support.live_servers import ask, keys, up
 from tests.support.processes import wait_for
 
@@ -37,15 +36,8 @@ def hook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
         def log_message(self, format: str, *given: object) -> None: ...
 
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    side = threading.Thread(target=server.serve_forever, daemon=True)
-    side.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/tell", calls
-    finally:
-        server.shutdown()
-        side.join()
-        server.server_close()
+    with web.serving(Hook) as url:
+        yield f"{url}/tell", calls
 
 
 def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Path, tmp_path: Path) -> None:

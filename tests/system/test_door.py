@@ -5,10 +5,9 @@ who are in cannot make a worker do.
 import contextlib
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from websockets.sync.client import connect
 
 from flows.servers import passwords
 from flows.servers.address_file import Addresses
-from tests.support import homes, live_servers
+from tests.support import homes, live_servers, web
 from tests.system.test_ui import browsing
 
 pytestmark = pytest.mark.slow
@@ -185,10 +184,8 @@ def foreign() -> Iterator[str]:
 
         def log_message(self, format: str, *args: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with web.serving(Page) as url:
+        yield f"{url}/"
 
 
 def test_the_links_log_a_browser_in_and_another_page_gets_nothing_even_then(

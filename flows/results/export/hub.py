@@ -11,10 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 from flows.results.export.origins import Pinned
 from flows.results.lookup import Model
 from schemas.errors import StageError, refuse
+from schemas.source import hub_errors
 from schemas.text import one_line
 
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]  # type: ignore[assignment]
-"""What huggingface_hub's HTTP library raises: httpx, or in newer versions httpx2."""
 KINDS = {".json", ".jsonl", ".safetensors", ".jinja", ".model", ".txt", ".md", ".gguf", ".tiktoken", ".yaml", ".py"}
 """Of files that belong to a model. Others in a folder from outside may be a training state, or nobody's business."""
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.gguf", "adapter_config.json"]
@@ -50,7 +49,7 @@ class Door:
             sent = self.api.upload_folder(
                 repo_id=self.name, folder_path=folder, commit_message=message, delete_patterns=STALE
             )
-        except (HTTP_ERROR, OSError, ValueError) as error:
+        except hub_errors() as error:
             raise _refusal(self.name, error) from error
         return Pushed(str(made), sent.oid, self.private)
 
@@ -82,7 +81,7 @@ def door(name: str, public: bool) -> Door:
         existing = api.repo_info(name)
     except RepositoryNotFoundError:
         return Door(name, not public, api)
-    except (HTTP_ERROR, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise _refusal(name, error) from error
     if not public and not existing.private:
         message = "the repository exists and everybody can read it."

@@ -1,13 +1,12 @@
 """`python -P -m stages.commands.ab request.json`: see the folder's docstring."""
 
-import json
 import sys
-from pathlib import Path
 
 from schemas.commands import AbCommand
-from schemas.errors import EXIT_CODES, StageError
-from schemas.text import show, show_tracebacks
+from schemas.errors import StageError
+from schemas.text import show
 from stages.commands.ab.contest import Contest
+from stages.commands.entry import begin, refused
 from stages.commands.rank.interview import interruptible, interview
 from stages.commands.rank.session import Session
 from stages.commands.rank.verdicts import Verdicts
@@ -34,12 +33,10 @@ def main(command: AbCommand) -> int:
         for line in () if command.as_json else lines:
             show(line)
     except StageError as error:
-        show(f"alignflow ab: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("alignflow ab", error)
     return 0
 
 
 if __name__ == "__main__":
-    show_tracebacks()
     interruptible()
-    sys.exit(main(AbCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(AbCommand.model_validate, main)

@@ -2,12 +2,12 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 from schemas.commands import LabelCommand
-from schemas.errors import EXIT_CODES, StageError, refuse
-from schemas.text import show, show_tracebacks
+from schemas.errors import StageError, refuse
+from schemas.text import show
+from stages.commands.entry import begin, refused
 from stages.commands.label import argilla, label_studio, mlflow_traces
 from stages.commands.label.collected import Told, Unreadable, as_verdicts, form_of, load
 from stages.commands.label.project import Server
@@ -21,8 +21,7 @@ def main(command: LabelCommand) -> int:
         for line in sent(command) if command.action == "export" else received(command):
             show(line)
     except StageError as error:
-        show(f"alignflow label: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("alignflow label", error)
     return 0
 
 
@@ -104,5 +103,4 @@ def received(command: LabelCommand) -> list[str]:
 
 
 if __name__ == "__main__":
-    show_tracebacks()
-    sys.exit(main(LabelCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(LabelCommand.model_validate, main)

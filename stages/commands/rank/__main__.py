@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from schemas.commands import RankCommand, RankForm
-from schemas.errors import EXIT_CODES, StageError, refuse
-from schemas.text import show, show_tracebacks
+from schemas.errors import StageError, refuse
+from schemas.text import show
+from stages.commands.entry import begin, refused
 from stages.commands.rank import questions, rows
 from stages.commands.rank.interview import interruptible, interview
 from stages.commands.rank.session import Session
@@ -40,8 +41,7 @@ def main(command: RankCommand) -> int:
         verdicts = Verdicts(file)
         session = Session(asked.items, verdicts, command.annotator, command.form, command.seed)
     except StageError as error:
-        show(f"alignflow rank: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("alignflow rank", error)
     if asked.repeated or asked.nothing_to_compare:
         left = f"{asked.repeated} repeated, {asked.nothing_to_compare} with nothing to compare"
         show(f"rows left out: {left}", sys.stderr)
@@ -69,8 +69,7 @@ def main(command: RankCommand) -> int:
     try:
         lines = interview(session, command, finish, stream)
     except StageError as error:
-        show(f"alignflow rank: {error}", sys.stderr)
-        return EXIT_CODES[error.status]
+        return refused("alignflow rank", error)
     if command.as_json:
         told = verdicts.read(command.form)
         made = {"out": str(output), "rows": len(rows.rows_of(asked.items, told)), "verdicts": str(file)}
@@ -81,6 +80,5 @@ def main(command: RankCommand) -> int:
 
 
 if __name__ == "__main__":
-    show_tracebacks()
     interruptible()
-    sys.exit(main(RankCommand.model_validate(json.loads(Path(sys.argv[1]).read_text()))))
+    begin(RankCommand.model_validate, main)

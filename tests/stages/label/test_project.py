@@ -4,9 +4,8 @@
 """
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from schemas.errors import StageError
 from stages.commands.label import __main__ as label
 from stages.commands.label import label_studio, project
 from tests.stages.label.test_label import recorded, rows
-from tests.support import ranking
+from tests.support import ranking, web
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 ANSWERS = [{"prompt": f"Say {i}.", "responses": ["one", "two", "three"]} for i in range(5)]
@@ -77,15 +76,8 @@ def _handler(studio: Studio) -> type[BaseHTTPRequestHandler]:
 def studio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
     made = Studio()
     monkeypatch.setenv(project.KEY, TOKEN)
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(made)) as server:
-        made.url = f"http://127.0.0.1:{server.server_port}"
-        side = threading.Thread(target=server.serve_forever)
-        side.start()
-        try:
-            yield made
-        finally:
-            server.shutdown()
-            side.join()
+    with web.serving(_handler(made)) as made.url:
+        yield made
 
 
 def command(action: str, file: Path | str, studio: Studio, **values: Any) -> LabelCommand:
