@@ -37,7 +37,8 @@ from schemas.model_folder import is_reward_model, why_unusable
 from schemas.source import File, Hub, Package, is_commit, model_source, read_template, template_file
 from schemas.text import one_line
 from stages.engine import demo
-from stages.engine.data.codec import Codec, load_tokenizer
+from stages.engine.data.codec import Codec
+from stages.engine.data.marks import load_tokenizer
 from stages.engine.data.template import one_template, options, with_arguments, with_system_prompt
 from stages.engine.models.loading import check_folder, check_parts, load_whole, quiet, read_config
 from stages.engine.sampling import why_not_sampled

@@ -1,21 +1,21 @@
 """From messages to token ids and back. Everything that touches a tokenizer's text goes through `Codec`. No torch."""
 
 import contextlib
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateRuntimeError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from schemas.architectures import positions
-from schemas.conversation import Message, has_extra, opened
+from schemas.conversation import EXTRA, Message, has_extra, opened
 from schemas.errors import refuse
 from schemas.model_folder import UNREADABLE, config_of, listed_ends, stale_end
 from schemas.text import one_line
+from stages.engine.data.alike import cuts_of, encode_alike
 from stages.engine.data.guard import Guarded, Piece, guard, pieces
 from stages.engine.data.marks import (
     GREETING,
@@ -23,18 +23,22 @@ from stages.engine.data.marks import (
     before_answers,
     controls,
     find_end,
+    load_tokenizer,
     make_special,
     number,
     pattern_of,
     turn_marks,
 )
-from stages.engine.data.template import Thought, default_template, without_clock
+from stages.engine.data.template import Thought, default_template, for_each, without_clock
 from stages.engine.data.tools import LeftOut, missing_marks, stand_in
 from stages.runtime.limits import TooMuch, limited
 
 RENDER_SECONDS = 30.0
 RENDER_BYTES = 2 << 30
 """What a chat template may take for the conversations that it is given at once: milliseconds and kilobytes each."""
+
+_SEPARATOR = "\x00alignflow\x00"
+"""Stands between conversations that are rendered together."""
 
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -57,6 +61,7 @@ class Codec:
         self.special = pattern_of(tokenizer)
         make_special(tokenizer, turn_marks(self))
         self.special = pattern_of(tokenizer)
+        self._cuts = cuts_of(tokenizer)
         self.end_id: int = find_end(self)
         """Ends an assistant's turn."""
         pad, eos = number(tokenizer.pad_token_id), number(tokenizer.eos_token_id)
@@ -102,17 +107,29 @@ class Codec:
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | TemplateError]:
         """`prompt` of each conversation, or the template's refusal; tokenized together, on all cores."""
-        plain = [
-            not (has_extra(messages) or self.special.search("".join(m["content"] for m in messages)))
-            for messages in conversations
-        ]
-        rendered = self._render_all([c for c, is_plain in zip(conversations, plain, strict=True) if is_plain])
-        ids = iter(self.encode_all([text for text in rendered if isinstance(text, str)]))
-        texts = (text if isinstance(text, TemplateError) else next(ids) for text in rendered)
+        return self.encode_rendered(self.render_all(conversations))
+
+    def render_all(self, conversations: Sequence[Sequence[Message]]) -> list[str | list[int] | TemplateError]:
+        """What the template writes of each prompt, or its refusal; ids where the text alone does not tell them."""
+        plain = [self._is_plain(messages) for messages in conversations]
+        rendered = iter(self._render_plain([c for c, is_plain in zip(conversations, plain, strict=True) if is_plain]))
         return [
-            next(texts) if is_plain else self._prompt_or_refusal(c)
+            next(rendered) if is_plain else self._prompt_or_refusal(c)
             for c, is_plain in zip(conversations, plain, strict=True)
         ]
+
+    def encode_rendered(self, rendered: Sequence[str | list[int] | TemplateError]) -> list[list[int] | TemplateError]:
+        """Ids of what `render_all` gave."""
+        texts = [text for text in rendered if isinstance(text, str)]
+        ids = iter(encode_alike(texts, self.encode_all, self._cuts))
+        return [next(ids) if isinstance(text, str) else text for text in rendered]
+
+    def _is_plain(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation holds roles and texts alone, and no special token spelled out."""
+        for message in messages:
+            if message.get(EXTRA) or message["role"] == "tool" or self.special.search(message["content"]):
+                return False
+        return True
 
     def check_prompts(self, conversations: Sequence[Sequence[Message]], new_tokens: int, field: str, who: str) -> None:
         """Raise StageError for a prompt that the template refuses, or that leaves no room for `new_tokens`, before
@@ -260,7 +277,12 @@ class Codec:
 
     def write(self, conversation: Guarded, add_generation_prompt: bool) -> str:
         """What the template writes of one conversation, whatever it leaves out. Raises TemplateError, StageError."""
-        return str(self._apply(conversation.chat, conversation.tools, add_generation_prompt))
+        chat: list[Any] = conversation.chat
+        tools: list[Any] | None = conversation.tools
+        apply = self.tokenizer.apply_chat_template
+        return str(
+            self._bounded(lambda: apply(chat, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))
+        )
 
     def write_tagged(self, conversation: Guarded) -> tuple[str, list[tuple[int, int]]]:
         """A prompt as the template writes it, and where in it `{% generation %}` begins and ends. Raises TemplateError,
@@ -287,13 +309,6 @@ class Codec:
     def has_tags(self) -> bool:
         """Whether the template says itself what the assistant has generated."""
         return _TAGS.search(str(self.tokenizer.chat_template)) is not None
-
-    def _apply(self, chats: Any, tools: Any, add_generation_prompt: bool) -> Any:
-        """What the template writes of one conversation or of several."""
-        apply = self.tokenizer.apply_chat_template
-        return self._bounded(
-            lambda: apply(chats, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
 
     def _bounded(self, apply: Callable[[], Any]) -> Any:
         """What `apply` makes of the template, which may come from anywhere."""
@@ -347,15 +362,21 @@ class Codec:
             tokens += [Piece(token, at + start, at + end) for token, (start, end) in places]
         return tokens
 
-    def _render_all(self, conversations: list[Sequence[Message]]) -> list[str | TemplateError]:
-        """All in one call; one by one only where the template refuses some of them."""
-        if not conversations:
-            return []
-        chats = [opened(messages)[0] for messages in conversations]
-        try:
-            return [str(text) for text in self._apply(chats, None, add_generation_prompt=True)]
-        except TemplateError:
-            return [self._render_or_refusal(messages) for messages in conversations]
+    def _render_plain(self, conversations: list[Sequence[Message]]) -> list[str | TemplateError]:
+        """All in one call; one by one only where the template refuses some of them. They hold roles and texts alone."""
+        chats = [[{"role": m["role"], "content": m["content"]} for m in messages] for messages in conversations]
+        template = for_each(str(self.tokenizer.chat_template))
+        apply = self.tokenizer.apply_chat_template
+        named: dict[str, Any] = {"chat_template": template, "all_messages": chats, "separator": _SEPARATOR}
+        rendered: list[str] = []
+        with contextlib.suppress(TemplateError):
+            text = self._bounded(lambda: apply(GREETING, tokenize=False, add_generation_prompt=True, **named))
+            rendered = str(text).split(_SEPARATOR)[1:]
+        ends = [0, -1] if len(rendered) == len(chats) > 0 else []
+        # Two are looked at, in case that the template is one of those that do something else within another.
+        if ends and all(rendered[at] == self._render_or_refusal(conversations[at]) for at in ends):
+            return list(rendered)
+        return [self._render_or_refusal(messages) for messages in conversations]
 
     def _render_or_refusal(self, messages: Sequence[Message]) -> str | TemplateError:
         try:
@@ -371,27 +392,6 @@ class Codec:
 
     def encode_control(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False))
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a folder, read from its tokenizer.json as it stands. Runs no code from the folder."""
-    if not folder.is_dir():
-        raise refuse("folder", folder, "the model folder does not exist", None, kind="missing_model")
-    if not (folder / "tokenizer.json").is_file():
-        message = "the folder has no tokenizer.json"
-        fix = "pass it as `model.path`: stage `base` converts what transformers can read"
-        raise refuse("folder", folder, message, fix, kind="missing_tokenizer")
-    quiet = logging.getLogger("transformers.tokenization_utils_base")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns when tokenizer_config.json names another class for the same file
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # tokenizers and transformers raise all sorts; each means the same to the user
-        message = f"the tokenizer cannot be read: {one_line(error, 300)}"
-        fix = "give the files that save_pretrained wrote"
-        raise refuse("folder", folder, message, fix, kind="missing_tokenizer") from error
-    finally:
-        quiet.setLevel(level)
 
 
 def _which(conversations: Sequence[Sequence[Message]], place: int) -> str:

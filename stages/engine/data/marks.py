@@ -1,16 +1,21 @@
-"""What a tokenizer and its template end, begin and pad turns with. Each function looks at what the template writes."""
+"""A tokenizer as a folder has it, and what it and its template end, begin and pad turns with: each function looks at
+what the template writes.
+"""
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from schemas.conversation import Message
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
+from schemas.text import one_line
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec
@@ -19,6 +24,27 @@ GREETING = [{"role": "user", "content": "hello"}]
 MARK = "alignflow"
 """Stands for a text where it is looked up what the template writes around one."""
 _ANCHOR = 32  # characters before an answer that may decide its first token
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder, read from its tokenizer.json as it stands. Runs no code from the folder."""
+    if not folder.is_dir():
+        raise refuse("folder", folder, "the model folder does not exist", None, kind="missing_model")
+    if not (folder / "tokenizer.json").is_file():
+        message = "the folder has no tokenizer.json"
+        fix = "pass it as `model.path`: stage `base` converts what transformers can read"
+        raise refuse("folder", folder, message, fix, kind="missing_tokenizer")
+    quiet = logging.getLogger("transformers.tokenization_utils_base")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it warns when tokenizer_config.json names another class for the same file
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers and transformers raise all sorts; each means the same to the user
+        message = f"the tokenizer cannot be read: {one_line(error, 300)}"
+        fix = "give the files that save_pretrained wrote"
+        raise refuse("folder", folder, message, fix, kind="missing_tokenizer") from error
+    finally:
+        quiet.setLevel(level)
 
 
 def pattern_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

@@ -54,6 +54,15 @@ def with_system_prompt(template: str, system_prompt: str) -> str:
     )
 
 
+def for_each(template: str) -> str:
+    """A template that writes `separator` and what `template` writes, for each of `all_messages`: setting a template up
+    takes longer than most conversations do.
+    """
+    # Jinja takes a template's last line break away, but not one within it.
+    body = template.removesuffix("\n")
+    return "{% for messages in all_messages %}{{ separator }}" + body + "{% endfor %}"
+
+
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
     """The template with variables such as `enable_thinking` set to JSON values."""
     return "".join(f"{{% set {name} = {value!r} %}}\n" for name, value in arguments.items()) + template

@@ -2,24 +2,27 @@
 
 import copy
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 from jinja2 import TemplateError
 
 from schemas.config.data import Kind, Learn
+from schemas.conversation import has_extra
 from stages.validate.checks.table_checks import ANSWERS
 from stages.validate.context import Context, Finding, note
 
 if TYPE_CHECKING:
     from stages.engine.data.codec import Codec  # importing it takes seconds, and a check without a model does without
 
-_Encoded = list[list[int] | None]
-"""The ids of a row's answers; None in the place of a text that is too long to be tried."""
+_Rendered = str | list[int] | TemplateError
 
 _BATCH = 1000
+_AHEAD = 2
+"""Batches that are tokenized while one is looked at: where one thread waits for Python's lock, the other works."""
 # Rows on which tokenizing prompt and answer in one go is compared with tokenizing them apart.
 _SAMPLE = 1000
 
@@ -33,9 +36,9 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     further = [name for name in ("winners", "losers", "calls") if name in frame.columns]
     frame = frame.select("row", "prompt", *ANSWERS[kind], *further)
     done = 0
-    for batch, encoded in tokens.with_answers(frame.slice(start, _BATCH) for start in range(0, frame.height, _BATCH)):
-        yield from tokens.findings(batch, encoded)
-        done += len(batch)
+    for batch in tokens.batches(frame.slice(start, _BATCH) for start in range(0, frame.height, _BATCH)):
+        yield from tokens.findings(batch)
+        done += len(batch.rows)
         if context.progress:
             context.progress(done, frame.height, "rows tokenized")
     context.lengths = tokens.lengths
@@ -90,6 +93,20 @@ def _unknown_ids(codec: "Codec") -> frozenset[int]:
     return frozenset(int(i) for i in ids if isinstance(i, int)) - codec.control_ids
 
 
+class _Batch(NamedTuple):
+    """Rows, and what their tokens are."""
+
+    rows: list[dict]
+    characters: list[int]
+    """Of each prompt."""
+    prompts: list[list[int] | TemplateError]
+    """Ids of the prompts that are short enough to be tried, or the template's refusal."""
+    said: list[list[tuple[str, str]]]
+    """(column, text) of each row's answers."""
+    answers: list[list[list[int] | None]]
+    """Ids of each row's answers; None in the place of a text that is too long to be tried."""
+
+
 class _Tokens:
     """Looks at batches of rows through a tokenizer."""
 
@@ -97,9 +114,10 @@ class _Tokens:
         self.kind: Kind = kind
         self.learn: Learn = learn
         self.codec, self.max_length = codec, min(max_length, codec.positions or max_length)
-        # For another thread: how a tokenizer reads special tokens is a state of it.
-        self._aside = copy.copy(codec)
-        self._aside.tokenizer = copy.deepcopy(codec.tokenizer)
+        # One for each thread: how a tokenizer reads special tokens is a state of it.
+        self._spare = [copy.copy(codec) for _ in range(_AHEAD)]
+        for spare in self._spare:
+            spare.tokenizer = copy.deepcopy(codec.tokenizer)
         # No token is longer, so that longer texts need not be tokenized to be found too long.
         self._most_characters = self.max_length * max(map(len, codec.tokenizer.get_vocab()))
         self._template_controls: dict[tuple[tuple[str, ...], ...], int] = {}
@@ -109,26 +127,28 @@ class _Tokens:
         self.lengths = array("Q")
         """Tokens of each prompt with each of its answers, of those that are not too long."""
 
-    def with_answers(self, frames: Iterator[pl.DataFrame]) -> Iterator[tuple[list[dict], list[_Encoded]]]:
-        """Each frame's rows with the ids of their answers, tokenized while the rows of the frame before are looked at:
-        the tokenizer works outside of Python's lock.
+    def batches(self, frames: Iterator[pl.DataFrame]) -> Iterator[_Batch]:
+        """Each frame's rows with their ids, tokenized while the rows before are looked at: the tokenizer works outside
+        of Python's lock. Templates run in this thread, the only one where they are bounded.
         """
-        before: tuple[list[dict], Future[list[_Encoded]]] | None = None
-        with ThreadPoolExecutor(1) as aside:
+        coming: deque[Future[_Batch]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as threads:
             for frame in frames:
-                batch = frame.to_dicts()
-                coming = aside.submit(self._encode, [_answers(self.kind, row) for row in batch])
-                if before is not None:
-                    yield before[0], before[1].result()
-                before = batch, coming
-            if before is not None:
-                yield before[0], before[1].result()
+                rows = frame.to_dicts()
+                characters = pl.col("prompt").list.eval(pl.element().struct.field("content").str.len_chars())
+                sizes = frame.select(characters.list.sum()).to_series().to_list()
+                short = [row["prompt"] for row, size in zip(rows, sizes, strict=True) if size <= self._most_characters]
+                coming.append(threads.submit(self._encode, rows, sizes, self.codec.render_all(short)))
+                if len(coming) > _AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
-    def findings(self, batch: list[dict], encoded: list[_Encoded]) -> Iterator[Finding]:
-        """What makes the rows of a batch unusable: first its prompts, then its answers, whose ids are `encoded`."""
+    def findings(self, batch: _Batch) -> Iterator[Finding]:
+        """What makes the rows of a batch unusable: first its prompts, then its answers."""
         usable: list[dict] = []
         lengths: list[int] = []
-        for row, verdict in zip(batch, self._prompts(batch), strict=True):
+        for row, verdict in zip(batch.rows, self._prompts(batch), strict=True):
             if isinstance(verdict, int):
                 usable.append(row)
                 lengths.append(verdict)
@@ -138,10 +158,13 @@ class _Tokens:
             self.lengths.extend(lengths)
         if self.kind == "sft":
             yield from self._turns(usable, lengths)
-        of_answers = {id(row): ids for row, ids in zip(batch, encoded, strict=True)}  # rows may share a number
+        both = zip(batch.said, batch.answers, strict=True)
+        of_answers = {
+            id(row): answers for row, answers in zip(batch.rows, both, strict=True)
+        }  # rows may share a number
         for row, length in zip(usable, lengths, strict=True):
             number = row["row"]
-            of_row, every = _answers(self.kind, row), of_answers[id(row)]
+            of_row, every = of_answers[id(row)]
             problems = [self._answer(length, text, ids) for (_, text), ids in zip(of_row, every, strict=True)]
             for (column, _), problem in zip(of_row, problems, strict=True):
                 if problem:
@@ -192,7 +215,7 @@ class _Tokens:
 
         The tokenizer has one token for all words that it does not know, or takes case, marks or space away.
         """
-        if len(every) < 2:
+        if len(every) < 2 or (len(every) == 2 and every[0] != every[1]):
             return None
         distinct = {tuple(ids or ()) for ids in every}
         compared = list(zip(row.get("winners", [0]), row.get("losers", [1]), strict=True))
@@ -202,17 +225,15 @@ class _Tokens:
             return Finding(row["row"], column, "equal_tokens", text)
         return note(row["row"], "equal_tokens") if len(distinct) < len(every) else None
 
-    def _prompts(self, batch: list[dict]) -> Iterator[int | tuple[str, str]]:
+    def _prompts(self, batch: _Batch) -> Iterator[int | tuple[str, str]]:
         """Tokens of each prompt, or (reason, value) of what is wrong with it."""
         reason = "too_long" if self.kind == "prompt" else "no_label_survives"
-        characters = [sum(len(message["content"]) for message in row["prompt"]) for row in batch]
-        short = [row["prompt"] for row, size in zip(batch, characters, strict=True) if size <= self._most_characters]
-        encoded = iter(self.codec.prompts(short))
-        for row, size in zip(batch, characters, strict=True):
+        prompts = iter(batch.prompts)
+        for row, size in zip(batch.rows, batch.characters, strict=True):
             if size > self._most_characters:
                 yield reason, f"{size} characters"
                 continue
-            ids = next(encoded)
+            ids = next(prompts)
             if isinstance(ids, TemplateError):
                 yield _refusal(ids)
             elif (forged := self._controls(ids) - self._written_by_template(row["prompt"])) > 0:
@@ -241,10 +262,12 @@ class _Tokens:
         """
         from stages.engine.data.tools import stand_in  # late, as the codec is
 
-        plain, _ = stand_in(messages)
-        kind = tuple(tuple(message.values()) for message in plain)
+        if has_extra(messages):
+            kind = tuple(tuple(message.values()) for message in stand_in(messages)[0])
+        else:
+            kind = tuple((message["role"], str(bool(message["content"].strip()))) for message in messages)
         if kind not in self._template_controls:
-            self._template_controls[kind] = self._controls(self.codec.prompt(plain))
+            self._template_controls[kind] = self._controls(self.codec.prompt(stand_in(messages)[0]))
         return self._template_controls[kind]
 
     def _answer(self, prompt: int, answer: str, ids: Sequence[int] | None) -> tuple[str, str] | None:
@@ -256,7 +279,7 @@ class _Tokens:
             return "no_tokens", answer
         if not self.codec.stop_ids.isdisjoint(ids):
             return "ends_midway", answer
-        if self._controls(ids):
+        if not self.codec.control_ids.isdisjoint(ids):
             return "control_tokens", answer
         if self._unknown.issuperset(ids):
             return "unknown_tokens", answer
@@ -265,10 +288,14 @@ class _Tokens:
         self.lengths.append(length)
         return None
 
-    def _encode(self, answers: list[list[tuple[str, str]]]) -> list[_Encoded]:
-        """Ids of each row's answers, as `Codec.answer` has them without its end."""
-        texts = [text for of_row in answers for _, text in of_row]
-        short = [text for text in texts if len(text) <= self._most_characters]
-        ids = iter(self._aside.answers(short))
+    def _encode(self, rows: list[dict], characters: list[int], rendered: list[_Rendered]) -> _Batch:
+        """A batch; ids of answers as `Codec.answer` has them without its end."""
+        codec = self._spare.pop()
+        of_rows = [_answers(self.kind, row) for row in rows]
+        texts = [text for of_row in of_rows for _, text in of_row]
+        ids = iter(codec.answers([text for text in texts if len(text) <= self._most_characters]))
         every = iter([next(ids) if len(text) <= self._most_characters else None for text in texts])
-        return [[next(every) for _ in of_row] for of_row in answers]
+        answers = [[next(every) for _ in of_row] for of_row in of_rows]
+        batch = _Batch(rows, characters, codec.encode_rendered(rendered), of_rows, answers)
+        self._spare.append(codec)
+        return batch
