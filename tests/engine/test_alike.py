@@ -34,7 +34,9 @@ def test_prompts_together_have_the_ids_of_each_alone(family: str) -> None:
 
 
 def test_conversations_are_rendered_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Codec(FAMILIES["qwen2"].tokenizer())
+    tokenizer = FAMILIES["qwen2"].tokenizer()
+    tokenizer.chat_template = f"{tokenizer.chat_template}\n"  # Jinja leaves out a template's last line break
+    codec = Codec(tokenizer)
     calls: list[Any] = []
     apply = codec.tokenizer.apply_chat_template
     monkeypatch.setattr(
@@ -88,6 +90,19 @@ def test_a_token_that_looks_at_what_stands_beside_it_is_no_place_to_cut(how: str
     texts = [f"<s> {i} </s> end" for i in ("w1", "w2 w3")]
     odd = words(special("<s>", **{how: True}), special("</s>", **{how: True}))
     assert seen(texts, odd) == texts
+
+
+def test_a_token_that_must_stand_alone_is_not_found_where_a_cut_makes_it_so() -> None:
+    alone = words(special("S"), special("E"), AddedToken("w1", single_word=True, normalized=False))
+    texts = ["Sw1E", "Sw2E"]
+    assert seen(texts, alone) == texts
+
+
+def test_a_space_before_a_text_is_not_put_before_a_piece() -> None:
+    first = words(special("<s>"), special("</s>"))
+    first.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # type: ignore[attr-defined]
+    texts = ["<s>w1</s>", "<s>w2</s>"]
+    assert seen(texts, first) == texts
 
 
 def test_a_longer_token_across_a_border_is_found() -> None:

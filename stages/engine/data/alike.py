@@ -47,7 +47,7 @@ def encode_alike(texts: Sequence[str], encode: Encode, cuts: Cuts) -> list[list[
         stop = len(text) - len(end)
         # A text may hold added tokens of its own, and one of these may reach into the end.
         found = cuts.added.search(text, len(begin))
-        is_cut.append(stop >= len(begin) and (not end or (found is not None and found.start() == stop)))
+        is_cut.append(not end or (found is not None and found.start() == stop))
         pieces.append(text[len(begin) : stop] if is_cut[-1] else text)
     first, last = encode([begin, end])
     return [[*first, *ids, *last] if cut else ids for ids, cut in zip(encode(pieces), is_cut, strict=True)]
