@@ -58,6 +58,22 @@ def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0, tied: bo
     return folder
 
 
+def taught(folder: Path, prompts: Sequence[str], *answers: str) -> Path:
+    """Such a model that has learned to give these answers to the prompts, each as often as the others, and to end."""
+    model, codec = AutoModelForCausalLM.from_pretrained(model_folder(folder)), Codec.load(folder)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(40):
+        for prompt in prompts:
+            for text in answers:
+                before, after = codec.prompt([{"role": "user", "content": prompt}]), codec.answer(text)
+                labels = torch.tensor([[-100] * len(before) + after])
+                model(input_ids=torch.tensor([[*before, *after]]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
 def row(number: int, prompt: str, **columns: Any) -> dict[str, Any]:
     """A row as stage `validate` writes it."""
     messages = [{"role": "user", "content": prompt}]
