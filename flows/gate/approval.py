@@ -214,7 +214,13 @@ def watched(client: SyncPrefectClient, run: UUID, one: Version, until: datetime)
     look = one.tags["approval.look"]
     while True:
         time.sleep(LOOK_SECONDS)
-        one = registry.version(one.model, one.number)
+        try:
+            one = registry.version(one.model, one.number)
+        except StageError as error:
+            if error.problem.kind != "server" or datetime.now(UTC) >= until:
+                raise
+            log.warning("%s still waits for approval: %s", one, error)  # MLflow is away, and has been for long
+            continue
         if one.tags.get("approval.look") != look:
             message = f"{one} was asked about anew, after another look."
             raise StageError(message, status="preempted", kind="preempted", fix="answer that question")

@@ -62,12 +62,16 @@ def taught(folder: Path, prompts: Sequence[str], *answers: str) -> Path:
     """Such a model that has learned to give these answers to the prompts, each as often as the others, and to end."""
     model, codec = AutoModelForCausalLM.from_pretrained(model_folder(folder)), Codec.load(folder)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(40):
-        for prompt in prompts:
-            for text in answers:
-                before, after = codec.prompt([{"role": "user", "content": prompt}]), codec.answer(text)
-                labels = torch.tensor([[-100] * len(before) + after])
-                model(input_ids=torch.tensor([[*before, *after]]), labels=labels).loss.backward()
+    asked = [codec.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    pairs = [(before, codec.answer(text)) for before in asked for text in answers]
+    longest = max(len(before) + len(after) for before, after in pairs)
+    ids, labels = ([], [])
+    for before, after in pairs:
+        rest = longest - len(before) - len(after)
+        ids.append([*before, *after, *[codec.pad_id] * rest])
+        labels.append([*[-100] * len(before), *after, *[-100] * rest])
+    for _ in range(60):
+        model(input_ids=torch.tensor(ids), labels=torch.tensor(labels)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)

@@ -43,7 +43,7 @@ def hook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Path, tmp_path: Path) -> None:
     home, incoming = homes.furnish(tmp_path / "home", ready), tmp_path / "incoming"
     incoming.mkdir()
-    asked = [one["prompt"] for one in pairs(40)[::8]]
+    asked = [one["prompt"] for one in pairs(40)]
     models.taught(tmp_path / "model", asked, "yes good one", "no bad")  # a random one would never end its answers
     judged = {"judge": "sentiment", "min_prompts": 4, "max_new_tokens": 6, "bootstrap": 100, "temperatures": [1.0]}
     promoted = {"model": "assistant", "gate": GATE, "approval": True, "smoke": True}
