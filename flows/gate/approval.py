@@ -199,7 +199,8 @@ def pause(client: SyncPrefectClient, run: UUID, one: Version, until: str) -> Sta
     state: State[Any] = (Suspended if deployment.id else Paused)(pause_key=name, message=f"{one} {WAITS}{until}")
     keys = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = {**keys}
-    text = f"**{one}** has passed the gate: {one.tags['decision.reasons']}"
+    checks = one.tags["decision.reasons"].replace("; ", "\n- ")
+    text = f"**{one}** has passed the gate:\n\n- {checks}"
     text = f"{text}\n\n{announce.version_page(one.model, one.number)}".rstrip()
     Answer.with_initial_data(description=text).save(keys, flow_run_id=run)
     answer = client.set_flow_run_state(run, state)
