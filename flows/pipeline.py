@@ -116,7 +116,12 @@ def preset_name() -> str:
 def from_preset(preset: str, overrides: list[str] = [], until: str | None = None) -> State[Any]:  # noqa: B006 - a form
     """Run a preset, or a config file as the worker sees it, with some settings changed.
 
-    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `until`: the last stage, None for all.
+    Prefect's form shows the following.
+
+    Args:
+        preset: A preset's name, such as demo, or the path of a config file on the worker's machine.
+        overrides: What to change, as after --set: align.dpo.beta=0.2
+        until: The last stage to run, such as sft. None runs all.
     """
     with history.recorded(str(flow_run.id), Path(preset).stem, overrides) as entry:
         try:

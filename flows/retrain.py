@@ -99,8 +99,13 @@ def retrain(
 ) -> State[Any]:
     """Retrain from a preset or config file when its data or settings changed since the champion was trained.
 
-    `overrides`: as `--set` of the command line, `align.dpo.beta=0.2`. `force`: train though nothing changed. `data`:
-    one more override, which the event of data that has arrived brings, `data.preference.path=/data/pairs.jsonl`.
+    Prefect's form shows the following.
+
+    Args:
+        source: A preset's name, such as demo, or the path of a config file on the worker's machine.
+        overrides: What to change, as after --set: align.dpo.beta=0.2
+        force: Train even if nothing changed.
+        data: One more change, which data that has arrived brings: data.preference.path=/data/pairs.jsonl
     """
     process.begin()
     overrides = [*overrides, *([data] if data else [])]

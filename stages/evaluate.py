@@ -31,7 +31,7 @@ from stages.engine.scoring.evaluation_record import (
 )
 from stages.engine.scoring.intervals import bootstrap, clustered_error
 from stages.engine.scoring.judges import Judge, RewardJudge, Scoring, agreement, judge_for
-from stages.runtime.context import StageContext
+from stages.runtime.context import Answered, StageContext
 
 log = logging.getLogger("alignflow")
 
@@ -106,7 +106,7 @@ def run(context: StageContext) -> dict[str, float]:
     if counted := by_source(evaluator.asked, prompts):
         settings["sources"] = {source: len(some) for source, some in counted.items()}
     clustered = [(cluster_of(row["prompt"]), right) for row, right in pairs]
-    publish(context, Evaluation(final, samples, settings, clustered))
+    publish(context, Evaluation(final, samples, settings, clustered), traces=config.traces, itself=evaluator.itself)
     return final
 
 
@@ -166,7 +166,7 @@ def settings_of(request: Request, config: EvaluateParams) -> dict[str, Any]:
     """The conditions of this evaluation; only what decides its result, and no model's name."""
     judge = request.inputs.get("judge")
     return {
-        **config.model_dump(mode="json", exclude={"gate"}),
+        **config.model_dump(mode="json", exclude={"gate", "traces"}),
         "seed": request.seed,
         "judge_model": judge.sha256 if judge is not None else None,
     }
@@ -288,11 +288,11 @@ def summaries_by_source(
     return values
 
 
-def publish(context: StageContext, evaluation: Evaluation) -> None:
+def publish(context: StageContext, evaluation: Evaluation, *, traces: int, itself: bool) -> None:
     """The folder `evaluation`, and answers beside the SFT model's as a table for MLflow's UI: of the first temperature
-    and the first draw, since that UI lays runs side by side by their prompts.
+    and the first draw, since that UI lays runs side by side by their prompts. The first `traces` are traces too.
 
-    Without `log_text` there is no table, and the samples are digests and numbers.
+    Without `log_text` there is neither, and the samples are digests and numbers.
     """
     if context.request.log_text:
         columns = ("answer", "sft_answer", "score", "sft_score", "win", "length", "kl", "reward_score")
@@ -300,8 +300,19 @@ def publish(context: StageContext, evaluation: Evaluation) -> None:
         table: dict[str, list[Any]] = {"prompt": [text_of(row.prompt) for row in shown]}
         table |= {name: [getattr(row, name) for row in shown] for name in columns}
         context.table(table, "eval/samples.json")
+        context.answers([answered(row, itself) for row in shown[:traces]], evaluation.settings["judge"]["judge"])
     else:
         evaluation = replace(evaluation, samples=list(map(without_text, evaluation.samples)))
     with tempfile.TemporaryDirectory() as folder:
         evaluation.save(Path(folder))
         context.publish("evaluation", Path(folder))
+
+
+def answered(sample: Sample, itself: bool) -> Answered:
+    """A sample for MLflow's evaluation pages; of the SFT model itself nothing is won or lost."""
+    against = {} if itself else {"against_sft": {1.0: "win", 0.0: "loss"}.get(sample.win, "tie")}
+    measured = {"length": float(sample.length)}
+    if sample.reward_score is not None:
+        measured["reward_score"] = sample.reward_score
+    why = "" if itself else f"The SFT model's answer, of score {sample.sft_score:g}: {sample.sft_answer}"
+    return Answered(sample.prompt, sample.answer or "", {"judge_score": sample.score, **against}, measured, why)

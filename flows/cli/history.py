@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, show_json, show_text
+from flows.results.history import LISTED
 
 Run = Annotated[
     str | None,
@@ -15,7 +16,7 @@ Run = Annotated[
 
 
 def runs(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N runs.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N runs.")] = LISTED,
     as_json: AsJson = False,
 ) -> None:
     """List the runs of this home: when, how they ended, which model came out best, what was changed by --set.

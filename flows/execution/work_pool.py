@@ -10,7 +10,9 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterTimestamp
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment
@@ -18,13 +20,18 @@ from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling
 
 from flows.execution import process
+from schemas import environment
 from schemas.errors import Problem, Status, refuse
 from schemas.stage import Request, Result
+from schemas.text import visible
 from stages import tracking
 
 POLL_SECONDS = 1.0
 WORKER_SECONDS = 60.0
 """After so long without a worker, say what to look at."""
+LOOK_SECONDS, LIVELY_SECONDS = 20.0, 2.0
+"""Between two looks at what a stage says: for a log, and for a terminal that shows bars."""
+LINES_AT_ONCE = 100
 STATUSES: dict[str | None, Status] = {"Refused": "refused", "Diverged": "diverged", "Preempted": "preempted"}
 """Names of a stage's final states (flows/stage.py) -> what they mean. Crashed means preempted, all else failed."""
 
@@ -78,12 +85,14 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
     """The run's final state. A server that is away is waited for; a run that is stopped here is stopped there too."""
     began = time.monotonic()
     away = late = False
+    told = Told(client, run, log)
     while True:
         if process.stopping():
             return stop(client, run, log)
         time.sleep(POLL_SECONDS)
         try:
             state = client.read_flow_run(run.id).state
+            told.pass_on()
             away = False
         except httpx.HTTPError as error:
             if not away:
@@ -95,6 +104,34 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
         if state is not None and state.is_scheduled() and not late and time.monotonic() - began > WORKER_SECONDS:
             late = True
             log.warning("no worker of pool %s has taken it yet; start one: prefect worker start --pool %s", pool, pool)
+
+
+class Told:
+    """What a stage on a pool says of its progress, and its warnings, on their way into this flow's log: so it has its
+    bar on a terminal, as a stage beside the flow does. Its whole log is on its own page.
+    """
+
+    def __init__(self, client: SyncPrefectClient, run: FlowRun, log: Log) -> None:
+        self.client, self.run, self.log = client, run, log
+        self._next = 0.0
+        self._seen: set[UUID | None] = set()
+        self._after: LogFilterTimestamp | None = None
+
+    def pass_on(self) -> None:
+        """Look, where it is time to: the warnings since the last look, and the last word on how far it is."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (LIVELY_SECONDS if environment.live() else LOOK_SECONDS)
+        asked = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.run.id]), timestamp=self._after)
+        lines = self.client.read_logs(asked, limit=LINES_AT_ONCE, sort=LogSort.TIMESTAMP_DESC)
+        new = [line for line in reversed(lines) if line.id not in self._seen]
+        if not new:
+            return
+        self._seen, self._after = {line.id for line in lines}, LogFilterTimestamp(after_=new[-1].timestamp)
+        far = [line for line in new if line.level == logging.INFO and line.message.startswith(f"{self.run.name}  ")]
+        grave = [line for line in new if line.level > logging.INFO and not line.message.startswith("Finished in state")]
+        for line in [*grave, *far[-1:]]:
+            self.log.log(line.level, "%s", visible(line.message))
 
 
 def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:

@@ -199,7 +199,8 @@ def pause(client: SyncPrefectClient, run: UUID, one: Version, until: str) -> Sta
     state: State[Any] = (Suspended if deployment.id else Paused)(pause_key=name, message=f"{one} {WAITS}{until}")
     keys = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = {**keys}
-    text = f"**{one}** has passed the gate: {one.tags['decision.reasons']}"
+    checks = one.tags["decision.reasons"].replace("; ", "\n- ")
+    text = f"**{one}** has passed the gate:\n\n- {checks}"
     text = f"{text}\n\n{announce.version_page(one.model, one.number)}".rstrip()
     Answer.with_initial_data(description=text).save(keys, flow_run_id=run)
     answer = client.set_flow_run_state(run, state)
@@ -214,7 +215,13 @@ def watched(client: SyncPrefectClient, run: UUID, one: Version, until: datetime)
     look = one.tags["approval.look"]
     while True:
         time.sleep(LOOK_SECONDS)
-        one = registry.version(one.model, one.number)
+        try:
+            one = registry.version(one.model, one.number)
+        except StageError as error:
+            if error.problem.kind != "server" or datetime.now(UTC) >= until:
+                raise
+            log.warning("%s still waits for approval: %s", one, error)  # MLflow is away, and has been for long
+            continue
         if one.tags.get("approval.look") != look:
             message = f"{one} was asked about anew, after another look."
             raise StageError(message, status="preempted", kind="preempted", fix="answer that question")

@@ -6,6 +6,7 @@ template that plain transformers reads otherwise, or an end that generation_conf
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 from schemas.commands import SmokeCommand
+from schemas.environment import PARENT
 from schemas.promotion import Check, Decision, PromoteConfig
 from schemas.stage import Artifact
 from schemas.text import one_line
@@ -48,7 +50,11 @@ def _answered(config: PromoteConfig, model: Artifact, data: Artifact, max_new_to
         request.write_text(command.model_dump_json())
         try:
             done = subprocess.run(
-                [*COMMAND, str(request)], capture_output=True, text=True, timeout=60 * config.smoke_minutes
+                [*COMMAND, str(request)],
+                env={**os.environ, PARENT: str(os.getpid())},
+                capture_output=True,
+                text=True,
+                timeout=60 * config.smoke_minutes,
             )
         except subprocess.TimeoutExpired:
             return _check(0.0, f"no answers within {config.smoke_minutes:g} minutes (promote.smoke_minutes)")

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pydantic import JsonValue
 
@@ -71,7 +73,20 @@ def people_said(inputs: Mapping[str, Artifact], params: Mapping[str, JsonValue])
     results = people_folder(inputs) / "results"
     if "judge" in params or not results.is_dir() or not any(results.iterdir()):
         return {}
-    return {PEOPLE: Artifact(uri=str(results), sha256=tracking.digest(results))}
+    return {PEOPLE: _as_they_are(results)}
+
+
+def _as_they_are(results: Path) -> Artifact:
+    """A copy of the results, under its digest: people may go on while it is read."""
+    copies = results.parent / "read"
+    copies.mkdir(exist_ok=True)
+    with TemporaryDirectory(dir=copies) as beside:
+        copy = Path(beside) / "results"
+        shutil.copytree(results, copy)
+        sha256 = tracking.digest(copy)
+        if not (copies / sha256).exists():
+            copy.rename(copies / sha256)
+    return Artifact(uri=str(copies / sha256), sha256=sha256)
 
 
 def with_sources(request: Request, field: str) -> Request:

@@ -2,14 +2,18 @@
 which automations learn of what happened.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.events import emit_event
+from prefect.client.orchestration import get_client
+from prefect.events import Event, emit_event
 from prefect.events.worker import EventsWorker
 from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
@@ -22,6 +26,8 @@ from flows.servers import address_file, supervisor
 from schemas.stage import Result
 from schemas.text import one_line
 from stages import tracking
+
+log = logging.getLogger("alignflow")
 
 EMIT_SECONDS = 10.0
 """How long an event is waited for until the server has it."""
@@ -116,12 +122,27 @@ def emit(event: str, name: str, finding: str, version: str = "", kind: str = "mo
     resource = {"prefect.resource.id": f"alignflow.{kind}.{name}", "prefect.resource.name": name}
     resource |= {"alignflow.version": version, "alignflow.run": run}
     payload = {"finding": tracking.shortened(finding, FINDING), "model": name, "version": version, "run": run}
-    emitted = emit_event(f"alignflow.{event}", resource=resource, payload={**payload, "links": pages, **more})
+    about: dict[str, Any] = {"event": f"alignflow.{event}", "resource": resource}
+    about["payload"] = {**payload, "links": pages, **more}
+    if not run:  # nothing that it would be related to: sent so that the server says whether it has it
+        return _post(about)
+    emitted = emit_event(**about)
     # It is sent from a side thread, and this process, or its server, may end soon.
     sent = threading.Thread(target=EventsWorker.instance().wait_until_empty, daemon=True)
     sent.start()
     sent.join(EMIT_SECONDS)
     return emitted is not None and not sent.is_alive()
+
+
+def _post(event: Mapping[str, Any]) -> bool:
+    """Hand the server an event by HTTP; whether it has taken it."""
+    try:
+        with get_client(sync_client=True) as client:
+            client.request("POST", "/events", json=[Event.model_validate(event).model_dump(mode="json")])
+    except httpx.HTTPError as error:
+        log.warning("the Prefect server has not taken an event: %s", tracking.without_passwords(str(error)))
+        return False
+    return True
 
 
 def group(plan: Plan, results: Mapping[str, Result], entry: Record, status: str = "FINISHED") -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from flows.planning.memory import readable
-from flows.results import registry
+from flows.results import history, registry
 from flows.results.lineage import Graph, Step, step_of
 from flows.servers import address_file, local_prefect
 from schemas.errors import StageError
@@ -54,7 +55,7 @@ class Item:
 def clean(days: float, dry_run: bool) -> list[Item]:
     """What nothing has used for so many days, removed unless it is a dry run; the largest first."""
     before = time.time() - days * DAY
-    items = [*unfinished_work(before), *caches(before), *moved_aside(before), *artifacts(before)]
+    items = [*unfinished_work(before), *caches(before), *moved_aside(before), *old_records(before), *artifacts(before)]
     if not dry_run:
         for item in items:
             item.remove()
@@ -123,6 +124,16 @@ def moved_aside(before: float) -> Iterator[Item]:
     for path in (path for pattern in ASIDE for path in sorted(workspace.home().glob(pattern))):
         if used_at(path) < before:
             yield Item("moved aside, unusable", str(path), size_of(path), lambda path=path: workspace.remove(path))
+
+
+def old_records(before: float) -> Iterator[Item]:
+    """Lines of `alignflow runs` that a list does not show any more, of runs that ended before a time. What people said
+    of models (`ab/`) stays: it cannot be made again.
+    """
+    for record in history.records()[history.LISTED :]:
+        path = workspace.home() / "runs" / f"{record.run}.json"
+        if record.state not in ("running", "waiting") and used_at(path) < before:
+            yield Item("line of alignflow runs", str(path), size_of(path), partial(path.unlink, missing_ok=True))
 
 
 def used_at(path: Path) -> float:

@@ -122,7 +122,7 @@ def held(model: str) -> Iterator[None]:
     elsewhere = lease(f"alignflow-registry-{model}") if shared else contextlib.nullcontext()
     with workspace.lock(workspace.home() / "registry" / f"{model}.lock", waiting), elsewhere:
         if lags(model):
-            point_previous(model, former_of(champion(model)))
+            catch_up(model)
         yield
 
 
@@ -133,23 +133,40 @@ def former_of(one: Version | None) -> str | None:
 
 
 def lags(model: str) -> bool:
-    """Whether `previous` is not the champion's predecessor: a process died between the two moves of a promotion or a
-    rollback. Where people have moved an alias by hand, to a version that never was champion, nothing is known.
+    """Whether `previous` is not the champion's predecessor, or the champion's status is another one: a process died
+    between the moves of a promotion or a rollback. Where people have moved an alias by hand, to a version that never
+    was champion, nothing is known.
     """
     current, previous = champion(model), aliases(model).get(PREVIOUS)
     if current is None or FORMER not in current.tags:
         return False
+    if current.tags.get(STATUS, "champion") not in ("champion", "rolled back"):
+        return True
     former = former_of(current)
     if former is None:
         return previous == current.number
     return previous != former and any(one.number == former for one in versions(model))
 
 
+def catch_up(model: str) -> None:
+    """Do what a promotion or rollback that died on its way has left undone. To be called while the model is held."""
+    current = champion(model)
+    former = former_of(current)
+    if former is None or any(one.number == former for one in versions(model)):
+        point_previous(model, former)
+    if current is not None and current.tags.get(STATUS) not in ("champion", "rolled back"):
+        if former is not None and aliases(model).get(PREVIOUS) == former:
+            before = version(model, former)
+            if before.tags.get(STATUS) == "champion":
+                tag(before, {"champion.until": now(), STATUS: "former champion"})
+        tag(current, {"champion.since": current.tags.get("champion.since", now()), STATUS: "champion"})
+
+
 def settled_champion(model: str) -> Version | None:
     """The version that is champion, and what a promotion that died on its way has left undone is done."""
     if lags(model):
         with held(model):
-            log.info("the alias %s of %s was behind: moved", PREVIOUS, model)
+            log.info("%s: a promotion or rollback had died on its way; it is complete now", model)
     return champion(model)
 
 

@@ -227,6 +227,9 @@ class EvaluateConfig(Strict):
     `promote.gate.prompts_min`."""
     bootstrap: int = Field(default=2000, ge=100, le=100_000)
     """Resamples over prompts for 95 % intervals."""
+    traces: int = Field(default=50, ge=0, le=10_000)
+    """Answers of each model that are on MLflow's evaluation pages, as traces with what the judge says of them: those to
+    the first prompts, at the first temperature. Changes no result, so that a finished evaluation keeps what it has."""
     baselines: BaselinesConfig | None = BaselinesConfig()
     """None: no method is held against what the SFT model gives without it. Neither is it where `temperatures` lacks 1:
     distances and baselines are those of temperature 1."""

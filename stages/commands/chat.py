@@ -113,7 +113,8 @@ def converse(talkers: list[Talker], lines: TextIO, out: TextIO, command: ChatCom
         line = lines.readline()
         text = line.strip()
         if any("\ud800" <= character <= "\udfff" for character in text):
-            show("(this line is not UTF-8 text and was not sent. Fix: set the terminal to UTF-8)", aside)
+            problem = "this line is not UTF-8 text and was not sent. Fix: set the terminal to UTF-8"
+            show(json.dumps({"message": None, "problem": problem}) if command.as_json else f"({problem})", out)
             continue
         if not line or text == "/quit":
             return

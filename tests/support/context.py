@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from schemas import Strict
 from schemas.stage import Artifact, Request
-from stages.runtime.context import Recorded
+from stages.runtime.context import Answered, Recorded
 from stages.tracking import digest
 
 
@@ -33,6 +33,7 @@ class MemoryContext:
         self.logged: dict[tuple[str, int | None], float] = {}
         self.tags: dict[str, object] = {}
         self.tables: dict[str, Mapping[str, list[Any]]] = {}
+        self.answered: list[Answered] = []
         self.files: set[str] = set()
         self.published: dict[str, Path] = {}
         self.records: dict[str, Recorded] = {}
@@ -63,6 +64,9 @@ class MemoryContext:
 
     def table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         self.tables[name] = columns
+
+    def answers(self, answers: Sequence[Answered], judge: str) -> None:
+        self.answered = list(answers)
 
     def dataset(self, name: str, path: str, digest: str, rows: int) -> None:
         pass

@@ -58,6 +58,26 @@ def model_folder(folder: Path, pad_is_end: bool = False, seed: int = 0, tied: bo
     return folder
 
 
+def taught(folder: Path, prompts: Sequence[str], *answers: str) -> Path:
+    """Such a model that has learned to give these answers to the prompts, each as often as the others, and to end."""
+    model, codec = AutoModelForCausalLM.from_pretrained(model_folder(folder)), Codec.load(folder)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    asked = [codec.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    pairs = [(before, codec.answer(text)) for before in asked for text in answers]
+    longest = max(len(before) + len(after) for before, after in pairs)
+    ids, labels = ([], [])
+    for before, after in pairs:
+        rest = longest - len(before) - len(after)
+        ids.append([*before, *after, *[codec.pad_id] * rest])
+        labels.append([*[-100] * len(before), *after, *[-100] * rest])
+    for _ in range(60):
+        model(input_ids=torch.tensor(ids), labels=torch.tensor(labels)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
 def row(number: int, prompt: str, **columns: Any) -> dict[str, Any]:
     """A row as stage `validate` writes it."""
     messages = [{"role": "user", "content": prompt}]

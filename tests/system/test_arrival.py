@@ -43,9 +43,10 @@ def hook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Path, tmp_path: Path) -> None:
     home, incoming = homes.furnish(tmp_path / "home", ready), tmp_path / "incoming"
     incoming.mkdir()
-    models.model_folder(tmp_path / "model")
+    asked = [one["prompt"] for one in pairs(40)]
+    models.taught(tmp_path / "model", asked, "yes good one", "no bad")  # a random one would never end its answers
     judged = {"judge": "sentiment", "min_prompts": 4, "max_new_tokens": 6, "bootstrap": 100, "temperatures": [1.0]}
-    promoted = {"model": "assistant", "gate": GATE, "approval": True}
+    promoted = {"model": "assistant", "gate": GATE, "approval": True, "smoke": True}
     config = config_file(tmp_path, promote=promoted, evaluate={**judged, "baselines": None})
     (tmp_path / "pairs.jsonl").unlink()  # the config's own data; what arrives takes its place
     deployments = yaml.safe_load(Path("deploy/prefect.yaml").read_text())["deployments"]
@@ -79,6 +80,8 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
             )
             assert run.name == "retrain config data.preference.path=pairs.jsonl"
             assert run.parameters["data"] == f"data.preference.path={incoming / 'pairs.jsonl'}"
+            (smoke,) = [run["smoke"] for run in runs(home, where.mlflow) if "smoke" in run]
+            assert smoke.startswith("smoke is 1, must be >= 1 (as MLflow serves it: "), smoke
             # It has left its worker, and no alias has moved.
             wait_for(lambda: state_name(client) == "Suspended", 60, story)
             assert champion(home, where.mlflow) == {}
@@ -109,6 +112,14 @@ def only(client: SyncPrefectClient) -> FlowRun:
 def state_name(client: SyncPrefectClient) -> str | None:
     state = only(client).state
     return None if state is None else state.name
+
+
+def runs(home: Path, mlflow: str) -> list[dict[str, str]]:
+    """The tags of all runs of the experiment."""
+    found = ask(home, "GET", f"{mlflow}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": "trial"})
+    number = found.json()["experiment"]["experiment_id"]
+    answer = ask(home, "POST", f"{mlflow}/api/2.0/mlflow/runs/search", json={"experiment_ids": [number]})
+    return [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in answer.json()["runs"]]
 
 
 def champion(home: Path, mlflow: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun, mlflow_client
+from tests.support import answered
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,10 @@ def test_another_host_fetches_and_verifies(
     found = tracking.find(request.key())
     assert found is not None and found.outputs == {"folder": artifact}
     assert (tracking.fetch(artifact) / "inner" / "text.txt").read_text() == f"fetched {model}"
+
+
+def test_answers_for_the_evaluation_pages_reach_a_server_too(artifacts: Path) -> None:
+    assert answered.read_back(answered.log(times=2)) == answered.EXPECTED
 
 
 @pytest.mark.parametrize("model", [False, True])

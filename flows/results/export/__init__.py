@@ -67,15 +67,23 @@ def export(
         return Exported(_make(chosen, out, on, converter), None if door is None else door.push(out))
     assert door is not None and push is not None
     with TemporaryDirectory() as temporary:
-        return Exported(None, door.push(_make(chosen, Path(temporary) / push.rpartition("/")[2], on, converter)))
+        made = _make(chosen, Path(temporary) / push.rpartition("/")[2], on, converter, named=False)
+        return Exported(None, door.push(made))
 
 
-def _make(chosen: Model, out: Path, adapter: origins.Pinned | None, converter: Path | None) -> Path:
+def _make(
+    chosen: Model, out: Path, adapter: origins.Pinned | None, converter: Path | None, *, named: bool = True
+) -> Path:
+    """Write the whole folder. named: whether the user has chosen it; else it is a temporary one."""
     try:
         write(chosen, out, adapter)
     except OSError as error:
-        fix = "name a place where you may write, with room for the model"
-        raise refuse("--out", out, f"cannot be written: {error}.", fix, kind="export") from error
+        message, fix = f"cannot be written: {error}.", "name a place where you may write, with room for the model"
+        if named:
+            raise refuse("--out", out, message, fix, kind="export") from error
+        message = f"the model is written here before it is sent, which fails: {error.strerror}."
+        fix = "set TMPDIR to a folder with room for the model, or give --out too"
+        raise refuse("TMPDIR", out.parents[1], message, fix, kind="export") from error
     if converter is not None:
         gguf.convert(converter, out)
     return out

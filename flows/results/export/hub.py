@@ -123,6 +123,6 @@ def _refusal(name: str, error: Exception) -> StageError:
     fix = {
         401: "the token is wrong or has run out: make another one, and set HF_TOKEN",
         403: "use a token that may write there: https://huggingface.co/settings/tokens",
-    }.get(status or 0, "check the network, and try again: what was written here is kept")
+    }.get(status or 0, "check the network, and try again")
     message = f"the Hub does not take it: {one_line(error, 300)}."
     return refuse("--push", name, message, fix, kind="export")

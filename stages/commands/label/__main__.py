@@ -3,10 +3,11 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from schemas.commands import LabelCommand
 from schemas.errors import StageError, refuse
-from schemas.text import show
+from schemas.text import one_line, show
 from stages.commands.entry import begin, refused
 from stages.commands.label import argilla, label_studio, mlflow_traces
 from stages.commands.label.collected import Told, Unreadable, as_verdicts, form_of, load
@@ -80,6 +81,7 @@ def received(command: LabelCommand) -> list[str]:
         raise refuse("--out", output, "the file already exists.", "name another file", kind="file_exists")
     records = load(command.file) if command.url is None else Server(command.url).judged(command.file)
     told: list[Told] = []
+    judged: list[Any] = []
     try:
         if command.source == "label-studio":
             read = label_studio.read(records)
@@ -87,13 +89,16 @@ def received(command: LabelCommand) -> list[str]:
             read = argilla.read(records)
         else:
             read = mlflow_traces.read(records, command.name)
-        for _, some in read:
+        for number, some in read:
             told += some
+            judged += [records[number]] if some and command.source == "mlflow" else []
         items, verdicts = as_verdicts(told)
     except Unreadable as problem:
         fix = f"export what people judged from {command.source} as JSON; schemas/README.md shows the form"
         raise refuse("FILE", command.file, f"{problem}.", fix, kind="bad_data") from problem
-    lines = [line.replace(", median 0.0 s per item", "") for line in rows.summary(items, verdicts)]
+    rest = mlflow_traces.unused(judged)
+    lines = [f"unused    inputs of the traces that no row has: {one_line(rest, 200)}"] if rest else []
+    lines += [line.replace(", median 0.0 s per item", "") for line in rows.summary(items, verdicts)]
     made = rows.rows_of(items, verdicts)
     if not made:
         return [*lines, "nothing was judged yet, so that no rows were written"]

@@ -42,6 +42,16 @@ def read(records: Sequence[Any], name: str | None) -> Iterator[tuple[int, list[T
             raise Unreadable(f"trace {number}: {problem}") from problem
 
 
+def unused(records: Sequence[Any]) -> str:
+    """The inputs of traces that no row has, beside the question: a retriever's documents, for example; or empty."""
+    names: dict[str, None] = {}
+    for record in records:
+        taken = _root(record)["Inputs"]
+        if isinstance(taken, dict):
+            names |= dict.fromkeys(map(str, taken.keys() - {next((one for one in PROMPTS if one in taken), None)}))
+    return ", ".join(sorted(names))
+
+
 def _assessments(record: Any, number: int) -> list[dict[str, Any]]:
     """A trace's feedback from people which no later one of theirs replaces."""
     try:

@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 
 from flows.gate import approval
 from flows.results import registry
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
 from tests.flows.results.test_registry import model_of
@@ -230,14 +230,25 @@ def ended(flow: Waiting) -> registry.Version:
     return flow.outcome
 
 
-def test_it_is_resumed_by_the_form_on_prefects_page(server: SyncPrefectClient, models: list[Made]) -> None:
+def test_it_is_resumed_by_the_form_on_prefects_page(
+    server: SyncPrefectClient, models: list[Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     flow, run = waiting(server, ask(models[1]))
+    there, away = registry.version, iter([True, True])
+
+    def version(*given: str) -> registry.Version:
+        if threading.current_thread() is flow and next(away, False):
+            raise refuse("MLFLOW_TRACKING_URI", "u", "MLflow does not answer", "start it", kind="server")
+        return there(*given)
+
+    monkeypatch.setattr(registry, "version", version)
     assert run.state is not None and run.state.name == "Paused"
     assert (run.state.message or "").startswith("assistant version 2 waits for approval until 20")
     nothing = server.resume_flow_run(run.id)  # the form is not filled in
     assert nothing.status.value == "REJECT" and flow.outcome is None
     server.resume_flow_run(run.id, run_input={"approve": True, "by": "ada"})
     assert ended(flow).tags["approval.by"] == "ada" and champion() == "2"
+    assert "still waits for approval: MLFLOW_TRACKING_URI = u: MLflow does not answer" in caplog.text
     emitted = EventFilter(event=EventNameFilter(name=["alignflow.approval-needed"]))
     told: list[Any] = []
     wait_for(lambda: told.extend(server.read_events(filter=emitted, limit=10).events) or told, 30)

@@ -1,12 +1,11 @@
 """A champion that answers as it will be served, and others that our own sampler would have let pass."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from flows.gate import smoke
 from schemas.commands import SmokeCommand
@@ -15,28 +14,11 @@ from schemas.promotion import Decision, PromoteConfig
 from schemas.stage import Artifact
 from stages import tracking
 from stages.commands.smoke import answer
-from stages.engine.data.codec import Codec
 from tests.support import models
 from tests.support.finished import finish
+from tests.support.processes import left_after, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-def says(folder: Path, text: str) -> Path:
-    """A tiny model that was taught to answer so to any prompt of `PROMPTS`."""
-    model = AutoModelForCausalLM.from_pretrained(models.model_folder(folder))
-    codec = Codec.load(folder)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(40):
-        for prompt in PROMPTS:
-            before, after = codec.prompt([{"role": "user", "content": prompt}]), codec.answer(text)
-            ids = torch.tensor([[*before, *after]])
-            labels = torch.tensor([[-100] * len(before) + after])
-            model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
 
 
 PROMPTS = ["red", "blue", "green"]
@@ -56,7 +38,7 @@ PASSED = Decision(promote=True, against="sft", checks=[])
 
 
 def test_a_model_that_answers_and_ends_passes_and_the_run_is_told(data: Path, tmp_path: Path) -> None:
-    model = published(says(tmp_path / "model", "yes"))
+    model = published(models.taught(tmp_path / "model", PROMPTS, "yes"))
     held_out = Artifact(uri=str(data), sha256=tracking.digest(data))
     run_id = finish({}, stage="promote", params={}).run_id
     config = PromoteConfig(smoke=True)
@@ -82,7 +64,7 @@ def test_what_is_rejected_or_not_asked_for_starts_no_process(monkeypatch: pytest
 def test_empty_answers_and_those_without_an_end_are_counted(
     data: Path, tmp_path: Path, text: str, end: int | None, empty: int, ended: int
 ) -> None:
-    folder = says(tmp_path / "model", text)
+    folder = models.taught(tmp_path / "model", PROMPTS, text)
     if end is not None:  # a generation_config.json of another tokenizer
         for name in ("generation_config.json", "config.json"):
             config = json.loads((folder / name).read_text())
@@ -98,6 +80,28 @@ def test_answers_that_never_end_and_empty_ones_reject(data: Path, monkeypatch: p
         monkeypatch.setattr(smoke, "COMMAND", [sys.executable, "-c", f"print({counts!r})"])
         model = Artifact(uri="models:/m-1", sha256="")
         assert smoke.checked(PASSED, PromoteConfig(smoke=True), model, held_out, 6, None).promote == passes
+
+
+def test_it_dies_with_the_retraining_that_asks(data: Path, tmp_path: Path) -> None:
+    """A parent whose own process is killed leaves none behind, however long the model would answer."""
+    held_out, pid = Artifact(uri=str(data), sha256=tracking.digest(data)), tmp_path / "pid"
+    waits = f"""if True:
+        import os, pathlib, sys, time
+        from stages.commands import entry, smoke
+        smoke.answer = lambda _: pathlib.Path({str(pid)!r}).write_text(str(os.getpid())) and time.sleep(600)
+        entry.begin(smoke.SmokeCommand.model_validate, smoke.main)"""
+    asks = f"""if True:
+        import sys
+        from flows.gate import smoke
+        from schemas.promotion import PromoteConfig
+        from schemas.stage import Artifact
+        smoke.COMMAND = [sys.executable, "-c", {waits!r}]
+        data = Artifact.model_validate_json({held_out.model_dump_json()!r})
+        smoke._answered(PromoteConfig(smoke=True), Artifact(uri="models:/m-1", sha256=""), data, 6)"""
+    with subprocess.Popen([sys.executable, "-c", asks]) as parent:
+        wait_for(lambda: pid.exists() and pid.read_text(), 120)
+        parent.kill()
+    assert left_after([int(pid.read_text())], 10) == []
 
 
 def test_a_model_of_before_there_was_a_flavour_says_so(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from flows.results import ab
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import BASELINES, PEOPLE, STAGES, Artifact, Request, Result
+from stages import tracking
 
 SHAS = {"dpo": "d" * 64, "sft": "5" * 64, BASELINES: "b" * 64}
 
@@ -64,10 +65,12 @@ def test_a_run_takes_along_what_people_said_of_its_models(home: Path, tmp_path: 
     node = Node("compare", "compare", "align", {}, {name: (name, "evaluation") for name in results})
     before = requests.request_for(node, config, results)
     assert PEOPLE not in before.inputs
-    said(before)
+    kept = said(before)
     after = requests.request_for(node, config, results)
-    assert after.inputs[PEOPLE].uri == str(requests.people_folder(before.inputs) / "results")
     assert after.key() != before.key()
+    (kept / "dpo-sft.json").write_text(json.dumps({"more": 1}))  # somebody judges on before the comparison reads it
+    assert (tracking.fetch(after.inputs[PEOPLE]) / "dpo-sft.json").read_text() == "{}"
+    assert requests.request_for(node, config, results).inputs[PEOPLE] != after.inputs[PEOPLE]
     elsewhere = PipelineConfig.model_validate(raw | {"pools": {"compare": "gpu"}})
     assert PEOPLE not in requests.request_for(node, elsewhere, results).inputs
     compares = Node("compare", "compare", "align", {"judge": {"judge": "endpoint"}}, node.inputs)
@@ -88,7 +91,7 @@ def test_the_comparison_is_made_anew_with_people(home: Path, tmp_path: Path, mon
     assert ab.refresh(request) is None and made == [] and ab.shown(request, requests.people_folder(request.inputs))
     results = said(request)
     assert ab.refresh(request) == tmp_path / "report.html"
-    assert made[0].inputs[PEOPLE].uri == str(results) and set(made[0].inputs) == {*SHAS, PEOPLE}
+    assert made[0].inputs[PEOPLE].sha256 == tracking.digest(results) and set(made[0].inputs) == {*SHAS, PEOPLE}
     assert made[0].version == STAGES["compare"].version and made[0].pipeline_run == "run 7"
     folder = requests.people_folder(request.inputs)
     assert not ab.shown(request, folder)  # also where the command was stopped before it compared

@@ -1,9 +1,11 @@
 """Exported models on the Hugging Face Hub, of which a server on this machine stands in."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,20 @@ def test_a_push_is_private_and_says_where_it_is(trained: Result, hub: stub.Hub, 
     assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert set(hub.deleted) == {"old-00001-of-00002.safetensors", "adapter_config.json"}, "what would be loaded instead"
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in repr(pushed)
+
+
+def test_a_push_without_room_names_what_the_user_can_set(
+    trained: Result, hub: stub.Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "write", full)
+    with pytest.raises(
+        StageError, match=r"TMPDIR = .*: No space left on device\. Fix: set TMPDIR to a folder"
+    ) as failed:
+        export.export("dpo", push="me/mine")
+    assert failed.value.problem.value == tempfile.gettempdir() and not hub.files
 
 
 def test_only_who_asks_for_it_publishes(trained: Result, hub: stub.Hub) -> None:

@@ -40,6 +40,11 @@ def settle(made: tuple[Artifact, str], expected: str | None, promote: bool = Tru
     return registry.register_and_promote("assistant", *made, TAGS, promote=promote, expected=expected)
 
 
+def statuses() -> list[str]:
+    """Of all versions, the oldest first."""
+    return [one.tags["status"] for one in reversed(registry.versions("assistant"))]
+
+
 def aliases() -> dict[str, str]:
     return registry.aliases("assistant")
 
@@ -115,12 +120,14 @@ def test_a_promotion_that_dies_between_its_moves_is_finished(
     assert aliases() == {"champion": "3", "previous": "1"}
     champion = registry.settled_champion("assistant")  # as a retraining begins
     assert champion is not None and champion.number == "3" and aliases() == {"champion": "3", "previous": "2"}
+    assert statuses() == ["former champion", "former champion", "champion"] and "champion.since" in champion.tags
     with monkeypatch.context() as killed, pytest.raises(Killed):
         killed.setattr(registry, "point_previous", dies)
         registry.rollback()
     assert aliases() == {"champion": "2", "previous": "2"}
     with registry.held("assistant"):  # as a promotion or a rollback begins
         assert aliases() == {"champion": "2", "previous": "1"}
+        assert statuses() == ["former champion", "champion", "rolled back"]
 
 
 def test_aliases_that_people_have_moved_stay(models: list[tuple[Artifact, str]]) -> None:

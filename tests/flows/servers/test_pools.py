@@ -11,6 +11,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
+from flows import pipeline, retrain
 from flows.execution import gpu_slots
 from flows.servers import pools
 from flows.servers.address_file import Addresses
@@ -69,3 +70,9 @@ def test_a_run_that_waits_for_a_stage_does_not_take_its_worker() -> None:
     assert all(command[command.index("--limit") + 1] == "3" for command in commands)
     (slurm,) = workers_of("slurm", where, 3)
     assert "--limit" not in slurm.command and "--work-queue" not in slurm.command
+
+
+def test_the_forms_explain_every_field() -> None:
+    for one in (pipeline.from_preset, retrain.retrain):
+        fields = one.parameters.properties
+        assert fields and all(field.get("description") for field in fields.values()), fields

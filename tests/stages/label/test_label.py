@@ -226,6 +226,12 @@ def test_one_trace_a_line_is_read_too(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(one) + "\n" for one in recorded("mlflow-traces.json")))
     lines = label.received(command(file, source="mlflow", out=tmp_path / "rows.jsonl"))
     assert f"wrote     2 rows to {tmp_path / 'rows.jsonl'}" in lines and "--kind feedback" in lines[-1]
+    assert not any(line.startswith("unused") for line in lines)
+    trace = recorded("mlflow-traces.json")[0]
+    trace["data"]["spans"][0]["attributes"]["mlflow.spanInputs"] = '{"docs": ["An apple."], "question": "Q?", "k": 3}'
+    file.write_text(json.dumps(trace))
+    lines = label.received(command(file, source="mlflow", out=tmp_path / "more.jsonl"))
+    assert "unused    inputs of the traces that no row has: docs, k" in lines
 
 
 def test_of_several_assessments_one_is_named(tmp_path: Path) -> None:
