@@ -143,7 +143,7 @@ def _write_weights(model: Policy | Scorer, one: Policy | Scorer, folder: Path) -
     if rank() > 0:
         return
     if split.is_sharded:
-        (folder / SAFE_WEIGHTS_NAME).unlink()
+        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of an earlier, smaller model
         metadata = {"total_parameters": plain.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
