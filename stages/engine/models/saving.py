@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stages.engine.distributed import rank
@@ -128,6 +129,7 @@ def _write_weights(model: Policy | Scorer, one: Policy | Scorer, folder: Path) -
     }
     ignored = plain._keys_to_ignore_on_save or ()
     state = {lora.unwrapped(name): v for name, v in state.items() if name not in dropped and name not in ignored}
+    state = {name: state[name] for name in sorted(state, key=dot_natural_key)}
     adapted = {f"{name}.weight": module for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
 
     def value(name: str) -> Tensor:
