@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ def on_two_ranks(work: Callable[..., None], *arguments: Any) -> None:
 
 def on_ranks(number: int, work: Callable[..., None], *arguments: Any) -> None:
     """Call `work(rank, *arguments)` in all, a function that a module has by its name; all have to end well."""
-    port = free_port()
-    ranks = [start(as_rank, rank, number, port, dict(os.environ), work, arguments) for rank in range(number)]
+    ranks = start_ranks(number, work, *arguments)
     for process in ranks:
         process.join(300)
     for process in ranks:  # one that waits for another
@@ -26,7 +26,13 @@ def on_ranks(number: int, work: Callable[..., None], *arguments: Any) -> None:
     assert [process.exitcode for process in ranks] == [0] * number
 
 
-def as_rank(
+def start_ranks(number: int, work: Callable[..., None], *arguments: Any) -> list[ForkServerProcess]:
+    """The processes, which run now."""
+    port = free_port()
+    return [start(_as_rank, rank, number, port, dict(os.environ), work, arguments) for rank in range(number)]
+
+
+def _as_rank(
     rank: int,
     number: int,
     port: int,
