@@ -19,13 +19,16 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))", "rank(), world())"),
         ("if world() % copies:", "if copies > world():"),
     ],
+    ("stages/engine/training/shards.py", _FOUR): [
+        ("for begin in sorted(pieces)]", "for begin in pieces]"),
+    ],
     ("stages/engine/models/saving.py", _FOUR): [
         ("sorted(state, key=dot_natural_key)", "state"),
         ('of=lora.PART if in_pieces else "")', 'of="")'),
         ("if name not in dropped and", "if"),
     ],
     ("stages/engine/models/lora.py", ("tests/stages/align/test_ppo.py",)): [
-        ("clone()) if copies else theirs[name]", "clone()) if not copies else theirs[name]"),
+        ("if copies:", "if False:"),
     ],
     ("stages/engine/models/loading.py", _SHARDING): [
         ("if pieces.stand_in_for_all(hf, folder, fresh) or rank() > 0:", "if False:"),
@@ -39,7 +42,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("stages/engine/training/shards.py", _SHARDING): [
         ("optimizer.state[parameter] = state", "optimizer.state[parameter] = {}"),
-        ("[begin - first : end - first]", "[begin:end]"),
+        ("part.file.get_slice(key)[begin - first : end - first]", "part.file.get_slice(key)[begin:end]"),
         ("return (int(part[1]) if part else 0) % world() == rank()", "return rank() == 0 and part is None"),
     ],
     ("stages/engine/training/loop.py", _SHARDING): [
