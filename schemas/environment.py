@@ -20,6 +20,7 @@ DEVICE_SLOTS = "ALIGNFLOW_DEVICE_SLOTS"
 LAUNCHER = "ALIGNFLOW_LAUNCHER"
 PARENT = "ALIGNFLOW_PARENT"
 WARM = "ALIGNFLOW_WARM"
+REPLICAS = "ALIGNFLOW_REPLICAS"
 LIVE = "ALIGNFLOW_LIVE"
 LOGIN = "ALIGNFLOW_LOGIN"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
@@ -99,6 +100,11 @@ def launcher() -> list[str]:
 def parent() -> int | None:
     """The process that a stage dies with; None where nobody waits for it."""
     return int(os.environ.get(PARENT) or 0) or None
+
+
+def replicas() -> int:
+    """Copies of sharded weights among the processes that train together; default 1."""
+    return int(os.environ.get(REPLICAS) or 1)
 
 
 def live() -> bool:

@@ -18,7 +18,7 @@ from types import FrameType, ModuleType
 
 from pydantic import ValidationError
 
-from schemas.environment import SAFE_PATH, parent
+from schemas.environment import REPLICAS, SAFE_PATH, parent
 from schemas.errors import EXIT_CODES, Problem, StageError, refuse
 from schemas.stage import STAGES, Request, Result
 from schemas.text import message, visible
@@ -84,8 +84,8 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
     """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
     module = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
     stage = [f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv]
-    safe = os.environ | SAFE_PATH  # torchrun starts the ranks without -P
-    os.execve(sys.executable, [*module, *stage], safe)
+    ranks = SAFE_PATH | {REPLICAS: str(request.placement.replicas)}  # torchrun starts them without -P
+    os.execve(sys.executable, [*module, *stage], os.environ | ranks)
 
 
 def rank_signal_file(work: Path) -> Path:

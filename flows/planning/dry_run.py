@@ -20,6 +20,8 @@ from stages import tracking
 
 _MOST_COUNTED = 16 << 30  # bytes, unpacked
 
+DEVICE = 80 * 10**9
+"""Bytes of a common GPU."""
 STATES = {"reused": "reused", "run": "run", "unknown": "run *"}
 
 
@@ -62,6 +64,11 @@ def outlook(plan: Plan) -> str:
         lines.append("Memory is not known before the model is on this machine.")
     else:
         lines.append("Memory: an estimate for one device, without the 1 GB or so that torch itself takes.")
+        most = planning_memory.largest(config, DEVICE - planning_memory.TORCH)
+        if most is not None:
+            lines.append(
+                f"Devices of 80 GB would fit up to about {most[0] / 1e9:.1f}B parameters; {most[1]} takes most."
+            )
     return "\n".join(lines)
 
 

@@ -15,6 +15,11 @@ DPO and KTO read the reference before training, from the policy itself, so they 
 critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
 reference is the policy itself with its adapters off, and the critic's adapters share weights that are loaded already:
 the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone.
+
+With `sharding: full` a device holds its share of the weights, gradients and moments, n devices for each of `replicas`:
+1 / n of the above, where PPO's models have weights of their own under LoRA too. Beside the activations a pass gathers
+the root (V h), two layers, in the bytes of `gather`, and has one unit's gradient whole (4 bytes a number); PPO gathers
+the policy whole while it samples, 4 P.
 What Python, torch and its allocator need comes on top, about 1 GB.
 """
 
@@ -22,7 +27,7 @@ import json
 import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.planning.requests import model_file
@@ -30,6 +35,8 @@ from schemas.config import ModelConfig, PipelineConfig, Scratch
 from schemas.config.methods import PPO
 from schemas.config.training import LoRA, Training, steps_for
 
+TORCH = 10**9
+"""Bytes, about, that Python, torch and its allocator take."""
 CHUNK = 2**23
 """Logits that the head computes at once."""
 SCRATCH_VOCABULARY = 512
@@ -141,37 +148,95 @@ def activation_bytes(sizes: Sizes, training: Training) -> int:
 
 
 def training_bytes(
-    sizes: Sizes, training: Training, reward: Sizes | None = None, reward_lora: LoRA | None = None
+    sizes: Sizes,
+    training: Training,
+    reward: Sizes | None = None,
+    reward_lora: LoRA | None = None,
+    shares: int = 1,
 ) -> int:
     """Memory of one device that trains: SFT, a reward model, or a method.
 
     `reward` is PPO's reward model, `reward_lora` its adapters where it was trained with them on the same SFT model.
+    `shares`: among how many devices one copy of the weights is shared out where `sharding` is full.
     """
-    total = trained_bytes(sizes, training) + activation_bytes(sizes, training)
-    if not isinstance(training, PPO):
-        return total
+    sharded = training.sharding == "full" and shares > 1
+    held, passing = trained_bytes(sizes, training), activation_bytes(sizes, training)
+    if isinstance(training, PPO):
+        held += _beside_the_policy(sizes, training, reward or sizes, reward_lora, copies=sharded)
+    if not sharded:
+        return held + passing
+    passing += gathered_bytes(sizes, training)
+    sampling = 4 * sizes.parameters if isinstance(training, PPO) else 0
+    return -(-held // shares) + max(passing, sampling)
+
+
+def _beside_the_policy(sizes: Sizes, training: PPO, reward: Sizes, reward_lora: LoRA | None, *, copies: bool) -> int:
+    """PPO's critic, reference and reward model. `copies`: none uses the weights of another."""
     separate = training.value_trunk == "separate"
     if training.lora is None:
         critic = trained_bytes(sizes, training) if separate else 0
-        return total + critic + 4 * sizes.parameters + 4 * (reward or sizes).parameters
+        return critic + 4 * sizes.parameters + 4 * reward.parameters
     critic = adapter_bytes(sizes, training.lora) if separate else 0
+    if copies and separate:
+        critic += 4 * sizes.parameters
     if reward_lora is None:
-        return total + critic + 4 * (reward or sizes).parameters
+        return critic + 4 * reward.parameters
     given = 4 * reward_lora.rank * sizes.linear
-    return total + critic + (given * 2 if separate else given)
+    return critic + (given * 2 if separate else given) + (4 * sizes.parameters if copies else 0)
 
 
-def memory(config: PipelineConfig) -> dict[str, int] | None:
-    """Bytes per training stage, by the stage's name in the pipeline; None when the model's sizes are not known."""
+def gathered_bytes(sizes: Sizes, training: Training) -> int:
+    """What a pass over sharded weights has whole at a time: the root, two layers, and the largest's gradient."""
+    root = sizes.vocabulary * sizes.hidden
+    layer = max(0, sizes.parameters - root) // max(1, sizes.layers)
+    gradient = 4 * max(root, layer) if training.lora is None else 0
+    return (2 if training.gather == "bf16" else 4) * (root + 2 * layer) + gradient
+
+
+def scaled(sizes: Sizes, width: float) -> Sizes:
+    """A model of the same shape so many times as wide, with the same vocabulary."""
+    root = sizes.vocabulary * sizes.hidden
+    body = max(0, sizes.parameters - root)
+    return replace(
+        sizes,
+        parameters=int(body * width**2 + root * width),
+        linear=int(sizes.linear * width),
+        hidden=int(sizes.hidden * width),
+        intermediate=int(sizes.intermediate * width),
+    )
+
+
+def largest(config: PipelineConfig, device: int) -> tuple[int, str] | None:
+    """Parameters of the largest model of this shape whose stages all fit a device of so many bytes, and the stage that
+    takes most then; None when the model's sizes are not known. In steps of a percent of its width.
+    """
+    if memory(config) is None:
+        return None
+    low, high = 0.0, 1e4
+    while high - low > 0.01 * high:
+        middle = (low + high) / 2
+        fits = max((memory(config, middle) or {"": 0}).values(), default=0) <= device
+        low, high = (middle, high) if fits else (low, middle)
+    stages, sizes = memory(config, low) or {}, model_sizes(config.model)
+    if sizes is None or not stages:
+        return None
+    return scaled(sizes, low).parameters, max(stages, key=stages.__getitem__)
+
+
+def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
+    """Bytes on each device per training stage, by the stage's name in the pipeline; None when the model's sizes are not
+    known. `width`: of models so many times as wide.
+    """
     sizes = model_sizes(config.model)
     if sizes is None:
         return None
     reward = folder_sizes(Path(config.reward_model).expanduser()) if config.reward_model else sizes
+    sizes, reward, shares = scaled(sizes, width), scaled(reward, width), config.devices // config.replicas
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
     stages |= config.trained
     own = None if config.reward_model or config.reward is None else config.reward.lora
     trained = {name: training for name, training in stages.items() if training is not None}
-    return {name: training_bytes(sizes, training, reward, own) for name, training in trained.items()}
+    return {name: training_bytes(sizes, training, reward, own, shares) for name, training in trained.items()}
 
 
 def steps(training: Training, rows: int | None) -> int | None:

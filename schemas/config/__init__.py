@@ -311,6 +311,10 @@ class PipelineConfig(Strict):
     then are only in the folders that training reads: `data` and `rows`."""
     devices: int = Field(default=1, ge=1)
     """Devices per training stage; more than one runs under torchrun."""
+    replicas: int = Field(default=1, ge=1)
+    """With `sharding: full`, how many copies of a model the devices hold (HSDP): of 8 devices with 2 replicas each copy
+    is on 4. Weights are gathered within a copy, gradients are summed over all; one copy per machine keeps gathers off
+    the network. It divides `devices`, and changes results by rounding alone."""
     parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""
     stage_minutes: float = Field(default=240.0, gt=0)

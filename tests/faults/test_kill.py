@@ -22,6 +22,7 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint
 from tests.support import models
 from tests.support.killable_training import Case, ended, killed_after, run, start
+from tests.support.two_ranks import on_ranks, start_ranks
 
 RUNS, DEATHS = 2, 3  # per case: runs, each of them killed up to three times
 KEY = "k" * 64
@@ -106,6 +107,35 @@ def test_killed_at_random_and_started_again(
     assert died, "no child was killed"
     with capsys.disabled():
         print(f"\n{name}: {len(died)} deaths, {RUNS} runs ended as the whole one", end=" ")
+
+
+def train_as_rank(rank: int, case: Case, work: Path) -> None:
+    case.train(work)
+
+
+@pytest.mark.slow
+def test_a_rank_that_shares_weights_is_killed_and_all_are_started_again(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    case = Case(methods.DPO(**TWO_EPOCHS, sharding="full"), inputs)
+    on_ranks(2, train_as_rank, case, tmp_path / "whole")
+    draw, work, died = random.Random(3), tmp_path / "killed", 0
+    for victim in (1, 0, 1):
+        further = steps_in(work) + draw.randint(1, 2)
+        ranks = start_ranks(2, train_as_rank, case, work)
+        while ranks[0].is_alive() and steps_in(work) < further:
+            time.sleep(0.001)
+        ranks[0].join(draw.uniform(0, 0.02))
+        ranks[victim].kill()
+        killed = ended(ranks[victim]) == -signal.SIGKILL
+        died += killed
+        ranks[1 - victim].terminate()  # as torchrun does
+        if killed:
+            assert ended(ranks[1 - victim]) != 0, "it cannot end well alone"
+    assert died >= 2
+    if not (work / "end.json").exists():
+        on_ranks(2, train_as_rank, case, work)
+    assert end_of(work) == end_of(tmp_path / "whole")
 
 
 def die_in_the_second(where: str, case: Case, work: Path) -> None:

@@ -22,7 +22,8 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint, loop
 from stages.runtime import workspace
 from tests.support import models
-from tests.support.killable_training import run, whole_stage
+from tests.support.killable_training import ended, run, whole_stage
+from tests.support.two_ranks import start_ranks
 
 AT = 3  # steps that are done when the fault comes
 
@@ -218,3 +219,22 @@ def test_numbers_that_are_not_finite(
 
     assert run(whole_stage, ready_home, request) == 0  # the fault was not in the data: it ends as if nothing had been
     assert result_of(request).outputs["model"].sha256 == whole[stage].outputs["model"].sha256
+
+
+def as_rank(rank: int, work: Callable[[Path, Path], None], home: Path, request: Path) -> None:
+    work(home, request)
+
+
+@pytest.mark.slow
+def test_ranks_with_shards_that_are_told_to_stop_save_together(
+    inputs: dict[str, Path], ready_home: Path, tmp_path: Path
+) -> None:
+    request = ask(tmp_path, "sft", SFT.model_copy(update={"sharding": "full"}), inputs)
+    for process in start_ranks(2, as_rank, terminated_in_a_step, ready_home, request):
+        assert ended(process) == EXIT_CODES["preempted"]
+    stopped = result_of(request)
+    assert stopped.status == "preempted" and stopped.error is not None
+    assert f"stopped after step {AT + 1} of 7, saved" in stopped.error.message
+    for process in start_ranks(2, as_rank, whole_stage, ready_home, request):
+        assert ended(process) == 0
+    assert list(steps(result_of(request).run_id, "train/loss")) == [*range(1, 8)]

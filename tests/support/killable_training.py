@@ -22,6 +22,7 @@ from stages import __main__ as entry
 from stages.align.dpo import DPO
 from stages.align.kto import KTO
 from stages.align.ppo import PPO
+from stages.engine.distributed import rank
 from stages.engine.training.checkpoint import load_file
 from stages.engine.training.loop import train
 from stages.reward import Reward
@@ -56,7 +57,8 @@ class Case:
         os.environ["ALIGNFLOW_HOME"] = str(work.parent / "home")
         method = self.method(work)
         train(method, method.context)
-        (work / "end.json").write_text(json.dumps(state_of(work), sort_keys=True))
+        if rank() == 0:
+            (work / "end.json").write_text(json.dumps(state_of(work), sort_keys=True))
 
 
 class JournalRun(MemoryContext):
@@ -64,7 +66,7 @@ class JournalRun(MemoryContext):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.path = self.work / "metrics.jsonl"
+        self.path = self.work / ("metrics.jsonl" if rank() == 0 else f"metrics-{rank()}.jsonl")
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         self.seen = {(p[0], p[1]): p[2] for p in map(json.loads, (line for line in lines if line.endswith("\n")))}
 

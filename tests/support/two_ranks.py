@@ -1,30 +1,48 @@
-"""Two processes that train together over gloo, as torchrun starts them."""
+"""Processes that train together over gloo, as torchrun starts them; forks of one that has imported torch already."""
 
-import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
 
+from tests.support.killable_training import start
 from tests.support.live_servers import free_port
 
 
 def on_two_ranks(work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work(rank, *arguments)` in both, a function that a module has by its name; both have to end well."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [context.Process(target=_as_rank, args=(rank, port, work, arguments)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
+    """`on_ranks` with two of them."""
+    on_ranks(2, work, *arguments)
+
+
+def on_ranks(number: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work(rank, *arguments)` in all, a function that a module has by its name; all have to end well."""
+    ranks = start_ranks(number, work, *arguments)
     for process in ranks:
         process.join(300)
-    for process in ranks:  # one that waits for the other
+    for process in ranks:  # one that waits for another
         process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in ranks] == [0] * number
 
 
-def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+def start_ranks(number: int, work: Callable[..., None], *arguments: Any) -> list[ForkServerProcess]:
+    """The processes, which run now."""
+    port = free_port()
+    return [start(_as_rank, rank, number, port, dict(os.environ), work, arguments) for rank in range(number)]
+
+
+def _as_rank(
+    rank: int,
+    number: int,
+    port: int,
+    environment: Mapping[str, str],
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Be one of the processes: its environment, then its work. `environment`: of the tests, which may differ by now."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    os.environ.update(environment)
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     work(rank, *arguments)

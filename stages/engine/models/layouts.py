@@ -1,7 +1,9 @@
 """Which layout a model takes: the wanted one where it compares equal with the padded one on the first batch."""
 
+import gc
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -10,6 +12,7 @@ from schemas.config.training import Training
 from stages.engine.data.trees import Layout, Tree, collate, tree_tokens
 from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
+from stages.engine.models.pieces import origin
 from stages.engine.models.policy import Output, Policy, Scorer
 from stages.engine.models.tree_attention import why_padded
 
@@ -42,17 +45,38 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
 def choose_and_shard(
     model: Policy | Scorer, training: Training, wanted: Layout, trees: Sequence[Tree], pad_id: int
 ) -> Layout:
-    """`choose_layout`, then sharding where it is wanted; called on all ranks.
+    """`choose_layout`, then sharding where it is wanted; called on all ranks, of whose trees the first one's count.
 
-    In this order: bfloat16 gathers differ by more than TOLERANCE, and before only the first rank has weights.
+    Where the first rank holds the weights it chooses. Where none does all choose together, on shares that are gathered
+    in float32: bfloat16 differs by more than TOLERANCE.
     """
     if not sharding.wanted(training):
         return choose_layout(model, wanted, trees, pad_id)
     processes()
+    if any(origin(parameter) for parameter in model.parameters()):
+        return _choose_together(model, training, wanted, trees, pad_id)
     layout: list[Layout] = [choose_layout(model, wanted, trees, pad_id) if rank() == 0 else wanted]
     broadcast_object_list(layout)
     sharding.shard(model, training)
     return layout[0]
+
+
+def _choose_together(
+    model: Policy | Scorer, training: Training, wanted: Layout, trees: Sequence[Tree], pad_id: int
+) -> Layout:
+    given: list[Any] = [list(trees)]
+    broadcast_object_list(given)
+    exact = training.model_copy(update={"gather": "fp32"})
+    tried = sharding.shard(model if training == exact else sharding.twin(model), exact)
+    with warnings.catch_warnings():
+        if rank() > 0:
+            warnings.simplefilter("ignore")
+        layout = choose_layout(tried, wanted, given[0], pad_id)
+    if tried is not model:
+        del tried
+        gc.collect()  # its shares hold each other
+        sharding.shard(model, training)
+    return layout
 
 
 def _difference(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> float:

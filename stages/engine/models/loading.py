@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from schemas.architectures import why_no_policy, why_no_scorer
@@ -29,7 +31,7 @@ from schemas.errors import StageError, refuse
 from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts, why_unreadable
 from schemas.text import one_line
 from stages.engine.distributed import rank
-from stages.engine.models import cpu, lora, sharding, tree_attention
+from stages.engine.models import cpu, lora, pieces, sharding, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
 
@@ -45,10 +47,12 @@ def load_policy(
     """A causal LM from a local folder, in float32 on this process's device, dropout 0.
 
     With `training.lora` fresh adapters are added (a function of `seed`) and all else is frozen; `trainable=False` adds
-    none, freezes everything and sets evaluation mode. One to be sharded stays on the first rank's CPU, the other ranks
-    have its shapes alone: `sharding.shard` comes next. Raises StageError for a folder that cannot be used.
+    none, freezes everything and sets evaluation mode. One to be sharded has no weights yet; where its files need
+    transformers the first rank has them, on its CPU: `sharding.shard` comes next. Raises StageError for a folder that
+    cannot be used.
     """
-    hf = _load(Path(folder), AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, empty=_empty(training))
+    shared_out = sharding.wanted(training)
+    hf = _load(Path(folder), AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, shared_out=shared_out)
     policy = Policy(hf, value_head=value_head, precision=training.precision if training else "fp32")
     return _prepare(policy, training, trainable, seed)
 
@@ -72,11 +76,11 @@ def load_scorer(
     fresh = not is_reward_model(read_config(path))
     names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     changes = {"fresh": ("score.weight",), "num_labels": 1} if fresh else {}
-    hf = _load(path, AutoModelForSequenceClassification, names, empty=_empty(training), **changes)
+    hf = _load(path, AutoModelForSequenceClassification, names, shared_out=sharding.wanted(training), **changes)
     if hf.config.num_labels != 1 or not isinstance(getattr(hf, "score", None), nn.Linear):
         raise _unusable(path, "its head is not one linear score", "use a decoder-only reward model")
-    if fresh and not _empty(training):
-        weight = hf.get_parameter("score.weight")
+    weight = hf.get_parameter("score.weight")
+    if fresh and weight.device.type != "meta":
         generator = torch.Generator().manual_seed(seed)
         weight.data.normal_(0.0, 1 / math.sqrt(weight.shape[1] + 1), generator=generator)  # Huang et al. 2024
     own = sharding.wanted(training)
@@ -98,11 +102,12 @@ def load_judge(folder: Path | str, training: Training | None = None, *, on: Poli
 
 
 def _load(
-    folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), *, empty: bool, **kwargs: Any
+    folder: Path, auto: Any, names: Mapping[str, Any], fresh: Sequence[str] = (), *, shared_out: bool, **kwargs: Any
 ) -> PreTrainedModel:
     """The model in float32, dropouts 0, every weight from the folder except those that are to be `fresh`.
 
-    `empty`: no weights, only their shapes; no weight file is read.
+    `shared_out`: with stand-ins for weights that every rank will read its rows of (`pieces`); where the files need
+    transformers whole on the first rank, and on the others shapes alone.
     """
     raw = read_config(folder)
     if problem := (why_no_policy if names is MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else why_no_scorer)(raw):
@@ -119,17 +124,15 @@ def _load(
         setattr(config, name, 0.0)
     implementation = tree_attention.NAME if why_padded(config) is None else None
     options = {"config": config, "dtype": torch.float32, "attn_implementation": implementation}
-    if empty:
+    if shared_out:
         with init_empty_weights(include_buffers=False):
-            hf = auto.from_config(trust_remote_code=False, **options)
+            hf = auto.from_config(trust_remote_code=False, **options).eval()
         hf.tie_weights()
-        return hf
+        if hf.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
+            hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        if pieces.stand_in_for_all(hf, folder, fresh) or rank() > 0:
+            return hf
     return load_whole(auto, folder, fresh=fresh, local_files_only=True, **options)
-
-
-def _empty(training: Training | None) -> bool:
-    """Whether this rank is sent its share of the weights by the first one, and so loads none."""
-    return sharding.wanted(training) and rank() > 0
 
 
 def check_folder(folder: Path, names: Mapping[str, Any], field: str = "model") -> dict[str, Any]:

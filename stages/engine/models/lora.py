@@ -18,11 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from schemas.config.training import LoRA
 from schemas.errors import StageError, refuse
+from stages.engine.models.pieces import origin, stand_in
 
 TRAINED = "default"
 """The adapter in training."""
 GIVEN = "given"
 """A finished one that a model was published with."""
+PART = ".lora_"
+"""In the names of an adapter's weights."""
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 """Where it is in the model's folder, beside the merged weights: peft's names and format."""
 BASE = "base_model_name_or_path"
@@ -48,7 +51,7 @@ def add(hf: nn.Module, lora: LoRA, seed: int) -> PeftModel:
     linear = [
         f"{inner.base_model_prefix}.{name}"
         for name, module in inner.base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | LoraLayer) and ".base_layer" not in name and ".lora_" not in name
+        if isinstance(module, nn.Linear | Conv1D | LoraLayer) and ".base_layer" not in name and PART not in name
     ]
     config = LoraConfig(
         r=lora.rank,
@@ -89,12 +92,21 @@ def _bad_target(lora: LoRA, why: str) -> StageError:
 
 def merged(inner: PreTrainedModel) -> dict[str, Tensor]:
     """The state of the model without adapters, the trained one's products added to the weights."""
-    state = {k.replace(".base_layer.", "."): v for k, v in inner.state_dict().items() if ".lora_" not in k}
+    state = {unwrapped(name): value for name, value in inner.state_dict().items() if PART not in name}
     for name, module in inner.named_modules():
         if isinstance(module, LoraLayer):
-            product = module.get_delta_weight(TRAINED)  # type: ignore[operator]  # each kind of layer has its own
-            state[f"{name}.weight"] = state[f"{name}.weight"] + product.detach()
+            state[f"{name}.weight"] = state[f"{name}.weight"] + product(module)
     return state
+
+
+def unwrapped(name: str) -> str:
+    """The name of a weight in the model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def product(module: LoraLayer) -> Tensor:
+    """What the trained adapter adds to its layer's weight."""
+    return module.get_delta_weight(TRAINED).detach()  # type: ignore[operator]  # each kind of layer has its own
 
 
 # --- apart from its model ---
@@ -147,14 +159,13 @@ def share(hf: PreTrainedModel, base: PreTrainedModel, *, copies: bool = False) -
 
     `copies`: its own tensors, of the same values.
     """
-    theirs = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in base.base_model.named_parameters()
-        if ".lora_" not in name
-    }
+    theirs = {unwrapped(name): parameter for name, parameter in base.base_model.named_parameters() if PART not in name}
     for name, _ in list(hf.base_model.named_parameters()):
         module, _, last = name.rpartition(".")
-        tensor = nn.Parameter(theirs[name].detach().clone()) if copies else theirs[name]
+        tensor = theirs[name]
+        if copies:
+            place = origin(tensor)
+            tensor = nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place)
         setattr(hf.base_model.get_submodule(module), last, tensor)
 
 

@@ -1,16 +1,27 @@
 """Models saved as plain transformers folders."""
 
+import json
 import math
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stages.engine.distributed import rank
-from stages.engine.models import lora
+from stages.engine.models import lora, pieces
 from stages.engine.models.loading import quiet
 from stages.engine.models.policy import Policy, Scorer
-from stages.engine.models.sharding import is_sharded, whole
+from stages.engine.models.sharding import is_sharded, to_first_rank, whole
+
+LARGEST_FILE: int | str = "50GB"
+"""Of a model's weights."""
 
 
 class SavesTokenizer(Protocol):
@@ -60,22 +71,82 @@ def save_scorer(
 
 
 def _save(model: Policy | Scorer, codec: SavesTokenizer, folder: Path, base: str | None) -> None:
-    if is_sharded(model):
-        with whole(model, first_rank_only=True) as one:
-            if rank() == 0:
-                _save(one, codec, folder, base)
+    if not is_sharded(model):
+        _write(model, codec, folder, base, lora.merged(model.plain) if isinstance(model.hf, PeftModel) else None)
         return
+    in_pieces = _goes_in_pieces(model.empty[0].plain)
+    # Adapters are small; of the other weights the first rank holds one at a time.
+    with whole(model, first_rank_only=True, of=lora.PART if in_pieces else "") as one:
+        if rank() == 0:
+            merged = lora.merged(one.plain) if isinstance(one.hf, PeftModel) and not in_pieces else None
+            _write(one, codec, folder, base, {} if in_pieces else merged)
+        if in_pieces:
+            _write_weights(model, one, folder)
+
+
+def _write(
+    model: Policy | Scorer, codec: SavesTokenizer, folder: Path, base: str | None, state: dict[str, Tensor] | None
+) -> None:
     plain = model.plain
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)
     try:
         with quiet():
-            plain.save_pretrained(folder, state_dict=lora.merged(plain) if isinstance(model.hf, PeftModel) else None)
+            plain.save_pretrained(folder, state_dict=state, max_shard_size=LARGEST_FILE)
     finally:
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
     if base is not None and isinstance(model.hf, PeftModel):
         lora.save(model.hf, folder, base)
-    for file in folder.rglob("*.safetensors"):  # safetensors makes its files readable by their owner only
-        file.chmod((folder / "config.json").stat().st_mode & 0o777)
+    _let_others_read(folder)
     codec.save(folder)
+
+
+def _let_others_read(folder: Path) -> None:
+    """safetensors makes its files readable by their owner only."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
+
+
+def _goes_in_pieces(plain: PreTrainedModel) -> bool:
+    """Whether files have the very tensors of the model, so that they can be written one by one."""
+    return not pieces.converts(plain) and all(v.dtype == torch.float32 for v in plain.state_dict().values())
+
+
+def _write_weights(model: Policy | Scorer, one: Policy | Scorer, folder: Path) -> None:
+    """The files and the index that `save_pretrained` would have written, each weight gathered when its turn comes.
+
+    model: the sharded one; one: the same without shards, with its adapters alone. Called on all ranks.
+    """
+    plain = one.plain
+    ours = {id(p): theirs for p, theirs in zip(one.parameters(), model.parameters(), strict=True)}
+    state = {name: value for name, value in plain.state_dict(keep_vars=True).items() if lora.PART not in name}
+    tied = {}
+    for name, value in state.items():
+        tied.setdefault(id(value), []).append(name)
+    dropped = {
+        name for names in tied.values() for name in names if len(names) > 1 and name in plain.all_tied_weights_keys
+    }
+    ignored = plain._keys_to_ignore_on_save or ()
+    state = {lora.unwrapped(name): v for name, v in state.items() if name not in dropped and name not in ignored}
+    state = {name: state[name] for name in sorted(state, key=dot_natural_key)}
+    adapted = {f"{name}.weight": module for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
+
+    def value(name: str) -> Tensor:
+        tensor = state[name]
+        if id(tensor) in ours:
+            tensor = to_first_rank(ours[id(tensor)], tensor)
+        return tensor + lora.product(adapted[name]) if name in adapted and rank() == 0 else tensor
+
+    pattern = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=LARGEST_FILE)
+    for file, names in split.filename_to_tensors.items():
+        pieces.write(folder / file if rank() == 0 else None, {name: state[name].shape for name in names}, value)
+    if rank() > 0:
+        return
+    if split.is_sharded:
+        (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # of an earlier, smaller model
+        metadata = {"total_parameters": plain.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _let_others_read(folder)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from schemas.config.training import Training
+from schemas.environment import replicas
+from schemas.errors import refuse
 from stages.engine.distributed import processes, rank, world
+from stages.engine.models.pieces import origin, stand_in
 from stages.engine.models.policy import Policy, Scorer, device
 
 AnyModel = TypeVar("AnyModel", bound=Policy | Scorer)
 
-What = Literal["a forward pass", "a backward pass", "the step's totals", "a count of passes"]
-_WHATS: tuple[What, ...] = ("a forward pass", "a backward pass", "the step's totals", "a count of passes")
+What = Literal["a forward pass", "a backward pass", "the step's totals", "a count of passes", "dealing out weights"]
+_WHATS: tuple[What, ...] = get_args(What)
 
 
 def wanted(training: Training | None) -> bool:
@@ -44,13 +47,27 @@ def is_sharded(model: nn.Module) -> bool:
 
 @cache
 def _mesh() -> DeviceMesh:
+    """The ranks; with `replicas` as rows of ranks that hold one copy of the weights together (HSDP).
+
+    Raises:
+        StageError: `replicas` does not divide the ranks.
+    """
+    copies = replicas()
+    if world() % copies:
+        fix = f"set it to a divisor of the number of processes ({world()})"
+        raise refuse("replicas", copies, f"{world()} processes cannot hold so many equal copies.", fix, kind="input")
     processes()
-    return init_device_mesh(device().type, (world(),))
+    if copies == 1:
+        return init_device_mesh(device().type, (world(),))
+    return init_device_mesh(device().type, (copies, world() // copies), mesh_dim_names=("copy", "share"))
 
 
 def _replace(model: nn.Module, by: Callable[[str, nn.Parameter], Tensor]) -> None:
     """Put other tensors in the place of the parameters; tied ones stay one object."""
-    new = {id(p): nn.Parameter(by(name, p), requires_grad=p.requires_grad) for name, p in model.named_parameters()}
+    new = {}
+    for name, p in model.named_parameters():
+        value = by(name, p)
+        new[id(p)] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=p.requires_grad)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -63,30 +80,74 @@ def _to_meta(name: str, parameter: Tensor) -> Tensor:
 
 def put(parameter: Tensor, whole: Tensor) -> None:
     """Copy this rank's slice of a whole tensor into a sharded one."""
-    assert isinstance(parameter, DTensor)
     begin, end = rows_of(parameter)
-    parameter.to_local().detach().copy_(whole[begin:end])
+    put_rows(parameter, whole[begin:end])
+
+
+def put_rows(parameter: Tensor, rows: Tensor) -> None:
+    """Copy this rank's slice into a sharded tensor."""
+    assert isinstance(parameter, DTensor)
+    parameter.to_local().detach().copy_(rows)
 
 
 def rows_of(parameter: Tensor) -> tuple[int, int]:
     """Which rows of a tensor this rank holds, [begin, end): those of torch.chunk; all where it is not sharded."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
-    each = -(-parameter.shape[0] // parameter.device_mesh.size())
-    begin, end = (min(parameter.shape[0], (parameter.device_mesh.get_local_rank() + i) * each) for i in (0, 1))
-    return begin, end
+    mesh = parameter.device_mesh
+    return _chunk(0, parameter.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
+
+
+def _chunk(begin: int, end: int, number: int, of: int) -> tuple[int, int]:
+    each = -(-(end - begin) // of)
+    return min(end, begin + number * each), min(end, begin + (number + 1) * each)
+
+
+def rows_to_save(parameter: Tensor) -> tuple[int, int]:
+    """Of the rows that this rank holds those that it saves: other copies hold them too, and each saves a part."""
+    begin, end = rows_of(parameter)
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim == 1:
+        return begin, end
+    mesh = parameter.device_mesh
+    return _chunk(begin, end, mesh.get_local_rank(0), mesh.size(0))
+
+
+def twin(model: AnyModel) -> AnyModel:
+    """A copy of a model that is not shared out yet, with stand-ins of its own."""
+    own = dict(model.named_parameters())
+    _replace(model, _to_meta)
+    other = copy.deepcopy(model)
+    _replace(model, lambda name, shape: own[name])
+
+    def again(name: str, shape: Tensor) -> Tensor:
+        value = own[name]
+        place = origin(value)
+        return (
+            value.detach().clone()
+            if place is None
+            else stand_in(value.shape, place).requires_grad_(value.requires_grad)
+        )
+
+    _replace(other, again)
+    return other
 
 
 def shard(model: AnyModel, training: Training) -> AnyModel:
-    """Share out a model that the first rank holds on its CPU and the others as shapes alone. In place, on all ranks.
+    """Share out a model as `loading` gives it. In place, on all ranks.
 
-    Nothing may be computed from the weights between loading and this but on the first rank. Not asked for
-    (`wanted`): the model as it is.
+    Every rank reads its rows of weights that stand for their place in a file; the others the first rank sends.
+    Nothing may be computed from the weights before, but on the first rank where it holds all. Not asked for (`wanted`):
+    the model as it is.
+
+    Raises:
+        RuntimeError: the ranks do not see the same files.
     """
     if not wanted(training):
         return model
     mesh = _mesh()
-    whole = {name: p.detach() for name, p in model.named_parameters()}
+    whole = dict(model.named_parameters())
+    if len(set(in_step("dealing out weights", sum(origin(p) is not None for p in whole.values())))) > 1:
+        raise RuntimeError("the ranks see different model files. Fix: give a folder that all machines share")
     _replace(model, _to_meta)
     empty = copy.deepcopy(model)
     # Without an entry for the heads all is gathered as it is stored. Sums over ranks are float32 in any case.
@@ -106,7 +167,10 @@ def shard(model: AnyModel, training: Training) -> AnyModel:
         buffer.copy_(value)
     for name, parameter in model.named_parameters():
         value = whole.pop(name)
-        sent = value.to(device()).contiguous() if rank() == 0 else torch.empty(value.shape, device=device())
+        if place := origin(value):
+            put_rows(parameter, place.rows(*rows_of(parameter)))
+            continue
+        sent = value.detach().to(device()).contiguous() if rank() == 0 else torch.empty(value.shape, device=device())
         dist.broadcast(sent, 0)
         put(parameter, sent)
     model.empty = (empty,)
@@ -115,11 +179,11 @@ def shard(model: AnyModel, training: Training) -> AnyModel:
 
 
 @contextlib.contextmanager
-def whole(model: AnyModel, *, first_rank_only: bool = False) -> Iterator[AnyModel]:
+def whole(model: AnyModel, *, first_rank_only: bool = False, of: str = "") -> Iterator[AnyModel]:
     """The model as one process would hold it, with copies of all weights; called on all ranks.
 
     Passes of the copy are not collective. `first_rank_only`: on the CPU of the first rank, shapes alone on the others.
-    A model that is not sharded is given as it is.
+    `of`: copies of weights with this in their names alone. A model that is not sharded is given as it is.
     """
     if not is_sharded(model):
         yield model
@@ -128,18 +192,21 @@ def whole(model: AnyModel, *, first_rank_only: bool = False) -> Iterator[AnyMode
     theirs = dict(model.named_parameters())
 
     def gathered(name: str, shape: Tensor) -> Tensor:
-        value = theirs[name].detach()
-        assert isinstance(value, DTensor)
-        value = value.full_tensor()
-        if not first_rank_only:
-            return value
-        return value.cpu() if rank() == 0 else shape
+        if of not in name:
+            return shape
+        return to_first_rank(theirs[name], shape) if first_rank_only else plain(theirs[name].detach())
 
     _replace(one, gathered)
     try:
         yield one
     finally:
         _replace(one, _to_meta)
+
+
+def to_first_rank(value: Tensor, shape: Tensor) -> Tensor:
+    """A sharded tensor whole on the CPU of the first rank, on the others its `shape`; called on all ranks."""
+    gathered = plain(value.detach())
+    return gathered.cpu() if rank() == 0 else shape
 
 
 def plain(value: Tensor) -> Tensor:

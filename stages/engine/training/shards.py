@@ -17,24 +17,30 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stages.engine.distributed import rank, world
-from stages.engine.models.sharding import rows_of, side_group
+from stages.engine.models.sharding import rows_of, rows_to_save, side_group
 from stages.engine.training import checkpoint
 
 Digests = dict[str, checkpoint.Digest]
 
 
 def own_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What this rank holds of `checkpoint.model_state`, and which rows [begin, end) of how many that is."""
+    """What this rank saves of `checkpoint.model_state`, and which rows [begin, end) of how many that is.
+
+    Of rows that several ranks hold (`replicas`) each is saved by one of them.
+    """
     whole = checkpoint.model_state(model, optimizer)
-    parts = {name: _local(values) for name, values in whole.items()}
+    parts = {name: _own_rows(values) for name, values in whole.items()}
     parameters = checkpoint.trainable(model).items()
-    return {**parts, "rows": {name: [*rows_of(p), p.shape[0]] for name, p in parameters}}
+    return {**parts, "rows": {name: [*rows_to_save(p), p.shape[0]] for name, p in parameters}}
 
 
-def _local(value: Any) -> Any:
+def _own_rows(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _local(inner) for name, inner in value.items()}
-    return value.to_local() if isinstance(value, DTensor) else value
+        return {name: _own_rows(inner) for name, inner in value.items()}
+    if not isinstance(value, DTensor):
+        return value
+    first, (begin, end) = rows_of(value)[0], rows_to_save(value)
+    return value.to_local()[begin - first : end - first]
 
 
 def write_together(draft: Path, taken: checkpoint.Snapshot) -> Digests:
@@ -124,10 +130,11 @@ def read_rows(parts: list[Part], name: str, key: str, rows: tuple[int, int]) -> 
     shape = parts[0].shape(key)
     if not shape:
         return parts[0].file.get_tensor(key)
-    pieces = []
+    pieces: dict[int, Tensor] = {}
     for part in parts:
         first, last, _ = part.rows(name)
         begin, end = max(rows[0], first), min(rows[1], last)
         if begin < end:
-            pieces.append(part.file.get_slice(key)[begin - first : end - first])
-    return torch.cat(pieces) if pieces else torch.empty(0, *shape[1:])
+            pieces[begin] = part.file.get_slice(key)[begin - first : end - first]
+    in_order = [pieces[begin] for begin in sorted(pieces)]  # that of ranks differs from it with several copies
+    return torch.cat(in_order) if in_order else torch.empty(0, *shape[1:])

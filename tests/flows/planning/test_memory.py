@@ -68,6 +68,45 @@ def test_ppo_holds_a_critic_a_reference_and_a_reward_model() -> None:
     assert planning_memory.training_bytes(SIZES, ppo, reward, LoRA(rank=5)) == full + 16 * P + 4 * P + 4 * 7
 
 
+def test_shares_of_weights_are_held_and_some_are_gathered() -> None:
+    full = TRAINING.model_copy(update={"sharding": "full"})
+    layer, passing = (P - 40) // 2, 32 * 2 * 56 * 4 + 8 * 32 * 10
+    # Root and two layers in float32, and the gradient of the larger of the two.
+    expected = 16 * P // 4 + passing + 4 * (40 + 2 * layer) + 4 * layer
+    assert planning_memory.training_bytes(SIZES, full, shares=4) == expected
+    assert planning_memory.training_bytes(SIZES, full) == 16 * P + passing
+    assert planning_memory.training_bytes(SIZES, TRAINING, shares=4) == 16 * P + passing
+    half = full.model_copy(update={"gather": "bf16", "lora": LoRA(rank=3)})
+    expected = (4 * P + 16 * 3 * LINEAR) // 4 + passing + 2 * (40 + 2 * layer)
+    assert planning_memory.training_bytes(SIZES, half, shares=4) == expected
+
+
+def test_sharded_ppo_has_four_models_and_one_whole_while_it_samples() -> None:
+    ppo = PPO(sharding="full", tokens_per_micro_batch=16, max_length=8, lora=LoRA(rank=3))
+    adapters, given = 16 * 3 * LINEAR, 4 * 5 * LINEAR
+    held = 3 * 4 * P + 2 * adapters + 2 * given  # policy (and reference), critic, reward model
+    wide = Sizes(parameters=10**9, linear=0, layers=2, hidden=4, intermediate=6, vocabulary=10)
+    beside = planning_memory.activation_bytes(SIZES, ppo) + planning_memory.gathered_bytes(SIZES, ppo)
+    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5), shares=2) == -(-held // 2) + beside
+    assert planning_memory.training_bytes(wide, ppo, shares=100) >= 3 * 4 * 10**9 // 100 + 4 * 10**9
+
+
+def test_the_largest_model_fits_and_a_wider_one_does_not() -> None:
+    raw = {"name": "a", "model": {"scratch": {}}, "data": {}, "align": {"dpo": {}}}
+    config = PipelineConfig.model_validate(raw)
+    (parameters, stage), device = planning_memory.largest(config, 10**10) or (0, ""), 10**10
+    sizes = planning_memory.model_sizes(config.model)
+    assert sizes is not None and stage in ("sft", "reward", "dpo")
+    width = next(w / 1000 for w in range(10**6) if planning_memory.scaled(sizes, w / 1000).parameters >= parameters)
+    assert max((planning_memory.memory(config, 0.98 * width) or {}).values()) < device
+    assert max((planning_memory.memory(config, 1.03 * width) or {}).values()) > device
+    shared = {"sharding": "full"}
+    raw |= {"devices": 8, "sft": shared, "reward": shared, "align": {"dpo": shared}}
+    more = planning_memory.largest(PipelineConfig.model_validate(raw), device)
+    two = planning_memory.largest(PipelineConfig.model_validate(raw | {"replicas": 4}), device)
+    assert more is not None and two is not None and parameters < two[0] < more[0]
+
+
 def test_a_folder_is_read_from_its_headers(tinystories: Path) -> None:
     sizes = planning_memory.folder_sizes(tinystories)
     config = json.loads((tinystories / "config.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 
 from flows.planning import config_file, dry_run
 from flows.planning.plan import Node, plan, promotion
+from flows.planning.requests import request_for
 from schemas.config import PipelineConfig
 from schemas.errors import StageError
 from schemas.stage import Request
@@ -191,6 +192,17 @@ def test_only_the_changed_method_changes() -> None:
 def test_devices_are_for_training() -> None:
     made = nodes(data={"preference": PAIRS}, devices=2)
     assert {name for name, node in made.items() if node.devices == 2} == {"sft", "reward", "dpo", "kto", "ppo"}
+
+
+def test_copies_of_weights_are_placement_and_divide_the_devices() -> None:
+    raw = {"name": "a", "model": {"scratch": {}}, "data": {"preference": PAIRS}, "align": ALL}
+    config = PipelineConfig.model_validate({**raw, "devices": 4, "replicas": 2})
+    node = plan(config).nodes["base"]
+    copies = request_for(replace(node, devices=4), config, {})
+    one = request_for(replace(node, devices=4), config.model_copy(update={"replicas": 1}), {})
+    assert (copies.placement.replicas, one.placement.replicas) == (2, 1) and copies.key() == one.key()
+    with pytest.raises(StageError, match=r"replicas = 3: .* Fix: set it to a divisor of devices \(4\)"):
+        plan(config.model_copy(update={"replicas": 3}))
 
 
 SFT_ONLY = {"sft": DEMO["sft"]}
