@@ -22,6 +22,7 @@ PARENT = "ALIGNFLOW_PARENT"
 WARM = "ALIGNFLOW_WARM"
 LIVE = "ALIGNFLOW_LIVE"
 LOGIN = "ALIGNFLOW_LOGIN"
+RANK_MINUTES = "ALIGNFLOW_RANK_MINUTES"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
@@ -94,6 +95,11 @@ def device_slots() -> int:
 def launcher() -> list[str]:
     """Command put before a stage, as the Slurm pool does; default none."""
     return shlex.split(os.environ.get(LAUNCHER, ""))
+
+
+def rank_minutes() -> float:
+    """How long a rank waits for the others in a collective before it gives up; default 10."""
+    return float(os.environ.get(RANK_MINUTES) or 10)
 
 
 def parent() -> int | None:

@@ -49,7 +49,7 @@ def request_for(
         name=node.model or node.name,
         pipeline_run=pipeline_run,
         experiment=config.name,
-        placement=Placement(devices=node.devices, threads=threads, minutes=config.stage_minutes),
+        placement=Placement(devices=node.devices, nodes=node.nodes, threads=threads, minutes=config.stage_minutes),
         tags=tags,
         about=about,
         log_text=config.log_text,

@@ -33,7 +33,7 @@ from stages.tracking.removal import (
     stored_size,
 )
 from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version, user
+from stages.tracking.run import StageRun, Told, code_version, user
 from stages.tracking.store import digest, fetch, locate, portable, registered
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "REMOVED",
     "TAG_LENGTH",
     "StageRun",
+    "Told",
     "acceptable_name",
     "answer_soon",
     "as_default",

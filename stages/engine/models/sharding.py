@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from schemas.config.training import Training
-from stages.engine.distributed import processes, rank, world
+from stages.engine.distributed import patience, processes, rank, world
 from stages.engine.models.policy import Policy, Scorer, device
 
 AnyModel = TypeVar("AnyModel", bound=Policy | Scorer)
@@ -154,7 +154,7 @@ def plain(value: Tensor) -> Tensor:
 def side_group(purpose: str) -> Any:
     """Connections of their own on CPUs, for each purpose: collectives of one group must not overtake each other."""
     processes()
-    return dist.new_group(backend="gloo") if world() > 1 else None
+    return dist.new_group(backend="gloo", timeout=patience()) if world() > 1 else None
 
 
 def in_step(what: What, number: int = 0) -> list[int]:
