@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows.execution import process as execution_process
-from flows.execution import slurm
+from flows.execution.clusters import slurm
 from schemas.errors import EXIT_CODES, Status
 from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
@@ -21,7 +21,7 @@ from tests.support.live_servers import free_port
 from tests.support.processes import wait_for
 from tests.support.scripted import FAKE
 
-LAUNCHER = [sys.executable, "-P", "-m", "flows.execution.slurm", "stage"]
+LAUNCHER = [sys.executable, "-P", "-m", "flows.slurm", "stage"]
 
 CONFIG = """
 ClusterName=test
