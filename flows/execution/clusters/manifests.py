@@ -125,10 +125,12 @@ def jobset(asked: Asked) -> list[Manifest]:
 
 
 def trainjob(asked: Asked) -> list[Manifest]:
-    """A TrainJob of Kubeflow's Trainer 2.3. Its pods take no `envFrom`: secrets have to be in `env` of the one that asks."""
+    """A TrainJob of Kubeflow's Trainer 2.3. It takes no `envFrom`: secrets have to be in `env` of the pod that asks."""
     volumes, mounts = asked.mounted()
     pod = {name: asked.pod["spec"][name] for name in KEPT if name in asked.pod["spec"]}
-    pod |= {"volumes": volumes, "containers": [{"name": CONTAINER, "volumeMounts": mounts}]}
+    fenced = asked.pod["spec"]["containers"][0].get("securityContext", {})
+    container = {"name": CONTAINER, "volumeMounts": mounts, "securityContext": fenced}
+    pod |= {"volumes": volumes, "terminationGracePeriodSeconds": SAVE_SECONDS, "containers": [container]}
     job = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
     trainer = {
         "image": asked.pod["spec"]["containers"][0]["image"],
