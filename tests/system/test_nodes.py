@@ -72,7 +72,7 @@ def test_two_nodes_save_together_and_end_as_one_node_does(folder: Path, given: d
     assert both.ended() == [EXIT_CODES["preempted"]] * 2, both.story()
     assert node_requests.result(request).status == "preempted"
     step, files = node_requests.newest(saved)
-    assert 20 <= step < node_requests.STEPS and {"shard-0.safetensors", "shard-1.safetensors"} <= files
+    assert 0 < step < node_requests.STEPS and {"shard-0.safetensors", "shard-1.safetensors"} <= files
 
     both = TwoNodes(request, home)
     assert both.ended() == [0, 0], both.story()

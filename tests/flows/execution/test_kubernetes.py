@@ -108,7 +108,7 @@ class Cluster:
         self.looks = 0
         self.code: int | None = 0
         self.status: dict[str, Any] = {}
-        self.refuses, self.loses, self.stops_at = "-", "-", 0
+        self.refuses, self.loses, self.stops_at = " ", " ", 0
 
     def answer(self, method: str, path: str, query: str, body: Any) -> tuple[int, Any]:
         if method == "POST":
