@@ -13,7 +13,8 @@ if [ "$INSIDE" = 1 ]; then
   mount --make-rprivate /
   mkdir -p "$FOLDER/overlay"; mount -t tmpfs -o size=2g tmpfs "$FOLDER/overlay"
   mkdir "$FOLDER/overlay/up" "$FOLDER/overlay/work" "$FOLDER/overlay/root"
-  mount -t overlay overlay -o "lowerdir=$FOLDER/packages:/,upperdir=$FOLDER/overlay/up,workdir=$FOLDER/overlay/work" "$FOLDER/overlay/root"
+  cp -r "$FOLDER/packages" "$FOLDER/overlay/packages"  # no layer may lie within another
+  mount -t overlay overlay -o "lowerdir=$FOLDER/overlay/packages:/,upperdir=$FOLDER/overlay/up,workdir=$FOLDER/overlay/work" "$FOLDER/overlay/root"
   R="$FOLDER/overlay/root"
   mount -t proc proc "$R/proc"; mount --rbind /dev "$R/dev"; mount --rbind /sys "$R/sys"
   mkdir -p "$R$FOLDER"; mount --bind "$FOLDER" "$R$FOLDER"
@@ -30,7 +31,6 @@ done
 hostname ctl
 printf '127.0.0.1 localhost\n10.99.0.1 ctl\n10.99.0.11 node1\n10.99.0.12 node2\n' > /etc/hosts
 ln -sf slurmstepd-wlm /usr/sbin/slurmstepd
-chown root:root / /etc /run /usr /var 2>/dev/null || true
 mkdir -p /run/m; head -c 128 /dev/urandom > /run/m/key; chmod 600 /run/m/key
 munged --force --key-file=/run/m/key --socket=/run/m/socket --pid-file=/run/m/pid --log-file=/run/m/log --seed-file=/run/m/seed
 cat > /etc/slurm/slurm.conf <<'C'
