@@ -10,7 +10,7 @@ from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 from tests.support import models
 
-STEPS = 300
+STEPS = 100
 
 
 def inputs(folder: Path) -> dict[str, Artifact]:
@@ -25,7 +25,13 @@ def inputs(folder: Path) -> dict[str, Artifact]:
 def ask(folder: Path, given: dict[str, Artifact], steps: int = STEPS, seed: int = 0, **placement: Any) -> Path:
     """The file of a request."""
     config = methods.DPO(
-        max_steps=steps, batch_size=4, max_length=32, checkpoint_steps=20, sharding="full", learning_rate=1e-3
+        epochs=None,
+        max_steps=steps,
+        batch_size=4,
+        max_length=32,
+        checkpoint_steps=10,
+        sharding="full",
+        learning_rate=1e-3,
     )
     request = Request(
         stage="align",

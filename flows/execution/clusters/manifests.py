@@ -104,7 +104,7 @@ class Asked:
 
 def indexed_job(asked: Asked) -> list[Manifest]:
     """What every cluster has: an Indexed Job, and a service without an address, by which its pods have names."""
-    job = asked.job(f"{asked.name}-0.{asked.name}") | {"ttlSecondsAfterFinished": KEPT_SECONDS}
+    job: Manifest = asked.job(f"{asked.name}-0.{asked.name}") | {"ttlSecondsAfterFinished": KEPT_SECONDS}
     job["template"]["spec"]["subdomain"] = asked.name
     reached = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": asked.name}}
     return [

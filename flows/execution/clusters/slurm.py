@@ -130,6 +130,9 @@ class Job:
 def submit(options: argparse.Namespace, log: Path) -> Job:
     """Hand the command to Slurm. Ends this process, with what sbatch says, when it refuses."""
     environment = {name: value for name, value in os.environ.items() if name != PARENT}  # slurmd starts it
+    result = result_of(options.command)
+    if result is not None:
+        result.unlink(missing_ok=True)  # of an earlier try
     answer = subprocess.run(
         ["sbatch", "--parsable"],
         input=script(options, log, int(os.environ.get("PET_NNODES") or 1)),
@@ -142,7 +145,7 @@ def submit(options: argparse.Namespace, log: Path) -> Job:
         sys.exit(EXIT_CODES["refused"])
     number = answer.stdout.strip().partition(";")[0]
     print(f"Slurm job {number} ({', '.join(f'{k} {v}' for k, v in asked(options).items()) or 'defaults'})", flush=True)
-    return Job(number, log, result_of(options.command))
+    return Job(number, log, result)
 
 
 def result_of(command: Sequence[str]) -> Path | None:
