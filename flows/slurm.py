@@ -1,8 +1,8 @@
-"""The name under which Slurm pools start a flow run and its stages; the code is in flows/execution/slurm.py."""
+"""The name under which Slurm pools start a flow run and its stages; the code: flows/execution/clusters/slurm.py."""
 
 import sys
 
-from flows.execution.slurm import main
+from flows.execution.clusters.slurm import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ WARM = "ALIGNFLOW_WARM"
 REPLICAS = "ALIGNFLOW_REPLICAS"
 LIVE = "ALIGNFLOW_LIVE"
 LOGIN = "ALIGNFLOW_LOGIN"
+RANK_MINUTES = "ALIGNFLOW_RANK_MINUTES"
 IMAGE = "ALIGNFLOW_IMAGE"  # read by deploy/compose.yaml alone
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
@@ -95,6 +96,11 @@ def device_slots() -> int:
 def launcher() -> list[str]:
     """Command put before a stage, as the Slurm pool does; default none."""
     return shlex.split(os.environ.get(LAUNCHER, ""))
+
+
+def rank_minutes() -> float:
+    """How long a rank waits for the others in a collective before it gives up; default 10."""
+    return float(os.environ.get(RANK_MINUTES) or 10)
 
 
 def parent() -> int | None:

@@ -73,11 +73,18 @@ class Placement(Strict):
     """Where a stage runs. It changes no result, so it is not part of the key."""
 
     devices: int = Field(default=1, ge=1)
+    """On each node."""
+    nodes: int = Field(default=1, ge=1)
     replicas: int = Field(default=1, ge=1)
-    """Copies of sharded weights: each is shared out over `devices` / `replicas` processes."""
+    """Copies of sharded weights: each is shared out over all processes / `replicas`."""
     threads: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
     """`stage_minutes` of the config; None: however long it takes."""
+
+    @property
+    def ranks(self) -> int:
+        """How many processes work on it together."""
+        return self.nodes * self.devices
 
 
 class Request(Strict):

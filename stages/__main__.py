@@ -6,7 +6,6 @@ device in the request's placement it turns itself into torchrun, which starts it
 
 import gc
 import importlib
-import json
 import logging
 import os
 import signal
@@ -26,7 +25,7 @@ from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
 from stages.runtime.resources import out_of_resource
-from stages.tracking import StageRun
+from stages.tracking import StageRun, Told
 
 log = logging.getLogger("alignflow")
 
@@ -81,41 +80,54 @@ def read_request(name: str, path: Path) -> Request:
 
 
 def become_torchrun(request: Request, argv: list[str]) -> None:
-    """Replace this process by torchrun, which starts one process per device; the death signal stays set."""
-    module = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    stage = [f"--nproc-per-node={request.placement.devices}", "-m", "stages", *argv]
-    ranks = SAFE_PATH | {REPLICAS: str(request.placement.replicas)}  # torchrun starts them without -P
-    os.execve(sys.executable, [*module, *stage], os.environ | ranks)
+    """Replace this process by torchrun, which starts one process per device; the death signal stays set.
+
+    Where PET_NNODES is set, torchrun's own variables say where the other nodes are: it joins them.
+
+    Raises:
+        StageError: the request asks for another number of nodes.
+    """
+    placed, nodes = request.placement, os.environ.get("PET_NNODES")
+    if (nodes or "1") != str(placed.nodes):
+        message = f"the stage was started on {nodes or 'one'} (PET_NNODES), not on so many."
+        fix = "place it on a pool of several nodes (slurm, nodes), or start it on each with torchrun's variables: "
+        raise refuse("nodes", placed.nodes, message, f"{fix}deploy/README.md, GPU work pools", kind="placement")
+    own = [] if nodes else ["--standalone"]
+    own += [] if os.environ.get("PET_NPROC_PER_NODE") else [f"--nproc-per-node={placed.devices}"]
+    agent = [sys.executable, "-P", "-m", "stages.engine.torchrun", argv[1]]
+    ranks = SAFE_PATH | {REPLICAS: str(placed.replicas)}  # torchrun starts them without -P
+    os.execve(sys.executable, [*agent, *own, "-m", "stages", *argv], os.environ | ranks)
 
 
-def rank_signal_file(work: Path) -> Path:
-    """Where rank 0 tells the other ranks of this start whether there is work to do."""
-    return work / f"verdict-{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.json"
+def told_by_rank_0() -> Told:
+    """How ranks share what the first one has found out; one that is alone finds it out itself."""
+    if "RANK" not in os.environ:
+        return lambda name, work: work()
+    from stages.engine.torchrun import told  # late: torch
+
+    return told
 
 
 def run_rank_0(request: Request) -> Result:
     """Rank 0: under the key's lock, take a finished result or do the work."""
     key = request.key()
     work = workspace.work_folder(key)
-    verdict = rank_signal_file(work)
     with workspace.lock(work / "lock", waiting="another process is running the same stage: waiting for its result"):
         earlier = tracking.find(key)
-        if "RANK" in os.environ:
-            for old in work.glob("verdict-*.json"):
-                old.unlink()  # of an earlier start; this one's stays, for a rank that comes late
-            workspace.write_whole(verdict, json.dumps({"reused": earlier is not None}))
+        told = told_by_rank_0()
+        told("reused", lambda: str(earlier is not None))
         if earlier is not None:
             tracking.note_reuse(earlier, request.pipeline_run)
             return earlier
-        result = execute(request)
+        result = execute(request, told)
         if result.status == "done":
             workspace.clear_work(key)
         return result
 
 
-def execute(request: Request) -> Result:
+def execute(request: Request, told: Told) -> Result:
     """Run the stage under an MLflow run. A stage's end, good or bad, becomes a result."""
-    run = StageRun(request)
+    run = StageRun(request, told)
     try:
         with run:
             try:
@@ -188,15 +200,13 @@ def main(argv: list[str]) -> int:
     try:
         request = read_request(argv[0], path)
         key, log_text = request.key(), request.log_text
-        if request.placement.devices > 1 and "RANK" not in os.environ:
+        if request.placement.ranks > 1 and "RANK" not in os.environ:
             become_torchrun(request, argv)
         if rank > 0:
             # Wait for rank 0, which holds the lock, then work with it unless the result is reused.
-            verdict = rank_signal_file(workspace.work_folder(key))
-            while not verdict.exists():
-                time.sleep(0.05)
-            if not json.loads(verdict.read_text())["reused"]:
-                with StageRun(request) as run:
+            told = told_by_rank_0()
+            if told("reused", lambda: "") == "False":
+                with StageRun(request, told) as run:
                     module_of(request.stage).run(run)
             return 0
         result = run_rank_0(request)

@@ -175,6 +175,13 @@ def environment(request: Request) -> dict[str, str]:
         PARENT: str(os.getpid()),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    torchrun = [name for name in values if name.startswith("PET_")]
+    if request.placement.nodes == 1:
+        for name in torchrun:  # for this process, not for the stage
+            del values[name]
+    elif launcher():  # it starts the stage on so many nodes, and tells each of them where the others are
+        values["PET_NNODES"] = str(request.placement.nodes)
+        values["PET_NPROC_PER_NODE"] = str(request.placement.devices)
     if request.placement.threads is not None:
         values["OMP_NUM_THREADS"] = values["MKL_NUM_THREADS"] = str(request.placement.threads)
     return values

@@ -28,7 +28,7 @@ class Warm:
 
     def asks(self, request: Request, environment: Mapping[str, str]) -> int | None:
         """A descriptor, the caller's to close, on which a stage asks for its fork; None where it starts by itself."""
-        if request.placement.devices > 1 or sys.platform != "linux" or _NVIDIA.is_dir() or launcher():
+        if request.placement.ranks > 1 or sys.platform != "linux" or _NVIDIA.is_dir() or launcher():
             return None
         if self._process is None and not (request.spec.needs_device or request.stage == "base"):
             return None  # it imports little, and nobody needs the rest yet

@@ -1,19 +1,22 @@
 """What a valid config refers to: files, packages, models, keys. Each check costs a look at the disk at most."""
 
 import gzip
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from flows.planning.explain import closest_match
+from flows.planning.nodes import Node
 from schemas.architectures import positions, why_none_trained
 from schemas.config import EndpointJudge, Judge, ModelConfig, PipelineConfig, RewardConfig, RewardJudge, SentimentJudge
 from schemas.config.data import SourceConfig, sources_of
 from schemas.config.methods import PPO
 from schemas.config.training import Training
+from schemas.environment import launcher
 from schemas.errors import Problem, problem
 from schemas.model_folder import config_of, why_unusable
 from schemas.source import HOW_TO_PIN, File, Hub, Package, Remote, data_source, model_source, template_file
@@ -181,3 +184,27 @@ def _check_training(config: PipelineConfig) -> Iterator[Problem]:
             continue
         if training.epochs is None and training.max_steps is None and training.train_tokens is None:
             yield problem(f"{name}.epochs", None, "training has no end.", "set epochs or max_steps")
+
+
+def check_ranks(nodes: Iterable[Node]) -> Iterator[Problem]:
+    """Whether every rank of a training has rows in each of its steps; PPO deals a rollout out evenly to its steps."""
+    for node in nodes:
+        ranks, rows = node.nodes * node.devices, node.params.get("batch_size", 0)
+        smallest = rows
+        if rollout := node.params.get("rollout_size"):
+            smallest = rollout // math.ceil(rollout / rows)
+        if 1 < ranks > smallest:
+            message = f"a step has {smallest} rows for {ranks} ranks ({node.nodes} nodes x {node.devices} devices)."
+            fix = f"set it to at least {ranks}, or ask for fewer nodes or devices"
+            yield problem(f"{node.field}.batch_size", rows, message, fix)
+
+
+def check_places(nodes: Iterable[Node], pools: Mapping[str, str]) -> Iterator[Problem]:
+    """Whether stages of several machines that start from this one have somebody who starts them on the others."""
+    started = launcher() or os.environ.get("PET_NNODES")
+    for stage, number in {node.stage: node.nodes for node in nodes if node.nodes > 1}.items():
+        pool = pools.get(stage)
+        if pool in ("docker", "kubernetes") or (pool is None and not started):
+            message = f"stage {stage} runs on {f'pool {pool}' if pool else 'this machine'}, which is one node."
+            fix = f"place it where there are several, pools.{stage}: slurm or nodes, or set nodes to 1"
+            yield problem("nodes", number, message, fix)

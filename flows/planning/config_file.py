@@ -23,7 +23,7 @@ from ruamel.yaml.events import (
     ScalarEvent,
 )
 
-from flows.planning.config_checks import check, check_keys
+from flows.planning.config_checks import check, check_keys, check_places, check_ranks
 from flows.planning.explain import validate
 from flows.planning.plan import Plan, plan
 from schemas.errors import Problem, StageError, refuse
@@ -248,6 +248,9 @@ def planned(raw: dict[str, Any], here: bool = True) -> Plan:
         made = plan(config)
     except StageError as error:
         raise refusal([*problems, error.problem]) from None
+    problems += check_ranks(made.nodes.values())
+    if here:
+        problems += check_places(made.nodes.values(), config.pools)
     if problems:
         raise refusal(problems)
     return made

@@ -59,6 +59,9 @@ def outlook(plan: Plan) -> str:
     lines.append(f"\n{len(states)} stages: {reused} reused, {len(states) - reused} to run.")
     if "unknown" in states:
         lines.append("* reused if its inputs turn out unchanged.")
+    if config.nodes * config.devices > 1:
+        where = f"{config.nodes} nodes with {config.devices} devices each" if config.nodes > 1 else "one node"
+        lines.append(f"Training runs on {where}: {config.nodes * config.devices} ranks.")
     lines += few_prompts(outlooks)
     if memory is None:
         lines.append("Memory is not known before the model is on this machine.")

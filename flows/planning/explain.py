@@ -58,6 +58,7 @@ _OTHER_NAMES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("dataset", "dataset_name"), ("data.preference.path", "or data.sft.path and their like")),
     **dict.fromkeys(("test_size", "val_size", "eval_ratio"), ("eval_fraction", "a share of the prompts")),
     **dict.fromkeys(("num_processes", "num_gpus", "n_gpus", "nproc_per_node"), ("devices", "")),
+    **dict.fromkeys(("num_nodes", "nnodes", "num_machines"), ("nodes", "")),
     **dict.fromkeys(("fsdp", "deepspeed", "zero_stage"), ("sharding", "none or full")),
 }
 """What TRL, transformers, peft and LLaMA-Factory call it -> our key, and what it counts where that may differ."""

@@ -231,7 +231,11 @@ def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
     if sizes is None:
         return None
     reward = folder_sizes(Path(config.reward_model).expanduser()) if config.reward_model else sizes
-    sizes, reward, shares = scaled(sizes, width), scaled(reward, width), config.devices // config.replicas
+    sizes, reward, shares = (
+        scaled(sizes, width),
+        scaled(reward, width),
+        config.nodes * config.devices // config.replicas,
+    )
     stages: dict[str, Training | None] = {"sft": config.sft, "reward": config.reward, "gold": config.gold}
     stages |= config.trained
     own = None if config.reward_model or config.reward is None else config.reward.lora

@@ -27,6 +27,8 @@ class Node:
     model: str | None = None
     """The model that it makes or evaluates, by its name in the comparison."""
     devices: int = 1
+    """On each of its nodes."""
+    nodes: int = 1
     tags: dict[str, str] = default(default_factory=dict)
     about: dict[str, str] = default(default_factory=dict)
     """For an evaluation: parameters of the training behind the model."""

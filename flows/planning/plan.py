@@ -139,7 +139,7 @@ class Planner:
         return self.trained(Node("sft", "sft", "sft", params_of(self.config.sft), inputs, self.config.seed))
 
     def trained(self, node: Node) -> Output:
-        return self.add(replace(node, model=node.name, devices=self.config.devices), "model")
+        return self.add(replace(node, model=node.name, devices=self.config.devices, nodes=self.config.nodes), "model")
 
     def reward(self, name: str) -> Output:
         """The policies' reward model, or the gold one that judges."""
@@ -312,7 +312,8 @@ class Planner:
         about = self.training_labels(name)
         tags = {"method": about["method"]}
         params = self.config.evaluate.model_dump(mode="json", exclude={"baselines"}) | {"part": part}
-        node = Node(f"{part} {name}", "evaluate", "evaluate", params, inputs, self.config.seed, name, 1, tags, about)
+        seed, title = self.config.seed, f"{part} {name}"
+        node = Node(title, "evaluate", "evaluate", params, inputs, seed, name, tags=tags, about=about)
         return self.add(node, "evaluation")
 
     def training_labels(self, name: str) -> dict[str, str]:

@@ -14,8 +14,9 @@ RESERVED |= {"champion"}
 def check(config: PipelineConfig) -> None:
     """Raise StageError for a name that is taken, a judge that cannot judge, or a gate that can never open."""
     _check_seeds(config)
-    if config.devices % config.replicas:
-        fix = f"set it to a divisor of devices ({config.devices}), or devices to a multiple of it"
+    ranks = config.nodes * config.devices
+    if ranks % config.replicas:
+        fix = f"set it to a divisor of nodes x devices ({ranks}), or devices to a multiple of it"
         raise refuse("replicas", config.replicas, "the devices cannot be shared out over so many copies.", fix)
     for name in [*config.align, *config.trained]:
         if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII):

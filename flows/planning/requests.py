@@ -53,7 +53,8 @@ def request_for(
         experiment=config.name,
         placement=Placement(
             devices=node.devices,
-            replicas=config.replicas if node.devices > 1 else 1,
+            nodes=node.nodes,
+            replicas=config.replicas if node.devices * node.nodes > 1 else 1,
             threads=threads,
             minutes=config.stage_minutes,
         ),

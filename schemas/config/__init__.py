@@ -310,11 +310,14 @@ class PipelineConfig(Strict):
     """False keeps prompts and answers out of logs, MLflow's tables, reports, quarantine files and error messages. They
     then are only in the folders that training reads: `data` and `rows`."""
     devices: int = Field(default=1, ge=1)
-    """Devices per training stage; more than one runs under torchrun."""
+    """Devices per training stage, on each of its nodes; more than one runs under torchrun."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines per training stage. More than one need a place that starts them: pool `slurm` or `nodes`, or torchrun's
+    own variables (PET_NNODES and so on)."""
     replicas: int = Field(default=1, ge=1)
     """With `sharding: full`, how many copies of a model the devices hold (HSDP): of 8 devices with 2 replicas each copy
     is on 4. Weights are gathered within a copy, gradients are summed over all; one copy per machine keeps gathers off
-    the network. It divides `devices`, and changes results by rounding alone."""
+    the network. It divides `nodes` x `devices`, and changes results by rounding alone."""
     parallel: int = Field(default=1, ge=1)
     """Stages that may run side by side."""
     stage_minutes: float = Field(default=240.0, gt=0)

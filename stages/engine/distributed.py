@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from schemas.environment import rank_minutes
 
 T = TypeVar("T")
 
@@ -26,9 +29,16 @@ def share(items: Sequence[T], rank: int, world: int) -> list[T]:
     return list(items[rank::world])
 
 
+def patience() -> timedelta:
+    """How long a rank waits for the others in a collective (ALIGNFLOW_RANK_MINUTES)."""
+    return timedelta(minutes=rank_minutes())
+
+
 def processes() -> PartialState:
     """The processes that train together, connected. Raises RuntimeError when torchrun started more than were found."""
-    state = PartialState(cpu=not torch.cuda.is_available())  # unasked, Accelerate connects no processes on CPUs
+    # Unasked, Accelerate connects no processes on CPUs. gloo's own patience is half an hour.
+    several = {"timeout": patience()} if world() > 1 else {}
+    state = PartialState(cpu=not torch.cuda.is_available(), **several)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(
             f"{os.environ['WORLD_SIZE']} processes were started, but {state.num_processes} are connected"

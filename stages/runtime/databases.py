@@ -24,6 +24,22 @@ BESIDE = ("-wal", "-shm", "-journal")
 """Ends of the names of files that belong to a database."""
 
 
+NETWORK = r"9p|afs|beegfs|ceph|cifs|fuse\..*|glusterfs|gpfs|lustre|ncpfs|nfs4?|ocfs2|orangefs|smb3?|virtiofs|wekafs"
+"""Kinds of file systems that several hosts may see."""
+
+
+def on_network(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether a file is, or will be, on a file system that several hosts may see. mounts: the kernel's list."""
+    if not mounts.exists():
+        return False
+    kinds = {}
+    for line in mounts.read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        kinds[where.encode().decode("unicode_escape")] = kind  # a blank is \\040 there
+    above = next(str(one) for one in (path.absolute(), *path.absolute().parents) if str(one) in kinds)
+    return re.fullmatch(NETWORK, kinds[above]) is not None
+
+
 @dataclass(frozen=True)
 class Schema:
     """Whose schema a database has: the migrations that a program knows, and the tables that hold what must not go."""

@@ -25,7 +25,7 @@ from stages.tracking.mlflow_client import (
 from stages.tracking.names import TAG_LENGTH, acceptable_name, flatten, shortened
 from stages.tracking.problems import not_let_in, without_passwords
 from stages.tracking.reuse import compare_link, find, note_reuse
-from stages.tracking.run import StageRun, code_version, user
+from stages.tracking.run import StageRun, Told, code_version, user
 from stages.tracking.store import (
     REMOVED,
     digest,
@@ -45,6 +45,7 @@ __all__ = [
     "REMOVED",
     "TAG_LENGTH",
     "StageRun",
+    "Told",
     "acceptable_name",
     "answer_soon",
     "as_default",

@@ -48,8 +48,9 @@ def make(path: Path) -> None:
     beside = draft(path)
     try:
         SqlAlchemyStore(f"sqlite:///{beside}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
-        with opened(beside) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer don't lock each other out
+        if not databases.on_network(path):  # SQLite forbids it there
+            with opened(beside) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer don't lock each other out
         give_name(beside, path)
     finally:
         discard(beside)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -102,14 +102,19 @@ def user() -> str:
         return ""
 
 
+Told = Callable[[str, Callable[[], str]], str]
+"""Called with a name and what finds something out: the first rank calls it, and all get what it returns."""
+
+
 class StageRun:
     """One MLflow run of a stage; use it as a context manager. On rank > 0 all its methods that write do nothing.
 
     Leaving the block closes the MLflow run: FINISHED, KILLED on a preemption, FAILED on any other error.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, told: Told = lambda name, work: work()) -> None:
+        """told: how several ranks share what the first one has found out (stages/engine/torchrun.py)."""
+        self.request, self._told = request, told
         self.key = request.key()
         self.work = work_folder(self.key)
         self.rank = int(os.environ.get("RANK", "0"))
@@ -232,7 +237,7 @@ class StageRun:
             message = f"stage {self.request.stage} needs the input {name!r}; the request has {have}."
             raise refuse(f"inputs.{name}", "missing", message, "add it to the request", kind="input")
         if name not in self._fetched:
-            self._fetched[name] = fetch(self.request.inputs[name])
+            self._fetched[name] = Path(self._told(f"input {name}", lambda: str(fetch(self.request.inputs[name]))))
         return self._fetched[name]
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:

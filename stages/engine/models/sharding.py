@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from schemas.config.training import Training
 from schemas.environment import replicas
 from schemas.errors import refuse
-from stages.engine.distributed import processes, rank, world
+from stages.engine.distributed import patience, processes, rank, world
 from stages.engine.models.pieces import origin, stand_in
 from stages.engine.models.policy import Policy, Scorer, device
 
@@ -221,7 +221,7 @@ def plain(value: Tensor) -> Tensor:
 def side_group(purpose: str) -> Any:
     """Connections of their own on CPUs, for each purpose: collectives of one group must not overtake each other."""
     processes()
-    return dist.new_group(backend="gloo") if world() > 1 else None
+    return dist.new_group(backend="gloo", timeout=patience()) if world() > 1 else None
 
 
 def in_step(what: What, number: int = 0) -> list[int]:

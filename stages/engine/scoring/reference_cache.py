@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from accelerate.utils import broadcast_object_list, gather_object
+
 from schemas.errors import StageError, refuse
 from schemas.stage import ENGINE_VERSION
 from stages.engine.data.trees import Layout, Tree
+from stages.engine.distributed import processes, rank, share, world
 from stages.engine.models.policy import Policy, sums
 from stages.engine.scoring.batched import over_trees
 from stages.runtime import databases
@@ -36,6 +39,8 @@ T = TypeVar("T")
 HOST_LACKS = r"locked|busy|full|I/O|readonly|memory"
 """What SQLite says where the machine is at fault; all else that it says of our statements is the file's fault."""
 _LOOK_UP = 500  # keys in one query
+_ROUND = 256  # trees of each rank, after which what all have computed is written
+_WAIT_SECONDS = 120
 
 
 class ReferenceCache:
@@ -59,26 +64,16 @@ class ReferenceCache:
 
         policy: in reference mode (`with policy.reference()`). Only what is missing is computed, in batches of `budget`
         tokens, and kept batch by batch. progress: called with (sequences computed, sequences to compute).
+
+        All ranks call it with the same trees. Each computes its share; the first one alone reads and writes the file.
         """
         keys = [[self._key(tree.prompt, answer) for answer in tree.answers] for tree in trees]
-        known = self._whole(lambda database: _read(database, [key for row in keys for key in row]))
+        known = _from_first(lambda: self._whole(lambda database: _read(database, [key for row in keys for key in row])))
         missing = _missing(trees, keys, known)
         total, before = sum(len(wanted) for _, wanted in missing), len(known)
-        batches = over_trees(
-            policy,
-            lambda batch: sums(policy(batch).logps_N, batch.answer_N, batch.answers),
-            [tree for tree, _ in missing],
-            layout,
-            budget,
-            pad_id,
-        )
-        for batch in batches:
-            fresh = {key: value for i in batch for key, value in zip(missing[i][1], batch[i], strict=True)}
-            if not all(map(math.isfinite, fresh.values())):
-                message = "it gives log-probabilities that are not finite"
-                fix = "train it again with a lower learning rate"
-                raise refuse("model", "the reference", message, fix, kind="model")
-            self._whole(lambda database, fresh=fresh: _write(database, fresh))
+        for fresh in _computed(policy, missing, layout, budget, pad_id):
+            if rank() == 0:
+                self._whole(lambda database, fresh=fresh: _write(database, fresh))
             known |= fresh
             if progress is not None:
                 progress(len(known) - before, total)
@@ -117,9 +112,9 @@ class ReferenceCache:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection in autocommit; other processes' writes are waited for. Raises StageError on a damaged file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with databases.opened(self.path, seconds=120) as database:
-            with lock(self.path.with_suffix(".lock")):  # two at once that turn on WAL don't wait for each other
-                database.execute("PRAGMA journal_mode=WAL")
+        with databases.opened(self.path, seconds=_WAIT_SECONDS) as database:
+            with lock(self.path.with_suffix(".lock")):  # one at a time: what has to be alone does not wait for others
+                _leave_wal(database)
                 database.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
                 # Beside the numbers, not among them: an alignflow without digests goes on using their table.
                 database.execute("CREATE TABLE IF NOT EXISTS digests (key BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID")
@@ -133,6 +128,53 @@ class ReferenceCache:
 
 Missing = list[tuple[Tree, list[Key]]]
 """Trees of the answers to compute, with the answers' keys."""
+
+
+def _from_first(call: Callable[[], dict[Key, float]]) -> dict[Key, float]:
+    """What a call returns on the first rank, on all of them."""
+    if world() == 1:
+        return call()
+    processes()
+    return broadcast_object_list([call() if rank() == 0 else None])[0]  # type: ignore[return-value]
+
+
+def _computed(policy: Policy, missing: Missing, layout: Layout, budget: int, pad_id: int) -> Iterator[dict[Key, float]]:
+    """The numbers that are missing: batch by batch, with several ranks round by round, those of all ranks on each.
+
+    Raises:
+        StageError: one is not finite.
+    """
+    together = world() > 1
+    each = _ROUND * world() if together else max(1, len(missing))
+    for start in range(0, len(missing), each):
+        mine, own = share(missing[start : start + each], rank(), world()), dict[Key, float]()
+        for batch in over_trees(
+            policy,
+            lambda batch: sums(policy(batch).logps_N, batch.answer_N, batch.answers),
+            [tree for tree, _ in mine],
+            layout,
+            budget,
+            pad_id,
+        ):
+            fresh = {key: value for i in batch for key, value in zip(mine[i][1], batch[i], strict=True)}
+            if not all(map(math.isfinite, fresh.values())):
+                message = "it gives log-probabilities that are not finite"
+                fix = "train it again with a lower learning rate"
+                raise refuse("model", "the reference", message, fix, kind="model")
+            if not together:
+                yield fresh
+            own |= fresh
+        if together:
+            yield {key: value for one in gather_object([own]) for key, value in one.items()}
+
+
+def _leave_wal(database: sqlite3.Connection) -> None:
+    """Older versions used a write-ahead log, which SQLite forbids on network disks: a home may be on one."""
+    if database.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+        with contextlib.suppress(sqlite3.OperationalError):  # another process has it open: the next one then
+            database.execute("PRAGMA busy_timeout=0")
+            database.execute("PRAGMA journal_mode=DELETE")
+        database.execute(f"PRAGMA busy_timeout={1000 * _WAIT_SECONDS}")
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[Key]) -> dict[Key, float]:

@@ -22,7 +22,7 @@ from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Example, Row, encode, fitting, longest, read, read_if_there
 from stages.engine.data.order import step_rows
 from stages.engine.data.trees import Batch, Layout, Tree, collate, cut, tree_tokens
-from stages.engine.distributed import processes, rank, share, world
+from stages.engine.distributed import rank, share, world
 from stages.engine.models.layouts import choose_and_shard
 from stages.engine.models.loading import load_policy
 from stages.engine.models.policy import Policy, Scorer, context_length, sums
@@ -200,9 +200,6 @@ class OfflineAlignment(PolicyMethod):
         cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.training.precision)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
         with self.policy.reference() if self.training.lora else nullcontext():
-            if world() > 1:  # each rank computes its share; then all is there to be read
-                cache.logps(self.policy, share(trees, rank(), world()), self.layout, budget, pad_id, progress)
-                processes().wait_for_everyone()
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
 
     def finish(self, folder: Path) -> dict[str, float]:

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flows.execution import process as execution_process
-from flows.execution import slurm
+from flows.execution.clusters import slurm
 from schemas.errors import EXIT_CODES, Status
 from schemas.stage import STAGES, Request, StageSpec
 from stages import tracking
@@ -21,7 +22,7 @@ from tests.support.live_servers import free_port
 from tests.support.processes import wait_for
 from tests.support.scripted import FAKE
 
-LAUNCHER = [sys.executable, "-P", "-m", "flows.execution.slurm", "stage"]
+LAUNCHER = [sys.executable, "-P", "-m", "flows.slurm", "stage"]
 
 CONFIG = """
 ClusterName=test
@@ -74,6 +75,36 @@ def test_the_batch_script() -> None:
         "exec srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=8 "
         "python -P -m stages sft '/home/ask one/request.json'",
     ]
+
+
+def test_the_batch_script_of_several_nodes() -> None:
+    options = slurm.parse(["stage", "--cpus=2", "--", "python", "request.json"])
+    lines = slurm.script(options, Path("/log"), nodes=3).splitlines()
+    assert {"#SBATCH --nodes=3", "#SBATCH --ntasks-per-node=1"} <= set(lines)
+    assert lines[-1] == (
+        "exec srun --ntasks=3 --kill-on-bad-exit=1 --cpus-per-task=2 "
+        """bash -c 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' stage python request.json"""
+    )
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_job_that_outlives_its_stage_is_cancelled(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(slurm, "END_SECONDS", 0.1)
+    job, asked = slurm.Job("7", tmp_path / "log", slurm.result_of(["x", f"{tmp_path}/request.json"])), []
+
+    def command(arguments: list[str], **_: object) -> SimpleNamespace:
+        asked.append(arguments[0])
+        state = "CANCELLED" if ends and "scancel" in asked else "RUNNING"
+        if len(asked) == 3:
+            (tmp_path / "result.json").write_text("{}")
+        return SimpleNamespace(stdout=f"JobState={state} ExitCode=0:0", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", command)
+    assert slurm.follow(job, []) == EXIT_CODES["preempted"]
+    assert asked.count("scancel") == 1 and asked.index("scancel") >= 3
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
         ("sft.lora_r=8", "sft.lora_r: unknown key. Fix: write sft.lora.rank"),
         ("sft.lora={r: 8}", "sft.lora.r: unknown key. Fix: write sft.lora.rank"),
         ("num_gpus=2", "num_gpus: unknown key. Fix: write devices"),
+        ("devices=999", "rows for 999 ranks (1 nodes x 999 devices). Fix: set it to at least 999, or ask for fewer"),
+        ("nodes=2", "nodes = 2: stage sft runs on this machine, which is one node. Fix: place it where there are"),
         (
             "num_train_epochs=3",
             "num_train_epochs: unknown key. Fix: write sft.epochs, reward.epochs, align.dpo.epochs",

@@ -192,6 +192,8 @@ def test_only_the_changed_method_changes() -> None:
 def test_devices_are_for_training() -> None:
     made = nodes(data={"preference": PAIRS}, devices=2)
     assert {name for name, node in made.items() if node.devices == 2} == {"sft", "reward", "dpo", "kto", "ppo"}
+    placed = nodes(data={"preference": PAIRS}, nodes=3)
+    assert {name for name, node in placed.items() if node.nodes == 3} == {"sft", "reward", "dpo", "kto", "ppo"}
 
 
 def test_copies_of_weights_are_placement_and_divide_the_devices() -> None:

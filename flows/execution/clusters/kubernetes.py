@@ -1,0 +1,230 @@
+"""Stages on several nodes of Kubernetes. The worker of pool `nodes` is a pod of the cluster; the stages are others.
+
+    python -P -m flows.kubernetes job           the flow run, here; for each stage it calls
+    python -P -m flows.kubernetes stage ... -- COMMAND
+
+which makes a TrainJob, a JobSet or an Indexed Job of the command, whichever the cluster has, passes the lines of the
+first node on, ends with its exit code, and removes what it has made. It asks the API server with the account of its
+own pod, which needs the rights of deploy/README.md. The home (ALIGNFLOW_HOME) must be a volume that all pods mount.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from flows.execution import job
+from flows.execution.clusters.manifests import CONTAINER, INDEX, MANIFESTS, RUNTIME, Asked, Manifest
+from flows.execution.clusters.slurm import OWN_CODES
+from schemas.environment import LAUNCHER
+from schemas.errors import EXIT_CODES
+from schemas.text import show
+from stages.runtime.process import die_with_parent
+from stages.runtime.workspace import SAY_SECONDS
+
+POLL_SECONDS = 2.0
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+PASSED = ("ALIGNFLOW_HOME", "ALIGNFLOW_KEEP_WORK", "ALIGNFLOW_RANK_MINUTES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+PASSED += ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM")
+"""Variables of a stage that its pods get from here; the others are those of the worker's pod."""
+LABELS = {"job": "job-name={}", "jobset": "jobset.sigs.k8s.io/jobset-name={}"}
+LABELS["trainjob"] = LABELS["jobset"]
+PLURALS = {"TrainJob": "trainjobs", "JobSet": "jobsets", "Job": "jobs", "Service": "services"}
+
+
+class Api:
+    """The API server, as this pod's account sees it."""
+
+    def __init__(self, url: str, namespace: str, client: httpx.Client) -> None:
+        self.url, self.namespace, self.client = url, namespace, client
+
+    def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        """An answer, whatever it says. The account's token is read each time: it is renewed."""
+        headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"}
+        return self.client.request(method, f"{self.url}{path}", headers=headers, timeout=30, **given)
+
+    def get(self, path: str, **query: str) -> Manifest | None:
+        """An object; None where there is none. Raises httpx.HTTPError."""
+        answer = self.ask("GET", path, params=query)
+        if answer.status_code == 404:
+            return None
+        answer.raise_for_status()
+        return answer.json()
+
+    def place(self, manifest: Manifest, name: str = "") -> str:
+        """Where an object is, or those of its kind are."""
+        version = manifest["apiVersion"]
+        root = "/api" if version == "v1" else "/apis"
+        kinds = f"{root}/{version}/namespaces/{self.namespace}/{PLURALS[manifest['kind']]}"
+        return f"{kinds}/{name}" if name else kinds
+
+    def pods(self) -> str:
+        return f"/api/v1/namespaces/{self.namespace}/pods"
+
+    def kind(self) -> str:
+        """The kind of objects that this cluster has, the best first."""
+        groups = {one["name"] for one in (self.get("/apis") or {}).get("groups", [])}
+        if "trainer.kubeflow.org" in groups:
+            runtimes = "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes"
+            if self.ask("GET", f"{runtimes}/{RUNTIME}").status_code == 200:
+                return "trainjob"
+        return "jobset" if "jobset.x-k8s.io" in groups else "job"
+
+
+def connected() -> Api:
+    """The API server of the cluster that this process is a pod of."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    client = httpx.Client(verify=str(ACCOUNT / "ca.crt"))
+    return Api(f"https://{host}:{port}", (ACCOUNT / "namespace").read_text().strip(), client)
+
+
+@dataclass
+class Stage:
+    """The objects of a stage, and how far its lines were read."""
+
+    api: Api
+    kind: str
+    made: list[Manifest] = field(default_factory=list)
+    read: str = ""
+    """Time of the last line that was passed on."""
+
+    def make(self, manifests: Sequence[Manifest]) -> str | None:
+        """Make the objects; what the API server says where it refuses one."""
+        for one in manifests:
+            answer = self.api.ask("POST", self.api.place(one), json=one)
+            if answer.is_error:
+                return str(answer.json().get("message", answer.text))
+            self.made.append(one)
+        return None
+
+    def remove(self) -> None:
+        """Remove all that was made: its pods are told to save and end."""
+        for one in self.made:
+            with contextlib.suppress(httpx.HTTPError):
+                body = {"propagationPolicy": "Background"}
+                self.api.ask("DELETE", self.api.place(one, one["metadata"]["name"]), json=body)
+
+    def first_pod(self, name: str) -> Manifest | None:
+        """The pod of the first node, once there is one."""
+        selector = f"{LABELS[self.kind].format(name)},{INDEX}=0"
+        pods = (self.api.get(self.api.pods(), labelSelector=selector) or {}).get("items", [])
+        return pods[0] if pods else None
+
+    def pass_on(self, pod: Manifest) -> None:
+        """Print what the pod has printed since the last call. Each line comes with its time, in order."""
+        since = {"sinceTime": f"{self.read[:19]}Z"} if self.read else {}
+        query = {"container": CONTAINER, "timestamps": "true", **since}
+        answer = self.api.ask("GET", f"{self.api.pods()}/{pod['metadata']['name']}/log", params=query)
+        for line in answer.text.splitlines() if answer.is_success else ():
+            at, _, text = line.partition(" ")
+            if at > self.read:
+                self.read = at
+                print(text, flush=True)
+
+    def look(self, name: str) -> int | None:
+        """Pass lines on; the stage's exit code once it has ended."""
+        last = self.made[-1]
+        now = self.api.get(self.api.place(last, name))
+        pod = self.first_pod(name)
+        if pod is not None:
+            self.pass_on(pod)
+            for one in pod.get("status", {}).get("containerStatuses", []):
+                if "terminated" in one.get("state", {}):
+                    return int(one["state"]["terminated"]["exitCode"])
+        if now is None:
+            show(f"{last['kind']} {name} was removed")
+            return EXIT_CODES["preempted"]
+        ends = {one["type"] for one in now.get("status", {}).get("conditions", []) if one["status"] == "True"}
+        if ends & {"Failed", "FailureTarget"}:
+            return EXIT_CODES["failed"]
+        return 0 if ends & {"Complete", "Completed"} else None
+
+    def follow(self, name: str, stopping: list[int]) -> int:
+        """Look on until the stage ends or is stopped. An API server that is away is waited for."""
+        said = time.monotonic()
+        while not stopping:
+            try:
+                code = self.look(name)
+                if code is not None:
+                    return code if code in OWN_CODES | {0} else meaning(code)
+            except httpx.HTTPError as error:
+                if time.monotonic() - said > SAY_SECONDS:
+                    said = time.monotonic()
+                    show(f"the API server does not answer ({type(error).__name__}); waiting for it")
+            time.sleep(POLL_SECONDS)
+        return EXIT_CODES["preempted"]
+
+
+def meaning(code: int) -> int:
+    """The stage's exit code by its container's: death by SIGTERM is a stop from outside."""
+    return EXIT_CODES["preempted"] if code == 128 + signal.SIGTERM else EXIT_CODES["failed"]
+
+
+def run_stage(options: argparse.Namespace, api: Api) -> int:
+    """Make the objects of the command, wait for its end, and leave nothing."""
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: stopping.append(signum))
+    pod = api.get(f"{api.pods()}/{os.environ['HOSTNAME']}")
+    if pod is None:
+        show(f"error: there is no pod {os.environ['HOSTNAME']}: the worker of this pool has to be one", sys.stderr)
+        return EXIT_CODES["refused"]
+    kind = api.kind() if options.kind == "auto" else options.kind
+    asked = Asked(
+        name=f"alignflow-{uuid.uuid4().hex[:10]}",
+        nodes=int(os.environ.get("PET_NNODES") or 1),
+        devices=int(os.environ.get("PET_NPROC_PER_NODE") or 1),
+        command=options.command,
+        pod=pod,
+        environment={name: os.environ[name] for name in PASSED if name in os.environ},
+        gpus=options.gpus == "yes",
+        queue=options.queue,
+    )
+    stage = Stage(api, kind)
+    try:
+        refused = stage.make(MANIFESTS[kind](asked))
+        if refused is not None:
+            show(f"error: Kubernetes takes no {kind}: {refused}", sys.stderr)
+            return EXIT_CODES["refused"]
+        show(f"{stage.made[-1]['kind']} {asked.name} with {asked.nodes} pods")
+        return stage.follow(asked.name, stopping)
+    finally:
+        stage.remove()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, and as `command` what stands behind `--`."""
+    parser = argparse.ArgumentParser(prog="python -m flows.kubernetes")
+    parser.add_argument("mode", choices=["job", "stage"])
+    parser.add_argument(
+        "--kind", choices=["auto", *MANIFESTS], default="auto", help="what is made; auto: what is there"
+    )
+    parser.add_argument("--queue", default="", help="Kueue's queue")
+    parser.add_argument("--gpus", choices=["yes", "no"], default="yes", help="whether each rank gets a GPU")
+    end = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:end], argparse.Namespace(command=argv[end + 1 :]))
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    if options.mode == "stage":
+        die_with_parent(signal.SIGTERM)  # a death of the parent ends the pods too
+        return run_stage(options, connected())
+    own = [f"--kind={options.kind}", f"--queue={options.queue}", f"--gpus={options.gpus}"]
+    os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.kubernetes", "stage", *own, "--"])
+    job.main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

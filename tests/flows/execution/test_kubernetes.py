@@ -1,0 +1,234 @@
+"""Stages as objects of Kubernetes: what is asked for, and a server that stands in for the API server."""
+
+import argparse
+import json
+import signal
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import kubernetes_validate
+import pytest
+
+from flows.execution.clusters import kubernetes, manifests
+from schemas.errors import EXIT_CODES, Status
+from tests.support.web import serving
+
+POD: dict[str, Any] = {
+    "metadata": {"name": "worker", "uid": "u-1"},
+    "spec": {
+        "nodeName": "a",
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 10001},
+        "containers": [
+            {
+                "name": "worker",
+                "image": "alignflow:1",
+                "env": [
+                    {"name": "MLFLOW_TRACKING_URI", "value": "http://m"},
+                    {"name": "OMP_NUM_THREADS", "value": "9"},
+                ],
+                "resources": {"limits": {"memory": "8Gi"}},
+                "securityContext": {"allowPrivilegeEscalation": False},
+                "volumeMounts": [
+                    {"name": "home", "mountPath": "/var/lib/alignflow"},
+                    {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"},
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "home", "persistentVolumeClaim": {"claimName": "home"}},
+            {"name": "kube-api-access-x", "emptyDir": {}},
+        ],
+    },
+}
+COMMAND = ["python", "-P", "-m", "stages", "align", "/var/lib/alignflow/request.json"]
+
+
+def made(kind: str) -> list[dict[str, Any]]:
+    asked = manifests.Asked("align-7", 4, 8, COMMAND, POD, {"OMP_NUM_THREADS": "1"}, queue="gpu")
+    return manifests.MANIFESTS[kind](asked)
+
+
+def variables(pod: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+
+
+def test_an_indexed_job_is_valid_and_its_pods_find_each_other() -> None:
+    service, job = made("job")
+    for one in (service, job):
+        kubernetes_validate.validate(one, "1.31", strict=True)
+    pod = job["spec"]["template"]["spec"]
+    # A pod's host name is the job's name with its index, below the service that its subdomain names.
+    assert pod["subdomain"] == service["metadata"]["name"] == "align-7"
+    assert service["spec"]["selector"] == {"job-name": "align-7"} and service["spec"]["clusterIP"] == "None"
+    env = variables(pod)
+    assert env["PET_MASTER_ADDR"] == "align-7-0.align-7" and env["PET_NNODES"] == "4" and env["OMP_NUM_THREADS"] == "1"
+    assert (job["spec"]["completions"], job["spec"]["parallelism"], job["spec"]["backoffLimit"]) == (4, 4, 0)
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": "8"}
+    assert [one["name"] for one in pod["volumes"]] == ["home"] and "nodeName" not in pod
+
+
+def test_a_jobset_holds_a_valid_job() -> None:
+    (jobset,) = made("jobset")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
+    kubernetes_validate.validate(job, "1.31", strict=True)
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["spec"]["failurePolicy"] == {"maxRestarts": 0}
+    # JobSet names its pods <set>-<job>-<replica>-<index>.<set>
+    head = variables(job["spec"]["template"]["spec"])["PET_MASTER_ADDR"]
+    assert head == f"align-7-{replicated['name']}-0-0.align-7"
+
+
+def test_a_trainjob_leaves_torchrun_to_its_runtime() -> None:
+    (trainjob,) = made("trainjob")
+    trainer = trainjob["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["command"]) == (4, 8, COMMAND)
+    assert not [one for one in trainer["env"] if one["name"].startswith("PET_")]
+    assert trainjob["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpu"}
+    (patch,) = trainjob["spec"]["runtimePatches"]
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert [one["name"] for one in pod["containers"][0]["volumeMounts"]] == ["home"]
+    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
+    kubernetes_validate.validate(whole, "1.31", strict=True)
+
+
+# --- A server that stands in for the API server -----------------------------------------------------------------------
+
+
+class Cluster:
+    """What the server has, and how its first pod ends: after three looks, with an exit code."""
+
+    def __init__(self) -> None:
+        self.groups: list[str] = []
+        self.objects: dict[str, Any] = {}
+        self.made: list[str] = []
+        self.looks = 0
+        self.code: int | None = 0
+        self.status: dict[str, Any] = {}
+        self.refuses, self.loses, self.stops_at = " ", " ", 0
+
+    def answer(self, method: str, path: str, query: str, body: Any) -> tuple[int, Any]:
+        if method == "POST":
+            if path.endswith(self.refuses):
+                return 403, {"message": "no rights"}
+            self.made.append(path.rpartition("/")[2])
+            self.objects[f"{path}/{body['metadata']['name']}"] = body
+            return 201, body
+        if method == "DELETE":
+            return 200, self.objects.pop(path, {})
+        if path == "/apis":
+            return 200, {"groups": [{"name": name} for name in self.groups]}
+        if path.endswith("/pods/worker"):
+            return 200, POD
+        if path.endswith("/log"):
+            return 200, "\n".join(f"2026-01-01T00:00:0{i}.5Z step {i}" for i in range(min(self.looks, 3)))
+        if path.endswith("/pods"):
+            assert "job-completion-index%3D0" in query
+            self.looks += 1
+            if self.looks == self.stops_at:
+                signal.raise_signal(signal.SIGTERM)
+            ended = self.looks > 3 and self.code is not None
+            state = {"terminated": {"exitCode": self.code}} if ended else {"running": {}}
+            return 200, {"items": [{"metadata": {"name": "p0"}, "status": {"containerStatuses": [{"state": state}]}}]}
+        if path in self.objects and self.loses not in path:
+            return 200, self.objects[path] | {"status": self.status if self.looks > 2 else {}}
+        return 404, {}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, kubernetes.Api]]:
+    own = Cluster()
+
+    class Handler(BaseHTTPRequestHandler):
+        def any(self) -> None:
+            assert self.headers["Authorization"] == "Bearer secret"
+            size = int(self.headers.get("Content-Length") or 0)
+            path, _, query = self.path.partition("?")
+            status, answer = own.answer(self.command, path, query, json.loads(self.rfile.read(size) or "null"))
+            content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_DELETE = any
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    (tmp_path / "token").write_text("secret")
+    monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path)
+    monkeypatch.setattr(kubernetes, "POLL_SECONDS", 0.01)
+    for name, value in {"HOSTNAME": "worker", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with serving(Handler) as url, httpx.Client() as client:
+        yield own, kubernetes.Api(url, "ml", client)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(api: kubernetes.Api, kind: str = "auto") -> int:
+    return kubernetes.run_stage(argparse.Namespace(kind=kind, queue="", gpus="no", command=COMMAND), api)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds"),
+    [
+        ([], ["services", "jobs"]),
+        (["jobset.x-k8s.io"], ["jobsets"]),
+        (["jobset.x-k8s.io", "trainer.kubeflow.org"], ["jobsets"]),  # a Trainer without its runtime is none
+    ],
+)
+def test_what_the_cluster_has_is_made(
+    groups: list[str], kinds: list[str], cluster: tuple[Cluster, kubernetes.Api]
+) -> None:
+    own, api = cluster
+    own.groups = groups
+    assert run(api) == 0
+    assert own.made == kinds and own.objects == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(0, "done"), (65, "refused"), (75, "preempted"), (143, "preempted"), (137, "failed")]
+)
+def test_a_stage_is_followed_and_ends_as_its_first_pod_does(
+    code: int, status: Status, cluster: tuple[Cluster, kubernetes.Api], capfd: pytest.CaptureFixture[str]
+) -> None:
+    own, api = cluster
+    own.code = code
+    assert run(api, "trainjob") == EXIT_CODES[status]
+    assert own.made == ["trainjobs"] and own.objects == {}
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == ["step 0", "step 1", "step 2"]  # each once
+
+
+def test_another_pod_that_fails_ends_it(cluster: tuple[Cluster, kubernetes.Api]) -> None:
+    own, api = cluster
+    own.code, own.status = None, {"conditions": [{"type": "Failed", "status": "True"}]}
+    assert run(api, "job") == EXIT_CODES["failed"] and own.objects == {}
+
+
+def test_an_object_that_somebody_removes_is_a_stop(cluster: tuple[Cluster, kubernetes.Api]) -> None:
+    own, api = cluster
+    own.code, own.loses = None, "/jobsets/"
+    assert run(api, "jobset") == EXIT_CODES["preempted"] and own.objects == {}
+
+
+def test_a_stop_removes_all(cluster: tuple[Cluster, kubernetes.Api]) -> None:
+    own, api = cluster
+    own.code, own.stops_at = None, 3
+    assert run(api, "job") == EXIT_CODES["preempted"]
+    assert own.made == ["services", "jobs"] and own.objects == {}
+
+
+def test_what_kubernetes_refuses_is_said(
+    cluster: tuple[Cluster, kubernetes.Api], capfd: pytest.CaptureFixture[str]
+) -> None:
+    own, api = cluster
+    own.refuses = "/jobs"
+    assert run(api, "job") == EXIT_CODES["refused"]
+    assert "no rights" in capfd.readouterr().err
+    assert own.made == ["services"] and own.objects == {}
