@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
 
@@ -99,10 +100,15 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
     os.execve(sys.executable, [*agent, *own, "-m", "stages", *argv], os.environ | ranks)
 
 
+def alone(name: str, work: Callable[[], str]) -> str:
+    """What a process that trains alone has found out."""
+    return work()
+
+
 def told_by_rank_0() -> Told:
     """How ranks share what the first one has found out; one that is alone finds it out itself."""
     if "RANK" not in os.environ:
-        return lambda name, work: work()
+        return alone
     from stages.engine.torchrun import told  # late: torch
 
     return told
@@ -125,7 +131,7 @@ def run_rank_0(request: Request) -> Result:
         return result
 
 
-def execute(request: Request, told: Told) -> Result:
+def execute(request: Request, told: Told = alone) -> Result:
     """Run the stage under an MLflow run. A stage's end, good or bad, becomes a result."""
     run = StageRun(request, told)
     try:

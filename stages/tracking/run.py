@@ -311,8 +311,7 @@ class StageRun:
             profile=json.dumps({"num_rows": rows, "sha256": digest}),
         )
         context = [entities.InputTag("mlflow.data.context", self.request.stage)]
-        logged = [entities.DatasetInput(dataset=dataset, tags=context)]
-        client().log_inputs(self.run_id, datasets=logged)
+        client().log_inputs(self.run_id, datasets=[entities.DatasetInput(dataset=dataset, tags=context)])
         self._dataset = (dataset.name, dataset.digest)
 
     def publish(self, name: str, folder: Path, model: bool = False) -> Artifact:
@@ -360,8 +359,7 @@ class StageRun:
             plain_client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.FAILED)
             raise
         client().finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
-        output = [entities.LoggedModelOutput(model.model_id, 0)]
-        client().log_outputs(self.run_id, output)
+        client().log_outputs(self.run_id, [entities.LoggedModelOutput(model.model_id, 0)])
         return f"models:/{model.model_id}"
 
     def recorded(self, what: str, curves: Sequence[str] = ()) -> Recorded | None:

@@ -203,7 +203,7 @@ def test_copies_of_weights_are_placement_and_divide_the_devices() -> None:
     copies = request_for(replace(node, devices=4), config, {})
     one = request_for(replace(node, devices=4), config.model_copy(update={"replicas": 1}), {})
     assert (copies.placement.replicas, one.placement.replicas) == (2, 1) and copies.key() == one.key()
-    with pytest.raises(StageError, match=r"replicas = 3: .* Fix: set it to a divisor of devices \(4\)"):
+    with pytest.raises(StageError, match=r"replicas = 3: .* Fix: set it to a divisor of nodes x devices \(4\)"):
         plan(config.model_copy(update={"replicas": 3}))
 
 
