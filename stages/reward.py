@@ -117,7 +117,7 @@ class Reward(OfflineMethod):
 
     def finish(self, folder: Path) -> dict[str, float]:
         """Save with scores of mean 0 and standard deviation 1; returns what they were, and the held-out accuracy."""
-        measured, scores = self.held_out(), reference_scores(self)
+        measured, scores = self.held_out_metrics(), reference_scores(self)
         mean, std = fmean(scores), pstdev(scores)
         if std < 1e-6:
             log.warning("the reward model gives all %d sampled answers the same score: it is not scaled", len(scores))
@@ -126,7 +126,7 @@ class Reward(OfflineMethod):
         save_scorer(self.scorer, self.codec, folder, mean, std, base=base)
         return measured | {"data/score_mean": mean, "data/score_std": std}
 
-    def held_out(self) -> dict[str, float]:
+    def held_out_metrics(self) -> dict[str, float]:
         """Accuracy and calibration on the held-out comparisons; of a mixture for each source too."""
         rows = [row for row in read_if_there(self.context.input("data"), "eval", "ranking") if row["winners"]]
         examples = [e for e in encode(rows, _answers, self.codec) if longest(e.tree) <= self.limit]

@@ -6,7 +6,6 @@ mean over all its learned tokens, however it is cut: a long answer, or a row of 
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -53,22 +52,22 @@ class SFT(PolicyMethod):
         logps_N = self.model(micro.batch).logps_N
         return sft_loss(logps_N, totals["tokens"]), {"compute/train_tokens": self.scalar(micro.batch.tokens)}
 
-    def finish(self, folder: Path) -> dict[str, float]:
-        """Adds the mean negative log-prob per learned token of the held-out rows, in nats, and its perplexity.
+    def held_out_metrics(self) -> dict[str, float]:
+        """The mean negative log-prob per learned token of the held-out rows, in nats, and its perplexity.
 
         Of a mixture for each source too.
         """
-        saved, examples = super().finish(folder), self.held_out_examples()
+        examples, measured_all = self.held_out_examples(), dict[str, float]()
         if not examples:
-            return saved
+            return {}
         values = self.per_answer(self.logps, [example.tree for example in examples])
         logps = [(sum(logps), example.tree.learned) for logps, example in zip(values, examples, strict=True)]
         rows = [example.row for example in examples]
         for source, some in by_source(rows, zip(rows, logps, strict=True)).items():
             measured = _mean_loss([logp for _, logp in some])
             measured["rows"] = float(len({id(row) for row, _ in some}))  # of one row come several turns, learned apart
-            saved |= {f"eval/{source}/{name}": value for name, value in measured.items()}
-        return saved | {f"eval/{name}": value for name, value in _mean_loss(logps).items()}
+            measured_all |= {f"eval/{source}/{name}": value for name, value in measured.items()}
+        return measured_all | {f"eval/{name}": value for name, value in _mean_loss(logps).items()}
 
 
 def _mean_loss(logps: list[tuple[float, int]]) -> dict[str, float]:

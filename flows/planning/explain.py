@@ -39,6 +39,7 @@ _OTHER_NAMES: dict[str, tuple[str, str]] = {
     "adam_epsilon": ("adam_eps", ""),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"), ("precision", "fp32 or bf16")),
     "logging_steps": ("log_every", "in optimizer steps"),
+    **dict.fromkeys(("eval_steps", "eval_strategy", "val_check_interval"), ("measure_every", "in optimizer steps")),
     "save_steps": ("checkpoint_steps", "in optimizer steps"),
     **dict.fromkeys(
         ("max_seq_length", "max_seq_len", "max_prompt_length", "cutoff_len", "model_max_length"),

@@ -79,7 +79,9 @@ def summary(run: str, name: str, results: Mapping[str, Result], seconds: float) 
 def mlflow_links(results: Mapping[str, Result]) -> tuple[dict[str, str], str]:
     """MLflow's pages of the run's evaluations, side by side, and what has to be done before a browser finds them."""
     # of an evaluation alone there is nothing beside it
-    runs = [one.run_id for name, one in results.items() if name.startswith(("eval ", "test ")) and one.run_id]
+    # by name: stages that run side by side end in any order
+    done = sorted(results.items())
+    runs = [one.run_id for name, one in done if name.startswith(("eval ", "test ")) and one.run_id]
     runs = runs if len(runs) > 1 else []
     server, first = mlflow_pages()
     pages = {"metrics": tracking.compare_link(server, runs), "answers": tracking.compare_link(server, runs, "ARTIFACT")}

@@ -80,6 +80,9 @@ class Training(Strict):
     checkpoint_steps: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between two logged points."""
+    measure_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two measurements on held-out rows: curves of `eval/loss`, `eval/accuracy` and so on,
+    which turn where a model overfits. None: once, after training. PPO logs its sampled answers instead."""
 
     @model_validator(mode="before")
     @classmethod

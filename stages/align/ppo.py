@@ -459,6 +459,9 @@ class PPO:
             self.set_scale(*state["scale"])
         self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])
 
+    def held_out_metrics(self) -> dict[str, float]:
+        return {}
+
     def finish(self, folder: Path) -> dict[str, float]:
         save_policy(self.policy, self.codec, folder, base=self.context.request.inputs["model"].sha256)
         return {}

@@ -56,6 +56,9 @@ class Regression:
         self.ema = 0.9 * self.ema + 0.1 * metrics["train/loss"]
         return {"train/ema": self.ema.item()}
 
+    def held_out_metrics(self) -> dict[str, float]:
+        return {"eval/first_weight": float(next(self.model.parameters()).detach().flatten()[0])}
+
     def state_dict(self) -> dict[str, Any]:
         return {"ema": self.ema}
 
@@ -209,6 +212,21 @@ def test_where_tokens_end_the_training_the_first_step_is_not_lost() -> None:
     rates = [loop.learning_rate(linear, at, 1000, 100) for at in range(0, 1000, 100)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     assert loop.learning_rate(linear, 150, 1000, 600) == pytest.approx(750 / 800)  # a step that leaves the warm-up
+
+
+def test_measuring_on_the_way_draws_a_curve_and_changes_no_weight(tmp_path: Path) -> None:
+    context, ends = memory(tmp_path / "measured"), {}
+    for steps in (2, 4, 6):
+        one = Regression()
+        one.training = TRAINING.model_copy(update={"schedule": "constant"})  # whatever comes after a step
+        train(one, steps, memory(tmp_path / str(steps)))
+        ends[steps] = weights(one)
+    measured = Regression()
+    measured.training = TRAINING.model_copy(update={"schedule": "constant", "measure_every": 2})
+    train(measured, 6, context)
+    assert all(torch.equal(a, b) for a, b in zip(weights(measured), ends[6], strict=True))
+    found = {step: value for (name, step), value in context.logged.items() if name == "eval/first_weight"}
+    assert found == {step: float(ends[step][0].flatten()[0]) for step in (2, 4)}  # the end is measured by `finish`
 
 
 class TwoParts(Regression):

@@ -74,13 +74,13 @@ def test_rewards_accuracy_of_a_source_is_that_of_its_comparisons(tmp_path: Path)
     rows = sourced(models.rows(6, *models.RANKINGS), "abbaab")
     run = context(tmp_path, config, "reward", ranking=rows, eval_ranking=rows)
     method = reward.Reward(config, run)
-    found = method.held_out()
+    found = method.held_out_metrics()
     alone = {}
     for name in "ab":
         mine = [row for row in rows if row["source"] == name]
         shutil.rmtree(run.input("data") / "eval")
         models.data_folder(run.input("data"), eval_ranking=mine)
-        alone[name] = method.held_out()
+        alone[name] = method.held_out_metrics()
         for measure in ("accuracy", "calibration", "pairs"):
             assert found[f"eval/{name}/{measure}"] == pytest.approx(alone[name][f"eval/{measure}"], abs=1e-6)
         assert not [key for key in alone[name] if key.startswith(("eval/a/", "eval/b/"))]  # of one source: the whole

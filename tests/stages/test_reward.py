@@ -181,7 +181,7 @@ def test_held_out_accuracy_counts_comparisons_with_ties_as_half(tmp_path: Path) 
     ]
     method, _ = make(tmp_path, config(), held_out, eval_ranking=held_out)
     a, b, c = scores(method, 0)
-    metrics = method.held_out()
+    metrics = method.held_out_metrics()
     assert metrics["eval/accuracy"] == pytest.approx(((a > b) + (a > c) + (b > c) + 0.5) / 4)
     assert metrics["eval/pairs"] == 4
     assert metrics["eval/calibration"] == pytest.approx(reward.calibration_error([a - b, a - c, b - c, 0.0]), abs=1e-5)

@@ -341,6 +341,13 @@ class Loop:
         done, end, unit = self.progress
         self.context.progress(done, end, f"{unit}  {'  '.join(map(' '.join, told.items()))}")
 
+    def measure(self) -> None:
+        """Log what the method measures on held-out rows. It draws nothing, so that training goes on as without."""
+        wrapped, self.method.model = self.method.model, self.raw
+        if self.sharded or self.accelerator.is_main_process:
+            self.context.metrics(self.method.held_out_metrics(), step=self.step)
+        self.method.model = wrapped
+
     def __call__(self) -> dict[str, float]:
         self.resume()
         with _catch_sigterm() as stopped, self.writer:
@@ -351,6 +358,8 @@ class Loop:
                 self.step += 1
                 self.compute["compute/seconds"] += time.monotonic() - began
                 self.note(metrics)
+                if self.training.measure_every and self.step % self.training.measure_every == 0 and not self.ended:
+                    self.measure()
                 stop, due = self.agree(bool(stopped), self.due())
                 if stop or due or self.ended:
                     self.save()

@@ -61,6 +61,11 @@ class Method(Protocol[Micro]):
         """Called with the step's metrics, whole; returns more to log (PPO's KL coefficient)."""
         ...
 
+    def held_out_metrics(self) -> dict[str, float]:
+        """What it measures on held-out rows, after training and, where asked for, on the way; maybe nothing. Called on
+        the first rank; where weights are sharded on all."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What `batches` and `loss` need to resume exactly, beyond model and step: tensors and JSON values only."""
         ...

@@ -119,6 +119,9 @@ class OfflineMethod(ABC):
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
         return {}
 
+    def held_out_metrics(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -175,7 +178,7 @@ class PolicyMethod(OfflineMethod):
 
     def finish(self, folder: Path) -> dict[str, float]:
         save_policy(self.policy, self.codec, folder, base=self.context.request.inputs["model"].sha256)
-        return {}
+        return self.held_out_metrics()
 
 
 class OfflineAlignment(PolicyMethod):
@@ -202,17 +205,29 @@ class OfflineAlignment(PolicyMethod):
         with self.policy.reference() if self.training.lora else nullcontext():
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
 
-    def finish(self, folder: Path) -> dict[str, float]:
-        """Adds how much likelier the held-out liked answers are now, in nats: such methods often make them less so.
-
-        Of a mixture for each source too.
+    def held_out_metrics(self) -> dict[str, float]:
+        """How much likelier the held-out liked answers are now, in nats, of a mixture for each source too; and of pairs
+        the share whose chosen answer has gained more log-prob than the rejected one.
         """
-        saved = super().finish(folder)
         if not self.test:
-            return saved
+            return {}
         after = self.per_answer(self.logps, self.test)
-        changes = [a[0] - b[0] for a, b in zip(after, self.test_reference, strict=True)]
-        change = fmean(changes)
+        both = zip(after, self.test_reference, strict=True)
+        gains = [[now - before for now, before in zip(*answers, strict=True)] for answers in both]
+        changes = [gain[0] for gain in gains]
+        measured = {"eval/chosen_logp_change": fmean(changes)}
+        pairs = [
+            (chosen > rejected) + 0.5 * (chosen == rejected) for chosen, *others in gains for rejected in others[:1]
+        ]
+        measured |= {"eval/accuracy": fmean(pairs)} if pairs else {}
+        for source, some in by_source(self.test_rows, changes).items():
+            measured |= {f"eval/{source}/chosen_logp_change": fmean(some), f"eval/{source}/rows": float(len(some))}
+        return measured
+
+    def finish(self, folder: Path) -> dict[str, float]:
+        """Says so where the held-out liked answers are less likely now, as such methods often make them."""
+        measured = super().finish(folder)
+        change = measured.get("eval/chosen_logp_change", 0.0)
         if change < 0:
             per_token = -change / fmean(len(tree.answers[0]) for tree in self.test)
             log.log(
@@ -223,6 +238,4 @@ class OfflineAlignment(PolicyMethod):
                 -change,
                 per_token,
             )
-        for source, some in by_source(self.test_rows, changes).items():
-            saved |= {f"eval/{source}/chosen_logp_change": fmean(some), f"eval/{source}/rows": float(len(some))}
-        return saved | {"eval/chosen_logp_change": change}
+        return measured

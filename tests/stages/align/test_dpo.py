@@ -175,11 +175,10 @@ def test_stage_learns_the_preferences(tmp_path: Path, lora: Any) -> None:
 
     # The published model against the reference, in float64, on the held-out chosen answers.
     held_out = DPO(method_config(run), run).test
-    changes = [
-        sum(models.logps(run.published["model"], tree)[0]) - sum(models.logps(run.input("model"), tree)[0])
-        for tree in held_out
-    ]
-    assert metrics["eval/chosen_logp_change"] == pytest.approx(fmean(changes), abs=1e-3)
+    both = [(models.logps(run.published["model"], tree), models.logps(run.input("model"), tree)) for tree in held_out]
+    gains = [[sum(now) - sum(before) for now, before in zip(*answers, strict=True)] for answers in both]
+    assert metrics["eval/chosen_logp_change"] == pytest.approx(fmean(chosen for chosen, _ in gains), abs=1e-3)
+    assert metrics["eval/accuracy"] == fmean(chosen > rejected for chosen, rejected in gains)
 
 
 def method_config(run: MemoryContext) -> methods.DPO:
