@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, show_json, show_text
-from flows.results.history import LISTED
+from flows.results import LISTED  # the package alone: what it holds imports more
 
 Run = Annotated[
     str | None,

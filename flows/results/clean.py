@@ -21,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from flows.planning.memory import readable
-from flows.results import history, registry
+from flows.results import LISTED, history, registry
 from flows.results.lineage import Graph, Step, step_of
 from flows.servers import address_file, local_prefect
 from schemas.errors import StageError
@@ -130,7 +130,7 @@ def old_records(before: float) -> Iterator[Item]:
     """Lines of `alignflow runs` that a list does not show any more, of runs that ended before a time. What people said
     of models (`ab/`) stays: it cannot be made again.
     """
-    for record in history.records()[history.LISTED :]:
+    for record in history.records()[LISTED:]:
         path = workspace.home() / "runs" / f"{record.run}.json"
         if record.state not in ("running", "waiting") and used_at(path) < before:
             yield Item("line of alignflow runs", str(path), size_of(path), partial(path.unlink, missing_ok=True))

@@ -23,8 +23,6 @@ log = logging.getLogger("alignflow")
 
 QUOTE = '"'
 """Around a path that YAML would take for something else."""
-LISTED = 20
-"""Runs that a list shows, and that no clearing up removes."""
 SHORT = 8
 """Characters of a run's id that tell it from others."""
 
