@@ -93,6 +93,8 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
         message = f"the stage was started on {nodes or 'one'} (PET_NNODES), not on so many."
         fix = "place it on a pool of several nodes (slurm, nodes), or start it on each with torchrun's variables: "
         raise refuse("nodes", placed.nodes, message, f"{fix}deploy/README.md, GPU work pools", kind="placement")
+    if os.environ.get("PET_NODE_RANK", "0") == "0":  # of an earlier start, by hand
+        Path(argv[1]).with_name("result.json").unlink(missing_ok=True)
     own = [] if nodes else ["--standalone"]
     own += [] if os.environ.get("PET_NPROC_PER_NODE") else [f"--nproc-per-node={placed.devices}"]
     agent = [sys.executable, "-P", "-m", "stages.engine.torchrun", argv[1]]
@@ -214,8 +216,10 @@ def main(argv: list[str]) -> int:
             if told("reused", lambda: "") == "False":
                 with StageRun(request, told) as run:
                     module_of(request.stage).run(run)
+            told("ended", str)  # a node whose ranks have left would count as gone while the first rank still publishes
             return 0
         result = run_rank_0(request)
+        told_by_rank_0()("ended", str)
     except Exception as error:
         result = stopped(error, key, None, log_text)
     if rank == 0:

@@ -82,7 +82,8 @@ class Training(Strict):
     """Optimizer steps between two logged points."""
     measure_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two measurements on held-out rows: curves of `eval/loss`, `eval/accuracy` and so on,
-    which turn where a model overfits. None: once, after training. PPO logs its sampled answers instead."""
+    which turn where a model overfits. None: once, after training. The first device measures, the others wait, up to
+    ALIGNFLOW_RANK_MINUTES. PPO logs its sampled answers instead."""
 
     @model_validator(mode="before")
     @classmethod

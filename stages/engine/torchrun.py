@@ -49,7 +49,10 @@ def _store() -> TCPStore:
 
 def told(name: str, work: Callable[[], str]) -> str:
     """What `work` returns on the first rank. The others wait for it, and do not call it."""
-    key = f"alignflow/{name}"
+    start = [
+        os.environ.get(f"TORCHELASTIC_{one}", "") for one in ("RUN_ID", "RESTART_COUNT")
+    ]  # others use the store too
+    key = "/".join(["alignflow", *start, name])
     if os.environ["RANK"] == "0":
         value = work()
         _store().set(key, value)
@@ -78,7 +81,7 @@ class Nodes:
         """Count for this node, and look at the others' counts, until the store is gone."""
         try:
             store = TCPStore(*self.address, is_master=False, timeout=START)
-            own = store.add(f"{self.prefix}/number", 1) - 1
+            own = (store.add(f"{self.prefix}/number", 1) - 1) % self.number  # one may have been started again
             keys = [f"{self.prefix}/{node}" for node in range(self.number)]
             beat = 0
             while True:

@@ -35,9 +35,10 @@ def on_network(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
     kinds = {}
     for line in mounts.read_text().splitlines():
         _, where, kind, *_ = line.split()
-        kinds[where.encode().decode("unicode_escape")] = kind  # a blank is \\040 there
-    above = next(str(one) for one in (path.absolute(), *path.absolute().parents) if str(one) in kinds)
-    return re.fullmatch(NETWORK, kinds[above]) is not None
+        kinds[re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), where)] = kind  # a blank is \\040 there
+    path = path.resolve()
+    above = next((kinds[str(one)] for one in (path, *path.parents) if str(one) in kinds), "")
+    return re.fullmatch(NETWORK, above) is not None
 
 
 @dataclass(frozen=True)

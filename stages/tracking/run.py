@@ -114,7 +114,7 @@ class StageRun:
 
     def __init__(self, request: Request, told: Told = lambda name, work: work()) -> None:
         """told: how several ranks share what the first one has found out (stages/engine/torchrun.py)."""
-        self.request, self._told = request, told
+        self.request, self._told, self._curves = request, told, set[str]()
         self.key = request.key()
         self.work = work_folder(self.key)
         self.rank = int(os.environ.get("RANK", "0"))
@@ -184,14 +184,13 @@ class StageRun:
         except Exception as second:
             if error is None:
                 raise
-            log.warning(
-                "the end of the run could not be recorded in MLflow: %s", first_line(second)
-            )  # the first error matters
+            log.warning("MLflow has not recorded the run's end: %s", first_line(second))  # the first error matters
 
     def finish(self, metrics: Mapping[str, float]) -> Result:
-        """Log the final metrics and leave the result where `find` looks for it."""
-        # Training metrics have their points already; one more, at step 0, would bend their curves.
-        final = {name: value for name, value in metrics.items() if not name.startswith("train/")}
+        """Log the final metrics, but for a point more of curves, and leave the result where `find` looks for it."""
+        final = {
+            name: value for name, value in metrics.items() if not (name.startswith("train/") or name in self._curves)
+        }
         on_model = self._on_model(final)
         self.metrics({name: value for name, value in final.items() if name not in on_model})
         self.result = Result(
@@ -242,6 +241,7 @@ class StageRun:
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at a step, or without one as final. Returns at once; NaN and infinity are logged as such."""
+        self._curves |= values.keys() if step else set()
         if self.rank == 0:
             self._journal.add({shown_name(name): value for name, value in values.items()}, step)
 
@@ -251,8 +251,8 @@ class StageRun:
             return
         known = client().get_run(self.run_id).data.params
         flat = {acceptable_name(name): value for name, value in flatten(values).items()}
-        param = value_classes().Param
-        new = [param(name, shortened(value, PARAM_LENGTH)) for name, value in flat.items() if name not in known]
+        values = {name: shortened(value, PARAM_LENGTH) for name, value in flat.items() if name not in known}
+        new = [value_classes().Param(name, value) for name, value in values.items()]
         for start in range(0, len(new), ENTRIES_PER_BATCH):
             batch = new[start : start + ENTRIES_PER_BATCH]
             client().log_batch(self.run_id, params=batch)

@@ -67,7 +67,8 @@ def _choose_together(
     given: list[Any] = [list(trees)]
     broadcast_object_list(given)
     exact = training.model_copy(update={"gather": "fp32"})
-    tried = sharding.shard(model if training == exact else sharding.twin(model), exact)
+    as_it_is = training == exact or wanted == "padded"  # which is not tried
+    tried = sharding.shard(model if as_it_is else sharding.twin(model), training if as_it_is else exact)
     with warnings.catch_warnings():
         if rank() > 0:
             warnings.simplefilter("ignore")

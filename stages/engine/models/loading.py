@@ -1,6 +1,7 @@
 """Models read from their folders: whole, without pickles or code from outside, as policies and scorers."""
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,6 +36,8 @@ from stages.engine.distributed import rank
 from stages.engine.models import cpu, lora, pieces, sharding, tree_attention
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
+
+log = logging.getLogger("alignflow")
 
 
 def load_policy(
@@ -130,8 +134,13 @@ def _load(
         hf.tie_weights()
         if hf.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
             hf.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        if pieces.stand_in_for_all(hf, folder, fresh) or rank() > 0:
-            return hf
+        try:
+            if pieces.stand_in_for_all(hf, folder, fresh) or rank() > 0:
+                return hf
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            fix = "check that it loads in plain transformers"
+            raise _unusable(folder, f"its weights cannot be read: {one_line(error, 500)}", fix) from error
+        log.info("%s: the first process reads all weights, whose names or shapes are not the model's own", folder.name)
     return load_whole(auto, folder, fresh=fresh, local_files_only=True, **options)
 
 

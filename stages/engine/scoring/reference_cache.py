@@ -157,15 +157,20 @@ def _computed(policy: Policy, missing: Missing, layout: Layout, budget: int, pad
             pad_id,
         ):
             fresh = {key: value for i in batch for key, value in zip(mine[i][1], batch[i], strict=True)}
-            if not all(map(math.isfinite, fresh.values())):
-                message = "it gives log-probabilities that are not finite"
-                fix = "train it again with a lower learning rate"
-                raise refuse("model", "the reference", message, fix, kind="model")
             if not together:
-                yield fresh
+                yield _finite(fresh)
             own |= fresh
         if together:
-            yield {key: value for one in gather_object([own]) for key, value in one.items()}
+            yield _finite({key: value for one in gather_object([own]) for key, value in one.items()})
+
+
+def _finite(numbers: dict[Key, float]) -> dict[Key, float]:
+    """The numbers, which all have to be finite; of all ranks, so that the first, which tells people, refuses too."""
+    if not all(map(math.isfinite, numbers.values())):
+        message = "it gives log-probabilities that are not finite"
+        fix = "train it again with a lower learning rate"
+        raise refuse("model", "the reference", message, fix, kind="model")
+    return numbers
 
 
 def _leave_wal(database: sqlite3.Connection) -> None:

@@ -108,6 +108,7 @@ class Loop:
         )
         processes()
         make_deterministic()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.accelerator = Accelerator(kwargs_handlers=[ddp])
         self.parts = method.groups()
         self.adamw = optimizer_for(self.parts, self.training)
@@ -358,8 +359,6 @@ class Loop:
                 self.step += 1
                 self.compute["compute/seconds"] += time.monotonic() - began
                 self.note(metrics)
-                if self.training.measure_every and self.step % self.training.measure_every == 0 and not self.ended:
-                    self.measure()
                 stop, due = self.agree(bool(stopped), self.due())
                 if stop or due or self.ended:
                     self.save()
@@ -370,6 +369,9 @@ class Loop:
                     at = f"step {done} of {end}" if unit == "steps" else f"{done} of {end} {unit}"
                     message, fix = f"stopped after {at}, saved", "run it again: it resumes"
                     raise StageError(message, status="preempted", kind="preempted", fix=fix)
+                if self.training.measure_every and self.step % self.training.measure_every == 0 and not self.ended:
+                    self.measure()
+        self.method.model = self.raw
         return {**self.last, **self.compute}
 
 
@@ -380,19 +382,19 @@ def train(method: Method[Any], context: StageContext) -> dict[str, float]:
     Resumes from `context.work/checkpoints`. Raises StageError with status `diverged` when loss or gradient is not
     finite, and `preempted` after a SIGTERM, once the step in progress is done and saved.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loop = Loop(method, context)
-    metrics = loop()
-    method.model = loop.raw
-    return metrics
+    return Loop(method, context)()
 
 
 def train_and_publish(method: PublishedMethod[Any], context: StageContext) -> dict[str, float]:
     """Train, measure what the method measures at its end, and publish the model; returns all metrics."""
-    metrics = train(method, context)
+    loop = Loop(method, context)
+    metrics = loop()
     folder, everywhere = context.work / "model", sharding.is_sharded(method.model)
     if rank() == 0 or everywhere:
-        metrics |= method.finish(folder)
+        ended = method.finish(folder)
+        metrics |= ended
+        if method.training.measure_every:  # the last points of the curves
+            context.metrics({name: value for name, value in ended.items() if name.startswith("eval/")}, step=loop.step)
     if rank() == 0:
         context.publish("model", folder, model=True)
     return metrics

@@ -133,7 +133,7 @@ def test_files_of_this_disk(ready_home: Path) -> None:
 def test_old_lines_of_the_list_of_runs_go_once_newer_ones_fill_it(home: Path) -> None:
     """A run that waits for a person, and one that is young, stay whatever their place."""
     now = time.time()
-    for number in range(clean.history.LISTED + 4):
+    for number in range(clean.LISTED + 4):
         state = "waiting" if number == 1 else "done"
         entry = clean.history.Entry(clean.history.Record(run=f"r{number}", name="t", began=now - 1e7 + number))
         entry.note(state=state, place=workspace.place())
@@ -143,7 +143,7 @@ def test_old_lines_of_the_list_of_runs_go_once_newer_ones_fill_it(home: Path) ->
     assert {Path(item.where).stem for item in items} == {"r0", "r3"}  # the newest 20 are r4 to r23
     for item in items:
         item.remove()
-    assert len(clean.history.records()) == clean.history.LISTED + 2
+    assert len(clean.history.records()) == clean.LISTED + 2
 
 
 def test_of_a_server_that_others_use_too_only_runs_of_our_deployments_go(prefect: SyncPrefectClient) -> None:
