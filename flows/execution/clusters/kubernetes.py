@@ -26,7 +26,7 @@ import httpx
 from flows.execution import job
 from flows.execution.clusters.manifests import CONTAINER, INDEX, MANIFESTS, RUNTIME, Asked, Manifest
 from flows.execution.clusters.slurm import OWN_CODES
-from schemas.environment import LAUNCHER
+from schemas.environment import HOME, KEEP_WORK, LAUNCHER, RANK_MINUTES
 from schemas.errors import EXIT_CODES
 from schemas.text import show
 from stages.runtime.process import die_with_parent
@@ -34,7 +34,7 @@ from stages.runtime.workspace import SAY_SECONDS
 
 POLL_SECONDS = 2.0
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-PASSED = ("ALIGNFLOW_HOME", "ALIGNFLOW_KEEP_WORK", "ALIGNFLOW_RANK_MINUTES", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+PASSED = (HOME, KEEP_WORK, RANK_MINUTES, "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 PASSED += ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM")
 """Variables of a stage that its pods get from here; the others are those of the worker's pod."""
 LABELS = {"job": "job-name={}", "jobset": "jobset.sigs.k8s.io/jobset-name={}"}
