@@ -95,8 +95,12 @@ def become_torchrun(request: Request, argv: list[str]) -> None:
         raise refuse("nodes", placed.nodes, message, f"{fix}deploy/README.md, GPU work pools", kind="placement")
     if os.environ.get("PET_NODE_RANK", "0") == "0":  # of an earlier start, by hand
         Path(argv[1]).with_name("result.json").unlink(missing_ok=True)
-    own = [] if nodes else ["--standalone"]
-    own += [] if os.environ.get("PET_NPROC_PER_NODE") else [f"--nproc-per-node={placed.devices}"]
+    each = os.environ.get("PET_NPROC_PER_NODE", "")
+    if each.isdigit() and int(each) != placed.devices:
+        message = f"torchrun's variable PET_NPROC_PER_NODE says {each}."
+        raise refuse("devices", placed.devices, message, f"set devices to {each}, or leave it out", kind="placement")
+    own = ["--standalone"] if nodes in (None, "1") else []
+    own += [] if each else [f"--nproc-per-node={placed.devices}"]
     agent = [sys.executable, "-P", "-m", "stages.engine.torchrun", argv[1]]
     ranks = SAFE_PATH | {REPLICAS: str(placed.replicas)}  # torchrun starts them without -P
     os.execve(sys.executable, [*agent, *own, "-m", "stages", *argv], os.environ | ranks)

@@ -179,7 +179,7 @@ def environment(request: Request) -> dict[str, str]:
     if request.placement.nodes == 1:
         for name in torchrun:  # for this process, not for the stage
             del values[name]
-    elif launcher():  # it starts the stage on so many nodes, and tells each of them where the others are
+    if launcher() and request.placement.ranks > 1:  # it starts the stage on so many nodes, and tells where they are
         values["PET_NNODES"] = str(request.placement.nodes)
         values["PET_NPROC_PER_NODE"] = str(request.placement.devices)
     if request.placement.threads is not None:

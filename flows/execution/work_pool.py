@@ -100,6 +100,8 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
             away = True
             continue
         if state is not None and state.is_final():
+            with contextlib.suppress(httpx.HTTPError):  # its last words are on its own page as well
+                told.pass_on(last=True)
             return state
         if state is not None and state.is_scheduled() and not late and time.monotonic() - began > WORKER_SECONDS:
             late = True
@@ -117,9 +119,9 @@ class Told:
         self._seen: set[UUID | None] = set()
         self._after: LogFilterTimestamp | None = None
 
-    def pass_on(self) -> None:
+    def pass_on(self, last: bool = False) -> None:
         """Look, where it is time to: the warnings since the last look, and the last word on how far it is."""
-        if time.monotonic() < self._next:
+        if time.monotonic() < self._next and not last:
             return
         self._next = time.monotonic() + (LIVELY_SECONDS if environment.live() else LOOK_SECONDS)
         asked = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.run.id]), timestamp=self._after)

@@ -35,15 +35,14 @@ def log_answers(run_id: str, model_id: str | None, label: str, answers: Sequence
 
     model_id: the LoggedModel that has answered. label: the model's name. judge: the kind of judge.
     """
-    from mlflow.exceptions import MlflowException  # late: see value_classes
-
-    other_version = (ImportError, AttributeError, TypeError, NotImplementedError)
     try:
         _log_answers(run_id, model_id, label, answers, judge)
-    except (MlflowException, StageError, *other_version) as error:
+    except Exception as error:  # of other versions too: no evaluation that is done fails for its pages
+        if isinstance(error, StageError) and error.status == "preempted":
+            raise
         log.warning(
-            "the answers of %s are not all on MLflow's evaluation pages: %s. Fix: bring MLflow up to date, here and "
-            "on its server; or set evaluate.traces: 0. All else of this evaluation is there",
+            "the answers of %s are not all on MLflow's evaluation pages: %s. All else of this evaluation is there. "
+            "Fix: see that MLflow's server answers, lets you in, and is as new as this one; or set evaluate.traces: 0",
             label,
             first_line(error),
         )

@@ -9,8 +9,8 @@ own pod, which needs the rights of deploy/README.md. The home (ALIGNFLOW_HOME) m
 """
 
 import argparse
-import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -18,8 +18,10 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import httpx
 
@@ -33,6 +35,11 @@ from stages.runtime.process import die_with_parent
 from stages.runtime.workspace import SAY_SECONDS
 
 POLL_SECONDS = 2.0
+REMOVALS = 3
+"""How often it is tried to remove an object."""
+DENIED = {401, 403}
+RIGHTS = "Fix: let the worker of pool `nodes` be a pod whose account has the rights of deploy/README.md, GPU work pools"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\S+")
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PASSED = (HOME, KEEP_WORK, RANK_MINUTES, "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 PASSED += ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM")
@@ -48,10 +55,10 @@ class Api:
     def __init__(self, url: str, namespace: str, client: httpx.Client) -> None:
         self.url, self.namespace, self.client = url, namespace, client
 
-    def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+    def ask(self, method: str, path: str, timeout: float = 30.0, **given: Any) -> httpx.Response:
         """An answer, whatever it says. The account's token is read each time: it is renewed."""
         headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"}
-        return self.client.request(method, f"{self.url}{path}", headers=headers, timeout=30, **given)
+        return self.client.request(method, f"{self.url}{path}", headers=headers, timeout=timeout, **given)
 
     def get(self, path: str, **query: str) -> Manifest | None:
         """An object; None where there is none. Raises httpx.HTTPError."""
@@ -97,22 +104,34 @@ class Stage:
     made: list[Manifest] = field(default_factory=list)
     read: str = ""
     """Time of the last line that was passed on."""
+    denied: bool = False
+    """Whether it was said that no lines can be read."""
 
     def make(self, manifests: Sequence[Manifest]) -> str | None:
         """Make the objects; what the API server says where it refuses one."""
         for one in manifests:
+            self.made.append(one)  # first: it may be made although no answer comes
             answer = self.api.ask("POST", self.api.place(one), json=one)
             if answer.is_error:
-                return str(answer.json().get("message", answer.text))
-            self.made.append(one)
+                return f"{answer.status_code} {answer.text[:500]}"
         return None
 
     def remove(self) -> None:
         """Remove all that was made: its pods are told to save and end."""
         for one in self.made:
-            with contextlib.suppress(httpx.HTTPError):
-                body = {"propagationPolicy": "Background"}
-                self.api.ask("DELETE", self.api.place(one, one["metadata"]["name"]), json=body)
+            kind, name, why = one["kind"], one["metadata"]["name"], ""
+            for _ in range(REMOVALS):
+                try:
+                    body = {"propagationPolicy": "Background"}
+                    answer = self.api.ask("DELETE", self.api.place(one, name), timeout=POLL_SECONDS, json=body)
+                except httpx.HTTPError as error:
+                    why = type(error).__name__
+                    continue
+                why = "" if answer.is_success or answer.status_code == 404 else str(answer.status_code)
+                if not why:
+                    break
+            if why:
+                show(f"error: {kind} {name} may run on ({why}). Fix: kubectl delete {kind.lower()} {name}", sys.stderr)
 
     def first_pod(self, name: str) -> Manifest | None:
         """The pod of the first node, once there is one."""
@@ -122,12 +141,19 @@ class Stage:
 
     def pass_on(self, pod: Manifest) -> None:
         """Print what the pod has printed since the last call. Each line comes with its time, in order."""
-        since = {"sinceTime": f"{self.read[:19]}Z"} if self.read else {}
+        since = {}
+        if self.read:  # the node's own time zone is in it
+            since = {"sinceTime": f"{datetime.fromisoformat(self.read).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
         query = {"container": CONTAINER, "timestamps": "true", **since}
         answer = self.api.ask("GET", f"{self.api.pods()}/{pod['metadata']['name']}/log", params=query)
-        for line in answer.text.splitlines() if answer.is_success else ():
+        if answer.status_code in DENIED and not self.denied:
+            self.denied = True
+            show(
+                "warning: the lines of the stage cannot be read. Fix: give the account `get` of `pods/log`", sys.stderr
+            )
+        for line in answer.text.split("\n") if answer.is_success else ():  # a line may hold other ends of lines
             at, _, text = line.partition(" ")
-            if at > self.read:
+            if TIME.fullmatch(at) and at > self.read:
                 self.read = at
                 print(text, flush=True)
 
@@ -149,20 +175,22 @@ class Stage:
             return EXIT_CODES["failed"]
         return 0 if ends & {"Complete", "Completed"} else None
 
-    def follow(self, name: str, stopping: list[int]) -> int:
-        """Look on until the stage ends or is stopped. An API server that is away is waited for."""
+    def follow(self, name: str) -> int:
+        """Look on until the stage ends. An API server that is away is waited for, but not one that refuses."""
         said = time.monotonic()
-        while not stopping:
+        while True:
             try:
                 code = self.look(name)
                 if code is not None:
                     return code if code in OWN_CODES | {0} else meaning(code)
             except httpx.HTTPError as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in DENIED:
+                    show(f"error: {error.response.text[:500]} {RIGHTS}", sys.stderr)
+                    return EXIT_CODES["refused"]
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     show(f"the API server does not answer ({type(error).__name__}); waiting for it")
             time.sleep(POLL_SECONDS)
-        return EXIT_CODES["preempted"]
 
 
 def meaning(code: int) -> int:
@@ -170,14 +198,27 @@ def meaning(code: int) -> int:
     return EXIT_CODES["preempted"] if code == 128 + signal.SIGTERM else EXIT_CODES["failed"]
 
 
+class Stopped(Exception):
+    """A signal has come: at once, whatever was waited for, since little time is left to remove what was made."""
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End by SIGTERM or SIGINT, once."""
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    raise Stopped
+
+
 def run_stage(options: argparse.Namespace, api: Api) -> int:
     """Make the objects of the command, wait for its end, and leave nothing."""
-    stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: stopping.append(signum))
+        signal.signal(number, stop)
     pod = api.get(f"{api.pods()}/{os.environ['HOSTNAME']}")
     if pod is None:
-        show(f"error: there is no pod {os.environ['HOSTNAME']}: the worker of this pool has to be one", sys.stderr)
+        show(
+            f"error: there is no pod {os.environ['HOSTNAME']}: the worker of this pool has to be one. {RIGHTS}",
+            sys.stderr,
+        )
         return EXIT_CODES["refused"]
     kind = api.kind() if options.kind == "auto" else options.kind
     asked = Asked(
@@ -197,7 +238,9 @@ def run_stage(options: argparse.Namespace, api: Api) -> int:
             show(f"error: Kubernetes takes no {kind}: {refused}", sys.stderr)
             return EXIT_CODES["refused"]
         show(f"{stage.made[-1]['kind']} {asked.name} with {asked.nodes} pods")
-        return stage.follow(asked.name, stopping)
+        return stage.follow(asked.name)
+    except Stopped:
+        return EXIT_CODES["preempted"]
     finally:
         stage.remove()
 
@@ -219,7 +262,12 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.mode == "stage":
         die_with_parent(signal.SIGTERM)  # a death of the parent ends the pods too
-        return run_stage(options, connected())
+        try:
+            api = connected()
+        except (KeyError, OSError) as error:
+            show(f"error: this is no pod of a cluster ({error}). {RIGHTS}", sys.stderr)
+            return EXIT_CODES["refused"]
+        return run_stage(options, api)
     own = [f"--kind={options.kind}", f"--queue={options.queue}", f"--gpus={options.gpus}"]
     os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.kubernetes", "stage", *own, "--"])
     job.main()

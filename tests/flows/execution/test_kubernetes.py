@@ -12,8 +12,10 @@ import httpx
 import kubernetes_validate
 import pytest
 
+from flows.execution import process
 from flows.execution.clusters import kubernetes, manifests
 from schemas.errors import EXIT_CODES, Status
+from schemas.stage import Placement, Request
 from tests.support.web import serving
 
 POD: dict[str, Any] = {
@@ -108,7 +110,7 @@ class Cluster:
         self.looks = 0
         self.code: int | None = 0
         self.status: dict[str, Any] = {}
-        self.refuses, self.loses, self.stops_at = " ", " ", 0
+        self.refuses, self.loses, self.stops_at, self.keeps = " ", " ", 0, False
 
     def answer(self, method: str, path: str, query: str, body: Any) -> tuple[int, Any]:
         if method == "POST":
@@ -117,6 +119,8 @@ class Cluster:
             self.made.append(path.rpartition("/")[2])
             self.objects[f"{path}/{body['metadata']['name']}"] = body
             return 201, body
+        if method == "DELETE" and self.keeps:
+            return 500, {}
         if method == "DELETE":
             return 200, self.objects.pop(path, {})
         if path == "/apis":
@@ -124,7 +128,8 @@ class Cluster:
         if path.endswith("/pods/worker"):
             return 200, POD
         if path.endswith("/log"):
-            return 200, "\n".join(f"2026-01-01T00:00:0{i}.5Z step {i}" for i in range(min(self.looks, 3)))
+            lines = [f"2026-01-01T00:00:0{i}.5+02:00 step {i}\rLoading\u2028more" for i in range(min(self.looks, 3))]
+            return 200, "\n".join(lines)
         if path.endswith("/pods"):
             assert "job-completion-index%3D0" in query
             self.looks += 1
@@ -201,8 +206,8 @@ def test_a_stage_is_followed_and_ends_as_its_first_pod_does(
     own.code = code
     assert run(api, "trainjob") == EXIT_CODES[status]
     assert own.made == ["trainjobs"] and own.objects == {}
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
-    assert lines == ["step 0", "step 1", "step 2"]  # each once
+    lines = [line for line in capfd.readouterr().out.split("\n") if line.startswith("step")]
+    assert lines == [f"step {i}\rLoading\u2028more" for i in (0, 1, 2)]  # each once, whatever it holds
 
 
 def test_another_pod_that_fails_ends_it(cluster: tuple[Cluster, kubernetes.Api]) -> None:
@@ -222,6 +227,37 @@ def test_a_stop_removes_all(cluster: tuple[Cluster, kubernetes.Api]) -> None:
     own.code, own.stops_at = None, 3
     assert run(api, "job") == EXIT_CODES["preempted"]
     assert own.made == ["services", "jobs"] and own.objects == {}
+
+
+def test_what_cannot_be_removed_is_said(
+    cluster: tuple[Cluster, kubernetes.Api], capfd: pytest.CaptureFixture[str]
+) -> None:
+    own, api = cluster
+    own.keeps = True
+    assert run(api, "jobset") == 0
+    assert "JobSet alignflow-" in (said := capfd.readouterr().err) and "Fix: kubectl delete jobset alignflow-" in said
+
+
+def test_who_may_not_look_is_told_at_once(
+    cluster: tuple[Cluster, kubernetes.Api], capfd: pytest.CaptureFixture[str]
+) -> None:
+    own, api = cluster
+    answer = own.answer
+
+    def denied(method: str, path: str, query: str, body: Any) -> tuple[int, Any]:
+        return (403, {"message": "pods is forbidden"}) if path.endswith("/pods") else answer(method, path, query, body)
+
+    own.answer = denied  # type: ignore[method-assign]
+    assert run(api, "job") == EXIT_CODES["refused"] and own.objects == {}
+    assert "pods is forbidden" in (said := capfd.readouterr().err) and "Fix: " in said
+
+
+def test_a_launcher_is_told_of_the_devices_of_one_node_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(stage="validate", version=1, params={}, placement=Placement(devices=8))
+    assert not [name for name in process.environment(request) if name.startswith("PET_")]
+    monkeypatch.setenv("ALIGNFLOW_LAUNCHER", "srun")
+    values = process.environment(request)
+    assert (values["PET_NNODES"], values["PET_NPROC_PER_NODE"]) == ("1", "8")
 
 
 def test_what_kubernetes_refuses_is_said(
