@@ -45,16 +45,8 @@ ENGINE_VERSION = 5
 """To be raised when training changes for equal requests."""
 
 # Parameters that change no result: how often to save and to log, and when to give up.
-NEUTRAL = {
-    "checkpoint_minutes",
-    "checkpoint_steps",
-    "log_every",
-    "measure_every",
-    "max_kl",
-    "max_kl_iterations",
-    "few_prompts",
-}
-NEUTRAL |= {"traces"}  # what MLflow's pages show beside them
+NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations", "few_prompts"}
+NEUTRAL |= {"measure_every", "traces"}  # curves, and what MLflow's pages show
 
 
 BASELINES = "baselines"

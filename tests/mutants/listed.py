@@ -222,7 +222,8 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("go_on_B = ~torch.isin(token_B, stop_ids)", "go_on_B = torch.ones_like(token_B).bool()"),
     ],
     ("stages/engine/training/offline.py", ("tests/stages/align/test_dpo.py", "tests/stages/align/test_kto.py")): [
-        ("changes = [a[0] - b[0] for", "changes = [b[0] - a[0] for"),
+        ("gains = [[now - before for", "gains = [[before - now for"),
+        ("(chosen > rejected) + 0.5", "(chosen < rejected) + 0.5"),
         (
             'rows = read_if_there(self.context.input("data"), "eval", self.kind)',
             'rows = read_if_there(self.context.input("data"), "train", self.kind)',
