@@ -7,7 +7,6 @@ token_checks.py), and what it finds goes to the quarantine. stages/commands/vali
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -129,7 +128,6 @@ def run(context: "StageContext") -> dict[str, float]:
     from stages.engine.data.codec import Codec  # takes seconds, and a check without a model does without
 
     request = context.request
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the runner turns it off; this stage tokenizes large batches
     out = context.work / "data"
     shutil.rmtree(out, ignore_errors=True)
     codec = Codec.load(context.input("model")) if context.has("model") else None
