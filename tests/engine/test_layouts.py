@@ -7,6 +7,7 @@ import torch
 
 from stages.engine.data import segments as data_segments
 from stages.engine.data.trees import Layout, Tree, collate
+from stages.engine.models import flex, layouts
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import checkpoint_layers, load_policy, load_scorer
 from stages.engine.models.policy import Policy, Scorer, sums
@@ -98,6 +99,44 @@ def test_decoding_with_a_cache_and_padding_on_the_left_is_that_of_plain_transfor
     how |= {"eos_token_id": None, "attention_mask": mask_BT}
     expected, out = (model.generate(ids_BT, **how) for model in (plain, hf))  # type: ignore[operator]
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("kind", "window"), [("llama", None), ("gpt2", None), ("mistral", 5), ("mistral", 40)])
+def test_one_kernel_sees_what_the_groups_see(kind: str, window: int | None, tmp_path: Path) -> None:
+    """Llama's and Mistral's keys have fewer heads than their queries."""
+    policy = load_policy(save_tiny(tmp_path, kind, **({} if window is None else {"sliding_window": window})))
+    batch = collate(random_trees(12, seed=1, prompt=(1, 60), k=3), "shared", PAD)
+    assert batch.tokens > 2 * flex.BLOCK
+    with torch.no_grad():
+        expected = policy(batch).logps_N
+        policy.flex = True
+        assert (policy(batch).logps_N - expected).abs().max() < 1e-5
+
+
+def test_blocks_are_computed_where_something_is_seen_and_nowhere_else() -> None:
+    segments = collate(random_trees(20, seed=2, prompt=(1, 200), answer=(1, 150), k=3), "shared", PAD).segments
+    assert segments is not None
+    tokens = len(segments.positions_T)
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for group in segments.groups:
+        for queries, keys, at, of in zip(
+            group.query_SQ, group.key_SK, group.query_position_SQ, group.key_position_SK, strict=True
+        ):
+            seen[queries[:, None], keys[None]] |= at[:, None] >= of[None]
+    needed = flex.blocks(segments.spans, tokens)
+    by_blocks = torch.nn.functional.pad(seen, (0, -tokens % flex.BLOCK, 0, -tokens % flex.BLOCK))
+    by_blocks = by_blocks.unflatten(0, (-1, flex.BLOCK)).unflatten(2, (-1, flex.BLOCK)).any(1).any(-1)
+    assert torch.equal(needed, by_blocks)
+    assert needed.float().mean() < 0.5
+
+
+def test_one_kernel_is_left_alone_where_it_cannot_learn(tmp_path: Path) -> None:
+    policy = load_policy(save_tiny(tmp_path, "llama"))
+    assert choose_layout(policy, "shared", random_trees(2), PAD) == "shared"
+    assert not policy.flex  # this is no GPU
+    with pytest.warns(UserWarning, match="attention goes by groups: FlexAttention fails here: .*backward on CPU"):
+        assert not layouts._flex_works(policy, "shared", random_trees(2), PAD)
 
 
 def test_a_real_model(tinystories: Path) -> None:

@@ -1,6 +1,7 @@
 """Which tokens of a row attend to which: trees of sequences that share their prompt, as groups of equal shape."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,16 @@ class Segments:
     """Where each token's result stands among the groups' results laid end to end; None: where the token stands."""
     longest: int
     """Positions of the longest sequence: a window at least as large hides nothing."""
+    spans: list[Span]
+    positions_T: Tensor
     masks: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
+    blocks: dict[int | None, Any] = field(default_factory=dict)
+    """FlexAttention's masks, by window."""
 
     def to(self, device: torch.device) -> "Segments":
         back_T = None if self.back_T is None else self.back_T.to(device)
-        return Segments([group.to(device) for group in self.groups], back_T, self.longest)
+        groups = [group.to(device) for group in self.groups]
+        return Segments(groups, back_T, self.longest, self.spans, self.positions_T.to(device))
 
     def masks_for(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
         if window is not None and window >= self.longest:
@@ -91,7 +97,7 @@ def segments(spans: list[Span], positions_T: Tensor) -> Segments:
         offset += len(chosen) * queries
         groups.append(group)
     in_order = offset == len(back_T) and torch.equal(back_T, torch.arange(offset))
-    return Segments(groups, None if in_order else back_T, int(positions_T.max()) + 1)
+    return Segments(groups, None if in_order else back_T, int(positions_T.max()) + 1, spans, positions_T)
 
 
 def _alike(spans: list[Span]) -> list[list[Span]]:

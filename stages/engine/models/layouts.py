@@ -9,12 +9,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from schemas.config.training import Training
+from schemas.text import one_line
 from stages.engine.data.trees import Layout, Tree, collate, tree_tokens
 from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
 from stages.engine.models.pieces import origin
 from stages.engine.models.policy import Output, Policy, Scorer
-from stages.engine.models.tree_attention import why_padded
+from stages.engine.models.tree_attention import attend, why_padded
 
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
@@ -25,7 +26,7 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
     """The wanted layout where it is exact for this model, else `padded` with a warning.
 
     Exact: the model type is on the list, and on the longest and the shortest of these trees (the first batch's)
-    log-probabilities or scores agree with the padded layout's within TOLERANCE.
+    log-probabilities or scores agree with the padded layout's within TOLERANCE. On CUDA FlexAttention is tried first.
     """
     if wanted == "padded":
         return wanted
@@ -35,7 +36,13 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
     if not trees:
         return wanted
     ordered = sorted(trees, key=lambda tree: tree_tokens(tree, "packed"))
-    difference = _difference(model, wanted, [ordered[-1], *ordered[:-1][:1]], pad_id)
+    two = [ordered[-1], *ordered[:-1][:1]]
+    model.flex = model.device.type == "cuda" and _flex_works(model, wanted, two, pad_id)
+    difference = _difference(model, wanted, two, pad_id)
+    if model.flex and not difference <= TOLERANCE:
+        warnings.warn(f"attention goes by groups: FlexAttention's results differ by {difference:.2g}", stacklevel=2)
+        model.flex = False
+        difference = _difference(model, wanted, two, pad_id)
     if not difference <= TOLERANCE:
         warnings.warn(f"layout {wanted!r} becomes 'padded': results differ by {difference:.2g}", stacklevel=2)
         return "padded"
@@ -55,10 +62,11 @@ def choose_and_shard(
     processes()
     if any(origin(parameter) for parameter in model.parameters()):
         return _choose_together(model, training, wanted, trees, pad_id)
-    layout: list[Layout] = [choose_layout(model, wanted, trees, pad_id) if rank() == 0 else wanted]
-    broadcast_object_list(layout)
+    chosen: list[Any] = [choose_layout(model, wanted, trees, pad_id) if rank() == 0 else wanted, model.flex]
+    broadcast_object_list(chosen)
+    layout, model.flex = chosen
     sharding.shard(model, training)
-    return layout[0]
+    return layout
 
 
 def _choose_together(
@@ -73,11 +81,41 @@ def _choose_together(
         if rank() > 0:
             warnings.simplefilter("ignore")
         layout = choose_layout(tried, wanted, given[0], pad_id)
+    model.flex = tried.flex
     if tried is not model:
         del tried
         gc.collect()  # its shares hold each other
         sharding.shard(model, training)
     return layout
+
+
+def _flex_works(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> bool:
+    """Whether FlexAttention compiles here, and gives values and gradients of tree_attention's groups; said if not."""
+    from stages.engine.models import flex  # seconds, for what only GPUs take
+
+    config = model.plain.config.get_text_config()
+    heads: int = config.num_attention_heads
+    keys: int = getattr(config, "num_key_value_heads", None) or heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    batch = collate(trees, layout, pad_id).to(model.device)
+    assert batch.segments is not None, "only trees are tried"
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(batch.tokens, count, size) for count in (heads, keys, keys, heads)]
+    *given, weight = (torch.randn(shape, generator=draw).to(model.device) for shape in shapes)
+    results = []
+    try:
+        for product in (flex.attend, attend):
+            with torch.enable_grad():
+                query, key, value = inputs = [tensor.clone().requires_grad_() for tensor in given]
+                out = product(query, key, value, batch.segments, None, None)
+                results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)])
+    except (ImportError, RuntimeError) as error:  # what compiling raises
+        warnings.warn(f"attention goes by groups: FlexAttention fails here: {one_line(error, 200)}", stacklevel=3)
+        return False
+    difference = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
+    if not difference <= TOLERANCE:
+        warnings.warn(f"attention goes by groups: FlexAttention's results differ by {difference:.2g}", stacklevel=3)
+    return difference <= TOLERANCE
 
 
 def _difference(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> float:

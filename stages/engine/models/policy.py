@@ -34,6 +34,8 @@ class _Trunk(nn.Module):
         super().__init__()
         self.hf = hf
         self.precision = precision
+        self.flex = False
+        """Whether attention over trees is FlexAttention's (on CUDA, where the layout's choice found it exact)."""
         self.dropouts: dict[str, Any] = {}
         """The dropouts of the config as loaded; all are 0 while the model is here."""
         self.empty: tuple[Any, ...] = ()
@@ -65,6 +67,7 @@ class _Trunk(nn.Module):
             # A mask of rank 4 is passed on as it is: transformers must not read sequences out of the positions.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.device),
             "segments": batch.segments,
+            "flex": self.flex,
             "use_cache": False,
         }
 

@@ -5,7 +5,8 @@ computed for groups of sequences of like length, padded for this product alone:
 - a trunk: a prompt with its first answer, causal over itself;
 - a branch: a further answer, over its prompt and causally over itself.
 Which key a query may see is decided by positions (a token's place in its own prompt + answer), so sliding windows come
-out as if each sequence stood alone. PyTorch's FlexAttention could express this, but is compiled for GPUs first.
+out as if each sequence stood alone. On CUDA one kernel does the same where it works (flex.py), and is held against
+this.
 
 Shapes: T tokens of the row, S sequences of a group, Q queries and K keys of each, H heads, d size of a head.
 """
@@ -86,6 +87,7 @@ def attention_forward(
     scaling: float | None = None,
     segments: Segments | None = None,
     sliding_window: int | None = None,
+    flex: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: trees where `segments` came down from `model(...)`, else its own SDPA.
@@ -105,6 +107,7 @@ def attention_forward(
                 scaling,
                 segments,
                 sliding_window,
+                flex,
             )
             return attention_forward(*given, **kwargs)
     if segments is None:
@@ -114,7 +117,12 @@ def attention_forward(
     if dropout:
         raise ValueError("attention dropout is not defined on shared prompts")
     query_THd, key_THd, value_THd = (t[0].transpose(0, 1) for t in (query_BHTd, key_BHTd, value_BHTd))
-    return attend(query_THd, key_THd, value_THd, segments, scaling, sliding_window)[None], None
+    given_THd = query_THd, key_THd, value_THd
+    if not flex:
+        return attend(*given_THd, segments, scaling, sliding_window)[None], None
+    from stages.engine.models.flex import attend as in_one_kernel  # seconds, for what only GPUs take
+
+    return in_one_kernel(*given_THd, segments, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(NAME, attention_forward)
