@@ -37,7 +37,10 @@ def choose_layout(model: Policy | Scorer, wanted: Layout, trees: Sequence[Tree],
         return wanted
     ordered = sorted(trees, key=lambda tree: tree_tokens(tree, "packed"))
     two = [ordered[-1], *ordered[:-1][:1]]
-    model.flex = model.device.type == "cuda" and _flex_works(model, wanted, two, pad_id)
+    # Twice, since what is compiled for one number of tokens is compiled anew, for any, at the second.
+    model.flex = model.device.type == "cuda" and all(
+        _flex_works(model, wanted, some, pad_id) for some in (two, two[-1:])
+    )
     difference = _difference(model, wanted, two, pad_id)
     if model.flex and not difference <= TOLERANCE:
         warnings.warn(f"attention goes by groups: FlexAttention's results differ by {difference:.2g}", stacklevel=2)
