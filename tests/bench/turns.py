@@ -37,6 +37,10 @@ class Turns:
 
     def done(self, **found: Any) -> None:
         """Stop the clocks and answer. CPU seconds, of all threads, depend less on what else the machine does."""
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            found["device_memory"] = torch.cuda.max_memory_allocated()
         seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.cpu_began
         found |= {"seconds": seconds, "cpu": cpu, "memory": peak_memory()}
         self.answers.write(json.dumps(found) + "\n")

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from schemas.config.training import Training
 from schemas.text import one_line
-from stages.engine.data.trees import Layout, Tree, collate, tree_tokens
+from stages.engine.data.trees import Batch, Layout, Tree, collate, tree_tokens
 from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
 from stages.engine.models.pieces import origin
@@ -94,31 +94,37 @@ def _choose_together(
 
 def _flex_works(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> bool:
     """Whether FlexAttention compiles here, and gives values and gradients of tree_attention's groups; said if not."""
+    try:
+        difference = kernels_differ(model, collate(trees, layout, pad_id).to(model.device))
+    except (ImportError, RuntimeError) as error:  # what compiling raises
+        warnings.warn(f"attention goes by groups: FlexAttention fails here: {one_line(error, 200)}", stacklevel=3)
+        return False
+    if not difference <= TOLERANCE:
+        warnings.warn(f"attention goes by groups: FlexAttention's results differ by {difference:.2g}", stacklevel=3)
+    return difference <= TOLERANCE
+
+
+def kernels_differ(model: Policy | Scorer, batch: Batch) -> float:
+    """Largest relative difference between FlexAttention and groups, of values and of gradients, on random queries, keys
+    and values of the model's shapes in float32. Raises ImportError or RuntimeError where FlexAttention fails.
+    """
     from stages.engine.models import flex  # seconds, for what only GPUs take
 
     config = model.plain.config.get_text_config()
     heads: int = config.num_attention_heads
     keys: int = getattr(config, "num_key_value_heads", None) or heads
     size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-    batch = collate(trees, layout, pad_id).to(model.device)
     assert batch.segments is not None, "only trees are tried"
     draw = torch.Generator().manual_seed(0)
-    shapes = [(batch.tokens, count, size) for count in (heads, keys, keys, heads)]
-    *given, weight = (torch.randn(shape, generator=draw).to(model.device) for shape in shapes)
+    shapes = [(len(batch.segments.positions_T), count, size) for count in (heads, keys, keys, heads)]
+    *given, weight = (torch.randn(shape, generator=draw).to(batch.device) for shape in shapes)
     results = []
-    try:
-        for product in (flex.attend, attend):
-            with torch.enable_grad():
-                query, key, value = inputs = [tensor.clone().requires_grad_() for tensor in given]
-                out = product(query, key, value, batch.segments, None, None)
-                results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)])
-    except (ImportError, RuntimeError) as error:  # what compiling raises
-        warnings.warn(f"attention goes by groups: FlexAttention fails here: {one_line(error, 200)}", stacklevel=3)
-        return False
-    difference = max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
-    if not difference <= TOLERANCE:
-        warnings.warn(f"attention goes by groups: FlexAttention's results differ by {difference:.2g}", stacklevel=3)
-    return difference <= TOLERANCE
+    for product in (flex.attend, attend):
+        with torch.enable_grad():
+            query, key, value = inputs = [tensor.clone().requires_grad_() for tensor in given]
+            out = product(query, key, value, batch.segments, None, None)
+            results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)])
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(*results, strict=True))
 
 
 def _difference(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], pad_id: int) -> float:
