@@ -100,8 +100,12 @@ def _link_dataset(store: Any, run_id: str, experiment: str, prompts: Sequence[di
     """The data set of these prompts as an input of the run: one per experiment, named by what it holds."""
     entities = value_classes()
     name = f"held-out prompts {_id(*(json.dumps(prompt, sort_keys=True) for prompt in prompts))[:8]}"
-    known = store.search_datasets(experiment_ids=[experiment], filter_string=f"name = '{name}'")
-    dataset = known[0] if known else store.create_dataset(name, experiment_ids=[experiment])
+    dataset = _oldest(store, name, experiment)
+    if dataset is None:
+        made = store.create_dataset(name, experiment_ids=[experiment])
+        dataset = _oldest(store, name, experiment) or made
+        if dataset.dataset_id != made.dataset_id:  # another evaluation has made it in between
+            store.delete_dataset(made.dataset_id)
     if json.loads(dataset.profile or "{}").get("num_records") != len(prompts):
         store.upsert_dataset_records(dataset.dataset_id, [{"inputs": prompt} for prompt in prompts])
         dataset = store.get_dataset(dataset.dataset_id)
@@ -115,6 +119,12 @@ def _link_dataset(store: Any, run_id: str, experiment: str, prompts: Sequence[di
     )
     context = [entities.InputTag("mlflow.data.context", "evaluation")]
     store.log_inputs(run_id, datasets=[entities.DatasetInput(dataset=logged, tags=context)])
+
+
+def _oldest(store: Any, name: str, experiment: str) -> Any | None:
+    """The first data set of a name, which all take where several have made one at once; None where there is none."""
+    known = store.search_datasets(experiment_ids=[experiment], filter_string=f"name = '{name}'")
+    return min(known, key=lambda one: (one.created_time, one.dataset_id), default=None)
 
 
 def _span(trace_id: str, name: str, inputs: Any, outputs: Any, at: int) -> Any:
