@@ -249,8 +249,7 @@ def planned(raw: dict[str, Any], here: bool = True) -> Plan:
     except StageError as error:
         raise refusal([*problems, error.problem]) from None
     problems += check_ranks(made.nodes.values())
-    if here:
-        problems += check_places(made.nodes.values(), config.pools)
+    problems += check_places(made.nodes.values(), config.pools, here)
     if problems:
         raise refusal(problems)
     return made

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from schemas.conversation import Message, shown
-from schemas.errors import StageError
+from schemas.errors import stop_in
 from stages.runtime.context import Answered
 from stages.tracking.mlflow_client import plain_client, retrying, tracking_uri, value_classes
 from stages.tracking.names import shortened
@@ -38,8 +38,8 @@ def log_answers(run_id: str, model_id: str | None, label: str, answers: Sequence
     try:
         _log_answers(run_id, model_id, label, answers, judge)
     except Exception as error:  # of other versions too: no evaluation that is done fails for its pages
-        if isinstance(error, StageError) and error.status == "preempted":
-            raise
+        if (stop := stop_in(error)) is not None:
+            raise stop from None
         log.warning(
             "the answers of %s are not all on MLflow's evaluation pages: %s. All else of this evaluation is there. "
             "Fix: see that MLflow's server answers, lets you in, and is as new as this one; or set evaluate.traces: 0",
@@ -124,7 +124,7 @@ def _link_dataset(store: Any, run_id: str, experiment: str, prompts: Sequence[di
 def _oldest(store: Any, name: str, experiment: str) -> Any | None:
     """The first data set of a name, which all take where several have made one at once; None where there is none."""
     known = store.search_datasets(experiment_ids=[experiment], filter_string=f"name = '{name}'")
-    return min(known, key=lambda one: (one.created_time, one.dataset_id), default=None)
+    return next(iter(sorted(known, key=lambda one: (one.created_time, one.dataset_id))), None)
 
 
 def _span(trace_id: str, name: str, inputs: Any, outputs: Any, at: int) -> Any:

@@ -101,6 +101,21 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
     assert config_file.read(tmp_path / "a.yaml") == {"a": 1e-5, "b": [2e6, -300.0], "c": "1e5x", "d": "on"}
 
 
+def test_what_several_ranks_need_is_asked_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stages that no pool gets nobody knows where they start, once the run is submitted to other machines."""
+    for here in (True, False):
+        with pytest.raises(StageError, match="nodes = 2: stage sft runs on pool gpu, which is one node") as error:
+            config_file.load("demo", ["nodes=2", "pools={sft: gpu}"], here=here)
+        assert ("stage align runs on this machine" in str(error.value)) is here
+    monkeypatch.setenv("ALIGNFLOW_LAUNCHER", "srun")
+    config_file.load("demo", ["nodes=2", "pools={sft: gpu}"])
+    for minutes in ("soon", "-1", "nan"):
+        monkeypatch.setenv("ALIGNFLOW_RANK_MINUTES", minutes)
+        with pytest.raises(StageError, match=f"ALIGNFLOW_RANK_MINUTES = {minutes}: this is not a time .* Fix: give"):
+            config_file.load("demo", ["devices=2"])
+    config_file.load("demo")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
