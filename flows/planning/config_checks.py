@@ -135,7 +135,8 @@ def _check_data(field: str, data: SourceConfig) -> Iterator[Problem]:
         case File(file) if file.is_dir():
             yield problem(f"{field}.path", data.path, "this is a folder, not a file.", "name a file in it")
         case File(file) if not file.is_file():
-            names = [neighbour.name for neighbour in file.parent.iterdir()] if file.parent.is_dir() else []
+            around = list(file.parent.iterdir()) if file.parent.is_dir() else []
+            names = [one.name for one in around if closest_match(file.stem, [one.stem])]  # an ending alone is not alike
             near = closest_match(file.name, names) or f"give its path as seen from {Path.cwd()}"
             yield problem(f"{field}.path", data.path, "no such file.", near)
         case File(file) if is_empty(file):

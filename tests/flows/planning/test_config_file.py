@@ -267,6 +267,7 @@ def test_an_unknown_preset_names_the_nearest(tmp_path: Path, monkeypatch: pytest
 def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]) -> None:
     message = refused(raw, "data.preference.path=pair.jsonl")
     assert message == "data.preference.path = pair.jsonl: no such file. Fix: Did you mean 'pairs.jsonl'?"
+    assert "give its path as seen from" in refused(raw, "data.preference.path=other.jsonl")  # only the ending is alike
 
 
 @pytest.mark.parametrize(
