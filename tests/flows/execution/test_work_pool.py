@@ -160,7 +160,7 @@ def test_a_run_that_was_waited_for_ends_as_one_from_here(
 
 
 def test_a_crashed_run_is_waited_for_as_long_as_it_is_started_again(
-    submitted: Any, monkeypatch: pytest.MonkeyPatch
+    prefect: SyncPrefectClient, submitted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = submitted
     monkeypatch.setattr(automations, "patience", lambda name: timedelta(minutes=2))
@@ -170,6 +170,17 @@ def test_a_crashed_run_is_waited_for_as_long_as_it_is_started_again(
         assert automations.starts_again(asked) is again
     old = Crashed(timestamp=datetime.now(UTC) - timedelta(minutes=5))
     assert not automations.starts_again(run.model_copy(update={"state": old}))
+
+    def starts(crashed: Any) -> bool:
+        if crashed.state.is_crashed():
+            prefect.set_flow_run_state(run.id, Completed(), force=True)
+            return True
+        return False
+
+    monkeypatch.setattr(automations, "starts_again", starts)
+    monkeypatch.setattr(work_pool, "POLL_SECONDS", 0.0)
+    prefect.set_flow_run_state(run.id, Crashed(), force=True)
+    submit.wait(run, "http://page")
 
 
 def test_ctrl_c_ends_the_wait_and_not_the_run(
