@@ -262,6 +262,9 @@ def test_an_unknown_preset_names_the_nearest(tmp_path: Path, monkeypatch: pytest
         config_file.find("demoo")
     with pytest.raises(StageError, match="neither a preset nor a file"):
         config_file.find("nowhere.yaml")
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(StageError, match=r"Did you mean 'mine\.yaml'"):
+        config_file.find("mine.yml")
 
 
 def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]) -> None:
