@@ -146,6 +146,9 @@ def test_copies_of_verdicts_go_where_no_comparison_needs_them(
         assert requests.people_said({}, {})[PEOPLE] == copies[name]  # as where two processes have made it
         if name != "of today":
             finish({}, stage="compare", name=name, params={}, inputs={PEOPLE: copies[name]}, pipeline_run=name)
+    os.utime(copies["of today"].uri, (1, 1))
+    assert requests.people_said({}, {})[PEOPLE] == copies["of today"]
+    assert os.stat(copies["of today"].uri).st_mtime > 1, "it is used again"
     (results.parent / requests.COPIES / "tmp1" / "results").mkdir(parents=True)  # its process was killed
     (results.parent / requests.COPIES / "tmp1" / "results" / "dpo-sft.json").write_text("half")
     clean.history.Entry(clean.history.Record(run="listed", name="t", began=now)).note(state="done")
