@@ -64,7 +64,8 @@ def test_a_file_as_spreadsheets_write_it_is_told_by_its_columns_too(tmp_path: Pa
     text = "\r\n" + "".join(json.dumps(row) + "\r\n" for row in rows(150, chosen="yes", rejected="no"))
     (tmp_path / "rows.jsonl").write_text(text, encoding=encoding)
     init.init(tmp_path / "rows.jsonl", "someone/model", tmp_path / "own.yaml", judge="rule", revision="0" * 40)
-    assert config_file.load(str(tmp_path / "own.yaml")).config.data.preference.kind == "preference"
+    found = config_file.load(str(tmp_path / "own.yaml")).config.data.preference
+    assert found is not None and found.kind == "preference"
 
 
 def test_what_cannot_be_told_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
