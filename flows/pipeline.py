@@ -130,8 +130,13 @@ def from_preset(preset: str, overrides: list[str] = [], until: str | None = None
             config = config_file.load(preset, overrides).config
         except StageError as error:
             entry.fail(error)
-            return told(history.run_name(preset, []), Failed(message=str(error), data=error))
+            return told(history.run_name(preset, []), failed(error))
         return told(config.name, run_config(config, until, entry))
+
+
+def failed(first: StageError, *others: StageError) -> State[Any]:
+    """The final state of a run that problems have ended; its name is the first one's status: Refused, Diverged, ..."""
+    return Failed(name=first.status.title(), message="; ".join(map(str, [first, *others])), data=first)
 
 
 def told(name: str, state: State[Any]) -> State[Any]:
@@ -150,7 +155,7 @@ def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) 
         planned = planned if until is None else nodes_until(planned, until)
     except StageError as error:
         entry.fail(error)
-        return Failed(message=str(error), data=error)
+        return failed(error)
     with process.stages_of_flow():
         results, errors = run_nodes(planned, str(flow_run.id))
         whole = until is None and not errors
@@ -163,7 +168,7 @@ def run_config(config: PipelineConfig, until: str | None, entry: history.Entry) 
     if errors:
         first = next(iter(errors.values()))
         entry.fail(first)
-        return Failed(message="; ".join(str(error) for error in errors.values()), data=first)
+        return failed(*errors.values())
     if (compared := announce.compared(results)) is not None:
         entry.note(best=compared.best())
     _done[str(flow_run.id)] = results

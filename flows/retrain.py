@@ -123,7 +123,7 @@ def retrain(
             conflict = error.problem.kind == "conflict"
             if error.status != "preempted":
                 announce.emit("failed", history.run_name(source, []), str(error))
-            return Failed(name="Conflict" if conflict else "Failed", message=str(error), data=error)
+            return Failed(name="Conflict" if conflict else error.status.title(), message=str(error), data=error)
         if outcome.news and outcome.version is not None:
             announce.emit(outcome.ending.lower(), outcome.version.model, outcome.message, outcome.version.number)
         entry.note(state=outcome.ending.lower(), best=[str(outcome.version)] if outcome.version else [])

@@ -1,5 +1,6 @@
 """The environment variables of alignflow: their names, and what each is set to now, typed and with its default."""
 
+import math
 import os
 import re
 import shlex
@@ -99,8 +100,20 @@ def launcher() -> list[str]:
 
 
 def rank_minutes() -> float:
-    """How long a rank waits for the others in a collective before it gives up; default 10."""
-    return float(os.environ.get(RANK_MINUTES) or 10)
+    """How long a rank waits for the others in a collective before it gives up; default 10.
+
+    Raises:
+        StageError: it is set to something else than minutes.
+    """
+    given = os.environ.get(RANK_MINUTES) or "10"
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < 1e6:  # NaN neither
+        fix = f"give minutes, as in {RANK_MINUTES}=30, or unset it"
+        raise refuse(RANK_MINUTES, given, "this is not a time in minutes.", fix, kind="environment")
+    return minutes
 
 
 def parent() -> int | None:

@@ -43,6 +43,15 @@ class StageError(Exception):
         super().__init__(str(self.problem))
 
 
+def stop_in(error: BaseException | None) -> StageError | None:
+    """The stop (status `preempted`) behind an error: a library may have wrapped it; None where there is none."""
+    while error is not None:
+        if isinstance(error, StageError) and error.status == "preempted":
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def problem(field: str | None, value: object, message: str, fix: str | None = None, *, kind: str = "config") -> Problem:
     """What is wrong with a field's value and how to fix it; None as a value is shown as null."""
     return Problem(kind=kind, message=message, field=field, value="null" if value is None else str(value), fix=fix)

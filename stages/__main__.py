@@ -8,6 +8,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -15,13 +16,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from schemas.environment import REPLICAS, SAFE_PATH, parent
-from schemas.errors import EXIT_CODES, Problem, StageError, refuse
+from schemas.environment import REPLICAS, SAFE_PATH
+from schemas.errors import EXIT_CODES, Problem, StageError, refuse, stop_in
 from schemas.stage import STAGES, Request, Result
-from schemas.text import message, visible
+from schemas.text import message, one_line, visible
 from stages import tracking
 from stages.runtime import workspace
 from stages.runtime.process import die_with_parent
@@ -31,6 +33,11 @@ from stages.tracking import StageRun, Told
 log = logging.getLogger("alignflow")
 
 LEFT_OUT = "(its text is omitted: log_text is false)."
+
+DEAD_RANK = r"(closed|reset) by peer|Broken pipe|ncclRemoteError"
+"""In the words of gloo, of torchrun's store and of NCCL."""
+
+E = TypeVar("E", bound=BaseException)
 
 # Imported only when run, so that `validate` does not wait for torch.
 MODULES = {name: f"stages.{name}" for name in STAGES}
@@ -149,12 +156,26 @@ def execute(request: Request, told: Told = alone) -> Result:
                 times = {"stage_seconds": time.monotonic() - began, "tracking_seconds": tracking.clock.waited - waited}
                 run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)
-            except BaseException as error:
+            except BaseException as raised:
+                error = meant(raised)
                 known = isinstance(error, StageError) or out_of_resource(error) is not None
                 run.fail(problem_of(error, request.log_text), None if known else trace_of(error, request.log_text))
-                raise
+                if error is raised:
+                    raise
+                raise error from None
     except Exception as error:
         return stopped(error, run.key, run.run_id or None, request.log_text)
+
+
+def meant(error: E) -> E | StageError:
+    """What an error stands for: a stop that a library has wrapped, the death of another rank; else itself."""
+    if (stop := stop_in(error)) is not None:
+        return stop
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(DEAD_RANK, str(error)):
+        return error
+    message = f"another rank of the stage has died ({one_line(tracking.without_passwords(str(error)), 200)})."
+    fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
+    return StageError(message, status="failed", kind="killed", fix=fix)  # as where a stage of one process is killed
 
 
 def problem_of(error: BaseException, log_text: bool = True) -> Problem:
@@ -184,6 +205,7 @@ def trace_of(error: BaseException, log_text: bool) -> str:
 
 def stopped(error: Exception, key: str, run_id: str | None, log_text: bool = True) -> Result:
     """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
+    error = meant(error)
     status = error.status if isinstance(error, StageError) else "failed"
     if status == "failed" and out_of_resource(error) is None:
         log.error("%s", trace_of(error, log_text))
@@ -197,8 +219,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print(f"usage: python -m stages NAME request.json\n\nNAME is one of {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    die_with_parent()
-    if "RANK" not in os.environ and parent() not in (None, os.getppid()):  # it has died already
+    if not die_with_parent() and "RANK" not in os.environ:  # ranks have torchrun's agent between
         return EXIT_CODES["preempted"]
     rank = int(os.environ.get("RANK", "0"))
     handler = logging.StreamHandler()  # to stderr; the other ranks log errors only

@@ -1,5 +1,6 @@
 """`alignflow init`: looks at data and model, and writes a config that fits them, each choice with its reason."""
 
+import codecs
 import csv
 import json
 import math
@@ -69,12 +70,13 @@ def _kind_of(data: Path, mapped: set[str]) -> "Kind":
 
     have = _columns(data) | mapped
     if not have:
-        fix = "see that it is whole: one JSON object per line, CSV with a header, or Parquet"
-        raise refuse("DATA", data, "its first line is no row.", fix)
+        whole = "one JSON object per line, CSV with a header, or Parquet"
+        fix = f"see that it is whole ({whole}), or say what a row is: --kind"
+        raise refuse("DATA", data, "its first line is not a row.", fix)
     for kind, marks in _MARKS.items():
         if all(mark & have for mark in marks):
             return kind
-    fix = f"name it: --kind {', '.join([*_MARKS, 'prompt'])}"
+    fix = f"name it: --kind {', '.join([*_MARKS, 'prompt'])}; or name its columns, as in --columns chosen=THEIRS"
     raise refuse("--kind", "missing", f"the columns ({', '.join(sorted(have)[:12])}) tell no kind of row.", fix)
 
 
@@ -86,8 +88,10 @@ def _columns(data: Path) -> set[str]:
         import polars as pl
 
         return set(pl.read_parquet_schema(data))
-    with gzip.open(data, "rt", errors="replace") if data.suffix == ".gz" else data.open(errors="replace") as lines:
-        first = lines.readline(1 << 20)
+    with gzip.open(data, "rb") if data.suffix == ".gz" else data.open("rb") as lines:
+        begin = lines.read(1 << 20)
+    encoding = "utf-16" if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    first = begin.decode(encoding, errors="replace").lstrip().partition("\n")[0]
     if data.suffix == ".csv":
         return set(next(csv.reader([first]), []))
     try:

@@ -1,5 +1,6 @@
 """Commands that run something: the whole pipeline, a retraining, a sweep, one stage, or a deployed pipeline."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,26 +142,49 @@ def stage(
     raise typer.Exit(run_python("stages", name, request))
 
 
-def submit(config: Config, overrides: Overrides = [], as_json: AsJson = False) -> None:
-    """Start the deployed pipeline, which a worker runs, and don't wait for it.
+def submit(
+    config: Config,
+    overrides: Overrides = [],
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the run ends, and print what came out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start the deployed pipeline, which a worker runs. Without --wait this ends as soon as the run is there.
 
     The server is that of `alignflow up`, or PREFECT_API_URL. Files must be below the worker's ALIGNFLOW_ROOTS; by
-    their whole path they need not be on this machine.
+    their whole path they need not be on this machine. Ctrl-C ends the wait, and not the run. Exit codes of --wait are
+    those of `run`; 75 means stopped or cancelled.
 
     Examples:
 
     - alignflow submit demo
+    - alignflow submit demo --wait
     - alignflow submit my.yaml --set pools.align=gpu
     """
+    from flows import submit as deployed
+    from flows.execution import live
     from flows.planning import config_file
-    from flows.submit import submit as start
+    from flows.results import announce, history, lookup
     from schemas.text import show
 
-    planned = config_file.load(config, overrides, here=False)
-    run, page = start(planned.config, overrides)
+    planned, began = config_file.load(config, overrides, here=False), time.monotonic()
+    name = planned.config.name
+    flow_run, page = deployed.submit(planned.config, overrides)
+    run = str(flow_run.id)
+    if not wait:
+        return show_json({"run": run, "name": name, "page": page}) if as_json else show(f"{name}: {page}")
+    show(f"{name}: {page}", sys.stderr)
+    with live.watched("usual"):
+        live.expect(planned.nodes, history.usual_seconds(name))
+        deployed.wait(flow_run, page)
+    summary = announce.summary(run, name, lookup.of_run(run), time.monotonic() - began)
     if as_json:
-        return show_json({"run": run, "name": planned.config.name, "page": page})
-    show(f"{planned.config.name}: {page}")
+        show_json(summary.as_json() | {"page": page})
+    elif summary.results:
+        show_text(summary.text)
+    else:
+        show(
+            f"{name}: done. Its results are in the MLflow of its workers, which MLFLOW_TRACKING_URI does not name here."
+        )
 
 
 def _run(

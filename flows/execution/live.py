@@ -215,6 +215,11 @@ def expect(names: Iterable[str], usual: Mapping[str, float]) -> None:
             _view.names.update({name: usual.get(name) for name in names})
 
 
+def viewed() -> bool:
+    """Whether there is a view, so that lines about stages would only repeat it."""
+    return _view is not None
+
+
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[Line]:
     """Around a stage of the flow, whose result the caller puts into the line."""

@@ -26,10 +26,13 @@ from stages.runtime import workspace
 
 # -P: a folder `stages` in the working directory is not ours.
 COMMAND = [sys.executable, "-P", "-m", "stages"]
-GRACE_SECONDS = 4.0
-"""Between SIGTERM and SIGKILL, for a stage that is stopped from outside."""
+GRACE_SECONDS, RANKS_SECONDS = 4.0, 40.0
+"""Between SIGTERM and SIGKILL, for a stage that is stopped from outside; and for one of several ranks, or behind a
+launcher: torchrun waits 30 s for its ranks to save, and a cluster about as long.
+"""
 
-_processes: set[subprocess.Popen[bytes]] = set()
+_processes: dict[subprocess.Popen[bytes], float] = {}
+"""Those that run, and how long each may take to save."""
 _guard = threading.Lock()
 _stopping = threading.Event()
 _stopped: list[str] = []
@@ -145,7 +148,7 @@ def start(request: Request, path: Path, shown: dict[str, str], locks: list[int])
         if asks is not None:
             os.close(asks)
     with _guard:
-        _processes.add(process)
+        _processes[process] = RANKS_SECONDS if launcher() or request.placement.ranks > 1 else GRACE_SECONDS
     return process
 
 
@@ -161,7 +164,7 @@ def follow(process: subprocess.Popen[bytes], output: Output, watch: Watch) -> in
         end(process)
         process.stdout.close()
         with _guard:
-            _processes.discard(process)
+            _processes.pop(process, None)
 
 
 def environment(request: Request) -> dict[str, str]:
@@ -193,7 +196,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(_processes.get(process, GRACE_SECONDS))
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # what the process has left behind
     process.wait()
@@ -203,13 +206,13 @@ def stop_all() -> None:
     """End all stages that run for this process; none starts until `begin`."""
     _stopping.set()
     with _guard:
-        running = list(_processes)
+        running = dict(_processes)
     for process in running:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-    for process in running:
+    for process, seconds in running.items():
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(seconds)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 

@@ -12,6 +12,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterTimestamp
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import Log as LogLine
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -33,7 +34,7 @@ LOOK_SECONDS, LIVELY_SECONDS = 20.0, 2.0
 """Between two looks at what a stage says: for a log, and for a terminal that shows bars."""
 LINES_AT_ONCE = 100
 STATUSES: dict[str | None, Status] = {"Refused": "refused", "Diverged": "diverged", "Preempted": "preempted"}
-"""Names of a stage's final states (flows/stage.py) -> what they mean. Crashed means preempted, all else failed."""
+"""Names of final states, of a stage's run as of a pipeline's -> what they mean."""
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -84,20 +85,16 @@ def submit(request: Request, pool: str) -> FlowRun:
 def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
     """The run's final state. A server that is away is waited for; a run that is stopped here is stopped there too."""
     began = time.monotonic()
-    away = late = False
-    told = Told(client, run, log)
+    late, state = False, None
+    told, away = Told(client, run, log), Away(log)
     while True:
         if process.stopping():
             return stop(client, run, log)
         time.sleep(POLL_SECONDS)
-        try:
+        with away:
             state = client.read_flow_run(run.id).state
             told.pass_on()
-            away = False
-        except httpx.HTTPError as error:
-            if not away:
-                log.warning("the Prefect server does not answer (%s); waiting for it", type(error).__name__)
-            away = True
+        if away.now:
             continue
         if state is not None and state.is_final():
             with contextlib.suppress(httpx.HTTPError):  # its last words are on its own page as well
@@ -106,6 +103,21 @@ def wait(client: SyncPrefectClient, run: FlowRun, pool: str, log: Log) -> State:
         if state is not None and state.is_scheduled() and not late and time.monotonic() - began > WORKER_SECONDS:
             late = True
             log.warning("no worker of pool %s has taken it yet; start one: prefect worker start --pool %s", pool, pool)
+
+
+class Away:
+    """Around questions to the Prefect server, which may be away for a while: said once, and asked again."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.now = log, False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> bool:
+        before, self.now = self.now, isinstance(error, httpx.HTTPError)
+        if self.now and not before:
+            self.log.warning("the Prefect server does not answer (%s); waiting for it", type(error).__name__)
+        return self.now
 
 
 class Told:
@@ -121,19 +133,28 @@ class Told:
 
     def pass_on(self, last: bool = False) -> None:
         """Look, where it is time to: the warnings since the last look, and the last word on how far it is."""
+        new = self.new(last)
+        far = [line for line in new if line.level == logging.INFO and line.message.startswith(f"{self.run.name}  ")]
+        grave = [line for line in new if is_grave(line)]
+        for line in [*grave, *far[-1:]]:
+            self.log.log(line.level, "%s", visible(line.message))
+
+    def new(self, last: bool = False) -> list[LogLine]:
+        """The newest lines since the last look, in their order; none where it is not yet time for another."""
         if time.monotonic() < self._next and not last:
-            return
+            return []
         self._next = time.monotonic() + (LIVELY_SECONDS if environment.live() else LOOK_SECONDS)
         asked = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.run.id]), timestamp=self._after)
         lines = self.client.read_logs(asked, limit=LINES_AT_ONCE, sort=LogSort.TIMESTAMP_DESC)
         new = [line for line in reversed(lines) if line.id not in self._seen]
-        if not new:
-            return
-        self._seen, self._after = {line.id for line in lines}, LogFilterTimestamp(after_=new[-1].timestamp)
-        far = [line for line in new if line.level == logging.INFO and line.message.startswith(f"{self.run.name}  ")]
-        grave = [line for line in new if line.level > logging.INFO and not line.message.startswith("Finished in state")]
-        for line in [*grave, *far[-1:]]:
-            self.log.log(line.level, "%s", visible(line.message))
+        if new:
+            self._seen, self._after = {line.id for line in lines}, LogFilterTimestamp(after_=new[-1].timestamp)
+        return new
+
+
+def is_grave(line: LogLine) -> bool:
+    """Whether a line is a warning or an error, and not the run's end, which its state tells."""
+    return line.level > logging.INFO and not line.message.startswith("Finished in state")
 
 
 def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
@@ -152,6 +173,13 @@ def stop(client: SyncPrefectClient, run: FlowRun, log: Log) -> State:
     return preempted
 
 
+def status_of(state: State) -> Status:
+    """What a final state means: cancelled and crashed runs were stopped from outside."""
+    if state.is_completed():
+        return "done"
+    return "preempted" if state.is_crashed() or state.is_cancelled() else STATUSES.get(state.name, "failed")
+
+
 def outcome(state: State, request: Request) -> Result:
     """What a final state means: the result that MLflow has, else the problem that the state tells."""
     if state.is_completed():
@@ -161,8 +189,7 @@ def outcome(state: State, request: Request) -> Result:
         message, fix = "the stage is done, but MLflow does not have its result.", "see that both use the same MLflow"
         problem = Problem(kind="placement", message=message, fix=fix)
         return Result(status="failed", key=request.key(), error=problem)
-    status: Status = STATUSES.get(state.name, "failed")
-    if state.is_crashed() or state.is_cancelled():
-        status = "preempted"
     message = state.message or f"the flow run ended as {state.name}."
-    return Result(status=status, key=request.key(), error=Problem(kind=state.name or "placement", message=message))
+    return Result(
+        status=status_of(state), key=request.key(), error=Problem(kind=state.name or "placement", message=message)
+    )

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import httpx
@@ -47,9 +47,9 @@ LOOK_SECONDS = 3.0
 class Answer(RunInput):
     """The form on Prefect's page of a run that waits."""
 
-    approve: bool = Field(title="Make it the champion", description="Off: it is rejected, and no alias moves.")
-    by: str = Field(title="Your name", min_length=1, max_length=100)
-    note: str = Field(default="", title="Why", max_length=1000)
+    answer: Literal["approve", "reject"] = Field(title="Your answer")  # no switch: one that nobody touched is off
+    by: str = Field(title="Your name", description="Kept with the version.", min_length=1, max_length=100)
+    note: str = Field(default="", title="Why", description="Kept with the version.", max_length=1000)
 
 
 def ask(
@@ -158,7 +158,7 @@ def answered(one: Version) -> Version:
         return settle(one, None)
     with get_client(sync_client=True) as client:
         if (given := from_page(client, run, one)) is not None:
-            return settle(one, given.approve, given.by, given.note)
+            return settle(one, given.answer == "approve", given.by, given.note)
         if datetime.now(UTC) >= until:
             return settle(one, False, "time", late=True)
         how = f"alignflow approve {str(run)[: history.SHORT]} (or --reject)"
@@ -199,15 +199,31 @@ def pause(client: SyncPrefectClient, run: UUID, one: Version, until: str) -> Sta
     state: State[Any] = (Suspended if deployment.id else Paused)(pause_key=name, message=f"{one} {WAITS}{until}")
     keys = keyset_from_paused_state(state)
     state.state_details.run_input_keyset = {**keys}
-    checks = one.tags["decision.reasons"].replace("; ", "\n- ")
-    text = f"**{one}** has passed the gate:\n\n- {checks}"
-    text = f"{text}\n\n{announce.version_page(one.model, one.number)}".rstrip()
-    Answer.with_initial_data(description=text).save(keys, flow_run_id=run)
+    Answer.with_initial_data(description=question(one, until)).save(keys, flow_run_id=run)
     answer = client.set_flow_run_state(run, state)
     if answer.state is None or not answer.state.is_paused():
         message = f"the Prefect server does not pause the run: {answer.details}."
         raise StageError(message, status="preempted", kind="preempted", fix="run it again: it asks again")
     return answer.state
+
+
+def question(one: Version, until: str) -> str:
+    """What the form says above its fields, Markdown: what is asked, what each answer does, what the gate has seen."""
+    before, asked = one.tags["approval.before"], one.tags.get("candidate", "the candidate")
+    first = before == "none"
+    place = "the first champion" if first else f"the champion in the place of version {before}"
+    stays = "there is none" if first else f"version {before} stays the champion"
+    lines = [
+        f"**{one}** ({asked}) has passed the gate. Is it to become the champion?\n",
+        f"- Approve, and it is {place} at once.",
+        f"- Reject, and {stays}.",
+        f"- Without an answer until {datetime.fromisoformat(until):%Y-%m-%d %H:%M} UTC it is rejected.",
+        "- *Close* answers nothing.",
+    ]
+    if page := announce.version_page(one.model, one.number):  # above the checks, which the page scrolls
+        lines.append(f"\n[The report, the data and all checks in MLflow]({page})")
+    lines += ["\nWhat the gate has seen:\n"]
+    return "\n".join([*lines, *(f"- {check}" for check in one.tags["decision.reasons"].split("; "))])
 
 
 def watched(client: SyncPrefectClient, run: UUID, one: Version, until: datetime) -> Version:
@@ -233,7 +249,7 @@ def watched(client: SyncPrefectClient, run: UUID, one: Version, until: datetime)
         except httpx.HTTPError:  # away for a moment; the registry is what counts
             continue
         if given is not None:
-            return settle(one, given.approve, given.by, given.note)
+            return settle(one, given.answer == "approve", given.by, given.note)
         if state is not None and (state.is_cancelling() or state.is_final()):
             raise StageError("the run was cancelled while it waited.", status="preempted", kind="preempted")
         if datetime.now(UTC) >= until:
@@ -269,7 +285,7 @@ def decide(which: str | None, approve: bool, by: str | None = None, note: str = 
         message = f"{one} was {one.tags[APPROVAL]} by {one.tags['approval.by']} at {one.tags['approval.at']}."
         raise refuse("RUN", which or one, message, "retrain, or roll back", kind="registry")
     by = by or f"{getpass.getuser()}@{socket.gethostname()}"
-    answer = {"approve": approve, "by": by, "note": note}
+    answer = {"answer": "approve" if approve else "reject", "by": by, "note": note}
     try:
         settled = settle(one, approve, by, note)
     except StageError as error:

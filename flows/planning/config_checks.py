@@ -16,8 +16,8 @@ from schemas.config import EndpointJudge, Judge, ModelConfig, PipelineConfig, Re
 from schemas.config.data import SourceConfig, sources_of
 from schemas.config.methods import PPO
 from schemas.config.training import Training
-from schemas.environment import launcher
-from schemas.errors import Problem, problem
+from schemas.environment import launcher, rank_minutes
+from schemas.errors import Problem, StageError, problem
 from schemas.model_folder import config_of, why_unusable
 from schemas.source import HOW_TO_PIN, File, Hub, Package, Remote, data_source, model_source, template_file
 
@@ -135,7 +135,8 @@ def _check_data(field: str, data: SourceConfig) -> Iterator[Problem]:
         case File(file) if file.is_dir():
             yield problem(f"{field}.path", data.path, "this is a folder, not a file.", "name a file in it")
         case File(file) if not file.is_file():
-            names = [neighbour.name for neighbour in file.parent.iterdir()] if file.parent.is_dir() else []
+            around = list(file.parent.iterdir()) if file.parent.is_dir() else []
+            names = [one.name for one in around if closest_match(file.stem, [one.stem])]  # an ending alone is not alike
             near = closest_match(file.name, names) or f"give its path as seen from {Path.cwd()}"
             yield problem(f"{field}.path", data.path, "no such file.", near)
         case File(file) if is_empty(file):
@@ -188,23 +189,32 @@ def _check_training(config: PipelineConfig) -> Iterator[Problem]:
 
 def check_ranks(nodes: Iterable[Node]) -> Iterator[Problem]:
     """Whether every rank of a training has rows in each of its steps; PPO deals a rollout out evenly to its steps."""
-    for node in nodes:
+    together = [node for node in nodes if node.nodes * node.devices > 1]
+    if together:
+        try:
+            rank_minutes()
+        except StageError as error:
+            yield error.problem
+    for node in together:
         ranks, rows = node.nodes * node.devices, node.params.get("batch_size", 0)
         smallest = rows
         if rollout := node.params.get("rollout_size"):
             smallest = rollout // math.ceil(rollout / rows)
-        if 1 < ranks > smallest:
+        if ranks > smallest:
             message = f"a step has {smallest} rows for {ranks} ranks ({node.nodes} nodes x {node.devices} devices)."
             fix = f"set it to at least {ranks}, or ask for fewer nodes or devices"
             yield problem(f"{node.field}.batch_size", rows, message, fix)
 
 
-def check_places(nodes: Iterable[Node], pools: Mapping[str, str]) -> Iterator[Problem]:
-    """Whether stages of several machines that start from this one have somebody who starts them on the others."""
-    started = launcher() or os.environ.get("PET_NNODES")
+def check_places(nodes: Iterable[Node], pools: Mapping[str, str], here: bool = True) -> Iterator[Problem]:
+    """Whether stages of several machines have somebody who starts them on the others. `here`: those that no pool gets
+    start from this machine; else nothing is known of where they do.
+    """
+    started = bool(launcher() or os.environ.get("PET_NNODES"))
     for stage, number in {node.stage: node.nodes for node in nodes if node.nodes > 1}.items():
         pool = pools.get(stage)
-        if pool in ("docker", "kubernetes") or (pool is None and not started):
+        on_one = pool in ("cpu", "gpu") or (pool is None and here)  # unless it is told how to start the others
+        if pool in ("docker", "kubernetes") or (on_one and not started):
             message = f"stage {stage} runs on {f'pool {pool}' if pool else 'this machine'}, which is one node."
             fix = f"place it where there are several, pools.{stage}: slurm or nodes, or set nodes to 1"
             yield problem("nodes", number, message, fix)

@@ -249,8 +249,7 @@ def planned(raw: dict[str, Any], here: bool = True) -> Plan:
     except StageError as error:
         raise refusal([*problems, error.problem]) from None
     problems += check_ranks(made.nodes.values())
-    if here:
-        problems += check_places(made.nodes.values(), config.pools)
+    problems += check_places(made.nodes.values(), config.pools, here)
     if problems:
         raise refusal(problems)
     return made
@@ -271,7 +270,8 @@ def find(source: str) -> Path:
     with contextlib.suppress(OSError):  # a text too long for a path is none
         if Path(source).is_file():
             return Path(source)
-    near = get_close_matches(source, known, 1)
+    own = [one.name for one in Path.cwd().glob("*.y*ml")]
+    near = get_close_matches(source, [*known, *own], 1)
     hint = f"Did you mean '{near[0]}'?" if near else f"Presets: {', '.join(known)}."
     raise StageError(f"'{one_line(source, 200)}' is neither a preset nor a file in {Path.cwd()}. {hint}", kind="config")
 

@@ -17,6 +17,9 @@ from schemas.stage import BASELINES, PEOPLE, SOURCE, STAGES, Artifact, Placement
 from stages import tracking
 from stages.runtime.workspace import home
 
+COPIES = "read"
+"""Folder of copies of people's verdicts, as comparisons have read them; `alignflow clean` removes those of no use."""
+
 
 def request_for(
     node: Node, config: PipelineConfig, results: Mapping[str, Result], pipeline_run: str | None = None
@@ -83,16 +86,21 @@ def people_said(inputs: Mapping[str, Artifact], params: Mapping[str, JsonValue])
 
 
 def _as_they_are(results: Path) -> Artifact:
-    """A copy of the results, under its digest: people may go on while it is read."""
-    copies = results.parent / "read"
+    """A copy of the results, under its digest: people may go on while it is read. Its time is that of its last use."""
+    copies = results.parent / COPIES
     copies.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=copies) as beside:
         copy = Path(beside) / "results"
         shutil.copytree(results, copy)
         sha256 = tracking.digest(copy)
-        if not (copies / sha256).exists():
-            copy.rename(copies / sha256)
-    return Artifact(uri=str(copies / sha256), sha256=sha256)
+        kept = copies / sha256
+        try:
+            copy.rename(kept)
+        except OSError:  # there is one, which another process may have made just now
+            if not kept.is_dir():
+                raise
+        os.utime(kept)
+    return Artifact(uri=str(kept), sha256=sha256)
 
 
 def with_sources(request: Request, field: str) -> Request:

@@ -21,6 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from flows.planning.memory import readable
+from flows.planning.requests import COPIES
 from flows.results import LISTED, history, registry
 from flows.results.lineage import Graph, Step, step_of
 from flows.servers import address_file, local_prefect
@@ -55,7 +56,8 @@ class Item:
 def clean(days: float, dry_run: bool) -> list[Item]:
     """What nothing has used for so many days, removed unless it is a dry run; the largest first."""
     before = time.time() - days * DAY
-    items = [*unfinished_work(before), *caches(before), *moved_aside(before), *old_records(before), *artifacts(before)]
+    items = [*unfinished_work(before), *caches(before), *moved_aside(before), *old_records(before)]
+    items += [*copies_of_verdicts(before), *artifacts(before)]
     if not dry_run:
         for item in items:
             item.remove()
@@ -154,6 +156,23 @@ def size_of(path: Path) -> int:
 
 
 # --- In MLflow --------------------------------------------------------------------------------------------------------
+
+
+def copies_of_verdicts(before: float) -> Iterator[Item]:
+    """What comparisons have read of people's verdicts: copies that have not been used since a time, nor for a day, by
+    which no comparison of a listed run, of the time since, or behind a registered version was made.
+    """
+    day_ago = time.time() - DAY  # a younger one may be that of a comparison which is yet to begin
+    old = [path for path in sorted(workspace.home().glob(f"ab/*/{COPIES}/*")) if used_at(path) < min(before, day_ago)]
+    if not old:
+        return
+    needed, listed = needed_digests(before), {record.run for record in history.records()[:LISTED]}
+    for run in tracking.runs("tags.stage = 'compare'"):
+        if listed & {run.data.tags.get("pipeline.run"), *run.data.tags.get("pipeline.reused_by", "").split()}:
+            needed |= set(step_of(run).inputs.values())
+    for path in old:
+        if path.name not in needed:
+            yield Item("copy of people's verdicts", str(path), size_of(path), lambda path=path: workspace.remove(path))
 
 
 def artifacts(before: float) -> Iterator[Item]:

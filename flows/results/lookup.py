@@ -107,6 +107,16 @@ def _run_ids(run: Any) -> list[str]:
     return [tags.get("pipeline.run", "none"), *tags.get("pipeline.reused_by", "").split()]
 
 
+def of_run(run: str) -> dict[str, Result]:
+    """Results of the stages that a pipeline run has made or reused, by their names, as far as MLflow here has them."""
+    results: dict[str, Result] = {}
+    for condition in (f"`pipeline.run` = {quoted(run)}", f"`pipeline.reused_by` LIKE {quoted(f'%{run}%')}"):
+        for one in search(f"tags.stage != '' and tags.{condition}"):
+            reused = one.data.tags.get("pipeline.run") != run
+            results[one.info.run_name] = result_of(one.info.run_id).model_copy(update={"reused": reused})
+    return results
+
+
 def result_of(run_id: str) -> Result:
     """The result that a finished run has left. Raises StageError when it has none, or none that can be read."""
     return _stored(Result, run_id, "result.json")

@@ -151,6 +151,15 @@ def start_crashed_again(client: SyncPrefectClient, now: datetime) -> None:
             client.set_flow_run_state(run.id, AwaitingRetry(message=message), force=True)
 
 
+def starts_again(run: Any) -> bool:
+    """Whether a run has crashed and is going to be started again: by the automation at once, or by `RunWatch` after a
+    while."""
+    if not run.state.is_crashed() or run.run_count >= STARTS:
+        return False
+    wait = patience(AUTOMATION)
+    return wait is not None and datetime.now(UTC) - run.state.timestamp < wait + AFTER
+
+
 def resume_late(client: SyncPrefectClient, now: datetime) -> None:
     """Schedule the runs again that nobody has approved in time: they end as rejected."""
     for run in runs_in(client, ["PAUSED"], ["retrain"]):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from schemas import environment
-from schemas.errors import StageError
+from schemas.errors import StageError, stop_in
 from schemas.stage import Request
 from stages.runtime import databases
 from stages.runtime.workspace import home, lock
@@ -200,6 +200,8 @@ def _retrying(call: Callable[[], T], end: float) -> T:
         except StageError:  # said already, and no other try helps
             raise
         except Exception as error:
+            if (stop := stop_in(error)) is not None:
+                raise stop from None
             damage = re.search(databases.DAMAGED, str(error))
             if damage and tracking_uri().startswith("sqlite:///"):
                 raise databases.damaged(Path(tracking_uri().removeprefix("sqlite:///")), damage[0]) from error

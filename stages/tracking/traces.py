@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from schemas.conversation import Message, shown
-from schemas.errors import StageError
+from schemas.errors import stop_in
 from stages.runtime.context import Answered
 from stages.tracking.mlflow_client import plain_client, retrying, tracking_uri, value_classes
 from stages.tracking.names import shortened
@@ -38,8 +38,8 @@ def log_answers(run_id: str, model_id: str | None, label: str, answers: Sequence
     try:
         _log_answers(run_id, model_id, label, answers, judge)
     except Exception as error:  # of other versions too: no evaluation that is done fails for its pages
-        if isinstance(error, StageError) and error.status == "preempted":
-            raise
+        if (stop := stop_in(error)) is not None:
+            raise stop from None
         log.warning(
             "the answers of %s are not all on MLflow's evaluation pages: %s. All else of this evaluation is there. "
             "Fix: see that MLflow's server answers, lets you in, and is as new as this one; or set evaluate.traces: 0",
@@ -100,8 +100,12 @@ def _link_dataset(store: Any, run_id: str, experiment: str, prompts: Sequence[di
     """The data set of these prompts as an input of the run: one per experiment, named by what it holds."""
     entities = value_classes()
     name = f"held-out prompts {_id(*(json.dumps(prompt, sort_keys=True) for prompt in prompts))[:8]}"
-    known = store.search_datasets(experiment_ids=[experiment], filter_string=f"name = '{name}'")
-    dataset = known[0] if known else store.create_dataset(name, experiment_ids=[experiment])
+    dataset = _oldest(store, name, experiment)
+    if dataset is None:
+        made = store.create_dataset(name, experiment_ids=[experiment])
+        dataset = _oldest(store, name, experiment) or made
+        if dataset.dataset_id != made.dataset_id:  # another evaluation has made it in between
+            store.delete_dataset(made.dataset_id)
     if json.loads(dataset.profile or "{}").get("num_records") != len(prompts):
         store.upsert_dataset_records(dataset.dataset_id, [{"inputs": prompt} for prompt in prompts])
         dataset = store.get_dataset(dataset.dataset_id)
@@ -115,6 +119,12 @@ def _link_dataset(store: Any, run_id: str, experiment: str, prompts: Sequence[di
     )
     context = [entities.InputTag("mlflow.data.context", "evaluation")]
     store.log_inputs(run_id, datasets=[entities.DatasetInput(dataset=logged, tags=context)])
+
+
+def _oldest(store: Any, name: str, experiment: str) -> Any | None:
+    """The first data set of a name, which all take where several have made one at once; None where there is none."""
+    known = store.search_datasets(experiment_ids=[experiment], filter_string=f"name = '{name}'")
+    return next(iter(sorted(known, key=lambda one: (one.created_time, one.dataset_id))), None)
 
 
 def _span(trace_id: str, name: str, inputs: Any, outputs: Any, at: int) -> Any:

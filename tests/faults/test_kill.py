@@ -15,8 +15,11 @@ import torch
 
 from schemas.config import RewardConfig, SFTConfig, methods
 from schemas.config.training import LoRA
+from schemas.errors import StageError
+from stages import __main__ as entry
 from stages.align import ppo
 from stages.engine.data.codec import Codec
+from stages.engine.distributed import gather_in_order, processes
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint
@@ -136,6 +139,25 @@ def test_a_rank_that_shares_weights_is_killed_and_all_are_started_again(
     if not (work / "end.json").exists():
         on_ranks(2, train_as_rank, case, work)
     assert end_of(work) == end_of(tmp_path / "whole")
+
+
+def wait_for_a_dead_rank(rank: int) -> None:
+    """The second rank dies as by the kernel; the first one ends with 0 where its error is read as that."""
+    processes()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        gather_in_order({rank: rank})
+    except RuntimeError as error:
+        meant = entry.meant(error)
+        os._exit(0 if isinstance(meant, StageError) and meant.problem.kind == "killed" else 3)
+    os._exit(4)
+
+
+def test_the_other_ranks_of_one_that_was_killed_say_so() -> None:
+    """Else their error would pass for the stage's own, which is not started again."""
+    first, second = start_ranks(2, wait_for_a_dead_rank)
+    assert [ended(first), ended(second)] == [0, -signal.SIGKILL]
 
 
 def die_in_the_second(where: str, case: Case, work: Path) -> None:

@@ -58,11 +58,21 @@ def test_what_the_rows_are_is_told_by_their_columns(tmp_path: Path) -> None:
     assert config.sft is None and config.reward is None and list(config.align) == ["kto"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_as_spreadsheets_write_it_is_told_by_its_columns_too(tmp_path: Path, encoding: str) -> None:
+    """A mark before its first row, and an empty line."""
+    text = "\r\n" + "".join(json.dumps(row) + "\r\n" for row in rows(150, chosen="yes", rejected="no"))
+    (tmp_path / "rows.jsonl").write_text(text, encoding=encoding)
+    init.init(tmp_path / "rows.jsonl", "someone/model", tmp_path / "own.yaml", judge="rule", revision="0" * 40)
+    found = config_file.load(str(tmp_path / "own.yaml")).config.data.preference
+    assert found is not None and found.kind == "preference"
+
+
 def test_what_cannot_be_told_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StageError, match=r"--kind = missing: the columns \(prompt, what\) tell no kind"):
         written(tmp_path, rows(3, what="x"))
     (tmp_path / "notes.jsonl").write_text("not a row\n")
-    with pytest.raises(StageError, match=r"DATA = .*notes\.jsonl: its first line is no row"):
+    with pytest.raises(StageError, match=r"DATA = .*notes\.jsonl: its first line is not a row"):
         init.init(tmp_path / "notes.jsonl", "someone/model", tmp_path / "own.yaml", judge="rule")
     with pytest.raises(StageError, match="--judge = missing: it decides which model is called best"):
         written(tmp_path, rows(150, response="yes"), judge=None)

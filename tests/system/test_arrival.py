@@ -86,7 +86,9 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
             wait_for(lambda: state_name(client) == "Suspended", 60, story)
             assert champion(home, where.mlflow) == {}
 
-            answer = client.resume_flow_run(run.id, run_input={"approve": True, "by": "ada", "note": "read 20 of them"})
+            answer = client.resume_flow_run(
+                run.id, run_input={"answer": "approve", "by": "ada", "note": "read 20 of them"}
+            )
             assert answer.status.value == "ACCEPT"
             wait_for(lambda: state_name(client) == "Promoted", 300, story)
             message = "assistant version 1 is the first champion. Approved by ada."

@@ -9,6 +9,7 @@ import pytest
 from flows.servers import checks
 from schemas import environment
 from schemas.errors import StageError
+from stages import __main__ as entry
 from stages import tracking
 from stages.tracking import mlflow_client, problems
 from tests.support.live_servers import free_port
@@ -161,3 +162,20 @@ def test_a_run_asks_its_server_before_it_begins(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(URI, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(StageError, match=r"there is no answer .*Fix: start it"):
         checks.check_tracking()
+
+
+def test_a_stop_that_comes_within_mlflow_is_a_stop() -> None:
+    """Its clients make errors of their own of whatever they meet; SIGTERM raises wherever it comes."""
+
+    def call() -> None:
+        try:
+            raise StageError("stopped", status="preempted", kind="preempted")
+        except StageError as error:
+            raise _mlflow_error(f"API request failed with exception {error}") from error
+
+    with pytest.raises(StageError, match=r"^stopped$") as stop:
+        tracking.retrying(call)
+    assert stop.value.status == "preempted"
+    with pytest.raises(Exception, match="API request") as wrapped:
+        call()
+    assert entry.stopped(wrapped.value, "k", None).status == "preempted"  # of calls that are not tried again

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ def test_answers_are_read_back_as_they_were_given_however_often_they_were(ready_
     with tracking.as_default():
         prompts = [record.inputs["messages"] for record in dataset.records]
     assert sorted(map(str, prompts)) == sorted(str(messages) for messages, _, _ in answered.EXPECTED)
+
+
+def test_two_evaluations_at_once_share_one_data_set(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen none; the other has made one before, whose records it has yet to put in."""
+    create, others = SqlAlchemyStore.create_dataset, []
+
+    def created(self: SqlAlchemyStore, *given: Any, **named: Any) -> Any:
+        others.append(create(self, *given, **named))
+        time.sleep(0.005)  # another millisecond
+        return create(self, *given, **named)
+
+    monkeypatch.setattr(SqlAlchemyStore, "create_dataset", created)
+    run_id = answered.log()
+    (dataset,) = datasets(run_id)
+    (other,) = others
+    assert json.loads(dataset.source) == {"dataset_id": other.dataset_id}
+    client = tracking.plain_client()
+    experiment = client.get_run(run_id).info.experiment_id
+    assert [one.dataset_id for one in client.search_datasets(experiment_ids=[experiment])] == [other.dataset_id]
 
 
 def test_traces_name_their_model_and_can_be_read_as_thumbs(ready_home: Path, tmp_path: Path) -> None:

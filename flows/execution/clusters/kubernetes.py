@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,8 @@ from stages.runtime.process import die_with_parent
 from stages.runtime.workspace import SAY_SECONDS
 
 POLL_SECONDS = 2.0
+START_SECONDS = 60.0
+"""How long an API server that is away or busy is waited for before there is a stage to be followed."""
 REMOVALS = 3
 """How often it is tried to remove an object."""
 DENIED = {401, 403}
@@ -43,7 +45,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\S+")
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PASSED = (HOME, KEEP_WORK, RANK_MINUTES, "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 PASSED += ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM")
-"""Variables of a stage that its pods get from here; the others are those of the worker's pod."""
+"""Variables of a stage that its pods get from here, beside those of the job template; the others are those of the
+worker's pod."""
 LABELS = {"job": "job-name={}", "jobset": "jobset.sigs.k8s.io/jobset-name={}"}
 LABELS["trainjob"] = LABELS["jobset"]
 PLURALS = {"TrainJob": "trainjobs", "JobSet": "jobsets", "Job": "jobs", "Service": "services"}
@@ -54,11 +57,23 @@ class Api:
 
     def __init__(self, url: str, namespace: str, client: httpx.Client) -> None:
         self.url, self.namespace, self.client = url, namespace, client
+        self.patience = START_SECONDS
+        """How long a question is asked again while the server is away (no answer) or busy (429, 5xx)."""
 
     def ask(self, method: str, path: str, timeout: float = 30.0, **given: Any) -> httpx.Response:
         """An answer, whatever it says. The account's token is read each time: it is renewed."""
-        headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"}
-        return self.client.request(method, f"{self.url}{path}", headers=headers, timeout=timeout, **given)
+        end = time.monotonic() + self.patience
+        while True:
+            headers = {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}"}
+            late = time.monotonic() + POLL_SECONDS > end
+            try:
+                answer = self.client.request(method, f"{self.url}{path}", headers=headers, timeout=timeout, **given)
+                if late or (answer.status_code != 429 and answer.status_code < 500):
+                    return answer
+            except httpx.TransportError:
+                if late:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def get(self, path: str, **query: str) -> Manifest | None:
         """An object; None where there is none. Raises httpx.HTTPError."""
@@ -106,15 +121,17 @@ class Stage:
     """Time of the last line that was passed on."""
     denied: bool = False
     """Whether it was said that no lines can be read."""
+    disrupted: bool = False
+    """Whether one of the pods was preempted, evicted or drained: its node or its place was needed otherwise."""
 
-    def make(self, manifests: Sequence[Manifest]) -> str | None:
-        """Make the objects; what the API server says where it refuses one."""
+    def make(self, manifests: Sequence[Manifest]) -> None:
+        """Make the objects. Raises httpx.HTTPError where the API server takes one not."""
         for one in manifests:
             self.made.append(one)  # first: it may be made although no answer comes
             answer = self.api.ask("POST", self.api.place(one), json=one)
-            if answer.is_error:
-                return f"{answer.status_code} {answer.text[:500]}"
-        return None
+            if answer.status_code != 409:  # it was made although no answer came
+                answer.raise_for_status()
+        self.api.patience = 0.0  # from now on `follow` waits, and `remove` must not
 
     def remove(self) -> None:
         """Remove all that was made: its pods are told to save and end."""
@@ -134,10 +151,10 @@ class Stage:
                 show(f"error: {kind} {name} may run on ({why}). Fix: kubectl delete {kind.lower()} {name}", sys.stderr)
 
     def first_pod(self, name: str) -> Manifest | None:
-        """The pod of the first node, once there is one."""
-        selector = f"{LABELS[self.kind].format(name)},{INDEX}=0"
-        pods = (self.api.get(self.api.pods(), labelSelector=selector) or {}).get("items", [])
-        return pods[0] if pods else None
+        """The pod of the first node, once there is one. Whether one of all pods was disrupted is noted."""
+        pods = (self.api.get(self.api.pods(), labelSelector=LABELS[self.kind].format(name)) or {}).get("items", [])
+        self.disrupted = self.disrupted or any("DisruptionTarget" in conditions(pod) for pod in pods)
+        return next((pod for pod in pods if pod["metadata"].get("labels", {}).get(INDEX) == "0"), None)
 
     def pass_on(self, pod: Manifest) -> None:
         """Print what the pod has printed since the last call. Each line comes with its time, in order."""
@@ -166,14 +183,23 @@ class Stage:
             self.pass_on(pod)
             for one in pod.get("status", {}).get("containerStatuses", []):
                 if "terminated" in one.get("state", {}):
-                    return int(one["state"]["terminated"]["exitCode"])
+                    return self.meaning(int(one["state"]["terminated"]["exitCode"]))
         if now is None:
             show(f"{last['kind']} {name} was removed")
             return EXIT_CODES["preempted"]
-        ends = {one["type"] for one in now.get("status", {}).get("conditions", []) if one["status"] == "True"}
-        if ends & {"Failed", "FailureTarget"}:
-            return EXIT_CODES["failed"]
+        ends = conditions(now)
+        if "Failed" in ends:  # not at FailureTarget: until all pods have ended the first one may still save
+            return self.meaning(EXIT_CODES["failed"])
         return 0 if ends & {"Complete", "Completed"} else None
+
+    def meaning(self, code: int) -> int:
+        """The stage's exit code by its container's. Death by SIGTERM is a stop from outside, and any is where a pod was
+        disrupted, unless the stage says otherwise.
+        """
+        if code in OWN_CODES | {0}:
+            return code
+        stopped = self.disrupted or code == 128 + signal.SIGTERM
+        return EXIT_CODES["preempted"] if stopped else EXIT_CODES["failed"]
 
     def follow(self, name: str) -> int:
         """Look on until the stage ends. An API server that is away is waited for, but not one that refuses."""
@@ -182,20 +208,24 @@ class Stage:
             try:
                 code = self.look(name)
                 if code is not None:
-                    return code if code in OWN_CODES | {0} else meaning(code)
+                    return code
             except httpx.HTTPError as error:
-                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in DENIED:
-                    show(f"error: {error.response.text[:500]} {RIGHTS}", sys.stderr)
-                    return EXIT_CODES["refused"]
+                if is_denied(error):
+                    raise
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     show(f"the API server does not answer ({type(error).__name__}); waiting for it")
             time.sleep(POLL_SECONDS)
 
 
-def meaning(code: int) -> int:
-    """The stage's exit code by its container's: death by SIGTERM is a stop from outside."""
-    return EXIT_CODES["preempted"] if code == 128 + signal.SIGTERM else EXIT_CODES["failed"]
+def conditions(of: Manifest) -> set[str]:
+    """The conditions that hold of an object."""
+    return {one["type"] for one in of.get("status", {}).get("conditions", []) if one["status"] == "True"}
+
+
+def is_denied(error: httpx.HTTPError) -> bool:
+    """Whether the account lacks a right."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code in DENIED
 
 
 class Stopped(Exception):
@@ -213,36 +243,56 @@ def run_stage(options: argparse.Namespace, api: Api) -> int:
     """Make the objects of the command, wait for its end, and leave nothing."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    stage = Stage(api, options.kind)
+    try:
+        return followed(options, stage)
+    except Stopped:
+        return EXIT_CODES["preempted"]
+    except httpx.HTTPError as error:
+        said = error.response if isinstance(error, httpx.HTTPStatusError) else None
+        busy = said is None or said.status_code == 429 or said.status_code >= 500
+        what = f"{type(error).__name__}: {error}" if said is None else f"{said.status_code} {said.text[:500]}"
+        if busy:
+            fix = "Fix: see that it is there (kubectl get --raw /readyz), then start the run again: it resumes"
+            show(f"error: Kubernetes has not answered for {START_SECONDS:g} s ({what}). {fix}", sys.stderr)
+            return EXIT_CODES["failed"]
+        fix = RIGHTS if is_denied(error) else "Fix: give the job template another `kind`, or correct what it says"
+        show(f"error: Kubernetes refuses: {what} {fix}", sys.stderr)
+        return EXIT_CODES["refused"]
+    finally:
+        api.patience = 0.0
+        stage.remove()
+
+
+def followed(options: argparse.Namespace, stage: Stage) -> int:
+    """The stage's exit code. Raises httpx.HTTPError where the API server is away, or refuses."""
+    api = stage.api
     pod = api.get(f"{api.pods()}/{os.environ['HOSTNAME']}")
     if pod is None:
-        show(
-            f"error: there is no pod {os.environ['HOSTNAME']}: the worker of this pool has to be one. {RIGHTS}",
-            sys.stderr,
-        )
+        message = f"error: there is no pod {os.environ['HOSTNAME']}: the worker of this pool has to be one. {RIGHTS}"
+        show(message, sys.stderr)
         return EXIT_CODES["refused"]
-    kind = api.kind() if options.kind == "auto" else options.kind
+    if stage.kind == "auto":
+        stage.kind = api.kind()
+    passed = [*PASSED, *(name for name in options.variables.split(",") if not name.startswith("PET_"))]
     asked = Asked(
         name=f"alignflow-{uuid.uuid4().hex[:10]}",
         nodes=int(os.environ.get("PET_NNODES") or 1),
         devices=int(os.environ.get("PET_NPROC_PER_NODE") or 1),
         command=options.command,
         pod=pod,
-        environment={name: os.environ[name] for name in PASSED if name in os.environ},
+        environment={name: os.environ[name] for name in passed if name in os.environ},
         gpus=options.gpus == "yes",
         queue=options.queue,
     )
-    stage = Stage(api, kind)
-    try:
-        refused = stage.make(MANIFESTS[kind](asked))
-        if refused is not None:
-            show(f"error: Kubernetes takes no {kind}: {refused}", sys.stderr)
-            return EXIT_CODES["refused"]
-        show(f"{stage.made[-1]['kind']} {asked.name} with {asked.nodes} pods")
-        return stage.follow(asked.name)
-    except Stopped:
-        return EXIT_CODES["preempted"]
-    finally:
-        stage.remove()
+    if lost := asked.left_out(stage.kind):
+        message = f"the worker's pod has {', '.join(lost)}, which the pods of a {stage.kind} would not get"
+        other = "or let the pool's `kind` be jobset or job" if stage.kind == "trainjob" else "or put it into the image"
+        show(f"error: {message}. Fix: leave it out of the worker's pod, {other}", sys.stderr)
+        return EXIT_CODES["refused"]
+    stage.make(MANIFESTS[stage.kind](asked))
+    show(f"{stage.made[-1]['kind']} {asked.name} with {asked.nodes} pods")
+    return stage.follow(asked.name)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -253,15 +303,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--kind", choices=["auto", *MANIFESTS], default="auto", help="what is made; auto: what is there"
     )
     parser.add_argument("--queue", default="", help="Kueue's queue")
+    parser.add_argument("--variables", default="", help="names of variables that the pods get from here, with commas")
     parser.add_argument("--gpus", choices=["yes", "no"], default="yes", help="whether each rank gets a GPU")
     end = argv.index("--") if "--" in argv else len(argv)
     return parser.parse_args(argv[:end], argparse.Namespace(command=argv[end + 1 :]))
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], template: Callable[[], Iterable[str]] = tuple) -> int:
+    """template: gives the names of the variables that the job template may set."""
     options = parse(argv)
     if options.mode == "stage":
-        die_with_parent(signal.SIGTERM)  # a death of the parent ends the pods too
+        if not die_with_parent(signal.SIGTERM):  # a death of the parent ends the pods too
+            return EXIT_CODES["preempted"]
         try:
             api = connected()
         except (KeyError, OSError) as error:
@@ -269,6 +322,7 @@ def main(argv: Sequence[str]) -> int:
             return EXIT_CODES["refused"]
         return run_stage(options, api)
     own = [f"--kind={options.kind}", f"--queue={options.queue}", f"--gpus={options.gpus}"]
+    own.append(f"--variables={','.join(name for name in template() if name in os.environ)}")
     os.environ[LAUNCHER] = shlex.join([sys.executable, "-P", "-m", "flows.kubernetes", "stage", *own, "--"])
     job.main()
     return 0

@@ -15,10 +15,16 @@ RUNTIME = "torch-distributed"
 INDEX = "batch.kubernetes.io/job-completion-index"
 CONTAINER = "node"
 """Name of the stage's container; that of the runtime's too."""
-SAVE_SECONDS = 600
-"""How long pods that are stopped may take to save."""
+SAVE_SECONDS, RANKS_SECONDS = 600, 580
+"""How long pods that are stopped may take to save, and their torchrun's ranks."""
 KEPT = ("securityContext", "tolerations", "nodeSelector", "affinity", "imagePullSecrets")
 """What a node's pod has of the one that asks, beside image, volumes and variables."""
+USUAL = {"dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler", "enableServiceLinks": True}
+"""What the API server gives a pod that says nothing of it."""
+ALSO_KEPT = (*USUAL, "runtimeClassName", "priorityClassName", "hostAliases", "dnsConfig", "hostNetwork", "hostIPC")
+ALSO_KEPT += ("hostUsers", "shareProcessNamespace", "topologySpreadConstraints")
+"""The same, where the pod is ours: a TrainJob takes none of these."""
+OF_CONTAINER = ("image", "imagePullPolicy", "envFrom", "securityContext", "workingDir")
 KEPT_SECONDS = 3600
 """How long an object stays that nobody removes."""
 
@@ -57,7 +63,8 @@ class Asked:
     def env(self, head: str = "") -> list[Manifest]:
         """Variables of the container that asks and of the stage; with `head`, the first node's host, torchrun's too."""
         pet = {"NNODES": self.nodes, "NPROC_PER_NODE": self.devices, "MASTER_ADDR": head, "MASTER_PORT": PORT}
-        given = self.environment | ({f"PET_{name}": str(value) for name, value in pet.items()} if head else {})
+        given = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(RANKS_SECONDS)} | self.environment
+        given |= {f"PET_{name}": str(value) for name, value in pet.items()} if head else {}
         rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
         own = [one for one in self.pod["spec"]["containers"][0].get("env", []) if one["name"] not in given]
         own += [{"name": name, "value": value} for name, value in given.items()]
@@ -74,12 +81,8 @@ class Asked:
         """The pod of a node."""
         own, container = self.pod["spec"], self.pod["spec"]["containers"][0]
         volumes, mounts = self.mounted()
-        kept = {name: own[name] for name in KEPT if name in own}
-        one = {
-            name: container[name]
-            for name in ("image", "imagePullPolicy", "envFrom", "securityContext")
-            if name in container
-        }
+        kept = {name: own[name] for name in KEPT + ALSO_KEPT if name in own}
+        one = {name: container[name] for name in OF_CONTAINER if name in container}
         one |= {"name": CONTAINER, "command": self.command, "env": self.env(head), "resources": self.resources}
         return kept | {
             "restartPolicy": "Never",
@@ -88,6 +91,15 @@ class Asked:
             "containers": [one | {"volumeMounts": mounts}],
             "volumes": volumes,
         }
+
+    def left_out(self, kind: str) -> list[str]:
+        """What the pod that asks has, and an object of this kind cannot give its pods."""
+        own, container = self.pod["spec"], self.pod["spec"]["containers"][0]
+        lost = ["initContainers"] if own.get("initContainers") else []
+        if kind == "trainjob":
+            lost += [name for name in ALSO_KEPT if own.get(name) and own[name] != USUAL.get(name)]
+            lost += [name for name in ("envFrom", "workingDir") if container.get(name)]
+        return lost
 
     def job(self, head: str) -> Manifest:
         """An Indexed Job's spec: one pod for each node, and one that fails ends all."""
@@ -125,7 +137,9 @@ def jobset(asked: Asked) -> list[Manifest]:
 
 
 def trainjob(asked: Asked) -> list[Manifest]:
-    """A TrainJob of Kubeflow's Trainer 2.3. It takes no `envFrom`: secrets have to be in `env` of the pod that asks."""
+    """A TrainJob of Kubeflow's Trainer 2.3. It has no time to live: it goes with the pod that asks. Whether pods
+    get a key to the API server is its runtime's.
+    """
     volumes, mounts = asked.mounted()
     pod = {name: asked.pod["spec"][name] for name in KEPT if name in asked.pod["spec"]}
     fenced = asked.pod["spec"]["containers"][0].get("securityContext", {})

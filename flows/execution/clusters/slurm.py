@@ -191,7 +191,8 @@ def run_stage(options: argparse.Namespace) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: stopping.append(signum))
-    die_with_parent(signal.SIGTERM)  # a death of the parent ends the job too
+    if not die_with_parent(signal.SIGTERM):  # a death of the parent ends the job too
+        return EXIT_CODES["preempted"]
     with tempfile.NamedTemporaryFile(dir=os.environ.get(HOME), prefix="slurm-", suffix=".log") as log:
         submitted = submit(options, Path(log.name))
         if stopping:

@@ -145,6 +145,29 @@ def test_a_stopped_flow_leaves_nothing_running(either: Path) -> None:
     assert results[0].status == "preempted"
 
 
+def test_ranks_have_as_long_to_save_as_torchrun_waits_for_them(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process takes half a second to save, and a stage of one has a tenth here."""
+    saves = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
+    monkeypatch.setattr(
+        execution_process, "COMMAND", [sys.executable, "-c", f"{saves}print(flush=True); time.sleep(60)"]
+    )
+    monkeypatch.setattr(execution_process, "GRACE_SECONDS", 0.1)
+    codes = []
+    for devices in (1, 2):
+        request = fake_request().model_copy(update={"placement": Placement(devices=devices)})
+        process = execution_process.start(request, tmp_path / "request.json", {}, [])
+        assert process.stdout is not None and process.stdout.readline()
+        execution_process.stop_all()
+        codes.append(process.wait())
+        process.stdout.close()
+        execution_process._processes.clear()
+    execution_process.begin()
+    assert codes == [-signal.SIGKILL, EXIT_CODES["preempted"]]
+    assert execution_process.RANKS_SECONDS > 30  # torchrun's own
+
+
 def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
     asked = fake_request(steps=1000, sleep=0.05)
     path = tmp_path / "request.json"

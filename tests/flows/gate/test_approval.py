@@ -3,6 +3,7 @@
 import contextvars
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,23 @@ def test_a_champion_of_the_meantime_is_not_replaced(models: list[Made]) -> None:
     with pytest.raises(StageError, match="version 1 was champion when the candidate was judged, now it is version 3"):
         approval.settle(asked, True, "ada")
     assert champion() == "3" and registry.version("assistant", "2").tags["decision"] == "conflict"
+
+
+def test_the_form_says_what_each_answer_does(models: list[Made]) -> None:
+    asked = ask(models[1])
+    given = {"candidate": "dpo", "decision.reasons": "win_rate_p is 0, must be <= 0.1; empty is 0"}
+    text = approval.question(replace(asked, tags={**asked.tags, **given}), "2026-12-01T15:35:43Z")
+    assert text.startswith("**assistant version 2** (dpo) has passed the gate. Is it to become the champion?\n")
+    for line in (
+        "Approve, and it is the champion in the place of version 1 at once.",
+        "Reject, and version 1 stays the champion.",
+        "Without an answer until 2026-12-01 15:35 UTC it is rejected.",
+        "win_rate_p is 0, must be <= 0.1",
+        "empty is 0",
+    ):
+        assert f"\n- {line}\n" in f"{text}\n"
+    first = approval.question(replace(asked, tags={**asked.tags, "approval.before": "none"}), "2026-12-01T15:35:43Z")
+    assert "it is the first champion at once" in first and "Reject, and there is none." in first
 
 
 def test_the_same_decision_is_asked_once(models: list[Made]) -> None:
@@ -244,9 +262,10 @@ def test_it_is_resumed_by_the_form_on_prefects_page(
     monkeypatch.setattr(registry, "version", version)
     assert run.state is not None and run.state.name == "Paused"
     assert (run.state.message or "").startswith("assistant version 2 waits for approval until 20")
-    nothing = server.resume_flow_run(run.id)  # the form is not filled in
-    assert nothing.status.value == "REJECT" and flow.outcome is None
-    server.resume_flow_run(run.id, run_input={"approve": True, "by": "ada"})
+    for given in (None, {"by": "ada"}):  # the form is not filled in, or only half
+        nothing = server.resume_flow_run(run.id, run_input=given)
+        assert nothing.status.value == "REJECT" and flow.outcome is None
+    server.resume_flow_run(run.id, run_input={"answer": "approve", "by": "ada"})
     assert ended(flow).tags["approval.by"] == "ada" and champion() == "2"
     assert "still waits for approval: MLFLOW_TRACKING_URI = u: MLflow does not answer" in caplog.text
     emitted = EventFilter(event=EventNameFilter(name=["alignflow.approval-needed"]))
@@ -259,7 +278,7 @@ def test_it_is_resumed_by_the_form_on_prefects_page(
 
 def test_it_is_rejected_by_the_form(server: SyncPrefectClient, models: list[Made]) -> None:
     flow, run = waiting(server, ask(models[1]))
-    server.resume_flow_run(run.id, run_input={"approve": False, "by": "ada", "note": "no"})
+    server.resume_flow_run(run.id, run_input={"answer": "reject", "by": "ada", "note": "no"})
     assert ended(flow).tags["decision.reasons"] == "ada rejected it: no" and champion() == "1"
 
 

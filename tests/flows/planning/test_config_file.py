@@ -101,6 +101,21 @@ def test_one_e_minus_five_is_a_number(tmp_path: Path) -> None:
     assert config_file.read(tmp_path / "a.yaml") == {"a": 1e-5, "b": [2e6, -300.0], "c": "1e5x", "d": "on"}
 
 
+def test_what_several_ranks_need_is_asked_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of stages that no pool gets nobody knows where they start, once the run is submitted to other machines."""
+    for here in (True, False):
+        with pytest.raises(StageError, match="nodes = 2: stage sft runs on pool gpu, which is one node") as error:
+            config_file.load("demo", ["nodes=2", "pools={sft: gpu}"], here=here)
+        assert ("stage align runs on this machine" in str(error.value)) is here
+    monkeypatch.setenv("ALIGNFLOW_LAUNCHER", "srun")
+    config_file.load("demo", ["nodes=2", "pools={sft: gpu}"])
+    for minutes in ("soon", "-1", "nan"):
+        monkeypatch.setenv("ALIGNFLOW_RANK_MINUTES", minutes)
+        with pytest.raises(StageError, match=f"ALIGNFLOW_RANK_MINUTES = {minutes}: this is not a time .* Fix: give"):
+            config_file.load("demo", ["devices=2"])
+    config_file.load("demo")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -247,11 +262,15 @@ def test_an_unknown_preset_names_the_nearest(tmp_path: Path, monkeypatch: pytest
         config_file.find("demoo")
     with pytest.raises(StageError, match="neither a preset nor a file"):
         config_file.find("nowhere.yaml")
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(StageError, match=r"Did you mean 'mine\.yaml'"):
+        config_file.find("mine.yml")
 
 
 def test_a_missing_data_file_is_found_before_anything_starts(raw: dict[str, Any]) -> None:
     message = refused(raw, "data.preference.path=pair.jsonl")
     assert message == "data.preference.path = pair.jsonl: no such file. Fix: Did you mean 'pairs.jsonl'?"
+    assert "give its path as seen from" in refused(raw, "data.preference.path=other.jsonl")  # only the ending is alike
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Completed, Running
 
+from flows.planning import requests
 from flows.results import clean, lineage
 from schemas.errors import StageError
+from schemas.stage import PEOPLE, Artifact
 from stages import tracking
 from stages.runtime import workspace
+from tests.support.finished import finish
 from tests.support.lineage_world import World
 
 
@@ -128,6 +131,38 @@ def test_files_of_this_disk(ready_home: Path) -> None:
     assert (ready_home / "work" / "new" / "checkpoint" / "weights").exists()
     text = clean.as_text(items, dry_run=True).splitlines()
     assert text[0].startswith("      1 kB  checkpoints") and text[-1] == "      2 kB  would be removed in all"
+
+
+def test_copies_of_verdicts_go_where_no_comparison_needs_them(
+    ready_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept: the copies of a listed run's comparison, of one since the time, and of today; and the verdicts."""
+    now, results = time.time(), requests.people_folder({}) / "results"
+    results.mkdir(parents=True)
+    copies: dict[str, Artifact] = {}
+    for name in ("listed", "used lately", "of old", "of today"):
+        (results / "dpo-sft.json").write_text(name)
+        copies |= {name: requests.people_said({}, {})[PEOPLE]}
+        assert requests.people_said({}, {})[PEOPLE] == copies[name]  # as where two processes have made it
+        if name != "of today":
+            finish({}, stage="compare", name=name, params={}, inputs={PEOPLE: copies[name]}, pipeline_run=name)
+    os.utime(copies["of today"].uri, (1, 1))
+    assert requests.people_said({}, {})[PEOPLE] == copies["of today"]
+    assert os.stat(copies["of today"].uri).st_mtime > 1, "it is used again"
+    (results.parent / requests.COPIES / "tmp1" / "results").mkdir(parents=True)  # its process was killed
+    (results.parent / requests.COPIES / "tmp1" / "results" / "dpo-sft.json").write_text("half")
+    clean.history.Entry(clean.history.Record(run="listed", name="t", began=now)).note(state="done")
+    later = now + 40 * clean.DAY
+    monkeypatch.setattr(clean.time, "time", lambda: later)
+    os.utime(copies["of today"].uri, (later - 3600, later - 3600))
+    (run,) = [one for one in tracking.runs("tags.stage = 'compare'") if one.info.run_name == "used lately"]
+    tracking.client().set_tag(run.info.run_id, "pipeline.reused_at", str(int((now + 39 * clean.DAY) * 1000)))
+    gone = [Path(copies["of old"].uri), results.parent / requests.COPIES / "tmp1"]
+    sooner = {item.where for item in clean.clean(0.01, dry_run=True)}  # after a quarter of an hour, but a day at least
+    assert sooner == {*map(str, gone), copies["used lately"].uri}
+    assert {item.where for item in clean.clean(30, dry_run=False)} == {str(path) for path in gone}
+    left = {path.name for path in (results.parent / requests.COPIES).iterdir()}
+    assert left == {copies[name].sha256 for name in ("listed", "used lately", "of today")} and results.is_dir()
 
 
 def test_old_lines_of_the_list_of_runs_go_once_newer_ones_fill_it(home: Path) -> None:

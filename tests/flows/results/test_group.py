@@ -67,6 +67,13 @@ def test_a_pipeline_run_is_one_run_above_the_stages_that_it_computed(results: di
     assert len(parents()) == 2
 
 
+def test_what_a_run_has_made_and_reused_is_found_by_its_id(results: dict[str, Result]) -> None:
+    finish({}, stage="sft", name="another", params={"epochs": 7}, pipeline_run="run-2")
+    tracking.note_reuse(results["sft"], "run-1")
+    assert lookup.of_run("run-1") == results
+    assert lookup.of_run("before") == {"sft": results["sft"].model_copy(update={"reused": False})}
+
+
 def test_a_server_that_fails_stops_no_run(
     results: dict[str, Result], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
