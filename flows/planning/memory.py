@@ -26,7 +26,6 @@ What Python, torch and its allocator need comes on top, about 1 GB.
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from flows.planning.requests import model_file
 from schemas.config import ModelConfig, PipelineConfig, Scratch
 from schemas.config.methods import PPO
 from schemas.config.training import LoRA, Training, steps_for
+from schemas.model_folder import stored
 
 TORCH = 10**9
 """Bytes, about, that Python, torch and its allocator take."""
@@ -86,18 +86,8 @@ def folder_sizes(folder: Path) -> Sizes:
     hidden = config.get("hidden_size") or config["n_embd"]
     layers = config.get("num_hidden_layers") or config["n_layer"]
     intermediate = config.get("intermediate_size") or 4 * hidden
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        shapes |= _safetensors_shapes(file)
+    shapes = {name: one.shape for name, one in stored(folder).items()}
     return _sizes(shapes, layers, hidden, intermediate, config["vocab_size"])
-
-
-def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """A safetensors file begins with the length of its header (8 bytes, little-endian), then the header as JSON."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def gguf_sizes(file: Path) -> Sizes:

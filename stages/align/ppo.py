@@ -271,7 +271,7 @@ class PPO:
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=self.seed)
-        one_base = config.lora is not None and base_of(reward) == context.request.inputs["model"].sha256
+        one_base = config.shares_base and base_of(reward) == context.request.inputs["model"].sha256
         self.reward_model = RewardModel(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
@@ -309,12 +309,12 @@ class PPO:
         Values begin at 0 there, and with `value_start: zero`. Under LoRA it brings no weights of its own but adapters
         and head. With `one_base` policy, reference, reward model and critic all share the SFT model's.
         """
-        lora = self.config.lora is not None
+        shares = self.config.shares_base
         if self.reward_model.same_tokens:
-            on = policy if one_base else self.reward_model.scorer if lora else None
+            on = policy if one_base else self.reward_model.scorer if shares else None
             critic = load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
         else:
-            critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
+            critic = load_scorer(folder, self.config, seed=self.seed, on=policy if shares else None)
         if not self.critic_is_the_reward_model:
             nn.init.zeros_(critic.plain.get_parameter("score.weight"))
             critic.mean, critic.std = 0.0, 1.0

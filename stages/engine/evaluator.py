@@ -54,9 +54,13 @@ class Evaluator:
     def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
         self.codec = Codec.load(context.input("model"))
-        self.policy = load_policy(context.input("model"), trainable=False)
+        self.policy = load_policy(context.input("model"), trainable=False, frozen=config.frozen)
         self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
-        self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
+        self.reference = (
+            self.policy
+            if self.itself
+            else load_policy(context.input("reference"), trainable=False, frozen=config.frozen)
+        )
         self.generated_tokens = 0
         self.asked: list[Row] = []
         """The rows of `prompts`, once they are read; those of a mixture have a source."""
@@ -116,7 +120,7 @@ class Evaluator:
 
     def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
         """Log-probs of every answer under the model of an input, at temperature 1: a list per tree."""
-        cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
+        cache = ReferenceCache(self.context.request.inputs[name].sha256, policy.numbers)
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
 

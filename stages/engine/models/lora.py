@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from schemas.config.training import LoRA
 from schemas.errors import StageError, refuse
+from stages.engine.models.held import Nf4
 from stages.engine.models.pieces import origin, stand_in
 
 TRAINED = "default"
@@ -90,12 +91,19 @@ def _bad_target(lora: LoRA, why: str) -> StageError:
     return refuse("lora.target", lora.target, message, "use all-linear")
 
 
-def merged(inner: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model without adapters, the trained one's products added to the weights."""
+def merged(inner: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of the model without adapters, the trained one's products added to the weights.
+
+    What it made is on the CPU in that type, one weight after the other: a device may have no room for another copy.
+    """
     state = {unwrapped(name): value for name, value in inner.state_dict().items() if PART not in name}
+    adapted = {id(m.get_base_layer()): m for m in inner.modules() if isinstance(m, LoraLayer)}
     for name, module in inner.named_modules():
-        if isinstance(module, LoraLayer):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + product(module)
+        if id(module) in adapted or isinstance(module, Nf4):
+            key = unwrapped(f"{name}.weight")
+            weight = module.whole(torch.float32) if isinstance(module, Nf4) else state[key]
+            whole = weight + product(adapted[id(module)]) if id(module) in adapted else weight
+            state[key] = whole.to("cpu", dtype)
     return state
 
 
@@ -165,7 +173,9 @@ def share(hf: PreTrainedModel, base: PreTrainedModel, *, copies: bool = False) -
         tensor = theirs[name]
         if copies:
             place = origin(tensor)
-            tensor = nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place)
+            tensor = (
+                nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place, tensor.dtype)
+            )
         setattr(hf.base_model.get_submodule(module), last, tensor)
 
 

@@ -200,7 +200,7 @@ class OfflineAlignment(PolicyMethod):
         def progress(done: int, total: int) -> None:
             self.context.progress(done, total, "answers scored by the reference")
 
-        cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.training.precision)
+        cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.policy.numbers)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
         with self.policy.reference() if self.training.lora else nullcontext():
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)
