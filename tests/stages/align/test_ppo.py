@@ -698,6 +698,18 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
     assert ppo.score(one) == scores, "neither the policy's nor the critic's adapter moves the judge"
 
 
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_on_a_base_in_fewer_bits_policy_and_reference_begin_as_one(
+    start: Callable[..., PPO], adapted: Path, base: str
+) -> None:
+    ppo = start(folder=adapted, lora=LoRA(rank=4, base=base), frozen="bf16", iterations=1, ppo_epochs=1)
+    logged = run_loop(ppo)
+    assert (logged["train/ratio_mean"][0], logged["train/kl_to_reference"][0]) == (1.0, 0.0)
+    assert ppo.critic is not None and (ppo.policy.held, ppo.critic.held) == (base, base)
+    shared = held(ppo.critic, ppo.reward_model.scorer) & held(ppo.policy)
+    assert bool(shared) == (base == "bf16"), "in four bits each has its own"
+
+
 def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapted: Path, tmp_path: Path) -> None:
     for name in ("data", "reward"):
         (tmp_path / name).symlink_to(adapted / name)
