@@ -70,6 +70,10 @@ class Evaluator:
             fix = "compare models of one base; for a new base retrain under another name (promote.model)"
             raise refuse("inputs.model", context.request.name or "model", message, fix, kind="not_comparable")
 
+    def release(self) -> None:
+        """Free the models: nothing more is asked of them."""
+        del self.policy, self.reference
+
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
         rows = read(self.context.input("data"), self.config.part, "prompt")

@@ -108,9 +108,14 @@ def load_judge(
 
     Raises StageError for a language model: its score would be random.
     """
-    if not is_reward_model(read_config(Path(folder))):
-        raise _unusable(Path(folder), "it is a language model without a score", "give a reward model")
+    check_judge(Path(folder))
     return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None, frozen=frozen)
+
+
+def check_judge(folder: Path) -> None:
+    """Raise StageError for a folder that plainly holds no reward model, before its weights are read."""
+    if not is_reward_model(check_folder(folder, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)):
+        raise _unusable(folder, "it is a language model without a score", "give a reward model")
 
 
 def _load(
