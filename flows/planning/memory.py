@@ -1,15 +1,16 @@
 """How many optimizer steps and how much memory a run will take, for `alignflow run --dry-run`.
 
 It reads headers and no weights. The formula, in bytes, with P parameters of the model, A of its adapters, T tokens of a
-micro-batch, L layers, h hidden size, i intermediate size, V vocabulary, b bytes of a number (2 under bf16, else 4):
+micro-batch, L layers, h hidden size, i intermediate size, V vocabulary:
 
 - a model that is only read (reference, reward model, what is under adapters), F: 4 P; in bf16 2 P, its vectors 4 each;
   in nf4 0.53 for each weight of a linear layer below the head, the rest as in bf16;
 - what is trained: weights 4 and gradients 4 for each number, and Adam's two moments 8, or with `adamw8bit` 2 and the
   scales; so 16 P in full, and F + 16 A with LoRA, whose adapters bring their own weights;
-- activations kept for the backward pass: T L (8 h + 4 i) b, that is both norms' inputs and outputs, q, k, v, the
-  attention's output, and four tensors of the MLP; with gradient checkpointing T L h b for the layers' inputs, and one
-  layer in full;
+- activations kept for the backward pass: T L (44 h + 16 i), of which 11 tensors of size h are those around norms and
+  attention, and 4 of size i the MLP's; under bf16 T L (44 h + 8 i), since norms and residuals stay float32, and 2 for
+  each weight of a linear layer that is held in float32, whose cast copy is kept too, unless it is gathered in bf16;
+  with gradient checkpointing 4 T L h for the layers' inputs, and one layer in full;
 - the head's logits, computed in chunks of at most 2^23 numbers, twice: 8 min(T V, 2^23).
 
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
@@ -51,6 +52,8 @@ READ_TOKENS = 8192
 """Of one pass that reads answers without training."""
 NF4_BLOCK, MOMENTS_BLOCK = 64, 256
 """Numbers that share a scale (engine/models/held.py, engine/training/optimizers.py)."""
+SMALL = 4096
+"""Numbers of a matrix below which its moments stay float32."""
 SCRATCH_VOCABULARY = 512
 """More than the demo's tokenizer has."""
 
@@ -171,18 +174,27 @@ def adapter_bytes(sizes: Sizes, training: Training) -> int:
     """Adapters in training: weights, gradients and Adam's moments."""
     assert training.lora is not None
     rank = training.lora.rank
+    if rank * sizes.hidden < SMALL:
+        return 16 * rank * sizes.linear
     # Of the two matrices one has long rows; a row of the other has as many numbers as the rank.
     scales = (8 / MOMENTS_BLOCK + 8 / min(rank, MOMENTS_BLOCK)) / 2
     return 8 * rank * sizes.linear + _moments(rank * sizes.linear, scales, training)
 
 
+def layer_bytes(sizes: Sizes, precision: Half) -> int:
+    """What a layer keeps of a token for its backward pass."""
+    return 44 * sizes.hidden + (8 if precision == "bf16" else 16) * sizes.intermediate
+
+
 def activation_bytes(sizes: Sizes, training: Training) -> int:
     """What one micro-batch keeps for its backward pass, and the head's logits."""
     tokens = max(training.tokens_per_micro_batch, training.max_length)
-    number = 2 if training.precision == "bf16" else 4
-    layer = 8 * sizes.hidden + 4 * sizes.intermediate
-    kept = sizes.layers * sizes.hidden + layer if training.gradient_checkpointing else sizes.layers * layer
-    return tokens * kept * number + 8 * min(tokens * sizes.vocabulary, CHUNK)
+    layer, copies = layer_bytes(sizes, training.precision), 0
+    kept = 4 * sizes.layers * sizes.hidden + layer if training.gradient_checkpointing else sizes.layers * layer
+    whole = training.lora is None or base_type(sizes, training) == "fp32"
+    if whole and training.precision == "bf16" and training.gather == "fp32":
+        copies = 2 * sizes.matrices // (max(1, sizes.layers) if training.gradient_checkpointing else 1)
+    return tokens * kept + copies + 8 * min(tokens * sizes.vocabulary, CHUNK)
 
 
 def training_bytes(
@@ -241,11 +253,11 @@ def gathered_bytes(sizes: Sizes, training: Training) -> int:
 
 def reading_bytes(sizes: Sizes, models: int, frozen: Half | None, judge: Sizes | None) -> int:
     """Memory of a stage that trains nothing: so many models at once, later who judges."""
-    held = models * frozen_bytes(sizes, held_type(frozen, sizes.parameters))
+    kind = held_type(frozen, sizes.parameters)
+    held = models * frozen_bytes(sizes, kind)
     if judge is not None:
         held = max(held, frozen_bytes(judge, held_type(frozen, judge.parameters)))
-    layer = 8 * sizes.hidden + 4 * sizes.intermediate
-    return held + READ_TOKENS * layer * 4 + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
+    return held + READ_TOKENS * layer_bytes(sizes, kind) + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
 
 
 def scaled(sizes: Sizes, width: float) -> Sizes:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stages.engine.models import blocks
 from stages.engine.models.held import NF4_BLOCK, Nf4
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.lora import base_of
+from stages.engine.models.policy import Policy
 from stages.engine.models.saving import save_policy, save_scorer
 from tests.engine.test_models import PAD, stir
 from tests.support.architectures import NoTokenizer, random_trees, save_tiny, tiny_model
@@ -28,8 +30,16 @@ def lora(base: Held, **changes: object) -> Training:
 
 
 def in_bf16(folder: Path, kind: str) -> Path:
-    tiny_model(kind).to(torch.bfloat16).save_pretrained(folder)
+    tiny_model(kind).bfloat16().save_pretrained(folder)
     return folder
+
+
+def embedding(model: Policy) -> Any:
+    return model.plain.get_input_embeddings()
+
+
+def head(model: Policy) -> Any:
+    return model.plain.get_output_embeddings()
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -98,10 +108,10 @@ def test_weights_from_files_in_bf16_give_the_same_numbers_in_half_the_memory(
 
 def test_a_weight_that_two_layers_share_stays_one(tmp_path: Path) -> None:
     policy = load_policy(in_bf16(tmp_path, "llama"), trainable=False, frozen="bf16")
-    assert policy.plain.get_input_embeddings().weight is policy.plain.get_output_embeddings().weight
+    assert embedding(policy).weight is head(policy).weight
     assert policy.precision == "bf16", "what trains nothing multiplies as it is held"
     tiny_gemma = load_policy(in_bf16(tmp_path / "gemma", "gemma3_text"), trainable=False, frozen="bf16")
-    assert tiny_gemma.plain.get_output_embeddings().weight.dtype == torch.float32, "its embedding is of its own kind"
+    assert head(tiny_gemma).weight.dtype == torch.float32, "its embedding is of its own kind"
 
 
 def test_large_models_are_held_in_bf16_and_published_as_their_base_is(
@@ -132,7 +142,7 @@ def test_in_four_bits_adapters_learn_and_both_exports_give_the_same_model(kind: 
     policy = load_policy(start, lora("nf4", publish="fp32"))
     reference_N = policy(batch).logps_N
     quantised = [m for m in policy.modules() if isinstance(m, Nf4)]
-    assert quantised and policy.plain.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert quantised and head(policy).weight.dtype == torch.bfloat16
     # Half a byte a weight, and a scale of two bytes for each block; rows here are shorter than a block.
     assert all(m.weight.nbytes == m.in_features * m.out_features / 2 for m in quantised)
     assert all(m.scales_Ob.nbytes == 2 * m.out_features * -(-m.in_features // NF4_BLOCK) for m in quantised)
@@ -157,7 +167,8 @@ def test_in_four_bits_adapters_learn_and_both_exports_give_the_same_model(kind: 
     base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     state = {n.replace(".base_layer", ""): m for n, m in policy.plain.named_modules() if isinstance(m, Nf4)}
     assert len(state) == len(quantised)
-    for name, module in base.named_modules():
+    layers: list[tuple[str, Any]] = list(base.named_modules())
+    for name, module in layers:
         if name in state:
             error = (module.weight - state[name].whole(torch.float32)).norm() / module.weight.norm()
             assert 0.05 < error < 0.11, "about 9 % of a normal distribution"

@@ -41,7 +41,8 @@ def hold(hf: PreTrainedModel, held: Held, device: torch.device) -> None:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), set()).add(type(module))
     head = hf.get_output_embeddings()
-    for name, module in hf.named_modules():
+    layers: list[tuple[str, Any]] = list(hf.named_modules())
+    for name, module in layers:
         kind = _KINDS.get(type(module))
         # A weight that another kind of layer uses too stays as that one knows it.
         if kind is None or ".lora_" in name or name == "score" or not users[id(module.weight)] <= _KINDS.keys():
@@ -51,10 +52,10 @@ def hold(hf: PreTrainedModel, held: Held, device: torch.device) -> None:
             continue
         module.__class__ = kind
         if module.weight.dtype == torch.float32:
-            whole: Any = module.weight
-            stands_for_files = origin(whole) is not None  # one number, seen in the weight's shape
-            value = torch.zeros((), dtype=torch.bfloat16).expand(whole.shape) if stands_for_files else whole.data
-            whole.data = value.to(torch.bfloat16)
+            weight = module.weight
+            stands_for_files = origin(weight) is not None  # one number, seen in the weight's shape
+            value = torch.zeros((), dtype=torch.bfloat16).expand(weight.shape) if stands_for_files else weight.data
+            weight.data = value.to(torch.bfloat16)
 
 
 def _to_nf4(module: Any, device: torch.device) -> None:

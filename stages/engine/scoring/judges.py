@@ -88,7 +88,8 @@ class RewardJudge(Scoring):
     ) -> None:
         self.codec = Codec.load(folder)
         check_judge(folder)
-        self.folder, self.frozen = folder, frozen
+        self.folder = folder
+        self.frozen: Half | None = frozen
         self.progress, self.field = progress, field
 
     @cached_property

@@ -51,7 +51,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to give back
         """Update every weight that has a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pytest
@@ -700,7 +700,7 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
 
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
 def test_on_a_base_in_fewer_bits_policy_and_reference_begin_as_one(
-    start: Callable[..., PPO], adapted: Path, base: str
+    start: Callable[..., PPO], adapted: Path, base: Literal["bf16", "nf4"]
 ) -> None:
     ppo = start(folder=adapted, lora=LoRA(rank=4, base=base), frozen="bf16", iterations=1, ppo_epochs=1)
     logged = run_loop(ppo)
