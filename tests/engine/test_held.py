@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from schemas.config import methods, training
 from schemas.config.training import Held, LoRA, Training
+from stages.engine import blocks
 from stages.engine.data.trees import Batch, collate
-from stages.engine.models import blocks
 from stages.engine.models.held import NF4_BLOCK, Nf4
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.lora import base_of

@@ -5,7 +5,7 @@ about conversations in `conversations`, those in sharded training in `shards`.
 
 from dataclasses import dataclass
 
-from tests.mutants import conclusions, conversations, shards, surfaces
+from tests.mutants import conclusions, conversations, fewer_bits, shards, surfaces
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,14 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
 
 MUTANTS = [
     Mutant(file, old, new, tests)
-    for listed in (conclusions.BY_FILE, conversations.BY_FILE, shards.BY_FILE, surfaces.BY_FILE, BY_FILE)
+    for listed in (
+        conclusions.BY_FILE,
+        conversations.BY_FILE,
+        fewer_bits.BY_FILE,
+        shards.BY_FILE,
+        surfaces.BY_FILE,
+        BY_FILE,
+    )
     for (file, tests), pairs in listed.items()
     for old, new in pairs
 ]

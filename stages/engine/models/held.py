@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, pytorch_utils
 
 from schemas.config.training import Held
-from stages.engine.models import blocks, cpu
+from stages.engine import blocks
+from stages.engine.models import cpu
 from stages.engine.models.pieces import origin
 
 NF4_BLOCK = 64

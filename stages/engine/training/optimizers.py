@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from schemas.config.training import Training
-from stages.engine.models import blocks
+from stages.engine import blocks
 
 BLOCK = 256
 """Numbers that share a scale."""
