@@ -312,7 +312,7 @@ def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
     every = {name: training_bytes(sizes, training, reward, own, shares) for name, training in trained.items()}
     evaluate, judged = config.evaluate, isinstance(config.evaluate.judge, RewardJudge)
     scorer = reward if judged or config.reward_model or config.reward else None
-    for name in ("sft", *config.trained):
+    for name in ("sft", *(() if config.sft is None else ("base",)), *config.trained):
         every[f"eval {name}"] = reading_bytes(sizes, 1 if name == "sft" else 2, evaluate.frozen, scorer)
     if evaluate.baselines is not None:
         every["baselines"] = reading_bytes(sizes, 1, evaluate.frozen, scorer)

@@ -290,6 +290,7 @@ class PPO:
             self.reward_model.get_ready([self.reward_model.tree(row, t.prompt, t.answers[0]) for row, t in tried])
             self.frozen = None if self.frozen is None else shard(self.frozen, config)
         context.tag("layout", self.layout)
+        context.tag("held", (self.frozen or policy).held)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
         own_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or NO_END)

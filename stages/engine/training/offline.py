@@ -73,6 +73,7 @@ class OfflineMethod(ABC):
         self.trees = [example.tree for example in self.examples]
         self.layout: Layout = choose_and_shard(model, training, training.layout, self.trees[:8], codec.pad_id)
         context.tag("layout", self.layout)
+        context.tag("held", model.held)
         self.total_steps = steps_for(len(self.trees), training)
 
     @property

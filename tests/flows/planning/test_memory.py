@@ -226,7 +226,7 @@ def test_memory_names_every_stage_that_needs_a_device(tmp_path: Path) -> None:
         {"name": "a", "model": {"scratch": {}}, "data": {}, "align": {"dpo": {}, "mine": {"method": "ppo"}}}
     )
     memory = planning_memory.memory(config)
-    reading = ["eval sft", "eval dpo", "eval mine", "baselines"]
+    reading = ["eval sft", "eval base", "eval dpo", "eval mine", "baselines"]
     assert memory is not None and list(memory) == ["sft", "reward", "dpo", "mine", *reading]
     assert memory["mine"] > memory["dpo"]
     sizes = planning_memory.model_sizes(config.model)
