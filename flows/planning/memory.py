@@ -16,8 +16,8 @@ micro-batch, L layers, h hidden size, i intermediate size, V vocabulary:
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
 critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
 reference is the policy itself with its adapters off, and the critic's adapters share weights that are loaded already:
-the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone.
-In nf4 none is shared. A reward model, once trained, is held beside the SFT model, whose answers set its scale.
+the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone
+(in nf4 when both were). A reward model, once trained, is held beside the SFT model, whose answers set its scale.
 
 With `sharding: full` a device holds its share of the weights, gradients and moments, n devices for each of `replicas`:
 1 / n of the above, where PPO's models have weights of their own under LoRA too. Beside the activations a pass gathers
@@ -234,9 +234,9 @@ def _beside_the_policy(sizes: Sizes, training: PPO, reward: Sizes, reward_lora: 
         return critic + frozen_bytes(sizes, held_type(training.frozen, sizes.parameters)) + judge
     base = frozen_bytes(sizes, base_type(sizes, training))
     critic = adapter_bytes(sizes, training) if separate else 0
-    if separate and (copies or not training.shares_base):
+    if separate and copies:
         critic += base
-    if reward_lora is None or "nf4" in (reward_lora.base, training.lora.base):
+    if reward_lora is None or (reward_lora.base == "nf4") != (training.lora.base == "nf4"):
         return critic + judge
     given = 4 * reward_lora.rank * sizes.linear
     return critic + (given * 2 if separate else given) + (base if copies else 0)

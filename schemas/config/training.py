@@ -107,11 +107,6 @@ class Training(Strict):
     which turn where a model overfits. None: once, after training. The first device measures, the others wait, up to
     ALIGNFLOW_RANK_MINUTES. PPO logs its sampled answers instead."""
 
-    @property
-    def shares_base(self) -> bool:
-        """Whether models under adapters use the same frozen weights; each has its own in four bits."""
-        return self.lora is not None and self.lora.base != "nf4"
-
     @model_validator(mode="before")
     @classmethod
     def _adapters_learn_faster(cls, data: Any) -> Any:

@@ -41,7 +41,7 @@ from stages.engine.distributed import gather_in_order, rank, share, world
 from stages.engine.models.layouts import choose_and_shard
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.logprobs import Rows, exact_kl
-from stages.engine.models.lora import base_of
+from stages.engine.models.lora import base_of, label
 from stages.engine.models.policy import Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
 from stages.engine.models.sharding import is_sharded, missing, shard, wanted, whole
@@ -271,7 +271,8 @@ class PPO:
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=self.seed)
-        one_base = config.shares_base and base_of(reward) == context.request.inputs["model"].sha256
+        started_from = label(context.request.inputs["model"].sha256, policy.held)
+        one_base = config.lora is not None and base_of(reward) == started_from
         self.reward_model = RewardModel(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
@@ -310,12 +311,12 @@ class PPO:
         Values begin at 0 there, and with `value_start: zero`. Under LoRA it brings no weights of its own but adapters
         and head. With `one_base` policy, reference, reward model and critic all share the SFT model's.
         """
-        shares = self.config.shares_base
+        lora = self.config.lora is not None
         if self.reward_model.same_tokens:
-            on = policy if one_base else self.reward_model.scorer if shares else None
+            on = policy if one_base else self.reward_model.scorer if lora else None
             critic = load_scorer(reward, self.config, seed=self.seed, on=on, adapter=one_base)
         else:
-            critic = load_scorer(folder, self.config, seed=self.seed, on=policy if shares else None)
+            critic = load_scorer(folder, self.config, seed=self.seed, on=policy if lora else None)
         if not self.critic_is_the_reward_model:
             nn.init.zeros_(critic.plain.get_parameter("score.weight"))
             critic.mean, critic.std = 0.0, 1.0

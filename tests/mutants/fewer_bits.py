@@ -17,7 +17,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("{one.dtype for one in tensors.values()}", '{"BF16"}'),
     ],
     ("stages/engine/models/saving.py", _HELD): [
-        ('base if model.held != "nf4" else f"{base} in nf4"', "base"),
+        ("lora.label(base, model.held)", "base"),
         ("cast.setdefault((value.data_ptr(), value.shape),", "cast.setdefault((id(value), value.shape),"),
         ("plain.config.dtype = dtype", "pass"),
     ],
@@ -27,21 +27,18 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/engine/training/optimizers.py", _OPTIMIZER): [
         ("codes.clamp_(min=1).mul_(value > 0)", "pass"),
         ("part = slice(start, start + rows)", "part = slice(start, start + rows - 1)"),
+        ('weight.mul_(1 - group["lr"] * group["weight_decay"])', "pass"),
         ("weight.ndim < 2 or weight.numel() < SMALL", "weight.ndim < 2 and weight.numel() < SMALL"),
-    ],
-    ("stages/engine/training/optimizers.py", ("tests/engine/test_loop.py",)): [
-        ("addcmul_(gradient, gradient, value=1 - beta2)", "addcmul_(gradient, gradient, value=beta2)"),
-        ('weight.mul_(1 - group["lr"] * group["weight_decay"])', 'weight.mul_(1 - group["weight_decay"])'),
     ],
     ("stages/evaluate.py", ("tests/stages/test_evaluate.py",)): [
         ("    evaluator.release()", "    pass"),
     ],
     ("stages/align/ppo.py", ("tests/stages/align/test_ppo.py",)): [
-        ("self.reward_model.scorer if shares else None", "None"),
-        ("one_base = config.shares_base and", "one_base = config.lora is not None and"),
+        ("self.reward_model.scorer if lora else None", "None"),
+        ('label(context.request.inputs["model"].sha256, policy.held)', 'context.request.inputs["model"].sha256'),
     ],
     ("flows/planning/memory.py", ("tests/flows/planning/test_memory.py",)): [
-        ("if separate and (copies or not training.shares_base):", "if separate and copies:"),
+        ('(reward_lora.base == "nf4") != (training.lora.base == "nf4")', "False"),
         ('and training.precision == "bf16" and training.gather', "and training.gather"),
     ],
 }

@@ -82,6 +82,12 @@ class Nf4(Linear):
 
     scales_Ob: Tensor
 
+    def lend(self, other: Any) -> None:
+        """Let another layer of this one's shape use its weight."""
+        other.__class__ = Nf4
+        other.weight = self.weight
+        other.register_buffer("scales_Ob", self.scales_Ob, persistent=False)
+
     def whole(self, dtype: torch.dtype) -> Tensor:
         codes_OI = blocks.unpack(self.weight, self.in_features)
         return blocks.decode(codes_OI, self.scales_Ob, blocks.NORMAL, NF4_BLOCK).to(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from schemas.config.training import LoRA
+from schemas.config.training import Held, LoRA
 from schemas.errors import StageError, refuse
 from stages.engine.models.held import Nf4
 from stages.engine.models.pieces import origin, stand_in
@@ -137,8 +137,13 @@ def save(hf: PeftModel, folder: Path, base: str) -> None:
     save_file({name: value.detach().contiguous() for name, value in state.items()}, place / WEIGHTS)
 
 
+def label(base: str, held: Held) -> str:
+    """What an adapter's base is called, of its digest: what learned on weights in four bits belongs to those alone."""
+    return f"{base} in nf4" if held == "nf4" else base
+
+
 def base_of(folder: Path) -> str | None:
-    """The digest of the artifact that the adapter in a model folder belongs to; None where there is no adapter."""
+    """The `label` of the artifact that the adapter in a model folder belongs to; None where there is no adapter."""
     place = folder / FOLDER
     return str(_read(place)[BASE]) if (place / CONFIG).is_file() else None
 
@@ -177,6 +182,9 @@ def share(hf: PreTrainedModel, base: PreTrainedModel, *, copies: bool = False) -
                 nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place, tensor.dtype)
             )
         setattr(hf.base_model.get_submodule(module), last, tensor)
+    for name, module in base.base_model.named_modules():
+        if isinstance(module, Nf4):
+            module.lend(hf.base_model.get_submodule(name.removesuffix(".base_layer")))
 
 
 def _read(place: Path) -> dict[str, Any]:

@@ -106,8 +106,7 @@ def _write(
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
     if base is not None and isinstance(model.hf, PeftModel):
-        # What learned on weights in four bits belongs to those, and to no model that holds them whole.
-        lora.save(model.hf, folder, base if model.held != "nf4" else f"{base} in nf4")
+        lora.save(model.hf, folder, lora.label(base, model.held))
     _let_others_read(folder)
     codec.save(folder)
 

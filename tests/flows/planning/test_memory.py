@@ -96,13 +96,14 @@ def test_fewer_bits_for_what_is_read_and_for_moments() -> None:
     assert adapters == 10 * 3 * wide.linear + round(3 * wide.linear * (8 / 256 + 8 / 3) / 2)
 
 
-def test_models_in_four_bits_share_nothing() -> None:
+def test_adapters_on_four_bits_are_used_on_four_bits_alone() -> None:
     ppo = PPO(tokens_per_micro_batch=32, max_length=8, lora=LoRA(rank=3, base="nf4"), frozen="bf16")
     four, half = (planning_memory.frozen_bytes(SIZES, kind) for kind in ("nf4", "bf16"))
-    passing = planning_memory.activation_bytes(SIZES, ppo)
-    # Policy and critic on bases of their own; the reward model whole, though its adapter stands on the SFT model.
-    expected = 2 * (four + 16 * 3 * LINEAR) + half + passing
-    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5)) == expected
+    # Policy and critic learn; the critic stands on the reward model, which is whole unless it is an adapter too.
+    expected = four + 2 * 16 * 3 * LINEAR + planning_memory.activation_bytes(SIZES, ppo)
+    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5)) == expected + half
+    given = 2 * 4 * 5 * LINEAR
+    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5, base="nf4")) == expected + given
 
 
 def test_a_reward_model_meets_the_sft_model_when_it_is_trained() -> None:
