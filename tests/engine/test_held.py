@@ -20,7 +20,7 @@ from stages.engine.models.lora import base_of
 from stages.engine.models.policy import Policy
 from stages.engine.models.saving import save_policy, save_scorer
 from tests.engine.test_models import PAD, stir
-from tests.support.architectures import NoTokenizer, random_trees, save_tiny, tiny_model
+from tests.support.architectures import KINDS, NoTokenizer, random_trees, save_tiny, tiny_model
 
 KNOWN = ["llama", "gpt2", "gemma", "phi"]  # tied weights, Conv1D, a layer of the type's own, biases
 
@@ -29,8 +29,8 @@ def lora(base: Held, **changes: object) -> Training:
     return Training.model_validate({"lora": LoRA(rank=4, alpha=8, base=base), **changes})
 
 
-def in_bf16(folder: Path, kind: str) -> Path:
-    tiny_model(kind).bfloat16().save_pretrained(folder)
+def in_bf16(folder: Path, kind: str, **changes: object) -> Path:
+    tiny_model(kind, **changes).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -110,7 +110,8 @@ def test_a_weight_that_two_layers_share_stays_one(tmp_path: Path) -> None:
     policy = load_policy(in_bf16(tmp_path, "llama"), trainable=False, frozen="bf16")
     assert embedding(policy).weight is head(policy).weight
     assert policy.precision == "bf16", "what trains nothing multiplies as it is held"
-    tiny_gemma = load_policy(in_bf16(tmp_path / "gemma", "gemma3_text"), trainable=False, frozen="bf16")
+    gemma = in_bf16(tmp_path / "gemma", "gemma3_text", **KINDS["gemma"])
+    tiny_gemma = load_policy(gemma, trainable=False, frozen="bf16")
     assert head(tiny_gemma).weight.dtype == torch.float32, "its embedding is of its own kind"
 
 

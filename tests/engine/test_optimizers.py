@@ -14,7 +14,7 @@ def trained(optimizer: str, steps: int = 30) -> tuple[nn.Module, torch.optim.Opt
     torch.manual_seed(0)
     model, rows_NI = nn.Linear(70, 96), torch.randn(64, 70)
     target_NO = rows_NI @ torch.randn(70, 96) * 0.1
-    training = Training.model_validate({"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.01})
+    training = Training.model_validate({"optimizer": optimizer, "learning_rate": 0.02, "weight_decay": 0.5})
     chosen, losses = optimizer_for({"model": list(model.parameters())}, training), []
     for _ in range(steps):
         loss = (model(rows_NI) - target_NO).square().mean()

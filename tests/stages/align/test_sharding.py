@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"gradient_checkpointing": True}),
     "dpo-lora": ("dpo", {**ADAPTED, "layout": "padded"}),
     "kto": ("kto", {}),
-    "kto-lora": ("kto", ON_HALF),
+    "kto-lora": ("kto", {**ON_HALF, "publish": "bf16"}),
     "ppo": ("ppo", {"frozen": "bf16"}),
     "ppo-lora": ("ppo", ADAPTED),
     "ppo-one-trunk": ("ppo", {"value_trunk": "shared"}),
