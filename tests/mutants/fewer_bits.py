@@ -28,7 +28,6 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("codes.clamp_(min=1).mul_(value > 0)", "pass"),
         ("part = slice(start, start + rows)", "part = slice(start, start + rows - 1)"),
         ('weight.mul_(1 - group["lr"] * group["weight_decay"])', "pass"),
-        ("weight.ndim < 2 or weight.numel() < SMALL", "weight.ndim < 2 and weight.numel() < SMALL"),
     ],
     ("stages/evaluate.py", ("tests/stages/test_evaluate.py",)): [
         ("    evaluator.release()", "    pass"),

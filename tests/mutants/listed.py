@@ -183,6 +183,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("eps=training.adam_eps, fused", "eps=1e-8, fused"),
         ("betas = (training.adam_beta1, training.adam_beta2)", "betas = (training.adam_beta2, training.adam_beta1)"),
         ("addcmul_(gradient, gradient, value=1 - beta2)", "addcmul_(gradient, gradient, value=beta2)"),
+        ("weight.ndim < 2 or weight.numel() < SMALL", "weight.ndim < 2 and weight.numel() < SMALL"),
     ],
     ("stages/engine/training/loop.py", ("tests/engine/test_loop.py",)): [
         ("min(1.0, (at + size) / (warmup + size))", "at / warmup"),
