@@ -80,7 +80,7 @@ def work_as_rank(rank: int, folder: Path) -> None:
     cut(folder, "copies")
     torch.distributed.barrier()
     for case in CASES:
-        with most_gathered() as most:
+        with most_gathered(case) as most:
             results = work_off(folder, case, folder / case)
         results["most"] = torch.tensor(most[0])
         save_file(results, folder / f"{case}-{rank}.safetensors")
@@ -97,6 +97,11 @@ def work_as_rank(rank: int, folder: Path) -> None:
 class most_gathered:  # used as a function
     """Counts the most weights that saving keeps whole at a time, adapters apart."""
 
+    def __init__(self, case: str) -> None:
+        self.modules: tuple[Any, ...] = (
+            (saving,) if "lora" in case else (saving, sharding)
+        )  # which gathers adapters together
+
     def __enter__(self) -> list[int]:
         self.inner, self.most, alive = saving.to_first_rank, [0], list[weakref.ref[Tensor]]()
 
@@ -106,11 +111,13 @@ class most_gathered:  # used as a function
             alive.append(weakref.ref(whole)) if whole is not shape else None
             return whole
 
-        saving.to_first_rank = gather
+        for module in self.modules:
+            module.to_first_rank = gather
         return self.most
 
     def __exit__(self, *error: object) -> None:
-        saving.to_first_rank = self.inner
+        for module in self.modules:
+            module.to_first_rank = self.inner
 
 
 def held(folder: Path) -> int:
