@@ -1,9 +1,17 @@
 """What configs, rows, requests and results look like, and their base. Needs neither torch nor Prefect nor MLflow."""
 
 import json
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,6 +36,16 @@ class Strict(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         return no_truth(value) if cls.model_fields[info.field_name or ""].annotation in _NUMBERS else value
+
+
+class Grown(Strict):
+    """A config with fields that came `later`: while these are None nothing names them, so that older keys stay."""
+
+    later: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name not in self.later}
 
 
 def read_stored(model: type[Model], text: str) -> Model:

@@ -2,9 +2,10 @@
 
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from schemas.architectures import why_no_policy, why_no_scorer
 
@@ -55,6 +56,29 @@ def why_unreadable(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] |
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
     what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
     return what, "save the model as safetensors: model.save_pretrained(folder) does"
+
+
+class Stored(NamedTuple):
+    """A tensor as a safetensors file's header tells of it."""
+
+    dtype: str
+    """BF16, F32 and so on."""
+    shape: tuple[int, ...]
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors files, from the files' headers.
+
+    Each begins with the length of its header (8 bytes, little-endian), then the header as JSON.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        every = {name: one for name, one in header.items() if name != "__metadata__"}
+        tensors |= {name: Stored(one["dtype"], tuple(one["shape"])) for name, one in every.items()}
+    return tensors
 
 
 def listed_ends(folder: Path) -> list[int]:

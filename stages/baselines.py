@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, float]:
     params = BaselinesParams.model_validate(request.params)
     started = time.monotonic()
     check_judge(request)
-    judge = judge_for(params.judge, context)  # first, so that a missing key or package costs no sampling
+    judge = judge_for(params.judge, context, params.frozen)  # first, so that a missing key or package costs no sampling
     conditions = params.model_dump(exclude=set(BaselinesConfig.model_fields))
     config = EvaluateParams(**conditions, baselines=None)
     evaluator = Evaluator(context, config)
@@ -65,18 +65,21 @@ def run(context: StageContext) -> dict[str, float]:
     draws = config.samples_per_prompt
     drawn = max([draws, *picks])
     every = evaluator.answer(prompts, 1.0, drawn)
-    rewards: list[float] = []
-    if picks:
-        asked = [prompt for prompt in prompts for _ in range(drawn)]
-        rewards = RewardJudge(context.input("reward")).score(asked, every.texts)
-    start = Start(judge, prompts, every, drawn)
-    settings = settings_of(request, config)
-    baselines: dict[str, Evaluation] = {}
+    sharpened: dict[float, tuple[Answers, list[float]]] = {}
     for temperature in params.temperatures:
         answers = evaluator.answer(prompts, temperature, draws)
         asked = [prompt for prompt in prompts for _ in range(draws)]
-        distances, _ = evaluator.distances(asked, answers, temperature)
-        baselines[f"T={temperature:g}"] = start.judged(answers, distances, temperature, settings)
+        sharpened[temperature] = answers, evaluator.distances(asked, answers, temperature)[0]
+    evaluator.release()  # before those are loaded that judge
+    rewards: list[float] = []
+    if picks:
+        asked = [prompt for prompt in prompts for _ in range(drawn)]
+        rewards = RewardJudge(context.input("reward"), frozen=params.frozen).score(asked, every.texts)
+    start = Start(judge, prompts, every, drawn)
+    settings = settings_of(request, config)
+    baselines = {
+        f"T={temperature:g}": start.judged(*sharp, temperature, settings) for temperature, sharp in sharpened.items()
+    }
     for n in picks:
         answers = taken(every, best_of(rewards, drawn, n))
         baselines[f"best of {n}"] = start.judged(answers, [best_of_kl(n)] * len(prompts), 1.0, settings)

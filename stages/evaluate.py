@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def run(context: StageContext) -> dict[str, float]:
     config = EvaluateParams.model_validate(request.params)
     started = time.monotonic()
     check_judge(request)
-    judge = judge_for(config.judge, context)  # first, so that a missing key or package costs no sampling
+    judge = judge_for(config.judge, context, config.frozen)  # first, so that a missing key or package costs no sampling
     evaluator = Evaluator(context, config)
     prompts = evaluator.prompts()
     data = request.inputs["data"]
@@ -55,42 +55,48 @@ def run(context: StageContext) -> dict[str, float]:
 
     draws = config.samples_per_prompt
     asked = [prompt for prompt in prompts for _ in range(draws)]
-    reward = RewardJudge(context.input("reward")) if context.has("reward") else None
+    reward = RewardJudge(context.input("reward"), frozen=config.frozen) if context.has("reward") else None
     for reader in (judge, reward):
         if isinstance(reader, RewardJudge):
             reader.check(prompts, config.max_new_tokens)
+    # Those who judge are loaded when the models have said all they have to, one after the other.
+    read = {temperature: read_at(evaluator, prompts, asked, temperature) for temperature in config.temperatures}
+    if 1.0 in read:
+        distances = read[1.0].distances
+    else:  # the KL is that of the model itself, so it takes answers of its own
+        distances, _ = evaluator.distances(asked, evaluator.answer(prompts, 1.0, draws))
+    pairs = evaluator.pairs_right(context.input("pairs")) if context.has("pairs") else []
+    evaluator.release()
+    rewards: dict[float, list[float]] = {}
+    if reward is not None:
+        rewards = {temperature: reward.score(asked, one.answers.texts) for temperature, one in read.items()}
+        reward.release()
+
     samples: list[Sample] = []
     final: dict[str, float] = {}
-    distances: dict[float, list[float]] = {}
-    for temperature in config.temperatures:
-        answers = evaluator.answer(prompts, temperature, draws)
-        distances[temperature], reference_logps = evaluator.distances(asked, answers)
+    for temperature, one in read.items():
         others = None if baseline is None else baseline.at(temperature)
-        verdicts = judge_answers(judge, asked, answers.texts, others)
-        rewards = None if reward is None else reward.score(asked, answers.texts)
-        some = put_together(asked, answers, others, verdicts, distances[temperature], rewards)
+        verdicts = judge_answers(judge, asked, one.answers.texts, others)
+        some = put_together(asked, one.answers, others, verdicts, one.distances, rewards.get(temperature))
         some = [
-            replace(row, temperature=temperature, draw=i % draws, reference_logp=reference_logps[i])
+            replace(row, temperature=temperature, draw=i % draws, reference_logp=one.reference_logps[i])
             for i, row in enumerate(some)
         ]
-        if config.gate:
-            some, values = for_the_gate(evaluator, judge, asked, answers, some)
+        if one.gate is not None:
+            some, values = for_the_gate(one.gate, judge, asked, one.answers, some)
             final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
         samples += some
         values = summary(some, resamples=config.bootstrap, seed=request.seed)
-        values["eval/reference_nll"] = metrics.reference_nll(reference_logps, [len(ids) for ids in answers.ids])
+        values["eval/reference_nll"] = metrics.reference_nll(one.reference_logps, [len(ids) for ids in one.answers.ids])
         values |= summaries_by_source(evaluator.asked, some, resamples=config.bootstrap, seed=request.seed)
         final |= {metric_at(name, temperature, config.temperatures): value for name, value in values.items()}
 
-    if 1.0 not in distances:  # the KL is that of the model itself, so it takes answers of its own
-        distances[1.0], _ = evaluator.distances(asked, evaluator.answer(prompts, 1.0, draws))
     clusters = [row.cluster for row in samples[: len(asked)]]
-    final["eval/kl_to_reference"] = metrics.mean_and_error(distances[1.0])[0]
-    final["eval/kl_to_reference_se"] = clustered_error(distances[1.0], clusters)
+    final["eval/kl_to_reference"] = metrics.mean_and_error(distances)[0]
+    final["eval/kl_to_reference_se"] = clustered_error(distances, clusters)
     answered = [row for row in evaluator.asked for _ in range(draws)]
-    for source, own in by_source(answered, distances[1.0]).items():
+    for source, own in by_source(answered, distances).items():
         final[f"eval/{source}/kl_to_reference"] = metrics.mean_and_error(own)[0]
-    pairs = evaluator.pairs_right(context.input("pairs")) if context.has("pairs") else []
     if pairs:
         rights = [right for _, right in pairs]
         final["eval/preference_accuracy"] = metrics.win_rate(rights)
@@ -124,25 +130,63 @@ def judge_accuracy(judge: Judge, folder: Path, *, resamples: int, seed: int) -> 
     }
 
 
-def for_the_gate(
-    evaluator: Evaluator, judge: Judge, prompts: Sequence[Messages], answers: Answers, samples: list[Sample]
-) -> tuple[list[Sample], dict[str, float]]:
-    """The samples of one temperature with each answer's relevance, and its win over the SFT model's made as sharp.
+@dataclass(frozen=True)
+class ForTheGate:
+    """What only the gate asks the models for."""
 
-    For that the SFT model answers with the same seeds, at the temperature that gives it this model's entropy: a model
-    that is only the SFT model sharpened then ties with it.
+    relevance: list[float]
+    """Of each answer to its prompt."""
+    matched: float | None = None
+    """The temperature at which the SFT model is as sharp as the model; None for the SFT model itself."""
+    sharp: Answers | None = None
+    """The SFT model's answers at it."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A model's answers at one temperature, and what it and the SFT model tell of them."""
+
+    answers: Answers
+    distances: list[float]
+    reference_logps: list[float]
+    gate: ForTheGate | None
+
+
+def read_at(evaluator: Evaluator, prompts: Sequence[Messages], asked: Sequence[Messages], temperature: float) -> Read:
+    """All that is asked of the models at one temperature. `asked`: a prompt for each answer."""
+    answers = evaluator.answer(prompts, temperature)
+    distances, logps = evaluator.distances(asked, answers)
+    gate = read_for_the_gate(evaluator, asked, answers, temperature) if evaluator.config.gate else None
+    return Read(answers, distances, logps, gate)
+
+
+def read_for_the_gate(
+    evaluator: Evaluator, prompts: Sequence[Messages], answers: Answers, temperature: float
+) -> ForTheGate:
+    """Each answer's relevance, and the SFT model's answers made as sharp.
+
+    It answers with the same seeds, at the temperature that gives it this model's entropy: a model that is only the SFT
+    model sharpened then ties with it.
     """
-    found, temperature = evaluator.relevance(prompts, answers), samples[0].temperature
-    samples = [replace(row, relevance=value) for row, value in zip(samples, found, strict=True)]
-    values = {"eval/prompt_relevance": metrics.mean_and_error(found)[0]}
+    relevance = evaluator.relevance(prompts, answers)
     if evaluator.itself:
-        return samples, values
+        return ForTheGate(relevance)
     matched = evaluator.matched(prompts, answers, temperature)
     distinct = prompts[:: evaluator.config.samples_per_prompt]
-    sharp = evaluator.answer(distinct, matched, policy=evaluator.reference)
-    won = judge.wins(prompts, answers.texts, sharp.texts)
+    return ForTheGate(relevance, matched, evaluator.answer(distinct, matched, policy=evaluator.reference))
+
+
+def for_the_gate(
+    read: ForTheGate, judge: Judge, prompts: Sequence[Messages], answers: Answers, samples: list[Sample]
+) -> tuple[list[Sample], dict[str, float]]:
+    """The samples of one temperature with each answer's relevance, and its win over the SFT model's made as sharp."""
+    samples = [replace(row, relevance=value) for row, value in zip(samples, read.relevance, strict=True)]
+    values = {"eval/prompt_relevance": metrics.mean_and_error(read.relevance)[0]}
+    if read.matched is None or read.sharp is None:
+        return samples, values
+    won = judge.wins(prompts, answers.texts, read.sharp.texts)
     samples = [replace(row, matched_win=win) for row, win in zip(samples, won, strict=True)]
-    values |= {"eval/matched_temperature": matched, "eval/win_rate_vs_matched_sft": metrics.win_rate(won)}
+    values |= {"eval/matched_temperature": read.matched, "eval/win_rate_vs_matched_sft": metrics.win_rate(won)}
     return samples, values
 
 

@@ -176,11 +176,11 @@ def run(context: StageContext) -> dict[str, float]:
     config = GenerateConfig.model_validate(request.params)
     began = time.monotonic()
     judge = (
-        None if config.judge is None else judge_for(config.judge, context)
+        None if config.judge is None else judge_for(config.judge, context, config.frozen)
     )  # first: what is missing costs no sampling
     model = context.input("model")
     prompts = read_prompts(context.input("data"), config.limit)
-    policy = load_policy(model, trainable=False)
+    policy = load_policy(model, trainable=False, frozen=config.frozen)
     items, tokens = answer(
         policy,
         Codec.load(model),
@@ -190,6 +190,7 @@ def run(context: StageContext) -> dict[str, float]:
         lambda done, total: context.progress(done, total, "answers"),
         judge,
     )
+    del policy  # before the judge's weights are loaded
     items = score(items, judge)
     folder = context.work / "rows"
     shutil.rmtree(folder, ignore_errors=True)

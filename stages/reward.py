@@ -177,6 +177,7 @@ def reference_scores(method: Reward) -> list[float]:
             pad_id=codec.pad_id,
             progress=lambda done, total: method.context.progress(done, total, "answers to calibrate the reward scale"),
         )
+    del policy, one
     trees: list[Tree] = []
     for prompt, answer in zip(chosen, answers, strict=True):
         body = answer[:-1] if answer[-1] in codec.stop_ids else answer

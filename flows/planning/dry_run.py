@@ -96,12 +96,10 @@ def few_prompts(outlooks: Mapping[str, Outlook]) -> list[str]:
 
 
 def line(one: Outlook, config: PipelineConfig, outlooks: Mapping[str, Outlook], memory: Mapping[str, int]) -> str:
-    """One stage: name, state, steps, memory; the last two where it trains."""
+    """One stage: name, state, steps where it trains, memory where it needs a device."""
     node = one.node
     training = training_of(node, config)
-    if training is None:
-        return f"{node.name:20} {STATES[one.state]}"
-    steps = steps_of(node, training, outlooks[node.inputs["data"][0]])
+    steps = "" if training is None else steps_of(node, training, outlooks[node.inputs["data"][0]])
     size = planning_memory.readable(memory[node.name]) if node.name in memory else ""
     return f"{node.name:20} {STATES[one.state]:8} {steps:>7}  {size}".rstrip()
 

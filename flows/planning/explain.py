@@ -37,6 +37,8 @@ _OTHER_NAMES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), ("schedule", "")),
     **dict.fromkeys(("gradient_clip_val", "grad_clip", "max_norm", "clip_grad"), ("max_grad_norm", "")),
     "adam_epsilon": ("adam_eps", ""),
+    **dict.fromkeys(("optim", "optimizer_name"), ("optimizer", "adamw or adamw8bit")),
+    **dict.fromkeys(("load_in_4bit", "quantization_bit"), ("lora.base", "nf4")),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype", "mixed_precision"), ("precision", "fp32 or bf16")),
     "logging_steps": ("log_every", "in optimizer steps"),
     **dict.fromkeys(("eval_steps", "eval_strategy", "val_check_interval"), ("measure_every", "in optimizer steps")),

@@ -1,44 +1,59 @@
 """How many optimizer steps and how much memory a run will take, for `alignflow run --dry-run`.
 
 It reads headers and no weights. The formula, in bytes, with P parameters of the model, A of its adapters, T tokens of a
-micro-batch, L layers, h hidden size, i intermediate size, V vocabulary, b bytes of a number (2 under bf16, else 4):
+micro-batch, L layers, h hidden size, i intermediate size, V vocabulary:
 
-- a model in training: weights 4 P; gradients 4 and Adam's two moments 8 for each number that is trained, so 16 P in
-  full, and 4 P + 16 A with LoRA, whose adapters bring their own weights;
-- a model that is only read (reference, reward model): 4 P;
-- activations kept for the backward pass: T L (8 h + 4 i) b, that is both norms' inputs and outputs, q, k, v, the
-  attention's output, and four tensors of the MLP; with gradient checkpointing T L h b for the layers' inputs, and one
-  layer in full;
+- a model that is only read (reference, reward model, what is under adapters), F: 4 P; in bf16 2 P, its vectors 4 each;
+  in nf4 0.53 for each weight of a linear layer below the head, the rest as in bf16;
+- what is trained: weights 4 and gradients 4 for each number, and Adam's two moments 8, or with `adamw8bit` 2 and the
+  scales; so 16 P in full, and F + 16 A with LoRA, whose adapters bring their own weights;
+- activations kept for the backward pass: T L (44 h + 16 i), of which 11 tensors of size h are those around norms and
+  attention, and 4 of size i the MLP's; under bf16 T L (44 h + 8 i), since norms and residuals stay float32, and 2 for
+  each weight of a linear layer that is held in float32, whose cast copy is kept too, unless it is gathered in bf16;
+  with gradient checkpointing 4 T L h for the layers' inputs, and one layer in full;
 - the head's logits, computed in chunks of at most 2^23 numbers, twice: 8 min(T V, 2^23).
 
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
 critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
 reference is the policy itself with its adapters off, and the critic's adapters share weights that are loaded already:
-the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone.
+the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone
+(in nf4 when both were). A reward model, once trained, is held beside the SFT model, whose answers set its scale.
 
 With `sharding: full` a device holds its share of the weights, gradients and moments, n devices for each of `replicas`:
 1 / n of the above, where PPO's models have weights of their own under LoRA too. Beside the activations a pass gathers
 the root (V h), two layers, in the bytes of `gather`, and has one unit's gradient whole (4 bytes a number); PPO gathers
-the policy whole while it samples, 4 P.
-What Python, torch and its allocator need comes on top, about 1 GB.
+the policy whole while it samples, F or 4 P.
+
+Stages that train nothing run on one device. An evaluation holds the model and the reference, since their exact KL needs
+both at each token, then who judges; `generate` and `baselines` hold one model at a time. Beside the weights a pass has
+a layer's activations and the logits; the cache of keys and values while sampling is not counted.
+
+What Python, torch and its allocator need comes on top, about 1 GB. Layers that a type of model has for itself (joined
+experts, scaled embeddings) stay float32, which is not counted either.
 """
 
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.planning.requests import model_file
-from schemas.config import ModelConfig, PipelineConfig, Scratch
+from schemas.config import ModelConfig, PipelineConfig, RewardConfig, RewardJudge, Scratch
 from schemas.config.methods import PPO
-from schemas.config.training import LoRA, Training, steps_for
+from schemas.config.training import Half, Held, LoRA, Training, held_type, steps_for
+from schemas.model_folder import stored
 
 TORCH = 10**9
 """Bytes, about, that Python, torch and its allocator take."""
 CHUNK = 2**23
 """Logits that the head computes at once."""
+READ_TOKENS = 8192
+"""Of one pass that reads answers without training."""
+NF4_BLOCK, MOMENTS_BLOCK = 64, 256
+"""Numbers that share a scale (engine/models/held.py, engine/training/optimizers.py)."""
+SMALL = 4096
+"""Numbers of a matrix below which its moments stay float32."""
 SCRATCH_VOCABULARY = 512
 """More than the demo's tokenizer has."""
 
@@ -50,6 +65,10 @@ class Sizes:
     parameters: int
     linear: int
     """Inputs plus outputs of all linear layers but the head: an adapter of rank r has r times as many parameters."""
+    matrices: int
+    """Weights of these layers."""
+    vectors: int
+    """Numbers of norms and biases."""
     layers: int
     hidden: int
     intermediate: int
@@ -86,18 +105,8 @@ def folder_sizes(folder: Path) -> Sizes:
     hidden = config.get("hidden_size") or config["n_embd"]
     layers = config.get("num_hidden_layers") or config["n_layer"]
     intermediate = config.get("intermediate_size") or 4 * hidden
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        shapes |= _safetensors_shapes(file)
+    shapes = {name: one.shape for name, one in stored(folder).items()}
     return _sizes(shapes, layers, hidden, intermediate, config["vocab_size"])
-
-
-def _safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """A safetensors file begins with the length of its header (8 bytes, little-endian), then the header as JSON."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
 
 
 def gguf_sizes(file: Path) -> Sizes:
@@ -122,29 +131,70 @@ def _sizes(shapes: dict[str, tuple[int, ...]], layers: int, hidden: int, interme
     parameters = sum(math.prod(shape) for shape in shapes.values())
     # Embeddings and the head, by the names of transformers and of GGUF.
     vocabularies = re.compile(r"embed|embd|wte|wpe|lm_head|^output\.weight$")
-    linear = sum(sum(shape) for name, shape in shapes.items() if len(shape) == 2 and not vocabularies.search(name))
-    return Sizes(parameters, linear, layers, hidden, intermediate, vocabulary)
+    inner = [shape for name, shape in shapes.items() if len(shape) == 2 and not vocabularies.search(name)]
+    return Sizes(
+        parameters=parameters,
+        linear=sum(map(sum, inner)),
+        matrices=sum(map(math.prod, inner)),
+        vectors=sum(shape[0] for shape in shapes.values() if len(shape) == 1),
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        vocabulary=vocabulary,
+    )
+
+
+def frozen_bytes(sizes: Sizes, held: Held) -> int:
+    """Weights of a model that is only read."""
+    if held == "fp32":
+        return 4 * sizes.parameters
+    low = sizes.matrices if held == "nf4" else 0
+    return low // 2 + 2 * -(-low // NF4_BLOCK) + 2 * (sizes.parameters - low - sizes.vectors) + 4 * sizes.vectors
+
+
+def base_type(sizes: Sizes, training: Training) -> Held:
+    """How the weights under adapters are held."""
+    return (training.lora.base if training.lora else None) or held_type(training.frozen, sizes.parameters)
 
 
 def trained_bytes(sizes: Sizes, training: Training) -> int:
     """Weights, gradients and Adam's moments of a model in training."""
-    if training.lora is None:
-        return 16 * sizes.parameters
-    return 4 * sizes.parameters + adapter_bytes(sizes, training.lora)
+    if training.lora is not None:
+        return frozen_bytes(sizes, base_type(sizes, training)) + adapter_bytes(sizes, training)
+    moments = _moments(sizes.parameters - sizes.vectors, 8 / MOMENTS_BLOCK, training) + 8 * sizes.vectors
+    return 8 * sizes.parameters + moments
 
 
-def adapter_bytes(sizes: Sizes, lora: LoRA) -> int:
+def _moments(numbers: int, scales: float, training: Training) -> int:
+    """Adam's two moments of matrices; `scales`: bytes of those for each number, in 8 bits."""
+    return 8 * numbers if training.optimizer == "adamw" else 2 * numbers + round(scales * numbers)
+
+
+def adapter_bytes(sizes: Sizes, training: Training) -> int:
     """Adapters in training: weights, gradients and Adam's moments."""
-    return 16 * lora.rank * sizes.linear
+    assert training.lora is not None
+    rank = training.lora.rank
+    if rank * sizes.hidden < SMALL:
+        return 16 * rank * sizes.linear
+    # Of the two matrices one has long rows; a row of the other has as many numbers as the rank.
+    scales = (8 / MOMENTS_BLOCK + 8 / min(rank, MOMENTS_BLOCK)) / 2
+    return 8 * rank * sizes.linear + _moments(rank * sizes.linear, scales, training)
+
+
+def layer_bytes(sizes: Sizes, precision: Half) -> int:
+    """What a layer keeps of a token for its backward pass."""
+    return 44 * sizes.hidden + (8 if precision == "bf16" else 16) * sizes.intermediate
 
 
 def activation_bytes(sizes: Sizes, training: Training) -> int:
     """What one micro-batch keeps for its backward pass, and the head's logits."""
     tokens = max(training.tokens_per_micro_batch, training.max_length)
-    number = 2 if training.precision == "bf16" else 4
-    layer = 8 * sizes.hidden + 4 * sizes.intermediate
-    kept = sizes.layers * sizes.hidden + layer if training.gradient_checkpointing else sizes.layers * layer
-    return tokens * kept * number + 8 * min(tokens * sizes.vocabulary, CHUNK)
+    layer, copies = layer_bytes(sizes, training.precision), 0
+    kept = 4 * sizes.layers * sizes.hidden + layer if training.gradient_checkpointing else sizes.layers * layer
+    whole = training.lora is None or base_type(sizes, training) == "fp32"
+    if whole and training.precision == "bf16" and training.gather == "fp32":
+        copies = 2 * sizes.matrices // (max(1, sizes.layers) if training.gradient_checkpointing else 1)
+    return tokens * kept + copies + 8 * min(tokens * sizes.vocabulary, CHUNK)
 
 
 def training_bytes(
@@ -163,26 +213,33 @@ def training_bytes(
     held, passing = trained_bytes(sizes, training), activation_bytes(sizes, training)
     if isinstance(training, PPO):
         held += _beside_the_policy(sizes, training, reward or sizes, reward_lora, copies=sharded)
+    read = frozen_bytes(sizes, held_type(training.frozen, sizes.parameters))
     if not sharded:
-        return held + passing
+        return max(held + passing, held + read if isinstance(training, RewardConfig) and training.lora else 0)
     passing += gathered_bytes(sizes, training)
-    sampling = 4 * sizes.parameters if isinstance(training, PPO) else 0
+    sampling = 0
+    if isinstance(training, PPO):
+        sampling = frozen_bytes(sizes, base_type(sizes, training)) if training.lora else 4 * sizes.parameters
+    if isinstance(training, RewardConfig):  # a share of the SFT model, and while it samples the whole
+        sampling = -(-read // shares) + read
     return -(-held // shares) + max(passing, sampling)
 
 
 def _beside_the_policy(sizes: Sizes, training: PPO, reward: Sizes, reward_lora: LoRA | None, *, copies: bool) -> int:
     """PPO's critic, reference and reward model. `copies`: none uses the weights of another."""
     separate = training.value_trunk == "separate"
+    judge = frozen_bytes(reward, held_type(training.frozen, reward.parameters))
     if training.lora is None:
         critic = trained_bytes(sizes, training) if separate else 0
-        return critic + 4 * sizes.parameters + 4 * reward.parameters
-    critic = adapter_bytes(sizes, training.lora) if separate else 0
-    if copies and separate:
-        critic += 4 * sizes.parameters
-    if reward_lora is None:
-        return critic + 4 * reward.parameters
+        return critic + frozen_bytes(sizes, held_type(training.frozen, sizes.parameters)) + judge
+    base = frozen_bytes(sizes, base_type(sizes, training))
+    critic = adapter_bytes(sizes, training) if separate else 0
+    if separate and copies:
+        critic += base
+    if reward_lora is None or (reward_lora.base == "nf4") != (training.lora.base == "nf4"):
+        return critic + judge
     given = 4 * reward_lora.rank * sizes.linear
-    return critic + (given * 2 if separate else given) + (4 * sizes.parameters if copies else 0)
+    return critic + (given * 2 if separate else given) + (base if copies else 0)
 
 
 def gathered_bytes(sizes: Sizes, training: Training) -> int:
@@ -190,7 +247,17 @@ def gathered_bytes(sizes: Sizes, training: Training) -> int:
     root = sizes.vocabulary * sizes.hidden
     layer = max(0, sizes.parameters - root) // max(1, sizes.layers)
     gradient = 4 * max(root, layer) if training.lora is None else 0
-    return (2 if training.gather == "bf16" else 4) * (root + 2 * layer) + gradient
+    half = training.gather == "bf16" or (training.lora is not None and base_type(sizes, training) == "bf16")
+    return (2 if half else 4) * (root + 2 * layer) + gradient
+
+
+def reading_bytes(sizes: Sizes, models: int, frozen: Half | None, judge: Sizes | None) -> int:
+    """Memory of a stage that trains nothing: so many models at once, later who judges."""
+    kind = held_type(frozen, sizes.parameters)
+    held = models * frozen_bytes(sizes, kind)
+    if judge is not None:
+        held = max(held, frozen_bytes(judge, held_type(frozen, judge.parameters)))
+    return held + READ_TOKENS * layer_bytes(sizes, kind) + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
 
 
 def scaled(sizes: Sizes, width: float) -> Sizes:
@@ -201,6 +268,8 @@ def scaled(sizes: Sizes, width: float) -> Sizes:
         sizes,
         parameters=int(body * width**2 + root * width),
         linear=int(sizes.linear * width),
+        matrices=int(sizes.matrices * width**2),
+        vectors=int(sizes.vectors * width),
         hidden=int(sizes.hidden * width),
         intermediate=int(sizes.intermediate * width),
     )
@@ -224,8 +293,8 @@ def largest(config: PipelineConfig, device: int) -> tuple[int, str] | None:
 
 
 def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
-    """Bytes on each device per training stage, by the stage's name in the pipeline; None when the model's sizes are not
-    known. `width`: of models so many times as wide.
+    """Bytes on each device per stage that needs one, by the stage's name in the pipeline; None when the model's sizes
+    are not known. `width`: of models so many times as wide.
     """
     sizes = model_sizes(config.model)
     if sizes is None:
@@ -240,7 +309,17 @@ def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
     stages |= config.trained
     own = None if config.reward_model or config.reward is None else config.reward.lora
     trained = {name: training for name, training in stages.items() if training is not None}
-    return {name: training_bytes(sizes, training, reward, own, shares) for name, training in trained.items()}
+    every = {name: training_bytes(sizes, training, reward, own, shares) for name, training in trained.items()}
+    evaluate, judged = config.evaluate, isinstance(config.evaluate.judge, RewardJudge)
+    scorer = reward if judged or config.reward_model or config.reward else None
+    for name in ("sft", *(() if config.sft is None else ("base",)), *config.trained):
+        every[f"eval {name}"] = reading_bytes(sizes, 1 if name == "sft" else 2, evaluate.frozen, scorer)
+    if evaluate.baselines is not None:
+        every["baselines"] = reading_bytes(sizes, 1, evaluate.frozen, scorer)
+    if config.generate is not None:
+        judge = reward if isinstance(config.generate.judge, RewardJudge) else None
+        every["generate"] = reading_bytes(sizes, 1, config.generate.frozen, judge)
+    return every
 
 
 def steps(training: Training, rows: int | None) -> int | None:

@@ -70,7 +70,7 @@ def params_of(training: Training) -> dict[str, Any]:
     Neither is what came later where it is as things were before: keys from then stay.
     """
     fields = type(training).model_fields
-    later = fields.keys() & {"train_tokens", "sharding", "gather", "value_start"}
+    later = fields.keys() & {"train_tokens", "sharding", "gather", "value_start", "frozen", "optimizer", "publish"}
     unset = {name for name in later if getattr(training, name) == fields[name].default}
     return training.model_dump(mode="json", exclude={"seed"} | unset)
 

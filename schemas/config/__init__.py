@@ -2,15 +2,15 @@
 
 import itertools
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from schemas import Strict, no_truth
+from schemas import Grown, Strict, no_truth
 from schemas.config.data import FewPrompts, Learn, PipelineData
 from schemas.config.methods import Method, MethodConfig
-from schemas.config.training import Training
+from schemas.config.training import Half, Training
 from schemas.promotion import PromoteConfig
 from schemas.source import PathText, could_exist, template_file
 from schemas.stage import STAGES
@@ -70,6 +70,15 @@ class ModelConfig(Strict):
     @classmethod
     def _could_be_a_file(cls, template: str | None) -> str | None:
         return template if template is None or template_file(template) is None else could_exist(template)
+
+
+class Reads(Grown):
+    """What a stage that trains nothing says of the models that it reads."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"frozen"})
+    frozen: Half | None = None
+    """Type in which the model, the reference and judging reward models are held, and in which they multiply. None: bf16
+    from a billion parameters on, else fp32."""
 
 
 class RuleJudge(Strict):
@@ -153,7 +162,7 @@ class RewardConfig(Training):
     make the loss a linear one."""
 
 
-class GenerateConfig(Strict):
+class GenerateConfig(Reads):
     """Sample K answers per prompt from the SFT model and let a judge rank them."""
 
     answers: int = Field(default=4, ge=2)
@@ -188,7 +197,7 @@ ENOUGH_PROMPTS = 100
 """Held-out prompts with which models can be told apart, where they differ much."""
 
 
-class BaselinesParams(BaselinesConfig):
+class BaselinesParams(BaselinesConfig, Reads):
     """Stage `baselines`: the evaluation's conditions beside the baselines."""
 
     judge: Judge
@@ -204,7 +213,7 @@ def _also_one_temperature(schema: dict[str, Any]) -> None:
     schema["properties"]["temperature"] = {"type": "number", "exclusiveMinimum": 0, "deprecated": True}
 
 
-class EvaluateConfig(Strict):
+class EvaluateConfig(Reads):
     """Every model answers the same held-out prompts under the same seeds; the judge scores the answers."""
 
     model_config = ConfigDict(json_schema_extra=_also_one_temperature)

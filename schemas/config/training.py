@@ -2,24 +2,36 @@
 
 import math
 import re
-from typing import Any, Literal, Self
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from schemas import Strict
+from schemas import Grown, Strict
 from schemas.errors import refuse
 
+Half = Literal["fp32", "bf16"]
+Held = Literal["fp32", "bf16", "nf4"]
 
-class LoRA(Strict):
+LARGE = 10**9
+"""Parameters from which on a model is large: what is read of it alone is held in bfloat16, unless the config says."""
+
+
+class LoRA(Grown):
     """Low-rank adapters (Hu et al. 2021) through peft; the published model has them merged."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"base"})
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """PPO trains without, whatever this says: its ratios compare two readings of the same tokens."""
     target: str = "all-linear"
     """Modules that get an adapter: peft's word `all-linear`, or a regular expression."""
+    base: Held | None = None
+    """Type in which the weights under the adapters are held, which never learn: 4, 2 or about half a byte each. The
+    reference is the same weights, adapters off. `nf4`: linear layers in 4 bits, the rest in bfloat16 (QLoRA, Dettmers
+    et al. 2023). None: as `frozen` says."""
 
     @field_validator("target")
     @classmethod
@@ -65,6 +77,16 @@ class Training(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: float32 weights, bfloat16 autocast."""
+    frozen: Half | None = None
+    """Type in which models are held that are only read: PPO's reference and reward model, what is under adapters. It
+    takes 4 or 2 bytes a weight; products are computed in `precision` all the same, so that weights from files in
+    bfloat16 give the same numbers. None: bf16 from a billion parameters on, else fp32."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` holds Adam's two moments in 8 bits each, 2 bytes a weight where AdamW takes 8 (Dettmers et al. 2022);
+    moments of vectors and small matrices stay float32."""
+    publish: Half | None = None
+    """Type of the published model's weights. None: bf16 where the model that training starts from is in bfloat16 and
+    has a billion parameters or more, else fp32."""
     gradient_checkpointing: bool = False
     layout: Literal["shared", "packed", "padded"] = "shared"
     """How a batch is laid out in memory: answers share a prompt, sequences end to end, or rows with padding."""
@@ -103,6 +125,28 @@ class Training(Strict):
                 {"sharding": self.sharding, "precision": self.precision},
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_share_of_four_bits_is_not_held(self) -> Self:
+        if self.lora is not None and self.lora.base == "nf4" and self.sharding == "full":
+            raise PydanticCustomError(
+                "nf4",
+                "lora.base is nf4, with sharding full. Fix: set lora.base to bf16, or sharding to none: in 4 bits each "
+                "device holds all weights",
+            )
+        return self
+
+
+def held_type(asked: Half | None, parameters: int) -> Half:
+    """Type in which weights that are only read are held."""
+    return asked or ("bf16" if parameters >= LARGE else "fp32")
+
+
+def published_type(asked: Half | None, parameters: int, stored: Collection[str]) -> Half:
+    """Type of a published model's weights. `stored`: the types in the files that training starts from, as safetensors
+    calls them.
+    """
+    return asked or ("bf16" if parameters >= LARGE and set(stored) == {"BF16"} else "fp32")
 
 
 LORA_RATE = 10

@@ -41,7 +41,7 @@ from stages.engine.distributed import gather_in_order, rank, share, world
 from stages.engine.models.layouts import choose_and_shard
 from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.logprobs import Rows, exact_kl
-from stages.engine.models.lora import base_of
+from stages.engine.models.lora import base_of, label
 from stages.engine.models.policy import Policy, Scorer, context_length
 from stages.engine.models.saving import save_policy
 from stages.engine.models.sharding import is_sharded, missing, shard, wanted, whole
@@ -271,7 +271,8 @@ class PPO:
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=self.seed)
-        one_base = config.lora is not None and base_of(reward) == context.request.inputs["model"].sha256
+        started_from = label(context.request.inputs["model"].sha256, policy.held)
+        one_base = config.lora is not None and base_of(reward) == started_from
         self.reward_model = RewardModel(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
@@ -290,6 +291,7 @@ class PPO:
             self.reward_model.get_ready([self.reward_model.tree(row, t.prompt, t.answers[0]) for row, t in tried])
             self.frozen = None if self.frozen is None else shard(self.frozen, config)
         context.tag("layout", self.layout)
+        context.tag("held", (self.frozen or policy).held)
         self.steps_per_epoch = -(-config.rollout_size // config.batch_size)
         self.steps_per_iteration = config.ppo_epochs * self.steps_per_epoch
         own_steps = min(config.iterations * self.steps_per_iteration, config.max_steps or NO_END)

@@ -98,11 +98,12 @@ def alone(command: GenerateCommand) -> dict[str, float]:
     elif command.judge == "sentiment":
         judge = SentimentJudge("--judge")
     elif command.judge != "none":
-        judge = RewardJudge(Path(command.judge), field="--judge")
+        judge = RewardJudge(Path(command.judge), field="--judge", frozen=command.frozen)
     asked = prompts_of(command.prompts, command.limit)
-    policy = load_policy(command.model, trainable=False)
+    policy = load_policy(command.model, trainable=False, frozen=command.frozen)
     prompts = [prompt for prompt, _ in asked]
     items, tokens = answer(policy, Codec.load(command.model), prompts, command, command.seed, on_stderr(), judge)
+    del policy  # before the judge's weights are loaded
     items = score(items, judge)
     beside = {json.dumps(prompt): columns for prompt, columns in asked}
     rows = [{**label(item, command.noise, command.seed), **beside[json.dumps(item.prompt)]} for item in items]

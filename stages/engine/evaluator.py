@@ -54,9 +54,13 @@ class Evaluator:
     def __init__(self, context: StageContext, config: EvaluateParams) -> None:
         self.context, self.config = context, config
         self.codec = Codec.load(context.input("model"))
-        self.policy = load_policy(context.input("model"), trainable=False)
+        self.policy = load_policy(context.input("model"), trainable=False, frozen=config.frozen)
         self.itself = context.request.inputs["model"].sha256 == context.request.inputs["reference"].sha256
-        self.reference = self.policy if self.itself else load_policy(context.input("reference"), trainable=False)
+        self.reference = (
+            self.policy
+            if self.itself
+            else load_policy(context.input("reference"), trainable=False, frozen=config.frozen)
+        )
         self.generated_tokens = 0
         self.asked: list[Row] = []
         """The rows of `prompts`, once they are read; those of a mixture have a source."""
@@ -65,6 +69,10 @@ class Evaluator:
             message = f"it knows {own} tokens, and the SFT model {other}: it was trained from another base model."
             fix = "compare models of one base; for a new base retrain under another name (promote.model)"
             raise refuse("inputs.model", context.request.name or "model", message, fix, kind="not_comparable")
+
+    def release(self) -> None:
+        """Free the models: nothing more is asked of them."""
+        del self.policy, self.reference
 
     def prompts(self) -> list[Messages]:
         """The held-out prompts, each once, that leave room for an answer. Raises StageError when they are too few."""
@@ -116,7 +124,7 @@ class Evaluator:
 
     def _logps(self, policy: Policy, name: str, trees: Sequence[Tree]) -> list[list[float]]:
         """Log-probs of every answer under the model of an input, at temperature 1: a list per tree."""
-        cache = ReferenceCache(self.context.request.inputs[name].sha256, "fp32")
+        cache = ReferenceCache(self.context.request.inputs[name].sha256, policy.numbers)
         layout = choose_layout(policy, "shared", trees, self.codec.pad_id)
         return cache.logps(policy, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id)
 

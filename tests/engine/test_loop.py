@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from schemas.config.training import Training, steps_for
 from schemas.errors import StageError
 from stages.engine.data import order
-from stages.engine.training import checkpoint, loop
+from stages.engine.training import checkpoint, loop, optimizers
 from stages.engine.training.method import Metrics, Totals
 from tests.support.context import MemoryContext
 
@@ -123,7 +123,12 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_sigterm_saves_and_the_next_run_goes_on_bit_for_bit(
+    tmp_path: Path, optimizer: Literal["adamw", "adamw8bit"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "SMALL", 0)
+    monkeypatch.setitem(globals(), "TRAINING", TRAINING.model_copy(update={"optimizer": optimizer}))
     whole, whole_run = Regression(), memory(tmp_path / "whole")
     cost = train(whole, 7, whole_run)
 
@@ -275,10 +280,18 @@ def test_one_step_of_adamw_by_hand(tmp_path: Path) -> None:
         assert context.steps(f"train/{name}") == pytest.approx([value], rel=1e-4)
 
 
-def test_two_steps_of_adamw_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])  # its moments are whole where there are few
+def test_two_steps_of_adamw_by_hand(tmp_path: Path, optimizer: str) -> None:
     """The second step has each gradient with its own weight: m by beta 1 and v by beta 2, both bias-corrected."""
     b1, b2, eps = 0.7, 0.95, 0.01
-    changes = {"adam_beta1": b1, "adam_beta2": b2, "adam_eps": eps, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    changes: dict[str, Any] = {
+        "adam_beta1": b1,
+        "adam_beta2": b2,
+        "adam_eps": eps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1e9,
+    }
+    changes["optimizer"] = optimizer
     found = [weights(Regression(micro=8))]
     for steps in (1, 2):
         method = Regression(micro=8)

@@ -189,7 +189,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "clusters, drawn = [row.cluster for row in samples],",
             "clusters, drawn = [str(i) for i, _ in enumerate(samples)],",
         ),
-        ("clustered_error(distances[1.0], clusters)", "metrics.mean_and_error(distances[1.0])[1]"),
+        ("clustered_error(distances, clusters)", "metrics.mean_and_error(distances)[1]"),
         ("[(win, 1 - win, win) for win in won]", "[(win, win, win) for win in won]"),
         ("evaluator.answer(distinct, matched, policy=evaluator.reference)", "evaluator.answer(distinct, matched)"),
         ("evaluator.answer(distinct, matched, policy", "evaluator.answer(distinct, temperature, policy"),

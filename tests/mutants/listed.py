@@ -5,7 +5,7 @@ about conversations in `conversations`, those in sharded training in `shards`.
 
 from dataclasses import dataclass
 
-from tests.mutants import conclusions, conversations, shards, surfaces
+from tests.mutants import conclusions, conversations, fewer_bits, shards, surfaces
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,19 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "    return [score for scores in method.per_answer(method.scores, method.trees) for score in scores]",
         ),
     ],
+    ("stages/engine/training/optimizers.py", ("tests/engine/test_loop.py",)): [
+        ('"weight_decay": training.weight_decay})', '"weight_decay": 0.0})'),
+        ('"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": training.weight_decay'),
+        ("eps=training.adam_eps, fused", "eps=1e-8, fused"),
+        ("betas = (training.adam_beta1, training.adam_beta2)", "betas = (training.adam_beta2, training.adam_beta1)"),
+        ("addcmul_(gradient, gradient, value=1 - beta2)", "addcmul_(gradient, gradient, value=beta2)"),
+        ("weight.ndim < 2 or weight.numel() < SMALL", "weight.ndim < 2 and weight.numel() < SMALL"),
+    ],
     ("stages/engine/training/loop.py", ("tests/engine/test_loop.py",)): [
         ("min(1.0, (at + size) / (warmup + size))", "at / warmup"),
         ("done = (at - warmup) / max(1, end - warmup)", "done = at / end"),
         ('"linear": 1.0 - done', '"linear": done'),
         ("0.5 * (1.0 + math.cos(math.pi * done))", "1.0 + math.cos(math.pi * done)"),
-        ('"weight_decay": training.weight_decay})', '"weight_decay": 0.0})'),
-        ('"params": rest, "weight_decay": 0.0', '"params": rest, "weight_decay": training.weight_decay'),
-        ("eps=training.adam_eps", "eps=1e-8"),
-        ("betas = (training.adam_beta1, training.adam_beta2)", "betas = (training.adam_beta2, training.adam_beta1)"),
         ('group["lr"] = rate * factors[group["part"]]', 'group["lr"] = rate'),
         (
             "norm = torch.nn.utils.clip_grad_norm_(self.method.model.parameters(), self.training.max_grad_norm)",
@@ -237,7 +241,14 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
 
 MUTANTS = [
     Mutant(file, old, new, tests)
-    for listed in (conclusions.BY_FILE, conversations.BY_FILE, shards.BY_FILE, surfaces.BY_FILE, BY_FILE)
+    for listed in (
+        conclusions.BY_FILE,
+        conversations.BY_FILE,
+        fewer_bits.BY_FILE,
+        shards.BY_FILE,
+        surfaces.BY_FILE,
+        BY_FILE,
+    )
     for (file, tests), pairs in listed.items()
     for old, new in pairs
 ]

@@ -24,7 +24,7 @@ from schemas.stage import STAGES, Artifact, Request
 from stages import compare, evaluate, tracking
 from stages.__main__ import execute
 from stages.engine.data.codec import Codec
-from stages.engine.models.loading import load_policy, load_scorer
+from stages.engine.models.loading import load_judge, load_policy, load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.sampling import sample, seed_of
 from stages.engine.scoring import gate_evidence, metrics
@@ -327,10 +327,26 @@ def test_seeds_follow_the_request_and_the_place_of_the_prompt(world: World) -> N
     assert [row.answer for row in other] != [row.answer for row in whole]
 
 
-def test_reward_score_is_the_policys_own_reward_model(world: World, tmp_path: Path) -> None:
+def test_reward_score_is_the_policys_own_reward_model(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reward = tmp_path / "reward"
     save_scorer(load_scorer(world.sft, seed=5), world.codec, reward)
-    final, evaluation, _ = world.evaluate(world.sft, reward=reward)
+    evaluators: list[evaluate.Evaluator] = []
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        assert not hasattr(evaluators[0], "policy"), "the models are freed before those who judge are loaded"
+        return load_judge(*given, **named)
+
+    class Noted(evaluate.Evaluator):
+        def prompts(self) -> Any:
+            evaluators.append(self)
+            return super().prompts()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "Evaluator", Noted)
+        patch.setattr("stages.engine.scoring.judges.load_judge", loaded)
+        final, evaluation, _ = world.evaluate(world.sft, reward=reward)
     scores = RewardJudge(reward).score(
         [row.prompt for row in evaluation.samples], [str(row.answer) for row in evaluation.samples]
     )
@@ -490,7 +506,8 @@ def test_for_the_gate_a_model_meets_the_sft_model_made_as_sharp(world: World) ->
     samples = evaluate.put_together(asked, answers, None, [(0.0, 0.0, 0.5)] * 2 * N, [0.0] * 2 * N, None)
     samples = [replace(row, temperature=0.8) for row in samples]
     judge = Same(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), "evaluate.judge")
-    found, values = evaluate.for_the_gate(evaluator, judge, asked, answers, samples)
+    read = evaluate.read_for_the_gate(evaluator, asked, answers, 0.8)
+    found, values = evaluate.for_the_gate(read, judge, asked, answers, samples)
     matched = values["eval/matched_temperature"]
     assert matched == pytest.approx(0.4, rel=0.01)
     draws = [sampled(world, world.sft, temperature=matched, draw=draw)[1] for draw in (0, 1)]

@@ -80,7 +80,7 @@ def _onednn(left_NI: Tensor, right_OI: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left_NI, right_OI, None, "none", [], "")
 
 
-def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def linear_by_faster(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x @ weight.T + bias over x's last dimension, by the faster library."""
     plain = product_for(weight_OI) is _matmul or torch.is_autocast_enabled("cpu")
     if plain or x.dtype != torch.float32 or not x.numel():
@@ -93,14 +93,14 @@ class Linear(nn.Linear):
     """nn.Linear with the faster products."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _linear(input, self.weight, self.bias)
+        return linear_by_faster(input, self.weight, self.bias)
 
 
 class Conv1D(pytorch_utils.Conv1D):
     """GPT-2's layer, a linear one whose weight is transposed, with the faster products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight.T, self.bias)
+        return linear_by_faster(x, self.weight.T, self.bias)
 
 
 class _LinearFunction(torch.autograd.Function):

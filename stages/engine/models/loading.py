@@ -28,12 +28,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from schemas.architectures import why_no_policy, why_no_scorer
-from schemas.config.training import Training
+from schemas.config.training import Half, Held, Training, held_type, published_type
 from schemas.errors import StageError, refuse
-from schemas.model_folder import UNREADABLE, is_reward_model, read_json, too_many_parts, why_unreadable
+from schemas.model_folder import UNREADABLE, is_reward_model, read_json, stored, too_many_parts, why_unreadable
 from schemas.text import one_line
 from stages.engine.distributed import rank
 from stages.engine.models import cpu, lora, pieces, sharding, tree_attention
+from stages.engine.models.held import hold
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
 
@@ -47,18 +48,18 @@ def load_policy(
     value_head: bool = False,
     trainable: bool = True,
     seed: int = 0,
+    frozen: Half | None = None,
 ) -> Policy:
-    """A causal LM from a local folder, in float32 on this process's device, dropout 0.
+    """A causal LM from a local folder on this process's device, dropout 0; what learns of it is float32.
 
     With `training.lora` fresh adapters are added (a function of `seed`) and all else is frozen; `trainable=False` adds
-    none, freezes everything and sets evaluation mode. One to be sharded has no weights yet; where its files need
-    transformers the first rank has them, on its CPU: `sharding.shard` comes next. Raises StageError for a folder that
-    cannot be used.
+    none, freezes everything and sets evaluation mode. `frozen`: without `training` the type in which it is held, and in
+    which it multiplies. One to be sharded has no weights yet; where its files need transformers the first rank has
+    them, on its CPU: `sharding.shard` comes next. Raises StageError for a folder that cannot be used.
     """
-    shared_out = sharding.wanted(training)
-    hf = _load(Path(folder), AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, shared_out=shared_out)
-    policy = Policy(hf, value_head=value_head, precision=training.precision if training else "fp32")
-    return _prepare(policy, training, trainable, seed)
+    path, shared_out = Path(folder), sharding.wanted(training)
+    hf = _load(path, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, shared_out=shared_out)
+    return _prepare(Policy(hf, value_head=value_head), path, training, trainable, seed, frozen)
 
 
 def load_scorer(
@@ -69,6 +70,7 @@ def load_scorer(
     trainable: bool = True,
     on: Policy | Scorer | None = None,
     adapter: bool = False,
+    frozen: Half | None = None,
 ) -> Scorer:
     """A reward model from its folder, or from a causal LM's folder with a fresh score head (a function of `seed`).
 
@@ -91,18 +93,29 @@ def load_scorer(
     if on is not None and not adapter:
         lora.share(hf, on.plain, copies=own)
     model = lora.put_on(hf, on.plain, path, copies=own) if on is not None and adapter else hf
-    scorer = Scorer(model, precision=training.precision if training else "fp32")
-    return _prepare(scorer, training, trainable, seed)
+    scorer = Scorer(model)
+    return _prepare(scorer, path, training, trainable, seed, frozen, None if on is None else on.held)
 
 
-def load_judge(folder: Path | str, training: Training | None = None, *, on: Policy | None = None) -> Scorer:
+def load_judge(
+    folder: Path | str,
+    training: Training | None = None,
+    *,
+    on: Policy | None = None,
+    frozen: Half | None = None,
+) -> Scorer:
     """A reward model that is not trained here; with `on` its adapter on the weights of that policy.
 
     Raises StageError for a language model: its score would be random.
     """
-    if not is_reward_model(read_config(Path(folder))):
-        raise _unusable(Path(folder), "it is a language model without a score", "give a reward model")
-    return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None)
+    check_judge(Path(folder))
+    return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None, frozen=frozen)
+
+
+def check_judge(folder: Path) -> None:
+    """Raise StageError for a folder that plainly holds no reward model, before its weights are read."""
+    if not is_reward_model(check_folder(folder, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)):
+        raise _unusable(folder, "it is a language model without a score", "give a reward model")
 
 
 def _load(
@@ -225,16 +238,38 @@ def _dropouts(config: PretrainedConfig) -> dict[str, float]:
     return {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v > 0}
 
 
-def _prepare(model: ModelT, training: Training | None, trainable: bool, seed: int) -> ModelT:
-    """Adapters, gradient checkpointing, frozen or not, device."""
+def _prepare(
+    model: ModelT,
+    folder: Path,
+    training: Training | None,
+    trainable: bool,
+    seed: int,
+    frozen: Half | None,
+    held: Held | None = None,
+) -> ModelT:
+    """Types of weights and products, adapters, gradient checkpointing, frozen or not, device.
+
+    `held`: the type of weights that are another model's.
+    """
     cpu.get_ready(model)
+    adapters = training.lora if trainable and training else None
+    tensors = stored(folder)
+    parameters = sum(math.prod(one.shape) for one in tensors.values())
+    if held is None and (adapters or not trainable):
+        asked = training.frozen if training else frozen
+        held = (adapters.base if adapters else None) or held_type(asked, parameters)
+    model.held = held or "fp32"
+    model.precision = training.precision if training else "bf16" if model.held == "bf16" else "fp32"
+    if training:
+        model.publish = published_type(training.publish, parameters, {one.dtype for one in tensors.values()})
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         model = model.requires_grad_(False).eval()
-    elif training and training.lora:
-        model.hf = lora.add(model.hf, training.lora, seed)
+    elif adapters:
+        model.hf = lora.add(model.hf, adapters, seed)
         if isinstance(model, Scorer):
             model.plain.get_submodule("score").requires_grad_(True)
+    hold(model.plain, model.held, device())  # after peft, which makes adapters in the type that it finds
     if trainable and training and training.gradient_checkpointing:
         checkpoint_layers(model.plain)
     return model if sharding.wanted(training) else model.to(device())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from schemas.config.training import LoRA
+from schemas.config.training import Held, LoRA
 from schemas.errors import StageError, refuse
+from stages.engine.models.held import Nf4
 from stages.engine.models.pieces import origin, stand_in
 
 TRAINED = "default"
@@ -90,12 +91,19 @@ def _bad_target(lora: LoRA, why: str) -> StageError:
     return refuse("lora.target", lora.target, message, "use all-linear")
 
 
-def merged(inner: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model without adapters, the trained one's products added to the weights."""
+def merged(inner: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of the model without adapters, the trained one's products added to the weights.
+
+    What it made is on the CPU in that type, one weight after the other: a device may have no room for another copy.
+    """
     state = {unwrapped(name): value for name, value in inner.state_dict().items() if PART not in name}
+    adapted = {id(m.get_base_layer()): m for m in inner.modules() if isinstance(m, LoraLayer)}
     for name, module in inner.named_modules():
-        if isinstance(module, LoraLayer):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + product(module)
+        if id(module) in adapted or isinstance(module, Nf4):
+            key = unwrapped(f"{name}.weight")
+            weight = module.whole(torch.float32) if isinstance(module, Nf4) else state[key]
+            whole = weight + product(adapted[id(module)]) if id(module) in adapted else weight
+            state[key] = whole.to("cpu", dtype)
     return state
 
 
@@ -129,8 +137,13 @@ def save(hf: PeftModel, folder: Path, base: str) -> None:
     save_file({name: value.detach().contiguous() for name, value in state.items()}, place / WEIGHTS)
 
 
+def label(base: str, held: Held) -> str:
+    """What an adapter's base is called, of its digest: what learned on weights in four bits belongs to those alone."""
+    return f"{base} in nf4" if held == "nf4" else base
+
+
 def base_of(folder: Path) -> str | None:
-    """The digest of the artifact that the adapter in a model folder belongs to; None where there is no adapter."""
+    """The `label` of the artifact that the adapter in a model folder belongs to; None where there is no adapter."""
     place = folder / FOLDER
     return str(_read(place)[BASE]) if (place / CONFIG).is_file() else None
 
@@ -165,8 +178,13 @@ def share(hf: PreTrainedModel, base: PreTrainedModel, *, copies: bool = False) -
         tensor = theirs[name]
         if copies:
             place = origin(tensor)
-            tensor = nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place)
+            tensor = (
+                nn.Parameter(tensor.detach().clone()) if place is None else stand_in(tensor.shape, place, tensor.dtype)
+            )
         setattr(hf.base_model.get_submodule(module), last, tensor)
+    for name, module in base.base_model.named_modules():
+        if isinstance(module, Nf4):
+            module.lend(hf.base_model.get_submodule(name.removesuffix(".base_layer")))
 
 
 def _read(place: Path) -> dict[str, Any]:

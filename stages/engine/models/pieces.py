@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 _FLOATS = ("F32", "BF16", "F16")
 """Types that float32 holds exactly."""
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 class Origin(NamedTuple):
@@ -40,9 +41,9 @@ def origin(parameter: Tensor) -> Origin | None:
     return getattr(parameter, "origin", None)
 
 
-def stand_in(shape: torch.Size, place: Origin) -> nn.Parameter:
+def stand_in(shape: torch.Size, place: Origin, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A weight of a shape that takes no memory, for values that are read later."""
-    parameter = nn.Parameter(torch.zeros(()).expand(shape))
+    parameter = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape))
     parameter.origin = place  # type: ignore[attr-defined]
     return parameter
 
@@ -109,16 +110,18 @@ def _fits(place: Origin, parameter: Tensor) -> bool:
         return piece.get_shape() == list(parameter.shape) and piece.get_dtype() in _FLOATS
 
 
-def write(file: Path | None, shapes: Mapping[str, torch.Size], value: Callable[[str], Tensor]) -> None:
-    """Write float32 tensors as one safetensors file, each asked for when its turn comes, in safetensors' order.
+def write(
+    file: Path | None, shapes: Mapping[str, torch.Size], value: Callable[[str], Tensor], dtype: torch.dtype
+) -> None:
+    """Write tensors of a type as one safetensors file, each asked for when its turn comes, in safetensors' order.
 
     Without a `file` the tensors are asked for and dropped: `value` may be collective.
     """
     names, end = sorted(shapes), 0
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name in names:
-        size = 4 * shapes[name].numel()
-        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [end, end + size]}
+        size = dtype.itemsize * shapes[name].numel()
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -129,4 +132,4 @@ def write(file: Path | None, shapes: Mapping[str, torch.Size], value: Callable[[
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            stream.write(value(name).detach().reshape(-1).numpy().data)
+            stream.write(value(name).detach().reshape(-1).view(torch.uint8).numpy().data)

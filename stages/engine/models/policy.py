@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from schemas.config.training import Half, Held
 from stages.engine.data.trees import Batch, Tree
 from stages.engine.models import cpu, lora
 from stages.engine.models.logprobs import Rows, linear_log_probs, linear_logps
@@ -38,6 +39,10 @@ class _Trunk(nn.Module):
         """Whether attention over trees is FlexAttention's (on CUDA, where the layout's choice found it exact)."""
         self.dropouts: dict[str, Any] = {}
         """The dropouts of the config as loaded; all are 0 while the model is here."""
+        self.held: Held = "fp32"
+        """Type of the weights that never learn."""
+        self.publish: Half = "fp32"
+        """Type in which it is to be saved."""
         self.empty: tuple[Any, ...] = ()
         """Of a sharded model: the same without weights and shards, in a tuple, so that it is not a part of this."""
 
@@ -45,6 +50,11 @@ class _Trunk(nn.Module):
     def plain(self) -> PreTrainedModel:
         """The transformers model itself; adapters, where there are some, sit inside its layers."""
         return lora.plain(self.hf)
+
+    @property
+    def numbers(self) -> str:
+        """What decides its log-probs beside the weights in its files."""
+        return self.precision if self.held == "fp32" else f"{self.precision}/{self.held}"
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +129,7 @@ class Policy(_Trunk):
     ) -> tuple[Tensor, Tensor | None, Tensor, Rows]:
         """The head works at `predict_N` alone; models with more than a linear head make their own logits."""
         head = self.plain.get_output_embeddings()
-        if type(head) is cpu.Linear and self.plain.config.model_type in TREE_TYPES:
+        if isinstance(head, cpu.Linear) and self.plain.config.model_type in TREE_TYPES:
             hidden_ND = self.hidden(batch).index_select(0, batch.predict_N)
             given = (hidden_ND, head.weight, head.bias, batch.labels_N)
             kept = given[:3]

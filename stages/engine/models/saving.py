@@ -22,6 +22,7 @@ from stages.engine.models.sharding import is_sharded, to_first_rank, whole
 
 LARGEST_FILE: int | str = "50GB"
 """Of a model's weights."""
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SavesTokenizer(Protocol):
@@ -72,32 +73,40 @@ def save_scorer(
 
 def _save(model: Policy | Scorer, codec: SavesTokenizer, folder: Path, base: str | None) -> None:
     if not is_sharded(model):
-        _write(model, codec, folder, base, lora.merged(model.plain) if isinstance(model.hf, PeftModel) else None)
+        _write(model, codec, folder, base, _merged(model) if isinstance(model.hf, PeftModel) else None)
         return
     in_pieces = _goes_in_pieces(model.empty[0].plain)
     # Adapters are small; of the other weights the first rank holds one at a time.
     with whole(model, first_rank_only=True, of=lora.PART if in_pieces else "") as one:
         if rank() == 0:
-            merged = lora.merged(one.plain) if isinstance(one.hf, PeftModel) and not in_pieces else None
+            merged = _merged(one) if isinstance(one.hf, PeftModel) and not in_pieces else None
             _write(one, codec, folder, base, {} if in_pieces else merged)
         if in_pieces:
             _write_weights(model, one, folder)
 
 
+def _merged(model: Policy | Scorer) -> dict[str, Tensor]:
+    return lora.merged(model.plain, _TYPES[model.publish])
+
+
 def _write(
     model: Policy | Scorer, codec: SavesTokenizer, folder: Path, base: str | None, state: dict[str, Tensor] | None
 ) -> None:
-    plain = model.plain
+    plain, dtype = model.plain, _TYPES[model.publish]
     for name, value in model.dropouts.items():
         setattr(plain.config, name, value)
+    state = _published(plain.state_dict() if state is None else state, dtype)
     try:
         with quiet():
             plain.save_pretrained(folder, state_dict=state, max_shard_size=LARGEST_FILE)
+            if plain.config.dtype != str(dtype).removeprefix("torch."):  # the type that it has here
+                plain.config.dtype = dtype
+                plain.config.save_pretrained(folder)
     finally:
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
     if base is not None and isinstance(model.hf, PeftModel):
-        lora.save(model.hf, folder, base)
+        lora.save(model.hf, folder, lora.label(base, model.held))
     _let_others_read(folder)
     codec.save(folder)
 
@@ -110,7 +119,16 @@ def _let_others_read(folder: Path) -> None:
 
 def _goes_in_pieces(plain: PreTrainedModel) -> bool:
     """Whether files have the very tensors of the model, so that they can be written one by one."""
-    return not pieces.converts(plain) and all(v.dtype == torch.float32 for v in plain.state_dict().values())
+    return not pieces.converts(plain) and all(v.is_floating_point() for v in plain.state_dict().values())
+
+
+def _published(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in the type of what is published, on the CPU where that is another; tied tensors stay one."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    for value in state.values():
+        alters = value.is_floating_point() and value.dtype != dtype
+        cast.setdefault((value.data_ptr(), value.shape), value.to("cpu", dtype) if alters else value)
+    return {name: cast[value.data_ptr(), value.shape] for name, value in state.items()}
 
 
 def _write_weights(model: Policy | Scorer, one: Policy | Scorer, folder: Path) -> None:
@@ -136,12 +154,15 @@ def _write_weights(model: Policy | Scorer, one: Policy | Scorer, folder: Path) -
         tensor = state[name]
         if id(tensor) in ours:
             tensor = to_first_rank(ours[id(tensor)], tensor)
-        return tensor + lora.product(adapted[name]) if name in adapted and rank() == 0 else tensor
+        tensor = tensor + lora.product(adapted[name]) if name in adapted and rank() == 0 else tensor
+        return tensor.to(_TYPES[model.publish])
 
     pattern = SAFE_WEIGHTS_NAME.replace(".", "{suffix}.")
-    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=LARGEST_FILE)
+    sized = {name: torch.empty_like(value, dtype=_TYPES[model.publish], device="meta") for name, value in state.items()}
+    split = split_torch_state_dict_into_shards(sized, filename_pattern=pattern, max_shard_size=LARGEST_FILE)
     for file, names in split.filename_to_tensors.items():
-        pieces.write(folder / file if rank() == 0 else None, {name: state[name].shape for name in names}, value)
+        shapes = {name: state[name].shape for name in names}
+        pieces.write(folder / file if rank() == 0 else None, shapes, value, _TYPES[model.publish])
     if rank() > 0:
         return
     if split.is_sharded:

@@ -125,7 +125,7 @@ def twin(model: AnyModel) -> AnyModel:
         return (
             value.detach().clone()
             if place is None
-            else stand_in(value.shape, place).requires_grad_(value.requires_grad)
+            else stand_in(value.shape, place, value.dtype).requires_grad_(value.requires_grad)
         )
 
     _replace(other, again)
@@ -149,7 +149,7 @@ def shard(model: AnyModel, training: Training) -> AnyModel:
     if len(set(in_step("dealing out weights", sum(origin(p) is not None for p in whole.values())))) > 1:
         raise RuntimeError("the ranks see different model files. Fix: give a folder that all machines share")
     _replace(model, _to_meta)
-    empty = copy.deepcopy(model)
+    shapes = copy.deepcopy(model)
     # Without an entry for the heads all is gathered as it is stored. Sums over ranks are float32 in any case.
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if training.gather == "bf16" else MixedPrecisionPolicy()
@@ -170,10 +170,11 @@ def shard(model: AnyModel, training: Training) -> AnyModel:
         if place := origin(value):
             put_rows(parameter, place.rows(*rows_of(parameter)))
             continue
-        sent = value.detach().to(device()).contiguous() if rank() == 0 else torch.empty(value.shape, device=device())
+        empty = torch.empty(value.shape, dtype=value.dtype, device=device())
+        sent = value.detach().to(device()).contiguous() if rank() == 0 else empty
         dist.broadcast(sent, 0)
         put(parameter, sent)
-    model.empty = (empty,)
+    model.empty = (shapes,)
     model.register_forward_pre_hook(_begin_pass, prepend=True)
     return model
 

@@ -12,7 +12,7 @@ from schemas.errors import refuse
 from stages.engine.scoring.intervals import RESAMPLES
 
 # Evaluations that differ in any of these cannot be compared.
-CONDITIONS = ("judge", "judge_model", "temperatures", "samples_per_prompt", "max_new_tokens", "seed")
+CONDITIONS = ("judge", "judge_model", "temperatures", "samples_per_prompt", "max_new_tokens", "seed", "frozen")
 
 
 @dataclass(frozen=True)

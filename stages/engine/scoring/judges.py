@@ -5,16 +5,19 @@ A judge scores answers by themselves (`Scoring`) or compares two (`EndpointJudge
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from schemas import config as settings
+from schemas.config.training import Half
 from schemas.conversation import Message
 from schemas.errors import refuse
 from stages.engine import demo
 from stages.engine.data.codec import Codec
 from stages.engine.models.layouts import choose_layout
-from stages.engine.models.loading import load_judge
+from stages.engine.models.loading import check_judge, load_judge
+from stages.engine.models.policy import Scorer
 from stages.engine.scoring import metrics
 from stages.engine.scoring.batched import over_trees
 from stages.engine.scoring.endpoint import EndpointJudge
@@ -76,13 +79,27 @@ class SentimentJudge(Scoring):
 class RewardJudge(Scoring):
     """A reward model's score, read from its folder; it tokenizes with the tokenizer and template of its own.
 
-    `field` names the reward model in messages.
+    `field` names the reward model in messages, `frozen` is the type in which it is held. Its weights are loaded when it
+    is first asked: until then there may be others.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None, field: str = "reward") -> None:
+    def __init__(
+        self, folder: Path, progress: Progress | None = None, field: str = "reward", frozen: Half | None = None
+    ) -> None:
         self.codec = Codec.load(folder)
-        self.scorer = load_judge(folder).eval()
+        check_judge(folder)
+        self.folder = folder
+        self.frozen: Half | None = frozen
         self.progress, self.field = progress, field
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The model itself."""
+        return load_judge(self.folder, frozen=self.frozen)
+
+    def release(self) -> None:
+        """Free the weights, until it is asked again."""
+        self.__dict__.pop("scorer", None)
 
     def check(self, prompts: Sequence[Sequence[Message]], new_tokens: int) -> None:
         """Raise StageError for a prompt that it cannot read, or not with so many more tokens."""
@@ -110,8 +127,9 @@ class RewardJudge(Scoring):
         return found
 
 
-def judge_for(config: settings.Judge, context: StageContext) -> Judge:
-    """The judge that a stage's config names. A reward model is read from the stage's input `judge`.
+def judge_for(config: settings.Judge, context: StageContext, frozen: Half | None = None) -> Judge:
+    """The judge that a stage's config names. A reward model is read from the stage's input `judge`, and held in the
+    type that `frozen` names.
 
     Raises StageError when the package, the key or the input that it needs is not there.
     """
@@ -134,7 +152,7 @@ def judge_for(config: settings.Judge, context: StageContext) -> Judge:
         message = "the reward judge needs a reward model as the stage's input `judge`."
         fix = "give the pipeline `gold` rows (data.preference.gold_fraction, gold), or name a reward model's folder"
         raise refuse(f"{field}.model", config.model, message, fix, kind="missing_input")
-    return RewardJudge(context.input("judge"), progress, f"{field}.model")
+    return RewardJudge(context.input("judge"), progress, f"{field}.model", frozen)
 
 
 def agreement(judge: Judge, pairs: Sequence[Mapping[str, Any]]) -> list[float]:

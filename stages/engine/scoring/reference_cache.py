@@ -47,7 +47,7 @@ class ReferenceCache:
     """Sums of log-probabilities by prompt and answer, in one SQLite file that processes may share."""
 
     def __init__(self, weights_sha256: str, dtype: str, path: Path | None = None) -> None:
-        """`weights_sha256` names the reference model, `dtype` its precision; `path` defaults to the home's cache."""
+        """`weights_sha256` names the reference model, `dtype` its `numbers`; `path` defaults to the home's cache."""
         self.prefix = hashlib.sha256(f"{weights_sha256}/{dtype}/{ENGINE_VERSION}/".encode())
         self.path = path or home() / "cache" / "reference.sqlite"
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
 from stages.engine.training import checkpoint, shards
 from stages.engine.training.method import Method, Metrics, PublishedMethod
+from stages.engine.training.optimizers import optimizer_for
 from stages.runtime.context import StageContext
 from stages.runtime.workspace import remove
 
@@ -51,18 +52,6 @@ def learning_rate(training: Training, at: int, end: int, size: int = 1) -> float
     done = (at - warmup) / max(1, end - warmup)
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return training.learning_rate * factor[training.schedule]
-
-
-def optimizer_for(parts: Mapping[str, Sequence[torch.nn.Parameter]], training: Training) -> torch.optim.AdamW:
-    """AdamW, with groups that carry their part's name; weight decay on matrices only."""
-    groups: list[dict[str, Any]] = []
-    for part, every in parts.items():
-        parameters = [p for p in every if p.requires_grad]
-        matrices, rest = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-        groups.append({"part": part, "params": matrices, "weight_decay": training.weight_decay})
-        groups.append({"part": part, "params": rest, "weight_decay": 0.0})
-    betas = (training.adam_beta1, training.adam_beta2)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
 
 
 def together(name: str, values: Tensor) -> Tensor:

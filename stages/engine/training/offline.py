@@ -73,6 +73,7 @@ class OfflineMethod(ABC):
         self.trees = [example.tree for example in self.examples]
         self.layout: Layout = choose_and_shard(model, training, training.layout, self.trees[:8], codec.pad_id)
         context.tag("layout", self.layout)
+        context.tag("held", model.held)
         self.total_steps = steps_for(len(self.trees), training)
 
     @property
@@ -200,7 +201,7 @@ class OfflineAlignment(PolicyMethod):
         def progress(done: int, total: int) -> None:
             self.context.progress(done, total, "answers scored by the reference")
 
-        cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.training.precision)
+        cache = ReferenceCache(self.context.request.inputs["model"].sha256, self.policy.numbers)
         budget, pad_id = self.training.tokens_per_micro_batch, self.codec.pad_id
         with self.policy.reference() if self.training.lora else nullcontext():
             return cache.logps(self.policy, trees, self.layout, budget, pad_id, progress)

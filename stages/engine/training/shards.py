@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from stages.engine.distributed import rank, world
 from stages.engine.models.sharding import rows_of, rows_to_save, side_group
 from stages.engine.training import checkpoint
+from stages.engine.training.optimizers import sharded_like
 
 Digests = dict[str, checkpoint.Digest]
 
@@ -93,16 +94,8 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> No
         state: dict[str, Any] = {}
         for key, value in parts[0].state["optimizer"][name].items():
             tensor = read_rows(parts, name, value, rows).to(local.device)
-            state[key] = _as(parameter, tensor) if tensor.ndim else tensor
+            state[key] = sharded_like(parameter, tensor) if tensor.ndim else tensor
         optimizer.state[parameter] = state
-
-
-def _as(parameter: Tensor, local: Tensor) -> Tensor:
-    """A tensor of this rank's rows, sharded as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return local
-    shape, stride = parameter.shape, parameter.stride()
-    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
 class Part:
@@ -137,4 +130,4 @@ def read_rows(parts: list[Part], name: str, key: str, rows: tuple[int, int]) -> 
         if begin < end:
             pieces[begin] = part.file.get_slice(key)[begin - first : end - first]
     in_order = [pieces[begin] for begin in sorted(pieces)]  # that of ranks differs from it with several copies
-    return torch.cat(in_order) if in_order else torch.empty(0, *shape[1:])
+    return torch.cat(in_order) if in_order else parts[0].file.get_slice(key)[:0]

@@ -3,21 +3,31 @@
 import json
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from flows.planning import memory as planning_memory
 from flows.planning.memory import Sizes
-from schemas.config import ModelConfig, PipelineConfig, Scratch, SFTConfig
+from schemas.config import BaseParams, ModelConfig, PipelineConfig, RewardConfig, Scratch, SFTConfig
 from schemas.config.methods import DPO, PPO
-from schemas.config.training import LoRA, Training
+from schemas.config.training import Held, LoRA, Training
+from stages.base import build
+from stages.engine.data.trees import Tree, collate
+from stages.engine.models.loading import load_policy
+from stages.engine.training.optimizers import optimizer_for
 
 # Two layers, h = 4, i = 6, V = 10: embedding 40; per layer q, k, v, o 4 * 16, gate, up, down 3 * 24, norms 8; norm 4.
 P = 40 + 2 * (64 + 72 + 8) + 4
 LINEAR = 2 * (4 * 8 + 3 * 10)
-SIZES = Sizes(parameters=P, linear=LINEAR, layers=2, hidden=4, intermediate=6, vocabulary=10)
-# 32 tokens; 8 h + 4 i = 56 numbers per token and layer.
+MATRICES, VECTORS = 2 * (64 + 72), 2 * 8 + 4
+SIZES = Sizes(P, LINEAR, MATRICES, VECTORS, layers=2, hidden=4, intermediate=6, vocabulary=10)
+LAYER, HALF_LAYER = 44 * 4 + 16 * 6, 44 * 4 + 8 * 6
+"""Bytes that a layer keeps of a token."""
+# 32 tokens.
 TRAINING = Training(tokens_per_micro_batch=32, max_length=8)
 
 
@@ -28,7 +38,7 @@ def test_the_sizes_of_a_scratch_model_are_those_of_its_tensors() -> None:
 
 def test_full_training_holds_weights_gradients_and_two_moments() -> None:
     head = 8 * 32 * 10
-    assert planning_memory.training_bytes(SIZES, TRAINING) == 16 * P + 32 * 2 * 56 * 4 + head
+    assert planning_memory.training_bytes(SIZES, TRAINING) == 16 * P + 32 * 2 * LAYER + head
 
 
 def test_lora_trains_its_adapters_alone() -> None:
@@ -37,28 +47,28 @@ def test_lora_trains_its_adapters_alone() -> None:
     assert planning_memory.trained_bytes(SIZES, training) == 4 * P + 16 * 3 * LINEAR
 
 
-def test_checkpointing_keeps_inputs_and_one_layer_and_bf16_halves_them() -> None:
+def test_checkpointing_keeps_inputs_in_float32_and_one_layer() -> None:
     training = TRAINING.model_copy(update={"gradient_checkpointing": True, "precision": "bf16"})
-    assert planning_memory.activation_bytes(SIZES, training) == 32 * (2 * 4 + 56) * 2 + 8 * 32 * 10
+    assert planning_memory.activation_bytes(SIZES, training) == 32 * (4 * 2 * 4 + HALF_LAYER) + MATRICES + 8 * 32 * 10
 
 
 def test_a_row_longer_than_the_budget_stands_alone_and_counts() -> None:
     training = TRAINING.model_copy(update={"max_length": 64})
-    assert planning_memory.activation_bytes(SIZES, training) == 64 * 2 * 56 * 4 + 8 * 64 * 10
+    assert planning_memory.activation_bytes(SIZES, training) == 64 * 2 * LAYER + 8 * 64 * 10
 
 
 def test_the_head_never_holds_all_logits() -> None:
-    wide = Sizes(parameters=0, linear=0, layers=0, hidden=4, intermediate=6, vocabulary=2**20)
+    wide = Sizes(0, 0, 0, 0, layers=0, hidden=4, intermediate=6, vocabulary=2**20)
     assert planning_memory.activation_bytes(wide, TRAINING) == 8 * 2**23
 
 
 def test_ppo_holds_a_critic_a_reference_and_a_reward_model() -> None:
     ppo = PPO(tokens_per_micro_batch=32, max_length=8)
-    reward = Sizes(parameters=7, linear=0, layers=0, hidden=0, intermediate=0, vocabulary=0)
+    reward = Sizes(7, 0, 7, 0, layers=0, hidden=0, intermediate=0, vocabulary=0)
     full = planning_memory.training_bytes(SIZES, TRAINING)
     assert planning_memory.training_bytes(SIZES, ppo, reward) == full + 16 * P + 4 * P + 4 * 7
     shared = ppo.model_copy(update={"value_trunk": "shared", "lora": LoRA(rank=3)})
-    expected = 4 * P + 16 * 3 * LINEAR + 32 * 2 * 56 * 4 + 8 * 32 * 10 + 4 * 7
+    expected = 4 * P + 16 * 3 * LINEAR + 32 * 2 * LAYER + 8 * 32 * 10 + 4 * 7
     assert planning_memory.training_bytes(SIZES, shared, reward) == expected
     lora = shared.model_copy(update={"value_trunk": "separate"})
     assert planning_memory.training_bytes(SIZES, lora, reward) == expected + 16 * 3 * LINEAR
@@ -68,9 +78,77 @@ def test_ppo_holds_a_critic_a_reference_and_a_reward_model() -> None:
     assert planning_memory.training_bytes(SIZES, ppo, reward, LoRA(rank=5)) == full + 16 * P + 4 * P + 4 * 7
 
 
+def test_fewer_bits_for_what_is_read_and_for_moments() -> None:
+    half = 2 * (P - VECTORS) + 4 * VECTORS
+    four = MATRICES // 2 + 2 * -(-MATRICES // 64) + 2 * (P - MATRICES - VECTORS) + 4 * VECTORS
+    expected_of: dict[Held, int] = {"fp32": 4 * P, "bf16": half, "nf4": four}
+    for base, expected in expected_of.items():
+        training = TRAINING.model_copy(update={"lora": LoRA(rank=3, base=base)})
+        assert planning_memory.trained_bytes(SIZES, training) == expected + 16 * 3 * LINEAR
+        asked = TRAINING.model_copy(update={"frozen": base, "lora": LoRA(rank=3)})
+        if base != "nf4":
+            assert planning_memory.trained_bytes(SIZES, asked) == expected + 16 * 3 * LINEAR
+    eight = TRAINING.model_copy(update={"optimizer": "adamw8bit"})
+    matrices = P - VECTORS
+    assert planning_memory.trained_bytes(SIZES, eight) == 8 * P + 8 * VECTORS + 2 * matrices + round(matrices / 32)
+    wide = planning_memory.scaled(SIZES, 1024)  # adapters of 3 x 4096 numbers
+    adapters = planning_memory.adapter_bytes(wide, eight.model_copy(update={"lora": LoRA(rank=3)}))
+    assert adapters == 10 * 3 * wide.linear + round(3 * wide.linear * (8 / 256 + 8 / 3) / 2)
+
+
+def test_adapters_on_four_bits_are_used_on_four_bits_alone() -> None:
+    ppo = PPO(tokens_per_micro_batch=32, max_length=8, lora=LoRA(rank=3, base="nf4"), frozen="bf16")
+    four, half = (planning_memory.frozen_bytes(SIZES, kind) for kind in ("nf4", "bf16"))
+    # Policy and critic learn; the critic stands on the reward model, which is whole unless it is an adapter too.
+    expected = four + 2 * 16 * 3 * LINEAR + planning_memory.activation_bytes(SIZES, ppo)
+    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5)) == expected + half
+    given = 2 * 4 * 5 * LINEAR
+    assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5, base="nf4")) == expected + given
+
+
+def test_a_reward_model_meets_the_sft_model_when_it_is_trained() -> None:
+    reward = RewardConfig(tokens_per_micro_batch=16, max_length=8, lora=LoRA(rank=1))
+    wide = Sizes(10**8, 10, 10**8, 0, layers=2, hidden=4, intermediate=6, vocabulary=10)
+    assert planning_memory.training_bytes(wide, reward) == 2 * 4 * 10**8 + 16 * 10
+
+
+def test_what_is_held_is_what_processes_hold(tmp_path: Path) -> None:
+    """Weights, gradients and moments to 2 %, what is kept for the backward pass to 15 %: on a Llama on this CPU."""
+    build(BaseParams(scratch=Scratch(hidden_size=128, layers=2, heads=4, intermediate_size=320)), 0, tmp_path)
+    sizes = planning_memory.folder_sizes(tmp_path)
+    trees = [Tree(tuple(range(5, 69)), (tuple(range(9, 69)),)) for _ in range(8)]
+    batch = collate(trees, "packed", 2)
+    ways: list[dict[str, Any]] = [{}, {"optimizer": "adamw8bit", "precision": "bf16"}]
+    ways += [{"lora": LoRA(rank=32, base=base), "optimizer": "adamw8bit"} for base in ("bf16", "nf4")]
+    for way in ways:
+        training = Training(tokens_per_micro_batch=batch.tokens, max_length=8, **way)
+        policy = load_policy(tmp_path, training)
+        held = [*policy.parameters(), *policy.buffers()]
+        weights, kept = {t.untyped_storage().data_ptr() for t in held}, {}
+
+        def note(tensor: Tensor, weights: set[int] = weights, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = policy(batch).logps_N.sum()
+        head = 8 * min(batch.tokens * sizes.vocabulary, planning_memory.CHUNK)
+        expected = planning_memory.activation_bytes(sizes, training) - head  # of which backward keeps nothing
+        assert sum(kept.values()) == pytest.approx(expected, rel=0.15), way
+        loss.backward()
+        optimizer = optimizer_for({"model": list(policy.parameters())}, training)
+        optimizer.step()
+        held += [p.grad for p in policy.parameters() if p.grad is not None]
+        held += [value for state in optimizer.state.values() for value in state.values()]
+        found = sum({t.data_ptr(): t.nbytes for t in held}.values())
+        assert planning_memory.trained_bytes(sizes, training) == pytest.approx(found, rel=0.02), way
+
+
 def test_shares_of_weights_are_held_and_some_are_gathered() -> None:
     full = TRAINING.model_copy(update={"sharding": "full"})
-    layer, passing = (P - 40) // 2, 32 * 2 * 56 * 4 + 8 * 32 * 10
+    layer, passing = (P - 40) // 2, 32 * 2 * LAYER + 8 * 32 * 10
     # Root and two layers in float32, and the gradient of the larger of the two.
     expected = 16 * P // 4 + passing + 4 * (40 + 2 * layer) + 4 * layer
     assert planning_memory.training_bytes(SIZES, full, shares=4) == expected
@@ -82,10 +160,10 @@ def test_shares_of_weights_are_held_and_some_are_gathered() -> None:
 
 
 def test_sharded_ppo_has_four_models_and_one_whole_while_it_samples() -> None:
-    ppo = PPO(sharding="full", tokens_per_micro_batch=16, max_length=8, lora=LoRA(rank=3))
+    ppo = PPO(sharding="full", frozen="fp32", tokens_per_micro_batch=16, max_length=8, lora=LoRA(rank=3))
     adapters, given = 16 * 3 * LINEAR, 4 * 5 * LINEAR
     held = 3 * 4 * P + 2 * adapters + 2 * given  # policy (and reference), critic, reward model
-    wide = Sizes(parameters=10**9, linear=0, layers=2, hidden=4, intermediate=6, vocabulary=10)
+    wide = Sizes(10**9, 0, 10**9, 0, layers=2, hidden=4, intermediate=6, vocabulary=10)
     beside = planning_memory.activation_bytes(SIZES, ppo) + planning_memory.gathered_bytes(SIZES, ppo)
     assert planning_memory.training_bytes(SIZES, ppo, None, LoRA(rank=5), shares=2) == -(-held // 2) + beside
     assert planning_memory.training_bytes(wide, ppo, shares=100) >= 3 * 4 * 10**9 // 100 + 4 * 10**9
@@ -131,6 +209,8 @@ def test_the_gguf_inside_a_package_is_read_from_its_header() -> None:
     assert sizes == Sizes(
         parameters=v * h + layers * per_layer + h,
         linear=layers * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i)),
+        matrices=layers * (per_layer - 2 * h),
+        vectors=(2 * layers + 1) * h,
         layers=layers,
         hidden=h,
         intermediate=i,
@@ -142,13 +222,18 @@ def test_a_model_that_is_not_here_yet_has_no_estimate() -> None:
     assert planning_memory.model_sizes(ModelConfig(path="some/name", revision="0" * 40)) is None
 
 
-def test_memory_names_every_training_stage(tmp_path: Path) -> None:
+def test_memory_names_every_stage_that_needs_a_device(tmp_path: Path) -> None:
     config = PipelineConfig.model_validate(
         {"name": "a", "model": {"scratch": {}}, "data": {}, "align": {"dpo": {}, "mine": {"method": "ppo"}}}
     )
     memory = planning_memory.memory(config)
-    assert memory is not None and list(memory) == ["sft", "reward", "dpo", "mine"]
+    reading = ["eval sft", "eval base", "eval dpo", "eval mine", "baselines"]
+    assert memory is not None and list(memory) == ["sft", "reward", "dpo", "mine", *reading]
     assert memory["mine"] > memory["dpo"]
+    sizes = planning_memory.model_sizes(config.model)
+    assert sizes is not None  # the model and the reference; the SFT model is its own
+    assert memory["eval dpo"] - memory["eval sft"] == 4 * sizes.parameters
+    assert memory["baselines"] == memory["eval sft"]
 
 
 def test_steps() -> None:

@@ -85,11 +85,14 @@ def test_gradient_is_the_same_in_every_layout(tmp_path: Path, home: Path, name: 
 
 
 CASES = [(name, lora) for name in CONFIGS for lora in (False, True)]
+BASES = {"reward": "bf16", "dpo": "nf4"}
+"""How the weights under adapters are held, where not in float32."""
 
 
 def trained(folder: Path, name: str, lora: bool) -> dict[str, Tensor]:
     """The weights after three steps of the real loop, and each step's loss."""
-    method, run = make(folder, name, lora=models.LORA if lora else None, epochs=3, tokens_per_micro_batch=48)
+    adapters = models.LORA.model_copy(update={"base": BASES.get(name)}) if lora else None
+    method, run = make(folder, name, lora=adapters, epochs=3, tokens_per_micro_batch=48)
     run.work = folder / f"{name}-{lora}"
     train(method, run)
     weights = {n: p.detach().clone() for n, p in method.model.named_parameters() if p.requires_grad}

@@ -71,6 +71,16 @@ def test_robust_loss_is_unbiased_under_flipped_labels() -> None:
     torch.testing.assert_close(expected, dpo_loss(h, BETA))
 
 
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_under_adapters_the_reference_is_the_policys_own_base(tmp_path: Path, base: str) -> None:
+    """To the bit: the reference's log-probs come from the very weights that the policy begins with."""
+    config = methods.DPO.model_validate({"lora": {"rank": 2, "base": base}, "batch_size": 1, "epochs": 2})
+    data = models.data_folder(tmp_path / "data", preference=models.rows(1, *models.PAIRS))
+    run = MemoryContext(tmp_path / "work", config, {"model": models.model_folder(tmp_path / "model"), "data": data})
+    train(DPO(config, run), run)
+    assert run.steps("train/margin")[0] == 0.0 != run.steps("train/margin")[1]
+
+
 @pytest.mark.parametrize("loss", ["ipo_sum", "ipo_mean", "hinge"])
 def test_smoothing_that_a_loss_does_not_have_is_refused(loss: Any) -> None:
     with pytest.raises(ValidationError, match=f"label_smoothing = 0.2 changes nothing with loss {loss}"):

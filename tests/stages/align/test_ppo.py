@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pytest
@@ -36,7 +36,7 @@ from stages.align.ppo import (
 from stages.base import build
 from stages.engine import demo
 from stages.engine.data.codec import Codec
-from stages.engine.models.loading import load_scorer
+from stages.engine.models.loading import load_judge, load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.scoring.judges import RewardJudge
 from stages.engine.training.loop import train
@@ -696,6 +696,33 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
     assert (logged["train/ratio_mean"][0], logged["train/kl_to_reference"][0]) == (1.0, 0.0)
     assert logged["train/kl_to_reference"][-1] != 0.0
     assert ppo.score(one) == scores, "neither the policy's nor the critic's adapter moves the judge"
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_on_a_base_in_fewer_bits_all_begin_as_one(
+    start: Callable[..., PPO], adapted: Path, base: Literal["bf16", "nf4"], tmp_path: Path
+) -> None:
+    ppo = start(folder=adapted, lora=LoRA(rank=4, base=base), frozen="bf16")
+    assert ppo.critic is not None
+    if base == "nf4":  # the adapter learned on whole weights, and lends those of its merged model
+        assert not held(ppo.reward_model.scorer) & held(ppo.policy)
+        assert len(held(ppo.critic) - held(ppo.reward_model.scorer)) == 1 and ppo.critic.held == "bf16"
+        for name in ("model", "data"):
+            (tmp_path / name).symlink_to(adapted / name)
+        scorer = load_scorer(adapted / "model", Config(lora=LoRA(rank=3, base="nf4")), seed=4)
+        models.perturb(scorer)
+        digest = memory(tmp_path, tmp_path / "work").request.inputs["model"].sha256
+        save_scorer(scorer, Codec.load(adapted / "model"), tmp_path / "reward", mean=0.1, std=0.5, base=digest)
+        ppo = start(folder=tmp_path, lora=LoRA(rank=4, base="nf4"))
+        own, rollout = ppo.reward_model.scorer, ppo.collect(0)
+        scores = ppo.score(rollout)
+        ppo.reward_model.scorer = load_judge(tmp_path / "reward")  # the merged model
+        assert ppo.score(rollout) == pytest.approx(scores, abs=1e-4)
+        ppo.reward_model.scorer = own
+    assert ppo.critic is not None and ppo.critic.held == ppo.policy.held == base
+    assert len(held(ppo.critic, ppo.reward_model.scorer) - held(ppo.policy)) == 2, "the heads"
+    logged = run_loop(ppo)
+    assert (logged["train/ratio_mean"][0], logged["train/kl_to_reference"][0]) == (1.0, 0.0)
 
 
 def test_an_adapter_of_another_base_is_not_used(start: Callable[..., PPO], adapted: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from stages.engine.distributed import world
 from stages.engine.models import loading, sharding
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_policy, save_scorer
-from stages.engine.training import shards
+from stages.engine.training import optimizers, shards
 from stages.engine.training.checkpoint import digest, snapshot
 from stages.engine.training.checkpoint import write as write_part
 from stages.engine.training.loop import Loop, train, train_and_publish
@@ -37,6 +37,7 @@ from tests.support.context import MemoryContext
 from tests.support.two_ranks import on_two_ranks
 
 ADAPTED = {"lora": models.LORA}
+ON_HALF = {"lora": models.LORA.model_copy(update={"base": "bf16"})}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {"layout": "packed"}),
     "sft-tied": ("sft", {}),
@@ -46,11 +47,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"gradient_checkpointing": True}),
     "dpo-lora": ("dpo", {**ADAPTED, "layout": "padded"}),
     "kto": ("kto", {}),
-    "kto-lora": ("kto", ADAPTED),
-    "ppo": ("ppo", {}),
+    "kto-lora": ("kto", {**ON_HALF, "publish": "bf16"}),
+    "ppo": ("ppo", {"frozen": "bf16"}),
     "ppo-lora": ("ppo", ADAPTED),
     "ppo-one-trunk": ("ppo", {"value_trunk": "shared"}),
 }
+RESUMED = CASES | {"dpo-8bit": ("dpo", {"optimizer": "adamw8bit"})}
 # A large eps keeps Adam's step in proportion to the gradient, where it would blow up the noise of small ones.
 TRAINING = {"batch_size": 8, "learning_rate": 0.1, "adam_eps": 1.0, "tokens_per_micro_batch": 16, "max_steps": 3}
 UNEVEN = {"reward": {"tokens_per_micro_batch": 20}, "ppo": {"tokens_per_micro_batch": 36}}
@@ -71,7 +73,7 @@ def write(folder: Path) -> None:
 
 def make(folder: Path, case: str, work: Path, **changes: Any) -> tuple[Any, MemoryContext]:
     """The method of a case, its weights moved away from the reference."""
-    name, way = CASES[case]
+    name, way = RESUMED[case]
     config = {
         **TRAINING,
         **UNEVEN.get(name, {}),
@@ -135,6 +137,7 @@ def work_as_rank(rank: int, folder: Path) -> None:
     """All that needs two ranks."""
     os.environ["ALIGNFLOW_HOME"] = str(folder / "home")
     loading.load_whole = None  # type: ignore[assignment]  # every rank reads its rows alone
+    optimizers.SMALL = 16
     for case in CASES:
         save_file(work_off(folder, case, folder / case), folder / f"{case}-{rank}.safetensors")
     save_file(resume_and_more(folder, rank), folder / f"more-{rank}.safetensors")
@@ -171,7 +174,7 @@ def resume_and_more(folder: Path, rank: int) -> dict[str, Tensor]:
     """Checkpoints written and read by two ranks; passes out of step; gathers in bfloat16."""
     results: dict[str, Tensor] = {}
     barrier = torch.distributed.barrier
-    for case in ("dpo", "ppo-lora"):
+    for case in ("dpo-8bit", "ppo-lora"):
         results |= resumed(folder, case, folder / f"whole-{case}", 4)
         resumed(folder, case, folder / f"cut-{case}", 3)
         barrier()
@@ -180,11 +183,11 @@ def resume_and_more(folder: Path, rank: int) -> dict[str, Tensor]:
             plant(folder / f"cut-{case}" / "checkpoints" / "step-3", folder / "sprung")
         barrier()
         results |= resumed(folder, case, folder / f"cut-{case}", 4)
-    results |= resumed(folder, "dpo", folder / "one-dpo", 4)
+    results |= resumed(folder, "dpo-8bit", folder / "one-dpo-8bit", 4)
 
-    method, run = make(folder, "dpo", folder / "cut-dpo")
+    method, run = make(folder, "dpo-8bit", folder / "cut-dpo-8bit")
     if rank == 0:
-        spoil(folder / "cut-dpo" / "checkpoints" / "step-4" / "shard-1.safetensors")
+        spoil(folder / "cut-dpo-8bit" / "checkpoints" / "step-4" / "shard-1.safetensors")
     barrier()
     loop = Loop(method, run)
     loop.resume()
@@ -222,7 +225,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(folder / "home"))
-        resumed(folder, "dpo", folder / "one-dpo", 3)  # by one process; the ranks go on from there
+        patch.setattr(optimizers, "SMALL", 16)
+        resumed(folder, "dpo-8bit", folder / "one-dpo-8bit", 3)  # by one process; the ranks go on from there
     on_two_ranks(work_as_rank, folder)
     return folder
 
@@ -266,7 +270,7 @@ def test_ranks_had_different_numbers_of_micro_batches(two_ranks: Path) -> None:
 def test_two_ranks_resume_to_the_bit(two_ranks: Path) -> None:
     for rank in (0, 1):
         results = load_file(two_ranks / f"more-{rank}.safetensors")
-        for case in ("dpo", "ppo-lora"):
+        for case in ("dpo-8bit", "ppo-lora"):
             names = [name for name in results if name.startswith(f"whole-{case}/weight")]
             assert len(names) > 10
             for name in names:
@@ -274,15 +278,15 @@ def test_two_ranks_resume_to_the_bit(two_ranks: Path) -> None:
             losses = results[f"whole-{case}/losses"], results[f"cut-{case}/losses"]
             assert torch.equal(losses[0][3:], losses[1]) and len(losses[1]) == 1
     assert not (two_ranks / "sprung").exists(), "a file beside the shards was unpickled"
-    assert not list((two_ranks / "whole-dpo" / "checkpoints").rglob("*.pt")), "only safetensors and JSON"
+    assert not list((two_ranks / "whole-dpo-8bit" / "checkpoints").rglob("*.pt")), "only safetensors and JSON"
 
 
 @pytest.mark.slow
 def test_two_ranks_and_one_resume_each_others_checkpoints(two_ranks: Path, home: Path) -> None:
     results = load_file(two_ranks / "more-0.safetensors")
-    one = resumed(two_ranks, "dpo", two_ranks / "two-dpo", 4)
-    assert len(one["two-dpo/losses"]) == len(results["one-dpo/losses"]) == 1
-    for name in [name for name in results if name.startswith("whole-dpo/weight")]:
+    one = resumed(two_ranks, "dpo-8bit", two_ranks / "two-dpo-8bit", 4)
+    assert len(one["two-dpo-8bit/losses"]) == len(results["one-dpo-8bit/losses"]) == 1
+    for name in [name for name in results if name.startswith("whole-dpo-8bit/weight")]:
         torch.testing.assert_close(one[name.replace("whole", "two")], results[name], rtol=0, atol=1e-6)
         torch.testing.assert_close(results[name.replace("whole", "one")], results[name], rtol=0, atol=1e-6)
 
@@ -290,7 +294,7 @@ def test_two_ranks_and_one_resume_each_others_checkpoints(two_ranks: Path, home:
 @pytest.mark.slow
 def test_a_shard_that_another_rank_finds_spoilt_is_resumed_by_none(two_ranks: Path) -> None:
     assert [int(load_file(two_ranks / f"more-{rank}.safetensors")["step"]) for rank in (0, 1)] == [3, 3]
-    assert (two_ranks / "cut-dpo" / "checkpoints" / "bad" / "step-4").is_dir()
+    assert (two_ranks / "cut-dpo-8bit" / "checkpoints" / "bad" / "step-4").is_dir()
 
 
 @pytest.mark.slow
