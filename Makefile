@@ -25,6 +25,7 @@ check: $(READY) $(SMOLLM2)  ## the same as test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python -m compileall -q flows stages schemas tests
 	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 format: $(READY)  ## put the code into shape

@@ -16,8 +16,10 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from prefect.client.orchestration import get_client
+from prefect.plugins import load_prefect_collections
 from prefect.states import Failed
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
+from prefect.workers.process import ProcessWorker
 
 from flows.execution import job
 from flows.servers import pools
@@ -101,6 +103,8 @@ def guard(pool: str) -> str:
     """
     with get_client(sync_client=True) as client:
         kind = client.read_work_pool(pool).type
+    if kind == ProcessWorker.type:  # Prefect's own: what others are in, Kubernetes' client too, takes a second to load
+        sys.modules[load_prefect_collections.__module__]._collections = {}  # type: ignore[attr-defined]
     worker: Any = BaseWorker.get_worker_class_from_type(kind)
     if worker is None:
         fix = f"install it: pip install prefect-{kind}"

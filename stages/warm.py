@@ -178,7 +178,7 @@ def _become(message: dict[str, Any], streams: list[int], own: int) -> list[str]:
         os.close(stream)
     sys.argv[1:] = message["argv"]
     threads = os.environ.get("OMP_NUM_THREADS", "")  # read when torch was imported
-    if threads.isdecimal() and int(threads):
+    if "torch" in sys.modules and threads.isdecimal() and int(threads):
         import torch  # known here, but a stand-in must not import it
 
         torch.set_num_threads(min(int(threads), os.cpu_count() or 1))  # no more than it takes by itself

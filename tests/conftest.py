@@ -31,6 +31,9 @@ os.environ.update(
     {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Kinds of blocks are in the databases that homes get; to look through them again takes a second a server.
+        "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+        "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -43,13 +46,25 @@ for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "ALIGNFLOW_HOME", "ALIGNF
     os.environ.pop(name, None)
 
 
+LONGEST = (
+    *("system/test_up.py", "system/test_deployed.py", "flows/test_cli.py", "system/test_secrets.py"),
+    *("flows/execution/test_process.py", "system/test_arrival.py", "faults/test_prefect.py", "faults/test_race.py"),
+    *("flows/test_retrain.py", "tracking/test_database.py", "system/test_door.py", "flows/results/test_registry.py"),
+    *("system/test_backends.py", "flows/execution/test_warm.py", "system/test_ui.py", "flows/results/test_clean.py"),
+    *("system/test_private.py", "faults/test_command.py", "system/test_backup.py", "faults/test_kill.py"),
+)
+"""Files that take minutes, those that take most first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: the last of them would run on while the other processes have nothing left.
+    """The longest files first, then those with the most slow tests: the last of them would run on while the other
+    processes have nothing left.
 
     Only between files; within one the order stays.
     """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    turns = {ROOT / "tests" / name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (turns.get(item.path, len(turns)), -slow[item.path]))
 
 
 def pytest_collection_finish() -> None:

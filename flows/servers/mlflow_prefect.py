@@ -49,12 +49,12 @@ def mlflow_server(number: int, host: str = HOST, made: Passwords | None = None) 
     environment |= {"MLFLOW_SERVER_ALLOWED_HOSTS": allowed_hosts(host)}
     # Without --app-dir uvicorn puts the working directory before all that Python imports; this folder holds no Python.
     door = f"--http flows.servers.door:Mlflow --app-dir {shlex.quote(str(workspace.home() / 'logs'))}"
-    module, options = "mlflow", ["--uvicorn-opts", door]
+    options = ["--host", host, "--port", str(number), "--workers", "1", "--uvicorn-opts", door]
     if has_passwords() or made is not None:
-        module, options = "stages.tracking.mlflow_server", [*options, "--app-name", "basic-auth"]
+        options += ["--app-name", "basic-auth"]
         environment |= mlflow_users(made)
-    command = [sys.executable, "-P", "-m", module, "server", "--host", host, "--port", str(number), "--workers", "1"]
-    return Server("MLflow", url, f"{url}/health", command + options, environment)
+    command = [sys.executable, "-P", "-m", "stages.tracking.mlflow_server", "server", *options]
+    return Server("MLflow", url, f"{url}/health", command, environment)
 
 
 def mlflow_users(made: Passwords | None) -> dict[str, str]:

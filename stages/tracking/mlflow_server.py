@@ -1,14 +1,17 @@
-"""MLflow's server with users of its own: who they are is set before it starts.
+"""MLflow's server in one process, with users of its own: who they are is set before it starts.
 
     python -P -m stages.tracking.mlflow_server server ...     the options are those of `mlflow`
 
 MLflow creates its first user with the password that it is given, and takes no notice of that password afterwards.
 """
 
+import gc
 import os
 import runpy
 import sys
 from typing import Any
+
+import uvicorn  # first: by it MLflow's application knows that it is served, and guards itself
 
 from schemas import environment
 
@@ -75,9 +78,24 @@ def grant_each(store: Any, name: str, uri: str) -> None:
         store.create_registered_model_permission(model, name, "MANAGE")
 
 
+def serve_here(command: list[str], *, extra_env: dict[str, str], **_: Any) -> None:
+    """Be the server. MLflow would start another process, which would import all that this one has again: three seconds.
+
+    Args:
+        command: Python, `-m uvicorn`, and its options.
+    """
+    os.environ.update(extra_env)
+    uvicorn.main(command[3:], prog_name="uvicorn")
+
+
 def main(options: list[str]) -> None:
     """Set the users, then run MLflow's command line."""
+    gc.set_threshold(10_000)  # as in flows/__init__.py
     provide_users()
+    from mlflow import server
+
+    if hasattr(server, "_exec_cmd"):
+        server._exec_cmd = serve_here
     sys.argv = ["mlflow", *options]
     runpy.run_module("mlflow", run_name="__main__", alter_sys=True)
 

@@ -20,7 +20,7 @@ from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import loop
-from tests.support import models
+from tests.support import homes, models
 from tests.support.killable_training import run, whole_stage
 
 WIDE = Scratch(hidden_size=192, layers=2, heads=4, intermediate_size=768, max_length=64)
@@ -115,18 +115,18 @@ SHORT = SFTConfig(batch_size=64, epochs=6, checkpoint_steps=2, tokens_per_micro_
 
 
 @pytest.fixture(scope="module")
-def published(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def published(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ready: Path) -> str:
     """The digest of the model when nothing goes wrong."""
     folder = tmp_path_factory.mktemp("whole")
     request = ask(folder, "sft", SHORT, inputs)
-    assert run(whole_stage, folder / "home", request) == 0
+    assert run(whole_stage, homes.furnish(folder / "home", ready), request) == 0
     return result_of(request).outputs["model"].sha256
 
 
 @pytest.fixture
-def small_disk(home: Path) -> Iterator[Path]:
+def small_disk(ready_home: Path) -> Iterator[Path]:
     """`work` in the home is a disk of 64 MB."""
-    place = home / "work"
+    place = ready_home / "work"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
@@ -162,27 +162,27 @@ def test_a_disk_that_cannot_be_written(
 
 
 @pytest.mark.slow
-def test_out_of_memory(inputs: dict[str, Path], published: str, home: Path, tmp_path: Path) -> None:
+def test_out_of_memory(inputs: dict[str, Path], published: str, ready_home: Path, tmp_path: Path) -> None:
     request = ask(tmp_path / "ask", "sft", SHORT, inputs)
-    assert run(memory_gets_scarce, home, request) == EXIT_CODES["failed"]
+    assert run(memory_gets_scarce, ready_home, request) == EXIT_CODES["failed"]
     error = result_of(request).error
     assert error is not None and error.kind == "memory" and error.field == "tokens_per_micro_batch"
-    assert [path.name for path in (work_of(home, request) / "checkpoints").iterdir()] == ["step-2"]
-    assert run(whole_stage, home, request) == 0
+    assert [path.name for path in (work_of(ready_home, request) / "checkpoints").iterdir()] == ["step-2"]
+    assert run(whole_stage, ready_home, request) == 0
     assert result_of(request).outputs["model"].sha256 == published
 
 
 @pytest.mark.slow
-def test_a_learning_rate_a_thousand_times_too_large(inputs: dict[str, Path], home: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_a_thousand_times_too_large(inputs: dict[str, Path], ready_home: Path, tmp_path: Path) -> None:
     config = methods.PPO(
         iterations=8, rollout_size=16, batch_size=8, ppo_epochs=2, max_new_tokens=12, learning_rate=1.0, max_kl=20
     )
     request = ask(tmp_path / "ask", "align", config, inputs)
-    assert run(whole_stage, home, request) == EXIT_CODES["diverged"]
+    assert run(whole_stage, ready_home, request) == EXIT_CODES["diverged"]
     result = result_of(request)
     assert result.error is not None and result.error.kind == "diverged" and result.run_id
     assert tracking.client().get_run(result.run_id).info.status == "FAILED"
     assert tracking.client().get_run(result.run_id).data.metrics.keys() >= {"train/kl_to_reference"}
     experiments = [experiment.experiment_id for experiment in tracking.client().search_experiments()]
     assert not tracking.client().search_logged_models(experiments)
-    shutil.rmtree(work_of(home, request))
+    shutil.rmtree(work_of(ready_home, request))

@@ -21,7 +21,7 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint, loop
 from stages.runtime import workspace
-from tests.support import models
+from tests.support import homes, models
 from tests.support.killable_training import ended, run, whole_stage
 from tests.support.two_ranks import start_ranks
 
@@ -58,13 +58,13 @@ def result_of(request: Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ready: Path) -> dict[str, Result]:
     """The results when nothing goes wrong."""
     found = {}
     for stage, config in STAGE.items():
         folder = tmp_path_factory.mktemp("whole")
         request = ask(folder, stage, config, inputs)
-        assert run(whole_stage, folder / "home", request) == 0
+        assert run(whole_stage, homes.furnish(folder / "home", ready), request) == 0
         found[stage] = result_of(request)
     return found
 

@@ -21,7 +21,7 @@ from schemas.stage import STAGES, Artifact, Request, Result
 from stages import __main__ as entry
 from stages import tracking
 from stages.engine.training import loop
-from tests.support import models
+from tests.support import homes, models
 from tests.support.journals import losses
 from tests.support.killable_training import ended, start
 from tests.support.processes import wait_for
@@ -71,11 +71,10 @@ class Between(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[supervisor.Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[supervisor.Server]:
     """An MLflow server of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGNFLOW_HOME", str(tmp_path_factory.mktemp("served")))
-        tracking.setup()
+        patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("served"), ready)))
         there = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         Between.behind = int(there.url.rsplit(":", 1)[1])
         with supervisor.running([there]):

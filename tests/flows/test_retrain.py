@@ -1,5 +1,6 @@
 """Retraining: what counts as a change, and one life of a champion from end to end, on a tiny model."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from flows import retrain
+from flows.execution import warm
 from flows.gate import approval, looks
 from flows.planning import config_file as planning_config_file
 from flows.planning.plan import Plan, promotion
@@ -202,6 +204,17 @@ def test_both_sides_answer_anew_with_the_seed_of_their_look(tmp_path: Path, monk
 # --- From end to end ---
 
 
+@pytest.fixture(scope="module")
+def one_warm() -> Iterator[None]:
+    """One warm process for all flows of this file, each of which would import everything in one of its own."""
+    own = warm.Warm()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm, "warm", contextlib.nullcontext)
+        patch.setattr(warm, "_warm", own)
+        yield
+    own.end()
+
+
 def states(prefect: SyncPrefectClient) -> list[tuple[str, str]]:
     """Name and message of all flow runs' final states, in their order."""
     runs = sorted(prefect.read_flow_runs(), key=lambda run: str(run.created))
@@ -216,7 +229,7 @@ def runs_of(stage: str) -> int:
 
 @pytest.mark.slow
 def test_the_life_of_a_champion(
-    prefect: SyncPrefectClient, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: SyncPrefectClient, one_warm: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path))
@@ -347,7 +360,7 @@ def walk(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_candidate_waits_for_a_person_and_outlives_the_process_that_waits(
-    prefect: SyncPrefectClient, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: SyncPrefectClient, one_warm: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True}))

@@ -23,7 +23,8 @@ with supervisor.running([mlflow_prefect.prefect_server(supervisor.port(None, 0, 
 
 def make(home: Path) -> None:
     """Make both databases, without the servers of whichever test asks first."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_API_"))}
+    left_out = ("MLFLOW_", "PREFECT_API_", "PREFECT_SERVER_REGISTER_BLOCKS_ON_START")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     subprocess.run([sys.executable, "-c", _MAKE], env={**env, "ALIGNFLOW_HOME": str(home)}, check=True)
     for name in DATABASES:
         assert (home / name).stat().st_size > 0

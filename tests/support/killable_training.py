@@ -1,6 +1,7 @@
 """Training in a child process that can be killed: what the tests of faults share.
 
-Children are forks of a server that has imported torch and done nothing else, so that each of many deaths is cheap.
+Children are forks of a server that has imported torch and MLflow and done nothing else, so that each of many deaths is
+cheap.
 """
 
 import hashlib
@@ -27,10 +28,11 @@ from stages.engine.training.checkpoint import load_file
 from stages.engine.training.loop import train
 from stages.reward import Reward
 from stages.sft import SFT
+from tests.support import scripted
 from tests.support.context import MemoryContext
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.killable_training", "tests.faults.test_kill"])
+CONTEXT.set_forkserver_preload(["tests.support.killable_training", "tests.faults.test_kill", *scripted.HEAVY.split()])
 
 CLASSES: dict[type[Training], Any] = {
     SFTConfig: SFT,

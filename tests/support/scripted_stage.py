@@ -75,4 +75,4 @@ if __name__ == "__main__":
     if "FAKE_FORKS" in os.environ:  # so many succeed
         forks, fork = iter(range(int(os.environ["FAKE_FORKS"]))), os.fork
         os.fork = lambda: fork() if next(forks, None) is not None else no_room()
-    sys.exit((warm if WARM in os.environ else entry).main(sys.argv[1:]))
+    sys.exit((warm.main if WARM in os.environ else entry.start)(sys.argv[1:]))

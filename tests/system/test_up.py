@@ -51,6 +51,14 @@ def running(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Addresses]]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def first_deploy(home: Path, running: tuple["subprocess.Popen[str]", Addresses]) -> str:
+    """What `alignflow deploy` says the first time."""
+    answer = alignflow(home, "deploy")
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
 def deployed(home: Path, where: Addresses) -> dict[str, str]:
     """Kind and name -> id of the pools, deployments and automations on the server."""
     kinds = ("work_pools", "deployments", "automations")
@@ -82,12 +90,10 @@ def test_a_second_one_says_where_the_first_is(
 
 @pytest.mark.slow
 def test_deploying_twice_is_idempotent_and_a_worker_takes_a_run_up(
-    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path
+    home: Path, running: tuple["subprocess.Popen[str]", Addresses], first_deploy: str, tmp_path: Path
 ) -> None:
     _, where = running
-    first = alignflow(home, "deploy")
-    assert first.returncode == 0, first.stderr
-    assert "stage/cpu on cpu" in first.stdout
+    assert "stage/cpu on cpu" in first_deploy
     before = deployed(home, where)
     second = alignflow(home, "deploy")
     assert second.returncode == 0, second.stderr
@@ -145,10 +151,13 @@ def test_checks_name_pool_worker_and_experiment(
 
 @pytest.mark.slow
 def test_what_is_submitted_is_checked_as_a_run_from_here_is(
-    home: Path, running: tuple["subprocess.Popen[str]", Addresses], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    running: tuple["subprocess.Popen[str]", Addresses],
+    first_deploy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, where = running
-    assert alignflow(home, "deploy").returncode == 0
     own = f"{where.prefect}/work_pools/cpu"
     live_servers.ask(home, "PATCH", own, json={"is_paused": True}).raise_for_status()
     refused = alignflow(home, "submit", "demo", "--set", "pools.sft=tpu")
@@ -223,7 +232,7 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     process.kill()
     assert left_after(started, 5) == []
     assert (home / "up.json").exists()
-    with live_servers.up(home) as (again, there):
+    with live_servers.up(home, "--pool", "cpu") as (again, there):
         assert there.pid == again.pid
         assert deployed(home, there) == kept
         answer = live_servers.ask(

@@ -19,6 +19,7 @@ from schemas.environment import PARENT, WARM
 from schemas.stage import STAGES, Artifact, Placement, Request, Result
 from stages import tracking
 from stages.runtime import workspace
+from tests.support import homes
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 from tests.support.processes import alive, wait_for
 from tests.support.scripted import FAKE, fake_request
@@ -158,7 +159,7 @@ def test_several_devices_and_foreign_launchers_take_no_fork(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_fork_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_learns_the_same(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a small training, bit for bit; each in a home of its own, where there is nothing to reuse."""
     pairs = [{"response": pair["chosen"]} for pair in PAIRS]
     folders = {"model": model_folder(tmp_path / "model"), "data": data_folder(tmp_path / "data", sft=rows(12, *pairs))}
@@ -167,7 +168,7 @@ def test_a_fork_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked = Request(stage="sft", version=STAGES["sft"].version, params=params, inputs=inputs)
     weights = []
     for name in ("alone", "fork"):
-        monkeypatch.setenv("ALIGNFLOW_HOME", str(tmp_path / name))
+        monkeypatch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path / name, ready)))
         with warm.warm() if name == "fork" else contextlib.nullcontext():
             result = process.run_stage(asked)
         assert result.status == "done" and not result.reused
