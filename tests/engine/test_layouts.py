@@ -7,7 +7,7 @@ import torch
 
 from stages.engine.data import segments as data_segments
 from stages.engine.data.trees import Layout, Tree, collate
-from stages.engine.models import flex, layouts
+from stages.engine.models import layouts, tree_attention
 from stages.engine.models.layouts import choose_layout
 from stages.engine.models.loading import checkpoint_layers, load_policy, load_scorer
 from stages.engine.models.policy import Policy, Scorer, sums
@@ -107,7 +107,7 @@ def test_one_kernel_sees_what_the_groups_see(kind: str, window: int | None, tmp_
     """Llama's and Mistral's keys have fewer heads than their queries."""
     policy = load_policy(save_tiny(tmp_path, kind, **({} if window is None else {"sliding_window": window})))
     batch = collate(random_trees(12, seed=1, prompt=(1, 60), k=3), "shared", PAD)
-    assert batch.tokens > 2 * flex.BLOCK
+    assert batch.tokens > 2 * tree_attention.BLOCK
     with torch.no_grad():
         expected = policy(batch).logps_N
         policy.flex = True
@@ -124,9 +124,11 @@ def test_blocks_are_computed_where_something_is_seen_and_nowhere_else() -> None:
             group.query_SQ, group.key_SK, group.query_position_SQ, group.key_position_SK, strict=True
         ):
             seen[queries[:, None], keys[None]] |= at[:, None] >= of[None]
-    needed = flex.blocks(segments.spans, tokens)
-    by_blocks = torch.nn.functional.pad(seen, (0, -tokens % flex.BLOCK, 0, -tokens % flex.BLOCK))
-    by_blocks = by_blocks.unflatten(0, (-1, flex.BLOCK)).unflatten(2, (-1, flex.BLOCK)).any(1).any(-1)
+    needed = tree_attention.blocks(segments.spans, tokens)
+    by_blocks = torch.nn.functional.pad(seen, (0, -tokens % tree_attention.BLOCK, 0, -tokens % tree_attention.BLOCK))
+    by_blocks = (
+        by_blocks.unflatten(0, (-1, tree_attention.BLOCK)).unflatten(2, (-1, tree_attention.BLOCK)).any(1).any(-1)
+    )
     assert torch.equal(needed, by_blocks)
     assert needed.float().mean() < 0.5
 

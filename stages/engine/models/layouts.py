@@ -15,7 +15,7 @@ from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
 from stages.engine.models.pieces import origin
 from stages.engine.models.policy import Output, Policy, Scorer
-from stages.engine.models.tree_attention import attend, why_padded
+from stages.engine.models.tree_attention import attend, attend_in_one_kernel, why_padded
 
 TOLERANCE = 1e-4
 """Largest difference of a log-probability (or score) between two layouts, float32; relative above 1."""
@@ -108,8 +108,6 @@ def kernels_differ(model: Policy | Scorer, batch: Batch) -> float:
     """Largest relative difference between FlexAttention and groups, of values and of gradients, on random queries, keys
     and values of the model's shapes in float32. Raises ImportError or RuntimeError where FlexAttention fails.
     """
-    from stages.engine.models import flex  # seconds, for what only GPUs take
-
     config = model.plain.config.get_text_config()
     heads: int = config.num_attention_heads
     keys: int = getattr(config, "num_key_value_heads", None) or heads
@@ -119,7 +117,7 @@ def kernels_differ(model: Policy | Scorer, batch: Batch) -> float:
     shapes = [(len(batch.segments.positions_T), count, size) for count in (heads, keys, keys, heads)]
     *given, weight = (torch.randn(shape, generator=draw).to(batch.device) for shape in shapes)
     results = []
-    for product in (flex.attend, attend):
+    for product in (attend_in_one_kernel, attend):
         with torch.enable_grad():
             query, key, value = inputs = [tensor.clone().requires_grad_() for tensor in given]
             out = product(query, key, value, batch.segments, None, None)
