@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flows.planning import memory as planning_memory
-from flows.planning.memory import Sizes
+from flows.planning.memory import Sizes, training_bytes
 from schemas.config import BaseParams, ModelConfig, PipelineConfig, RewardConfig, Scratch, SFTConfig
 from schemas.config.methods import DPO, PPO
 from schemas.config.training import Held, LoRA, Training
@@ -19,6 +19,8 @@ from stages.base import build
 from stages.engine.data.trees import Tree, collate
 from stages.engine.models.loading import load_policy
 from stages.engine.training.optimizers import optimizer_for
+from tests.conftest import ROOT
+from tests.support import scale
 
 # Two layers, h = 4, i = 6, V = 10: embedding 40; per layer q, k, v, o 4 * 16, gate, up, down 3 * 24, norms 8; norm 4.
 P = 40 + 2 * (64 + 72 + 8) + 4
@@ -248,3 +250,18 @@ def test_steps() -> None:
 
 def test_bytes_for_people() -> None:
     assert [planning_memory.readable(n) for n in (1500, 2_500_000, 12_340_000_000)] == ["2 kB", "2.5 MB", "12.3 GB"]
+
+
+def test_the_page_about_scale_has_the_tables_of_the_formulas() -> None:
+    page = (ROOT / "deploy" / "SCALE.md").read_text()
+    for table in (scale.memory_table(), scale.network_table()):
+        assert "\n\n" + "\n".join(table) + "\n\n" in page
+    # 8B in full: 16 bytes a number are 128 GB, and what 8,192 tokens keep of 32 layers' inputs (4 bytes) is 4.3 GB.
+    whole = scale.ways(1)["DPO"]
+    assert whole is not None
+    assert training_bytes(scale.sizes("8B"), whole) > 16 * 8.03e9 + 32 * 4096 * 4 * 8192
+    # 1,024 GPUs, each 1,024 tokens: 8 * 8.03e9 * 1024 / (989e12 * 0.4); 7/8 of 8 bytes a number within the node, then
+    # 127/128 of 2 * 4 bytes of an eighth of the numbers between nodes.
+    computing, network = scale.step("8B", 1024, 8, 2**20)
+    assert computing == pytest.approx(0.166, abs=1e-3)
+    assert network == pytest.approx(7 * 8.03e9 / 450e9 + 127 / 128 * 8.03e9 / 50e9, rel=1e-3)
