@@ -90,11 +90,13 @@ class Evaluator:
         kept = kept[: self.config.limit]
         if len(kept) < self.config.min_prompts:
             message = f"only {len(kept)} held-out prompts to evaluate on."
-            share = f"data.*.{self.config.part}_fraction"
-            fix = f"hold out more ({share}, data.evaluation), raise evaluate.limit, or ask for fewer"
+            fix = f"hold out more (data.*.{self.config.part}_fraction, data.evaluation), or lower evaluate.min_prompts"
+            if len(kept) == self.config.limit:
+                fix = f"raise evaluate.limit, which is {self.config.limit}, or lower evaluate.min_prompts"
             if self.config.few_prompts == "refuse" or not kept:
                 raise refuse("evaluate.min_prompts", self.config.min_prompts, message, fix, kind="too_few_prompts")
-            log.warning("%s Differences will be hard to tell. Fix: %s", message, fix)
+            if len(distinct) >= self.config.min_prompts:  # else `validate` has said it, once for all models
+                log.warning("%s Differences will be hard to tell. Fix: %s", message, fix)
         self.asked = kept
         return [row["prompt"] for row in kept]
 
