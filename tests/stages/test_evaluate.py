@@ -393,7 +393,7 @@ def test_too_few_prompts_are_said_and_evaluated_on(world: World, caplog: pytest.
     assert final["eval/prompts"] == N and "hard to tell" not in caplog.text  # `validate` has said it
     final, _, _ = world.evaluate(world.sft, settings(min_prompts=4, limit=3))
     assert final["eval/prompts"] == 3
-    said = "only 3 held-out prompts to evaluate on. Differences will be hard to tell. Fix: raise evaluate.limit, which is 3"
+    said = "only 3 held-out prompts to evaluate on. Differences will be hard to tell. Fix: raise evaluate.limit, which"
     assert said in caplog.text
     long = {**world.rows[0], "prompt": [{"role": "user", "content": "a " * 60}]}
     world.data = data_folder(world.folder / "none", eval_prompt=[long])
