@@ -46,7 +46,7 @@ ENGINE_VERSION = 5
 
 # Parameters that change no result: how often to save and to log, and when to give up.
 NEUTRAL = {"checkpoint_minutes", "checkpoint_steps", "log_every", "max_kl", "max_kl_iterations", "few_prompts"}
-NEUTRAL |= {"measure_every", "traces"}  # curves, and what MLflow's pages show
+NEUTRAL |= {"measure_every", "traces", "offload_activations"}  # curves, MLflow's pages, where memory is taken
 
 
 BASELINES = "baselines"

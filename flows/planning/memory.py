@@ -10,7 +10,8 @@ micro-batch, L layers, h hidden size, i intermediate size, V vocabulary:
 - activations kept for the backward pass: T L (44 h + 16 i), of which 11 tensors of size h are those around norms and
   attention, and 4 of size i the MLP's; under bf16 T L (44 h + 8 i), since norms and residuals stay float32, and 2 for
   each weight of a linear layer that is held in float32, whose cast copy is kept too, unless it is gathered in bf16;
-  with gradient checkpointing 4 T L h for the layers' inputs, and one layer in full;
+  with gradient checkpointing 4 T L h for the layers' inputs, and one layer in full; with `offload_activations` one
+  layer;
 - the head's logits, computed in chunks of at most 2^23 numbers, twice: 8 min(T V, 2^23).
 
 DPO and KTO read the reference before training, from the policy itself, so they hold one model. PPO holds the policy, a
@@ -191,6 +192,8 @@ def activation_bytes(sizes: Sizes, training: Training) -> int:
     tokens = max(training.tokens_per_micro_batch, training.max_length)
     layer, copies = layer_bytes(sizes, training.precision), 0
     kept = 4 * sizes.layers * sizes.hidden + layer if training.gradient_checkpointing else sizes.layers * layer
+    if training.offload_activations and not training.gradient_checkpointing:
+        kept = layer  # those before it are in the host's memory
     whole = training.lora is None or base_type(sizes, training) == "fp32"
     if whole and training.precision == "bf16" and training.gather == "fp32":
         copies = 2 * sizes.matrices // (max(1, sizes.layers) if training.gradient_checkpointing else 1)

@@ -88,6 +88,10 @@ class Training(Strict):
     """Type of the published model's weights. None: bf16 where the model that training starts from is in bfloat16 and
     has a billion parameters or more, else fp32."""
     gradient_checkpointing: bool = False
+    """Keep a layer's inputs alone, and compute the rest again for the backward pass: less memory, a third more time."""
+    offload_activations: bool = False
+    """Keep what a layer leaves for the backward pass in the memory of the host; on a GPU alone, without `sharding`. It
+    costs time on the way, and changes no number."""
     layout: Literal["shared", "packed", "padded"] = "shared"
     """How a batch is laid out in memory: answers share a prompt, sequences end to end, or rows with padding."""
     lora: LoRA | None = None
@@ -123,6 +127,16 @@ class Training(Strict):
                 "gather is bf16, with sharding {sharding} and precision {precision}. Fix: set sharding to full and "
                 "precision to bf16, or leave gather at fp32",
                 {"sharding": self.sharding, "precision": self.precision},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_gathered_stays(self) -> Self:
+        if self.offload_activations and self.sharding == "full":
+            raise PydanticCustomError(
+                "offload_activations",
+                "offload_activations is true, with sharding full: gathered weights would be moved too. Fix: set "
+                "gradient_checkpointing instead, or sharding to none",
             )
         return self
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from schemas.config.training import Training, steps_for
 from schemas.errors import StageError
 from stages.engine.data import order
-from stages.engine.training import checkpoint, loop, optimizers
+from stages.engine.training import checkpoint, loop, offload, optimizers
 from stages.engine.training.method import Metrics, Totals
 from tests.support.context import MemoryContext
 
@@ -121,6 +121,47 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_that_were_elsewhere_meanwhile_give_the_same_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[int, ...]] = []
+    to_host = loop.to_host
+
+    def counted(model: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
+        hooks = to_host(model)
+        pack = hooks.pack_hook
+
+        def noted(tensor: Tensor) -> Any:
+            packed = pack(tensor)
+            moved.extend([] if isinstance(packed, Tensor) else [tuple(tensor.shape)])
+            return packed
+
+        hooks.pack_hook = noted
+        return hooks
+
+    monkeypatch.setattr(loop, "to_host", counted)
+    monkeypatch.setattr(offload, "HOST", "another")  # so that this device is taken for a GPU
+    monkeypatch.setattr(offload, "LEAST", 4 * 4 * 5)
+    results = []
+    for on in (False, True):
+        method = Regression()
+        method.training = TRAINING.model_copy(update={"offload_activations": on})
+        train(method, 3, memory(tmp_path / str(on)))
+        results.append(weights(method))
+        # The input, and what went into and came out of dropout; never the weights, of which the first are larger.
+        assert set(moved) == ({(4, 5), (4, 8)} if on else set())
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_weights_are_never_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "HOST", "another")
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model = nn.Linear(3, 2)
+    pack = offload.to_host(model).pack_hook
+    assert pack(model.weight) is model.weight
+    assert isinstance(pack(model.weight.T), Tensor) and not isinstance(pack(torch.ones(2)), Tensor)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])

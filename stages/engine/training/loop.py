@@ -26,6 +26,7 @@ from stages.engine.distributed import processes, rank
 from stages.engine.models import sharding
 from stages.engine.training import checkpoint, shards
 from stages.engine.training.method import Method, Metrics, PublishedMethod
+from stages.engine.training.offload import to_host
 from stages.engine.training.optimizers import optimizer_for
 from stages.runtime.context import StageContext
 from stages.runtime.workspace import remove
@@ -163,7 +164,8 @@ class Loop:
             # Of sharded weights the sum of a rank's gradients would be a whole copy.
             at_once = self.sharded or last
             with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.method.model):
-                summand, metrics = self.method.loss(micro, totals)
+                with to_host(self.method.model) if self.training.offload_activations else contextlib.nullcontext():
+                    summand, metrics = self.method.loss(micro, totals)
                 if self.sharded:
                     sharding.in_step("a backward pass")
                 # DDP and FSDP average over the ranks; the summands' denominators are global already.

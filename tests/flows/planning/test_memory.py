@@ -54,6 +54,11 @@ def test_checkpointing_keeps_inputs_in_float32_and_one_layer() -> None:
     assert planning_memory.activation_bytes(SIZES, training) == 32 * (4 * 2 * 4 + HALF_LAYER) + MATRICES + 8 * 32 * 10
 
 
+def test_one_layer_is_left_of_activations_that_are_moved() -> None:
+    training = TRAINING.model_copy(update={"offload_activations": True})
+    assert planning_memory.activation_bytes(SIZES, training) == 32 * LAYER + 8 * 32 * 10
+
+
 def test_a_row_longer_than_the_budget_stands_alone_and_counts() -> None:
     training = TRAINING.model_copy(update={"max_length": 64})
     assert planning_memory.activation_bytes(SIZES, training) == 64 * 2 * LAYER + 8 * 64 * 10
