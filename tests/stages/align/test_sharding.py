@@ -330,6 +330,19 @@ def test_half_gathers_need_shards_and_half_precision() -> None:
             SFTConfig.model_validate({"gather": "bf16", **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"lora": {"base": "nf4"}}, "Fix: set lora.base to bf16, or sharding to none"),
+        ({"offload_activations": True}, "Fix: set gradient_checkpointing instead, or sharding to none"),
+    ],
+)
+def test_what_shares_cannot_do_is_refused(changes: dict[str, Any], fix: str) -> None:
+    SFTConfig.model_validate(changes)
+    with pytest.raises(ValidationError, match=fix):
+        SFTConfig.model_validate({"sharding": "full", **changes})
+
+
 def test_what_is_not_sharded_keeps_its_key() -> None:
     assert {"sharding", "gather"}.isdisjoint(params_of(SFTConfig()))
     assert params_of(SFTConfig(sharding="full"))["sharding"] == "full"
