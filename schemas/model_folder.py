@@ -81,6 +81,11 @@ def stored(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def in_bf16(folder: Path) -> bool:
+    """Whether all weights of a folder's safetensors files are bfloat16."""
+    return {one.dtype for one in stored(folder).values()} == {"BF16"}
+
+
 def listed_ends(folder: Path) -> list[int]:
     """The tokens that end an answer by generation_config.json. Raises one of `UNREADABLE`."""
     listed = read_json(folder / "generation_config.json").get("eos_token_id")

@@ -43,7 +43,7 @@ from flows.planning.requests import model_file
 from schemas.config import ModelConfig, PipelineConfig, RewardConfig, RewardJudge, Scratch
 from schemas.config.methods import PPO
 from schemas.config.training import Half, Held, LoRA, Training, held_type, steps_for
-from schemas.model_folder import stored
+from schemas.model_folder import in_bf16, stored
 
 TORCH = 10**9
 """Bytes, about, that Python, torch and its allocator take."""
@@ -74,6 +74,8 @@ class Sizes:
     hidden: int
     intermediate: int
     vocabulary: int
+    in_bf16: bool = False
+    """Whether all weights are bfloat16 in their files."""
 
 
 def model_sizes(model: ModelConfig) -> Sizes | None:
@@ -107,7 +109,8 @@ def folder_sizes(folder: Path) -> Sizes:
     layers = config.get("num_hidden_layers") or config["n_layer"]
     intermediate = config.get("intermediate_size") or 4 * hidden
     shapes = {name: one.shape for name, one in stored(folder).items()}
-    return _sizes(shapes, layers, hidden, intermediate, config["vocab_size"])
+    found = _sizes(shapes, layers, hidden, intermediate, config["vocab_size"])
+    return replace(found, in_bf16=in_bf16(folder))
 
 
 def gguf_sizes(file: Path) -> Sizes:
@@ -155,7 +158,9 @@ def frozen_bytes(sizes: Sizes, held: Held) -> int:
 
 def base_type(sizes: Sizes, training: Training) -> Held:
     """How the weights under adapters are held."""
-    return (training.lora.base if training.lora else None) or held_type(training.frozen, sizes.parameters)
+    return (training.lora.base if training.lora else None) or held_type(
+        training.frozen, sizes.parameters, sizes.in_bf16
+    )
 
 
 def trained_bytes(sizes: Sizes, training: Training) -> int:
@@ -216,7 +221,7 @@ def training_bytes(
     held, passing = trained_bytes(sizes, training), activation_bytes(sizes, training)
     if isinstance(training, PPO):
         held += _beside_the_policy(sizes, training, reward or sizes, reward_lora, copies=sharded)
-    read = frozen_bytes(sizes, held_type(training.frozen, sizes.parameters))
+    read = frozen_bytes(sizes, held_type(training.frozen, sizes.parameters, sizes.in_bf16))
     if not sharded:
         return max(held + passing, held + read if isinstance(training, RewardConfig) and training.lora else 0)
     passing += gathered_bytes(sizes, training)
@@ -231,10 +236,10 @@ def training_bytes(
 def _beside_the_policy(sizes: Sizes, training: PPO, reward: Sizes, reward_lora: LoRA | None, *, copies: bool) -> int:
     """PPO's critic, reference and reward model. `copies`: none uses the weights of another."""
     separate = training.value_trunk == "separate"
-    judge = frozen_bytes(reward, held_type(training.frozen, reward.parameters))
+    judge = frozen_bytes(reward, held_type(training.frozen, reward.parameters, reward.in_bf16))
     if training.lora is None:
         critic = trained_bytes(sizes, training) if separate else 0
-        return critic + frozen_bytes(sizes, held_type(training.frozen, sizes.parameters)) + judge
+        return critic + frozen_bytes(sizes, held_type(training.frozen, sizes.parameters, sizes.in_bf16)) + judge
     base = frozen_bytes(sizes, base_type(sizes, training))
     critic = adapter_bytes(sizes, training) if separate else 0
     if separate and copies:
@@ -256,10 +261,10 @@ def gathered_bytes(sizes: Sizes, training: Training) -> int:
 
 def reading_bytes(sizes: Sizes, models: int, frozen: Half | None, judge: Sizes | None) -> int:
     """Memory of a stage that trains nothing: so many models at once, later who judges."""
-    kind = held_type(frozen, sizes.parameters)
+    kind = held_type(frozen, sizes.parameters, sizes.in_bf16)
     held = models * frozen_bytes(sizes, kind)
     if judge is not None:
-        held = max(held, frozen_bytes(judge, held_type(frozen, judge.parameters)))
+        held = max(held, frozen_bytes(judge, held_type(frozen, judge.parameters, judge.in_bf16)))
     return held + READ_TOKENS * layer_bytes(sizes, kind) + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -80,7 +79,7 @@ class Training(Strict):
     frozen: Half | None = None
     """Type in which models are held that are only read: PPO's reference and reward model, what is under adapters. It
     takes 4 or 2 bytes a weight; products are computed in `precision` all the same, so that weights from files in
-    bfloat16 give the same numbers. None: bf16 from a billion parameters on, else fp32."""
+    bfloat16 give the same numbers. None: bf16 where the files are, from a billion parameters on; else fp32."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """`adamw8bit` holds Adam's two moments in 8 bits each, 2 bytes a weight where AdamW takes 8 (Dettmers et al. 2022);
     moments of vectors and small matrices stay float32."""
@@ -151,16 +150,14 @@ class Training(Strict):
         return self
 
 
-def held_type(asked: Half | None, parameters: int) -> Half:
-    """Type in which weights that are only read are held."""
-    return asked or ("bf16" if parameters >= LARGE else "fp32")
+def held_type(asked: Half | None, parameters: int, in_bf16: bool) -> Half:
+    """Type in which weights that are only read are held. `in_bf16`: their files are, all of them."""
+    return asked or ("bf16" if parameters >= LARGE and in_bf16 else "fp32")
 
 
-def published_type(asked: Half | None, parameters: int, stored: Collection[str]) -> Half:
-    """Type of a published model's weights. `stored`: the types in the files that training starts from, as safetensors
-    calls them.
-    """
-    return asked or ("bf16" if parameters >= LARGE and set(stored) == {"BF16"} else "fp32")
+def published_type(asked: Half | None, parameters: int, in_bf16: bool) -> Half:
+    """Type of a published model's weights. `in_bf16`: the files that training starts from are, all of them."""
+    return asked or ("bf16" if parameters >= LARGE and in_bf16 else "fp32")
 
 
 LORA_RATE = 10

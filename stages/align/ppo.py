@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from schemas.config import methods
 from schemas.config.training import NO_END
 from schemas.errors import refuse
+from schemas.model_folder import in_bf16
 from stages.engine.data.codec import Codec
 from stages.engine.data.examples import Row, read
 from stages.engine.data.order import order, step_rows
@@ -277,6 +278,10 @@ class PPO:
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)
         self.model: nn.Module = ActorCritic(policy, self.critic)
         self.frozen = None if config.lora else load_policy(folder, config, trainable=False)
+        if self.frozen is not None and self.frozen.held == "bf16" and not in_bf16(folder):
+            message = "the reference would be rounded and the policy not, so that their KL would not begin at 0."
+            fix = "leave it out, or start from a model that is published in bf16 (sft.publish)"
+            raise refuse("frozen", "bf16", message, fix, kind="model")
         self.rows, self.prompts = self.fitting(read(context.input("data"), "train", "prompt"))
         if not self.reward_model.same_tokens:
             asked = [row["prompt"] for row in self.rows]
@@ -284,6 +289,8 @@ class PPO:
         # One in which policy and critic are exact; judged on prompts, each taken as its own answer.
         trees = [Tree(tuple(p), (tuple(p[: config.max_new_tokens]),)) for p in self.prompts[:8]]
         self.layout: Layout = choose_and_shard(policy, config, config.layout, trees, self.codec.pad_id)
+        if self.frozen is not None:
+            self.frozen.flex = policy.flex  # else the KL would have the difference of two kernels in it
         if self.critic is not None:
             self.layout = choose_and_shard(self.critic, config, self.layout, trees, self.codec.pad_id)
         if wanted(config):  # together: later ranks may have different numbers of answers

@@ -150,6 +150,7 @@ class Evaluator:
             return torch.stack([sums(of, batch.answer_N, batch.answers) for of in (kl_N, other.logps_N)], 1)
 
         layout = choose_layout(self.policy, "shared", trees, self.codec.pad_id)
+        self.reference.flex = self.policy.flex  # else the KL would have the difference of two kernels in it
         pairs: dict[int, list[float]] = {}
         with undisturbed(self.reference):
             for batch in over_trees(self.policy, values, trees, layout, TOKENS_PER_BATCH, self.codec.pad_id):

@@ -85,6 +85,8 @@ def serve_here(command: list[str], *, extra_env: dict[str, str], **_: Any) -> No
         command: Python, `-m uvicorn`, and its options.
     """
     os.environ.update(extra_env)
+    # Where the database was migrated, alembic has put the working directory before all that Python imports.
+    sys.path[:] = [folder for folder in sys.path if os.path.isabs(folder)]
     uvicorn.main(command[3:], prog_name="uvicorn")
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from schemas.config import methods, training
 from schemas.config.training import Held, LoRA, Training
+from schemas.errors import StageError
 from stages.engine import blocks
 from stages.engine.data.trees import Batch, collate
 from stages.engine.models.held import NF4_BLOCK, Nf4
@@ -109,7 +110,7 @@ def test_weights_from_files_in_bf16_give_the_same_numbers_in_half_the_memory(
 def test_a_weight_that_two_layers_share_stays_one(tmp_path: Path) -> None:
     policy = load_policy(in_bf16(tmp_path, "llama"), trainable=False, frozen="bf16")
     assert embedding(policy).weight is head(policy).weight
-    assert policy.precision == "bf16", "what trains nothing multiplies as it is held"
+    assert policy.precision == "bf16", "what trains nothing multiplies as it is asked to be held"
     gemma = in_bf16(tmp_path / "gemma", "gemma3_text", **KINDS["gemma"])
     tiny_gemma = load_policy(gemma, trainable=False, frozen="bf16")
     assert head(tiny_gemma).weight.dtype == torch.float32, "its embedding is of its own kind"
@@ -123,17 +124,27 @@ def test_large_models_are_held_in_bf16_and_published_as_their_base_is(
     assert load_policy(half, Training()).publish == "fp32"
     parameters = sum(p.numel() for p in load_policy(llama).parameters())
     monkeypatch.setattr(training, "LARGE", parameters + 1)
-    assert load_policy(half, Training()).publish == load_policy(llama, trainable=False).held == "fp32"
+    assert load_policy(half, Training()).publish == load_policy(half, trainable=False).held == "fp32"
     monkeypatch.setattr(training, "LARGE", parameters)
-    assert load_policy(llama, trainable=False).held == load_policy(llama, Training(lora=LoRA())).held == "bf16"
-    assert load_policy(llama, trainable=False, frozen="fp32").held == load_policy(llama, Training()).held == "fp32"
+    by_itself = load_policy(half, trainable=False)
+    assert by_itself.held == load_policy(half, Training(lora=LoRA())).held == "bf16"
+    assert by_itself.precision == "fp32", "by default no number changes"
+    assert load_policy(llama, trainable=False).held == load_policy(llama, Training(lora=LoRA())).held == "fp32"
+    assert load_policy(half, trainable=False, frozen="fp32").held == load_policy(half, Training()).held == "fp32"
     assert [load_policy(folder, Training()).publish for folder in (llama, half)] == ["fp32", "bf16"]
     assert load_policy(half, Training(publish="fp32")).publish == "fp32"
-    judge = load_scorer(llama, Training(lora=LoRA()))
+    judge = load_scorer(half, Training(lora=LoRA()))
     assert judge.held == "bf16" and judge.plain.get_parameter("score.weight").dtype == torch.float32
 
 
 # --- four bits ---
+
+
+def test_a_type_without_layers_that_four_bits_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        StageError, match=r"none of the layers of a 'gpt2' can be held in four bits\. Fix: set it to bf16"
+    ):
+        load_policy(save_tiny(tmp_path, "gpt2"), lora("nf4"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it

@@ -43,6 +43,7 @@ def sizes(name: str) -> Sizes:
         hidden=hidden,
         intermediate=intermediate,
         vocabulary=vocabulary,
+        in_bf16=True,
     )
 
 

@@ -96,7 +96,7 @@ def _flex_works(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], p
     """Whether FlexAttention compiles here, and gives values and gradients of tree_attention's groups; said if not."""
     try:
         difference = kernels_differ(model, collate(trees, layout, pad_id).to(model.device))
-    except (ImportError, RuntimeError) as error:  # what compiling raises
+    except (ImportError, RuntimeError, ValueError) as error:  # what compiling raises
         warnings.warn(f"attention goes by groups: FlexAttention fails here: {one_line(error, 200)}", stacklevel=3)
         return False
     if not difference <= TOLERANCE:
@@ -106,7 +106,7 @@ def _flex_works(model: Policy | Scorer, layout: Layout, trees: Sequence[Tree], p
 
 def kernels_differ(model: Policy | Scorer, batch: Batch) -> float:
     """Largest relative difference between FlexAttention and groups, of values and of gradients, on random queries, keys
-    and values of the model's shapes in float32. Raises ImportError or RuntimeError where FlexAttention fails.
+    and values of the model's shapes in float32. Raises ImportError, RuntimeError or ValueError where that one fails.
     """
     config = model.plain.config.get_text_config()
     heads: int = config.num_attention_heads

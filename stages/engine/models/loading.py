@@ -30,11 +30,19 @@ from transformers.utils import logging as transformers_logging
 from schemas.architectures import why_no_policy, why_no_scorer
 from schemas.config.training import Half, Held, Training, held_type, published_type
 from schemas.errors import StageError, refuse
-from schemas.model_folder import UNREADABLE, is_reward_model, read_json, stored, too_many_parts, why_unreadable
+from schemas.model_folder import (
+    UNREADABLE,
+    in_bf16,
+    is_reward_model,
+    read_json,
+    stored,
+    too_many_parts,
+    why_unreadable,
+)
 from schemas.text import one_line
 from stages.engine.distributed import rank
 from stages.engine.models import cpu, lora, pieces, sharding, tree_attention
-from stages.engine.models.held import hold
+from stages.engine.models.held import Nf4, hold
 from stages.engine.models.policy import ModelT, Policy, Scorer, device
 from stages.engine.models.tree_attention import why_padded
 
@@ -116,6 +124,9 @@ def check_judge(folder: Path) -> None:
     """Raise StageError for a folder that plainly holds no reward model, before its weights are read."""
     if not is_reward_model(check_folder(folder, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)):
         raise _unusable(folder, "it is a language model without a score", "give a reward model")
+    tensors = stored(folder)
+    if tensors and "score.weight" not in tensors:
+        raise _unusable(folder, "its files hold no score.weight", "give a decoder-only reward model, whole")
 
 
 def _load(
@@ -253,15 +264,15 @@ def _prepare(
     """
     cpu.get_ready(model)
     adapters = training.lora if trainable and training else None
-    tensors = stored(folder)
-    parameters = sum(math.prod(one.shape) for one in tensors.values())
+    parameters = sum(math.prod(one.shape) for one in stored(folder).values())
     if held is None and (adapters or not trainable):
         asked = training.frozen if training else frozen
-        held = (adapters.base if adapters else None) or held_type(asked, parameters)
+        held = (adapters.base if adapters else None) or held_type(asked, parameters, in_bf16(folder))
     model.held = held or "fp32"
-    model.precision = training.precision if training else "bf16" if model.held == "bf16" else "fp32"
+    # Without training products are in bfloat16 where that is asked for by name: by default no number changes.
+    model.precision = training.precision if training else "bf16" if frozen == "bf16" else "fp32"
     if training:
-        model.publish = published_type(training.publish, parameters, {one.dtype for one in tensors.values()})
+        model.publish = published_type(training.publish, parameters, in_bf16(folder))
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         model = model.requires_grad_(False).eval()
@@ -270,6 +281,9 @@ def _prepare(
         if isinstance(model, Scorer):
             model.plain.get_submodule("score").requires_grad_(True)
     hold(model.plain, model.held, device())  # after peft, which makes adapters in the type that it finds
+    if model.held == "nf4" and not any(isinstance(module, Nf4) for module in model.modules()):
+        message = f"none of the layers of a {model.plain.config.model_type!r} can be held in four bits."
+        raise refuse("lora.base", "nf4", message, "set it to bf16", kind="model")
     if trainable and training and training.gradient_checkpointing:
         checkpoint_layers(model.plain)
     return model if sharding.wanted(training) else model.to(device())

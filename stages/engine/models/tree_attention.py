@@ -97,11 +97,16 @@ def attend_in_one_kernel(
         window = None
     if window not in tree.blocks:
         tree.blocks[window] = block_mask(tree, window)
-    query_1HTd, key_1HTd, value_1HTd = (rows.transpose(0, 1)[None] for rows in (query_THd, key_THd, value_THd))
+    kind = query_THd.device.type
+    one = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_THd.dtype  # RoPE leaves float32
+    query_1HTd, key_1HTd, value_1HTd = (rows.to(one).transpose(0, 1)[None] for rows in (query_THd, key_THd, value_THd))
     given: dict[str, Any] = {"block_mask": tree.blocks[window], "scale": scaling, "enable_gqa": True}
-    if query_THd.device.type == "cuda":
+    if kind == "cuda":
         from transformers.integrations.flex_attention import compile_friendly_flex_attention  # takes seconds
 
+        # With and without gradients, in each type, for each window and number of heads it is compiled apart; past the
+        # limit, 8 by default, it would run uncompiled and make the whole product.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         grad = torch.is_grad_enabled()
         result = compile_friendly_flex_attention(query_1HTd, key_1HTd, value_1HTd, training=grad, **given)
     else:  # for tests: uncompiled it makes the whole product

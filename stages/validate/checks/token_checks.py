@@ -26,6 +26,7 @@ _BATCH = 1000
 _AHEAD = min(os.cpu_count() or 1, 6) + 1
 """Batches that are tokenized while one is looked at: one for each core, and one for a thread that waits for Python's
 lock. Rows are looked at one by one, which keeps up with six."""
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 # Rows on which tokenizing prompt and answer in one go is compared with tokenizing them apart.
 _SAMPLE = 1000
 
@@ -39,7 +40,9 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     further = [name for name in ("winners", "losers", "calls") if name in frame.columns]
     frame = frame.select("row", "prompt", *ANSWERS[kind], *further)
     done = 0
-    collects = gc.isenabled()
+    collects, parallel = gc.isenabled(), os.environ.get(_PARALLEL)
+    # Each thread has its own tokenizer, whose memory of words no other thread locks.
+    os.environ[_PARALLEL] = "false"
     gc.disable()  # looking through all rows in memory for cycles again and again takes a fifth of the time
     try:
         for batch in tokens.batches(frame.slice(start, _BATCH) for start in range(0, frame.height, _BATCH)):
@@ -52,6 +55,10 @@ def unusable_tokens(frame: pl.DataFrame, context: Context) -> Iterator[Finding]:
     finally:
         if collects:
             gc.enable()
+        if parallel is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = parallel
     context.lengths = tokens.lengths
 
 
@@ -144,8 +151,6 @@ class _Tokens:
         of Python's lock. Templates run in this thread, the only one where they are bounded.
         """
         coming: deque[Future[_Batch]] = deque()
-        # Each thread has its own tokenizer, whose memory of words no other thread locks.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         with ThreadPoolExecutor(_AHEAD) as threads:
             for frame in frames:
                 rows = frame.to_dicts()
