@@ -698,6 +698,12 @@ def test_under_lora_one_base_serves_policy_reference_reward_and_critic(
     assert ppo.score(one) == scores, "neither the policy's nor the critic's adapter moves the judge"
 
 
+def test_a_reference_that_would_be_rounded_alone_is_refused(start: Callable[..., PPO]) -> None:
+    with pytest.raises(StageError, match="the reference would be rounded and the policy not") as error:
+        start(frozen="bf16")
+    assert error.value.problem.field == "frozen"
+
+
 @pytest.mark.parametrize("base", ["bf16", "nf4"])
 def test_on_a_base_in_fewer_bits_all_begin_as_one(
     start: Callable[..., PPO], adapted: Path, base: Literal["bf16", "nf4"], tmp_path: Path

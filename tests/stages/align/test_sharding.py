@@ -48,8 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-lora": ("dpo", {**ADAPTED, "layout": "padded"}),
     "kto": ("kto", {}),
     "kto-lora": ("kto", {**ON_HALF, "publish": "bf16"}),
-    "ppo": ("ppo", {"frozen": "bf16"}),
-    "ppo-lora": ("ppo", ADAPTED),
+    "ppo": ("ppo", {}),
+    "ppo-lora": ("ppo", {**ADAPTED, "frozen": "bf16"}),
     "ppo-one-trunk": ("ppo", {"value_trunk": "shared"}),
 }
 RESUMED = CASES | {"dpo-8bit": ("dpo", {"optimizer": "adamw8bit"})}
