@@ -14,7 +14,12 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("stages/engine/models/loading.py", _HELD): [
         ("(adapters.base if adapters else None) or held_type(", "held_type("),
-        ("{one.dtype for one in tensors.values()}", '{"BF16"}'),
+        (
+            "published_type(training.publish, parameters, in_bf16(folder))",
+            "published_type(training.publish, parameters, True)",
+        ),
+        ("held_type(asked, parameters, in_bf16(folder))", "held_type(asked, parameters, True)"),
+        ('"bf16" if frozen == "bf16" else', '"bf16" if model.held == "bf16" else'),
     ],
     ("stages/engine/models/saving.py", _HELD): [
         ("lora.label(base, model.held)", "base"),
