@@ -23,7 +23,7 @@ def on_ranks(number: int, work: Callable[..., None], *arguments: Any) -> None:
     """Call `work(rank, *arguments)` in all, a function that a module has by its name; all have to end well."""
     ranks = start_ranks(number, work, *arguments)
     for process in ranks:
-        process.join(300)
+        process.join(600)  # a loaded machine takes minutes
     for process in ranks:  # one that waits for another
         process.kill()
     assert [process.exitcode for process in ranks] == [0] * number
