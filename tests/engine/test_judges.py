@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from schemas import config as settings
@@ -162,6 +163,14 @@ def test_reward_judge_scores_answers_at_their_last_token(reward_folder: Path, mo
     monkeypatch.setattr(judges, "TOKENS_PER_BATCH", 12)  # more than one batch
     assert judges.RewardJudge(reward_folder).score(prompts, answers) == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 4
+
+
+def test_a_reward_model_without_its_head_is_refused_before_anything_is_sampled(reward_folder: Path) -> None:
+    """The weights are read when it is first asked, which is after all answers are made."""
+    file = reward_folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name != "score.weight"}, file)
+    with pytest.raises(StageError, match=r"hold no score\.weight"):
+        judges.RewardJudge(reward_folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

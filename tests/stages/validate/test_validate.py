@@ -1,6 +1,7 @@
 """Stage `validate`: every source, every way in which data can be bad, the split, leaks, and the real files."""
 
 import csv
+import gc
 import gzip
 import json
 import os
@@ -610,6 +611,19 @@ def test_template_that_leaves_system_messages_out(tmp_path: Path, tinystories: P
     codec.tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}\n{% endfor %}"
     report = checked(file, tmp_path / "out", codec=codec)
     assert (report.quarantined, report.notes) == (0, {"system_left_out": 1})
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_what_tokenizing_turns_off_comes_back(
+    before: str | None, tmp_path: Path, tinystories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.setenv(name, before or "")
+    if before is None:
+        monkeypatch.delenv(name)
+    file = write(tmp_path / "a.jsonl", [{"prompt": "Say it:", "chosen": "a dog", "rejected": "no"}])
+    checked(file, tmp_path / "out", "preference", eval_fraction=0, codec=Codec.load(tinystories))
+    assert gc.isenabled() and os.environ.get(name) == before
 
 
 def test_merges_across_the_border_are_counted(tmp_path: Path, tinystories: Path) -> None:
