@@ -1,7 +1,7 @@
 """What a type of model can do, told from its config.json alone: answer, be sampled, carry a score."""
 
-import ast
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -95,12 +95,8 @@ def types(mapping: str) -> frozenset[str]:
     file = Path(spec.origin).parent / "models/auto/modeling_auto.py" if spec and spec.origin else None
     if file is None or not file.is_file():
         return frozenset()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        if node.targets[0].id == mapping and isinstance(node.value, ast.Call) and node.value.args:
-            pairs = node.value.args[0]
-            if isinstance(pairs, ast.List | ast.Tuple):
-                keys = (pair.elts[0] for pair in pairs.elts if isinstance(pair, ast.Tuple))
-                return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
-    return frozenset()
+    # Not by `ast`: in Python before 3.11.8, two threads that parse at once may fail with "recursion depth mismatch".
+    table = re.search(
+        rf"^{mapping} = OrderedDict\($(.*?)^\)$", file.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return frozenset(re.findall(r'^\s*\(\s*"([^"]+)",', table[1], re.MULTILINE)) if table else frozenset()
