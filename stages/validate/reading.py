@@ -19,7 +19,7 @@ from stages.validate.context import Context, Finding, note
 from stages.validate.forms.cells import BadRow, Parsed, Row
 from stages.validate.forms.column_advice import other_json, shown, unknown_mapping, wrong_columns
 from stages.validate.forms.columnar import Taken, count_texts, take
-from stages.validate.forms.columns import Columns, odd_calls, wrong_format
+from stages.validate.forms.columns import Columns, wrong_format
 from stages.validate.forms.formats import parse, to_frame
 from stages.validate.forms.labels import meanings, wrong_map
 from stages.validate.forms.rankings import generated
@@ -223,7 +223,7 @@ class _Reading:
                     columns.keys(row)
                     if columns.beside:
                         parsed = columns.around(record.row, parsed)
-                notes += [(name, place) for name in odd_calls(parsed)]
+                notes += [(name, place) for name in columns.calls(parsed)]
             except BadRow as bad:
                 line = None if record is None else record.line
                 self.quarantine.add(Finding(place, bad.column, bad.reason, bad.value, line))

@@ -238,6 +238,20 @@ class Columns:
             parsed["prompt"] = with_tools(parsed["prompt"], source[plan.tools], plan.tools)
         return parsed
 
+    def calls(self, parsed: Parsed) -> list[str]:
+        """Notes on the calls of a row. That there are tools or calls is said: they are part of what is learned."""
+        if "calls" not in parsed and all(len(turn) == 2 for turn in parsed["prompt"]):
+            return []
+        extras = [extra_of_turn(turn) for turn in parsed["prompt"] if len(turn) > 2]
+        tools = [tool for extra in extras for tool in extra.get("tools", ())]
+        calls = [call for extra in extras for call in extra.get("tool_calls", ())] + list(parsed.get("calls") or ())
+        if tools:
+            self.say("tools: shown by the model's template")
+        if calls:
+            self.say("tool calls: the assistant's, written by the model's template")
+        texts = [turn[1] for turn in parsed["prompt"] if turn[0] == "assistant"] + [parsed.get("response") or ""]
+        return odd(tools, calls, texts)
+
 
 def _with_system(prompt: Turns, system: str, column: str) -> Turns:
     if not system.strip():
@@ -257,16 +271,6 @@ def with_tools(prompt: Turns, value: object, column: str) -> Turns:
         raise BadRow(column, wrong.reason, wrong.value) from wrong
     first, *rest = prompt
     return (turn_with(first, {**extra_of_turn(first), "tools": tools}, column), *rest) if tools else prompt
-
-
-def odd_calls(parsed: Parsed) -> list[str]:
-    """Notes on the calls of a row."""
-    if "calls" not in parsed and all(len(turn) == 2 for turn in parsed["prompt"]):
-        return []
-    extras = [extra_of_turn(turn) for turn in parsed["prompt"] if len(turn) > 2]
-    calls = [call for extra in extras for call in extra.get("tool_calls", ())] + list(parsed.get("calls") or ())
-    texts = [turn[1] for turn in parsed["prompt"] if turn[0] == "assistant"] + [parsed.get("response") or ""]
-    return odd([tool for extra in extras for tool in extra.get("tools", ())], calls, texts)
 
 
 _OF_OBJECTS = frozenset(

@@ -328,6 +328,22 @@ def test_earlier_calls_that_cannot_be_learned_are_put_aside(tmp_path: Path) -> N
     assert checked(rows, tmp_path / "last", reader=own, learn="last")[1] == {}
 
 
+def test_that_tools_and_calls_were_read_is_said(tmp_path: Path) -> None:
+    """Whoever does not know that the file has them learns it, and nobody thinks them dropped."""
+    shown, written = (
+        "tools: shown by the model's template",
+        "tool calls: the assistant's, written by the model's template",
+    )
+    several = {
+        "both": ([{"messages": TALK, "tools": TOOLS}], [shown, written]),
+        "calls": ([{"messages": TALK}], [written]),
+        "answer": ([{"prompt": "hello", "response": "It flew.", "tools": TOOLS}], [shown]),
+        "neither": ([{"messages": [user(), answer()], "tools": []}], []),
+    }
+    for name, (rows, said) in several.items():
+        assert checked(rows, tmp_path / name)[0].read == said, name
+
+
 def test_odd_calls_are_noted(tmp_path: Path) -> None:
     other = {**CALL, "function": {"name": "sea", "arguments": {}}}
     rows = [
