@@ -47,6 +47,11 @@ def test_schemas_load_nothing_heavy() -> None:
     assert not modules & (HEAVY | {"prefect", "mlflow"})
 
 
+def test_a_training_does_not_load_pandera() -> None:
+    """Rows are checked in stage `validate` alone, and it takes a second to import."""
+    assert "pandera" not in loaded("import stages.engine.data.examples, stages.evaluate, stages.align")
+
+
 def test_tracking_alone_does_not_load_mlflow() -> None:
     assert not loaded("import stages.tracking") & (HEAVY | {"mlflow", "prefect"})
 

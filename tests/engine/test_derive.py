@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from schemas.config.data import DERIVES, Kind
-from schemas.rows import problems
+from schemas.rows.models import problems
 from stages.engine.tables import kinds, table
 from stages.engine.tables.derive import derive
 from stages.validate import parts

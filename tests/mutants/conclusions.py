@@ -194,7 +194,7 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ("evaluator.answer(distinct, matched, policy=evaluator.reference)", "evaluator.answer(distinct, matched)"),
         ("evaluator.answer(distinct, matched, policy", "evaluator.answer(distinct, temperature, policy"),
     ],
-    ("schemas/rows.py", ("tests/schemas/test_rows.py",)): [
+    ("schemas/rows/__init__.py", ("tests/schemas/test_rows.py",)): [
         ('roles.index("user") + 1]', 'roles.index("user")]'),
         ("by_user.list.arg_max() + 1)", "by_user.list.arg_max())"),
         ("later = whole != first", "later = whole != whole"),

@@ -83,8 +83,10 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
         ),
         ('return "tools_left_out" if', 'return "template_refuses" if'),
     ],
-    ("schemas/rows.py", _TOOLS): [
+    ("schemas/rows/__init__.py", _TOOLS): [
         ("+ pl.element().struct.field(EXTRA)).fill_null", '+ pl.lit("")).fill_null'),
+    ],
+    ("schemas/rows/models.py", _TOOLS): [
         ("silent = (content ==", "silent = (role =="),
     ],
     ("stages/engine/scoring/evaluation_record.py", ("tests/stages/test_tools_everywhere.py",)): [

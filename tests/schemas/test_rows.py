@@ -10,7 +10,6 @@ from pandera.errors import SchemaError
 
 from schemas.config.data import Kind
 from schemas.rows import (
-    ROWS,
     Indices,
     Messages,
     Numbers,
@@ -18,12 +17,12 @@ from schemas.rows import (
     cluster_id,
     may_repeat,
     normalise,
-    problems,
     prompt_id,
     text_id,
     text_ids,
     with_prompt_ids,
 )
+from schemas.rows.models import ROWS, problems
 
 ASK = [{"role": "user", "content": "Name a river."}]
 GOOD: dict[Kind, dict[str, Any]] = {

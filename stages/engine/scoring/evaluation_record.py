@@ -159,7 +159,9 @@ def cluster_of(prompt: Sequence[Message]) -> str:
     """`schemas.rows.cluster_id` of a prompt, by which data is split too; its digest where its text was not kept."""
     if [message["role"] for message in prompt] == ["sha256"]:
         return digest_of(prompt)
-    from schemas.rows import cluster_id  # late: pandera takes a second, and stored samples name their clusters
+    from schemas.rows import (
+        cluster_id,  # late: polars takes a third of a second, and stored samples name their clusters
+    )
 
     return cluster_id(prompt)
 

@@ -6,7 +6,8 @@ import polars as pl
 
 from schemas.config.data import Kind
 from schemas.conversation import EXTRA
-from schemas.rows import HIDING, IGNORED, Messages, concat, is_wide, may_repeat, problems
+from schemas.rows import HIDING, IGNORED, Messages, concat, is_wide, may_repeat
+from schemas.rows.models import problems
 from stages.engine.tables import table
 from stages.engine.tables.together import groups, joined, opposed_thumbs, pairs
 from stages.validate.context import Context, Finding, note

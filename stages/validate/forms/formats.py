@@ -1,4 +1,4 @@
-"""The forms in which users bring rows, each turned into the one form of its kind (schemas/rows.py).
+"""The forms in which users bring rows, each turned into the one form of its kind (schemas/rows).
 
 A row that has no such form raises `BadRow` with the column and the reason. Types are judged here, on Python values,
 since a frame would have to guess them; what can be said about whole columns is left to the pandera models.
@@ -241,7 +241,7 @@ _TYPES: dict[Kind, dict[str, pl.DataType | type[pl.DataType]]] = {
 
 
 def to_frame(kind: Kind, numbers: Sequence[int], parsed: Sequence[Parsed]) -> pl.DataFrame:
-    """Parsed rows and their row numbers as a frame with the columns of schemas/rows.py, their labels still as given."""
+    """Parsed rows and their row numbers as a frame with the columns of schemas/rows, their labels still as given."""
     columns = {name: pl.Series(name, [row[name] for row in parsed], dtype=t) for name, t in _TYPES[kind].items()}
     if kind == "sft" and any("calls" in row for row in parsed):
         calls = [json.dumps(row["calls"], ensure_ascii=False) if "calls" in row else None for row in parsed]

@@ -22,7 +22,8 @@ from flows.planning import config_file
 from schemas.commands import ValidateCommand
 from schemas.config.data import DERIVES, Kind, ValidateParams
 from schemas.errors import StageError
-from schemas.rows import problems, prompt_id
+from schemas.rows import prompt_id
+from schemas.rows.models import problems
 from schemas.stage import STAGES, Artifact, Request
 from stages import tracking
 from stages.commands.validate import main
