@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from stages.engine.data.trees import Batch
 
 gc.disable()  # until all is imported, as in a stage's process
+# Hundreds of processes import this project, and pytest rewrites every file of tests: kept, that is done once.
+if "MUTANT" not in os.environ:  # a file changed twice within a second would be taken for the one before
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")] + sorted(

@@ -39,6 +39,7 @@ def is_noticed(mutant: Mutant, folder: Path) -> bool:
     path.write_text(mutant.applied(whole))
     # pytest writes no byte code: a file changed twice within a second would be taken for the one before.
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    env["MUTANT"] = mutant.file  # tests/conftest.py would let it be written
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
     try:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
