@@ -20,7 +20,13 @@ from tests.support.lineage_world import World
 
 
 @pytest.fixture
-def world(ready_home: Path) -> World:
+def no_flow_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's part left out, which starts a server each time; test_files_of_this_disk has it."""
+    monkeypatch.setattr(clean, "flow_runs", lambda before, dry_run: [])
+
+
+@pytest.fixture
+def world(ready_home: Path, no_flow_runs: None) -> World:
     return World(ready_home)
 
 
@@ -134,7 +140,7 @@ def test_files_of_this_disk(ready_home: Path) -> None:
 
 
 def test_copies_of_verdicts_go_where_no_comparison_needs_them(
-    ready_home: Path, monkeypatch: pytest.MonkeyPatch
+    ready_home: Path, no_flow_runs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept: the copies of a listed run's comparison, of one since the time, and of today; and the verdicts."""
     now, results = time.time(), requests.people_folder({}) / "results"
