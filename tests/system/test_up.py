@@ -18,6 +18,7 @@ from flows.results import announce
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from schemas.errors import EXIT_CODES, StageError
+from tests.support import commands as in_process
 from tests.support import homes, live_servers
 from tests.support.processes import below, left_after
 
@@ -59,10 +60,10 @@ def first_deploy(home: Path, running: tuple["subprocess.Popen[str]", Addresses])
     return answer.stdout
 
 
-def deployed(home: Path, where: Addresses) -> dict[str, str]:
+def deployed(home: Path, where: Addresses, **headers: str) -> dict[str, str]:
     """Kind and name -> id of the pools, deployments and automations on the server."""
-    kinds = ("work_pools", "deployments", "automations")
-    answers = {kind: live_servers.ask(home, "POST", f"{where.prefect}/{kind}/filter", json={}) for kind in kinds}
+    kinds, more = ("work_pools", "deployments", "automations"), {"json": {}, "headers": headers}
+    answers = {kind: live_servers.ask(home, "POST", f"{where.prefect}/{kind}/filter", **more) for kind in kinds}
     return {f"{kind} {one['name']}": one["id"] for kind in kinds for one in answers[kind].raise_for_status().json()}
 
 
@@ -77,12 +78,12 @@ def test_a_second_one_says_where_the_first_is(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, where = running
-    again = alignflow(home, "up")
+    again = in_process.here("up", ALIGNFLOW_HOME=str(home))
     assert again.returncode == 0, again.stderr
     for said in (where.mlflow, where.prefect.removesuffix("/api"), str(process.pid), "cpu, gpu"):
         assert said in again.stdout
     assert process.poll() is None
-    other = alignflow(home, "up", "--pool", "huge")
+    other = in_process.here("up", "--pool", "huge", ALIGNFLOW_HOME=str(home))
     assert other.returncode == EXIT_CODES["refused"] and "--pool = huge" in other.stderr
     monkeypatch.setenv("ALIGNFLOW_HOME", str(home))
     assert address_file.found() == where
@@ -232,50 +233,54 @@ def test_a_killed_one_leaves_nothing_behind_and_the_next_has_everything(
     process.kill()
     assert left_after(started, 5) == []
     assert (home / "up.json").exists()
-    with live_servers.up(home, "--pool", "cpu") as (again, there):
+    with live_servers.up(home, "--pool", "cpu", **SECRETS) as (again, there):  # up: its worker was let in
         assert there.pid == again.pid
-        assert deployed(home, there) == kept
+        assert deployed(home, there, Authorization=f"Basic {ADA}") == kept
         answer = live_servers.ask(
             home, "POST", f"{there.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 10}
         )
         assert '"kept"' in answer.text
+        whoever_has_no_password_is_refused(home, again, there)
     assert not (home / "up.json").exists()
-
-
-@pytest.mark.slow
-def test_servers_with_passwords_refuse_whoever_has_none(ready_home: Path) -> None:
-    secrets = {
-        "PREFECT_SERVER_API_AUTH_STRING": "ada:correct horse battery",
-        "MLFLOW_AUTH_ADMIN_PASSWORD": "staple-of-the-stable",
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for cookies",
-    }
-    with live_servers.up(ready_home, "--pool", "cpu", **secrets) as (process, where):  # up: its worker was let in
-        search = f"{where.mlflow}/api/2.0/mlflow/experiments/search"
-        artifacts = f"{where.mlflow}/api/2.0/mlflow-artifacts/artifacts"
-        asks = [("POST", f"{where.prefect}/work_pools/filter"), ("POST", search), ("GET", artifacts)]
-        for method, url in asks:
-            body = {"max_results": 1} if "search" in url else {} if method == "POST" else None
-            assert httpx.request(method, url, json=body, timeout=30).status_code == 401, url
-            wrong = httpx.request(method, url, json=body, auth=("admin", "password1234"), timeout=30)
-            assert wrong.status_code == 401, url
-        assert httpx.post(search, json={"max_results": 1}, auth=("admin", "staple-of-the-stable")).status_code == 200
-        token = base64.b64encode(b"ada:correct horse battery").decode()
-        headers = {"Authorization": f"Basic {token}"}
-        assert httpx.post(f"{where.prefect}/work_pools/filter", json={}, headers=headers).status_code == 200
-        check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows.servers import checks\n"
-        check += "from schemas.errors import StageError\ntry:\n checks.check_servers(); said = ''\n"
-        check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
-        let_in = {"PREFECT_API_AUTH_STRING": secrets["PREFECT_SERVER_API_AUTH_STRING"]}
-        assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, ready_home)
-        assert live_servers.python(check, ready_home, **let_in) == "", "MLflow has a user of ours beside the admin"
-        let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-desk"}
-        assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, ready_home, **let_in)
-        secrets |= live_servers.keys(ready_home)
-        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process)]
-        assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
-    kept = [file for file in ready_home.glob("*.json") if file.name != "passwords.json"]
-    written = [file.read_bytes() for file in [*ready_home.glob("logs/*"), *kept, *ready_home.glob("*.ini")]]
+    kept_files = [file for file in home.glob("*.json") if file.name != "passwords.json"]
+    written = [file.read_bytes() for file in [*home.glob("logs/*"), *kept_files, *home.glob("*.ini")]]
+    secrets = {**SECRETS, **live_servers.keys(home)}
     assert written and not any(secret.encode() in text for secret in secrets.values() for text in written)
+
+
+SECRETS = {
+    "PREFECT_SERVER_API_AUTH_STRING": "ada:correct horse battery",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "staple-of-the-stable",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text for cookies",
+}
+"""Passwords that an operator has set."""
+ADA = base64.b64encode(SECRETS["PREFECT_SERVER_API_AUTH_STRING"].encode()).decode()
+
+
+def whoever_has_no_password_is_refused(home: Path, process: "subprocess.Popen[str]", where: Addresses) -> None:
+    """By servers with SECRETS; whoever has one is let in, and none is in a command line."""
+    search = f"{where.mlflow}/api/2.0/mlflow/experiments/search"
+    artifacts = f"{where.mlflow}/api/2.0/mlflow-artifacts/artifacts"
+    asks = [("POST", f"{where.prefect}/work_pools/filter"), ("POST", search), ("GET", artifacts)]
+    for method, url in asks:
+        body = {"max_results": 1} if "search" in url else {} if method == "POST" else None
+        assert httpx.request(method, url, json=body, timeout=30).status_code == 401, url
+        wrong = httpx.request(method, url, json=body, auth=("admin", "password1234"), timeout=30)
+        assert wrong.status_code == 401, url
+    assert httpx.post(search, json={"max_results": 1}, auth=("admin", "staple-of-the-stable")).status_code == 200
+    headers = {"Authorization": f"Basic {ADA}"}
+    assert httpx.post(f"{where.prefect}/work_pools/filter", json={}, headers=headers).status_code == 200
+    check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows.servers import checks\n"
+    check += "from schemas.errors import StageError\ntry:\n checks.check_servers(); said = ''\n"
+    check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
+    let_in = {"PREFECT_API_AUTH_STRING": SECRETS["PREFECT_SERVER_API_AUTH_STRING"]}
+    assert "PREFECT_API_AUTH_STRING" in live_servers.python(check, home)
+    assert live_servers.python(check, home, **let_in) == "", "MLflow has a user of ours beside the admin"
+    let_in |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "staple-of-the-desk"}
+    assert "MLFLOW_TRACKING_USERNAME" in live_servers.python(check, home, **let_in)
+    secrets = {**SECRETS, **live_servers.keys(home)}
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process)]
+    assert not any(secret.encode() in line for secret in secrets.values() for line in lines)
 
 
 # --- What is refused before anything starts ---------------------------------------------------------------------------
@@ -303,7 +308,7 @@ def test_others_are_let_in_with_passwords_alone(
 
 
 def test_an_open_host_is_a_message_and_not_a_server(tmp_path: Path) -> None:
-    answer = alignflow(tmp_path, "up", "--host", "0.0.0.0")
+    answer = in_process.here("up", "--host", "0.0.0.0", ALIGNFLOW_HOME=str(tmp_path))
     assert answer.returncode == EXIT_CODES["refused"]
     assert "--host = 0.0.0.0: MLflow needs a password there." in answer.stderr and not (tmp_path / "logs").exists()
 
@@ -399,7 +404,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_up_refuses_what_cannot_start(tmp_path: Path, options: list[str], message: str) -> None:
-    answer = alignflow(tmp_path / "home", "up", *options)
+    answer = in_process.here("up", *options, ALIGNFLOW_HOME=str(tmp_path / "home"))
     assert answer.returncode in (2, EXIT_CODES["refused"])
     assert message in answer.stderr and "Traceback" not in answer.stderr
     assert not (tmp_path / "home").exists(), "nothing was begun"
