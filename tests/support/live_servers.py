@@ -14,9 +14,12 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from flows.servers import passwords, supervisor
 from flows.servers.address_file import Addresses
+from schemas.stage import STAGES, Request
+from stages import tracking
 from tests.support.processes import wait_for
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
@@ -125,36 +128,36 @@ def python(code: str, home: Path, **environment: str) -> Any:
     return json.loads(answer.stdout)
 
 
-RUN_STAGE = """
-import json
-from flows.servers.address_file import adopt
-adopt()
-from prefect.deployments import run_deployment
-from flows.stage import stage
-from schemas.stage import STAGES, Request
-params = {"path": "demo:sft", "kind": "sft", "limit": 20}
-request = Request(stage="validate", version=STAGES["validate"].version, params=params, name="tiny")
-run = run_deployment("stage/cpu", parameters={"request": request.model_dump(mode="json")}, timeout=240, poll_interval=1)
-print(json.dumps({"state": run.state.name, "message": run.state.message, "key": request.key()}))
-"""
+def run_stage(home: Path) -> dict[str, str]:
+    """Run a small stage through the worker, as any client of the server can; how its flow run ended, and its key."""
+    params = {"path": "demo:sft", "kind": "sft", "limit": 20}
+    request = Request.model_validate(
+        {"stage": "validate", "version": STAGES["validate"].version, "params": params, "name": "tiny"}
+    )
+    prefect = Addresses.model_validate_json((home / "up.json").read_text()).prefect
+    deployment = ask(home, "GET", f"{prefect}/deployments/name/stage/cpu").raise_for_status().json()["id"]
+    asked = {"parameters": {"request": request.model_dump(mode="json")}, "state": {"type": "SCHEDULED"}}
+    url = f"{prefect}/deployments/{deployment}/create_flow_run"
+    run = ask(home, "POST", url, json=asked).raise_for_status().json()["id"]
+    state: dict[str, Any] = {}
 
-FETCH = """
-import json, sys
-from stages import tracking
-result = tracking.find(KEY)
-artifact = result.outputs["data"]
-folder = tracking.fetch(artifact)
-location = tracking.client().get_run(result.run_id).info.artifact_uri
-files = sorted(file.name for file in folder.rglob("*") if file.is_file())
-print(json.dumps({"files": files, "folder": str(folder), "location": location, "sha256": artifact.sha256}))
-"""
+    def ended() -> bool:
+        state.update(ask(home, "GET", f"{prefect}/flow_runs/{run}").raise_for_status().json()["state"])
+        return state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-
-def run_stage(home: Path, **environment: str) -> dict[str, str]:
-    """Run a small stage through the worker; how its flow run ended, and its key."""
-    return python(RUN_STAGE, home, **environment)
+    wait_for(ended, 240, lambda: state)
+    return {"state": state["name"], "message": state["message"], "key": request.key()}
 
 
 def fetch(key: str, home: Path, **environment: str) -> dict[str, Any]:
     """Bring what the stage of a key has made to a home."""
-    return python(FETCH.replace("KEY", repr(key)), home, **environment)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ALIGNFLOW_HOME": str(home), **environment}.items():
+            patch.setenv(name, value)
+        result = tracking.find(key)
+        assert result is not None
+        artifact = result.outputs["data"]
+        folder = tracking.fetch(artifact)
+        location = tracking.client().get_run(result.run_id).info.artifact_uri
+    files = sorted(file.name for file in folder.rglob("*") if file.is_file())
+    return {"files": files, "folder": str(folder), "location": location, "sha256": artifact.sha256}
