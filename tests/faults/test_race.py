@@ -23,12 +23,14 @@ from tests.support.scripted import FAKE
 HOST = """
 import logging, sys
 from flows.execution import process
-from flows.execution.lease import stage_lease
 from schemas.stage import STAGES, Request, StageSpec
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 STAGES["fake"], process.COMMAND[:] = StageSpec(1), [sys.executable, sys.argv[1]]
 request = Request.model_validate_json(sys.argv[2])
-shared = stage_lease(request.key()) if sys.argv[3] == "shared" else None
+shared = None
+if sys.argv[3] == "shared":
+    from flows.execution.lease import stage_lease  # with Prefect, which takes seconds
+    shared = stage_lease(request.key())
 print(process.run_stage(request, None, shared).model_dump_json())
 """
 

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from stages.commands import validate as checked
 from tests.conftest import PAPERS, ROOT
 from tests.support import commands as in_process
 from tests.support.pictures import PICTURES
-from tests.support.processes import below, left_after
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
 
@@ -264,30 +262,6 @@ def test_a_dry_run_tells_stages_steps_and_memory_and_makes_nothing(ready_home: P
     assert "at most about 0 prompts will be held out, 100 are asked for" in answer.stdout
     assert "0 reused" in answer.stdout
     assert not (ready_home / "work").exists() and not (ready_home / "artifacts").exists()
-
-
-@pytest.mark.slow
-def test_ui_starts_both_servers_and_leaves_none_behind(ready_home: Path) -> None:
-    command = [sys.executable, "-m", "flows.cli", "ui"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        lines = []
-        while not lines or "Ctrl-C" not in lines[-1]:
-            lines.append(process.stdout.readline())
-            assert lines[-1], "ended early"
-        urls = dict(re.findall(r"^(MLflow|Prefect) +(http\S+)", "".join(lines), re.M))
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        assert direct.open(urls["MLflow"] + "/health").status == 200
-        assert direct.open(urls["Prefect"] + "/api/health").status == 200
-        started = below(process)
-        assert len(started) >= 4  # a guard and a process for each
-        process.kill()  # the hard way: nobody is told
-        process.wait()
-        assert left_after(started, 30) == []
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_taken_port_is_refused_by_name(ready_home: Path) -> None:

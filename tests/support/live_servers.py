@@ -52,7 +52,10 @@ def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subproce
             lines.append(process.stdout.readline())
             assert lines[-1], "".join(lines)
         patience.cancel()
-        yield process, Addresses.model_validate_json((home / "up.json").read_text())
+        where = Addresses.model_validate_json((home / "up.json").read_text())
+        for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
+            assert any(line.startswith(f"{name:8} {url}") for line in lines), "".join(lines)
+        yield process, where
     finally:
         patience.cancel()
         process.terminate()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from flows.execution import process
@@ -15,6 +16,7 @@ from schemas.environment import python_path
 from schemas.stage import STAGES, Request
 from tests.conftest import ROOT
 from tests.support.live_servers import ask, up
+from tests.support.processes import below, left_after
 
 ALIGNFLOW = Path(sys.executable).with_name("alignflow")
 STARTS = ["flows", "schemas", "stages", "typer", "queue", "random", "sitecustomize", "usercustomize"]
@@ -87,9 +89,15 @@ def test_servers_import_nothing_of_it_and_keep_all_to_their_owner(
     monkeypatch.setattr("tests.support.live_servers.UP", [sys.executable, "-P", "-m", "flows.cli", "ui"])
     before = os.umask(0o022)
     try:
-        with up(home) as (_, where):
+        with up(home) as (process, where):
             experiments = f"{where.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
             assert ask(home, "GET", experiments).status_code == 200
+            for health in (f"{where.mlflow}/health", f"{where.prefect}/health"):
+                assert httpx.get(health, timeout=30).status_code == 200
+            started = below(process)
+            assert len(started) >= 4  # a guard and a process for each
+            process.kill()  # the hard way: nobody is told
+            assert left_after(started, 30) == []
         assert open_to_others(home) == []
     finally:
         os.umask(before)

@@ -135,10 +135,15 @@ def test_all_die_with_the_flow(fake: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_without_the_warm_process_a_stage_starts_by_itself(fake: Path, tmp_path: Path) -> None:
     asked = fake_request(steps=1)
     (tmp_path / "request.json").write_text(asked.model_dump_json())
+    command = [*FAKE, "fake", str(tmp_path / "request.json")]
+    assert subprocess.run(command, env={**process.environment(asked), WARM: "9"}).returncode == 0
+    assert Result.model_validate_json((tmp_path / "result.json").read_text()).status == "done"
+    stand_in = [sys.executable, "-c", "from stages import warm; warm.hand_over(['fake']); print('by itself')"]
     for number in ("9", "-1", "x"):
-        command = [*FAKE, "fake", str(tmp_path / "request.json")]
-        assert subprocess.run(command, env={**process.environment(asked), WARM: number}).returncode == 0
-        assert Result.model_validate_json((tmp_path / "result.json").read_text()).status == "done"
+        told = subprocess.run(
+            stand_in, env={**process.environment(asked), WARM: number}, capture_output=True, text=True
+        )
+        assert told.stdout == "by itself\n", told.stderr
 
 
 def test_several_devices_and_foreign_launchers_take_no_fork(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
