@@ -158,7 +158,7 @@ def fetch(key: str, home: Path, **environment: str) -> dict[str, Any]:
         for name, value in {"ALIGNFLOW_HOME": str(home), **environment}.items():
             patch.setenv(name, value)
         result = tracking.find(key)
-        assert result is not None
+        assert result is not None and result.run_id is not None
         artifact = result.outputs["data"]
         folder = tracking.fetch(artifact)
         location = tracking.client().get_run(result.run_id).info.artifact_uri

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 LOOK = """
 import sys
 if sys.argv[1] == "left out":
@@ -24,18 +22,25 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_settings_file_of_the_working_directory_counts(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(FILES[name])
-    if name == "mine.toml":
-        (tmp_path / ".env").write_text(f"PREFECT_PROFILES_PATH={tmp_path / name}\n")
+def level(folder: Path, way: str, *names: str) -> str:
+    """The level that Prefect reads in a folder with these files."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(FILES[name])
+    if "mine.toml" in names:
+        with (folder / ".env").open("a") as file:
+            file.write(f"PREFECT_PROFILES_PATH={folder / 'mine.toml'}\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(tmp_path / "prefect")}
-    levels = {}
-    for way in ("left out", "as usual"):
-        command = [sys.executable, "-P", "-c", LOOK, way]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert way == "as usual" or not done.stderr  # no warning of what was left out
-        levels[way] = done.stdout.strip()
-    assert levels == {"left out": "INFO", "as usual": "CRITICAL"}
+    environment |= {"PREFECT_HOME": str(folder / "prefect")}
+    command = [sys.executable, "-P", "-c", LOOK, way]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert way == "as usual" or not done.stderr  # no warning of what was left out
+    return done.stdout.strip()
+
+
+def test_no_settings_file_of_the_working_directory_counts(tmp_path: Path) -> None:
+    """Each would by itself; all at once do not."""
+    usual = {name: level(tmp_path / name, "as usual", name) for name in FILES}
+    assert usual == dict.fromkeys(FILES, "CRITICAL")
+    assert level(tmp_path / "all", "left out", *FILES) == "INFO"
