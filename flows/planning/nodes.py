@@ -71,6 +71,7 @@ def params_of(training: Training) -> dict[str, Any]:
     """
     fields = type(training).model_fields
     later = fields.keys() & {"train_tokens", "sharding", "gather", "value_start", "frozen", "optimizer", "publish"}
+    later |= fields.keys() & {"value_warmup_share"}
     unset = {name for name in later if getattr(training, name) == fields[name].default}
     return training.model_dump(mode="json", exclude={"seed"} | unset)
 

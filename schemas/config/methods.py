@@ -104,7 +104,11 @@ class PPO(MethodConfig):
     """Of the critic, under the same schedule; default ten times `learning_rate`: it has a mean to find, and nobody is
     harmed when it moves fast. On a shared trunk of the value head alone."""
     value_warmup: int = Field(default=2, ge=0)
-    """Iterations in which the critic learns alone and the policy stays as it is; at most a tenth of `iterations`."""
+    """Iterations in which the critic learns alone and the policy stays as it is."""
+    value_warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Largest share of `iterations` that `value_warmup` may take. A critic of a large model sees a few hundred answers
+    before it foretells more than a constant would (train/explained_variance); until then advantages are mostly noise.
+    """
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(default=0.0, ge=0, lt=1)
     adam_eps: float = Field(default=1e-5, gt=0)
@@ -112,7 +116,7 @@ class PPO(MethodConfig):
     @property
     def critic_alone(self) -> int:
         """The first iterations, in which the critic learns alone."""
-        return min(self.value_warmup, self.iterations // 10)
+        return min(self.value_warmup, int(self.iterations * self.value_warmup_share + 1e-9))  # 100 * 0.29 is < 29
 
     @model_validator(mode="after")
     def _the_penalty_keeps_its_sign(self) -> Self:

@@ -492,6 +492,8 @@ def test_only_rollouts_in_a_row_that_are_too_far_end_the_training(start: Callabl
 def test_a_warm_up_is_at_most_a_tenth(start: Callable[..., PPO]) -> None:
     assert [settings(iterations=n).critic_alone for n in (9, 10, 19, 20, 500)] == [0, 1, 1, 2, 2]
     assert settings(iterations=500, value_warmup=0).critic_alone == 0
+    assert settings(iterations=100, value_warmup=50, value_warmup_share=0.29).critic_alone == 29
+    assert settings(iterations=12, value_warmup=4, value_warmup_share=0.5).critic_alone == 4
     ppo = start(iterations=20)  # 2 iterations of 2 epochs of 3 steps
     assert [ppo.is_critic_alone(step) for step in (0, 11, 12)] == [True, True, False]
 
