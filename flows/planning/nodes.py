@@ -70,8 +70,10 @@ def params_of(training: Training) -> dict[str, Any]:
     Neither is what came later where it is as things were before: keys from then stay.
     """
     fields = type(training).model_fields
-    later = fields.keys() & {"train_tokens", "sharding", "gather", "value_start", "frozen", "optimizer", "publish"}
-    later |= fields.keys() & {"value_warmup_share"}
+    later = fields.keys() & {
+        *("train_tokens", "sharding", "gather", "value_start", "frozen", "optimizer", "publish"),
+        "value_warmup_share",
+    }
     unset = {name for name in later if getattr(training, name) == fields[name].default}
     return training.model_dump(mode="json", exclude={"seed"} | unset)
 

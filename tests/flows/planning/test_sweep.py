@@ -146,6 +146,8 @@ def test_an_unset_limit_is_not_in_the_request() -> None:
     assert not {"train_tokens", "seed"} & params_of(methods.DPO(seed=3)).keys()
     assert "value_start" not in params_of(methods.PPO())
     assert params_of(methods.PPO(value_start="zero"))["value_start"] == "zero"
+    assert "value_warmup_share" not in params_of(methods.PPO())
+    assert params_of(methods.PPO(value_warmup_share=0.5))["value_warmup_share"] == 0.5
     assert params_of(SFTConfig(train_tokens=9))["train_tokens"] == 9
 
 
