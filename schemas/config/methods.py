@@ -104,7 +104,7 @@ class PPO(MethodConfig):
     """Of the critic, under the same schedule; default ten times `learning_rate`: it has a mean to find, and nobody is
     harmed when it moves fast. On a shared trunk of the value head alone."""
     value_warmup: int = Field(default=2, ge=0)
-    """Iterations in which the critic learns alone and the policy stays as it is."""
+    """Iterations in which the critic learns alone and the policy stays as it is; `value_warmup_share` bounds them."""
     value_warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Largest share of `iterations` that `value_warmup` may take. A critic of a large model sees a few hundred answers
     before it foretells more than a constant would (train/explained_variance); until then advantages are mostly noise.

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flows.planning.config_checks import check
@@ -115,6 +116,9 @@ def test_every_listed_type_is_one_of_transformers() -> None:
     known = types("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     assert len(known) > 100 and {*NOT_SAMPLED, *ENCODERS} <= known
     assert types("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES") >= OTHER_HEADS
+    for name in ("CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM"):
+        mapping = f"MODEL_FOR_{name}_MAPPING_NAMES"
+        assert types(mapping) == getattr(modeling_auto, mapping).keys(), mapping
     for kind in ("llama", "mistral", "qwen3", "gemma", "gpt2"):
         assert why_no_policy({"model_type": kind}) is None and why_no_scorer({"model_type": kind}) is None
 
