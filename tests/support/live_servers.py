@@ -24,6 +24,8 @@ from tests.support.processes import wait_for
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
 START_SECONDS = 300
+PATIENCE = 120.0
+"""Seconds for an answer on a loaded machine: Prefect waits up to 60 for its database."""
 
 
 def free_port() -> int:
@@ -59,7 +61,7 @@ def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subproce
     finally:
         patience.cancel()
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def keys(home: Path) -> dict[str, str]:
@@ -69,14 +71,19 @@ def keys(home: Path) -> dict[str, str]:
     return {"PREFECT_API_AUTH_STRING": made.prefect, **user}
 
 
-def ask(home: Path, method: str, url: str, **request: Any) -> httpx.Response:
+def request(method: str, url: str, **more: Any) -> httpx.Response:
+    """`httpx.request`, which by itself would give up after five seconds."""
+    return httpx.request(method, url, timeout=PATIENCE, **more)
+
+
+def ask(home: Path, method: str, url: str, **more: Any) -> httpx.Response:
     """The answer of a server of a home, with its password; asked again while its database is locked (503)."""
     made = passwords.Passwords.model_validate_json((home / "passwords.json").read_text())
     word = f"{passwords.USER}:{made.mlflow}" if "/mlflow" in url else made.prefect
-    headers = {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}", **request.pop("headers", {})}
-    end = time.monotonic() + 60
+    headers = {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}", **more.pop("headers", {})}
+    end = time.monotonic() + PATIENCE
     while True:
-        answer = httpx.request(method, url, headers=headers, timeout=30, **request)
+        answer = request(method, url, headers=headers, **more)
         if answer.status_code != 503 or time.monotonic() > end:
             return answer
         time.sleep(1)

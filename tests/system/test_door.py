@@ -48,21 +48,24 @@ def pages(where: Addresses) -> str:
 def test_nobody_starts_a_run_without_the_password(where: Addresses, origin: dict[str, str]) -> None:
     refused = (401,) if not origin else (403,)
     for path in ("flows/", "deployments/", "deployments/x/create_flow_run", "flow_runs/", "work_pools/filter"):
-        assert httpx.post(f"{where.prefect}/{path}", json={"name": "x"}, headers=origin).status_code in refused
+        assert (
+            live_servers.request("POST", f"{where.prefect}/{path}", json={"name": "x"}, headers=origin).status_code
+            in refused
+        )
     for path in ("experiments/create", "experiments/search", "registered-models/create"):
         url = f"{where.mlflow}/api/2.0/mlflow/{path}"
-        assert httpx.post(url, json={"name": "x"}, headers=origin).status_code in refused
+        assert live_servers.request("POST", url, json={"name": "x"}, headers=origin).status_code in refused
 
 
 def test_a_foreign_page_gets_no_permission(where: Addresses) -> None:
     wanted = {**EVIL, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     for url in (f"{where.prefect}/flows/", f"{where.mlflow}/api/2.0/mlflow/experiments/create"):
         for origin in ("http://evil.example", "http://localhost:9999", "null"):
-            answer = httpx.options(url, headers={**wanted, "Origin": origin})
+            answer = live_servers.request("OPTIONS", url, headers={**wanted, "Origin": origin})
             assert answer.status_code == 403
             assert not [name for name in answer.headers if name.startswith("access-control")]
     own = {**wanted, "Origin": pages(where)}
-    answer = httpx.options(f"{where.prefect}/flows/", headers=own)
+    answer = live_servers.request("OPTIONS", f"{where.prefect}/flows/", headers=own)
     assert answer.headers["access-control-allow-origin"] == pages(where)
 
 
@@ -86,13 +89,13 @@ def test_websockets_ask_for_the_password(home: Path, where: Addresses, path: str
         with connect(url, subprotocols=["prefect"]) as socket:  # type: ignore[list-item]
             socket.send(json.dumps({"type": "auth", "token": token}))
             with contextlib.suppress(ConnectionClosed):
-                return json.loads(socket.recv(timeout=30))["type"] == "auth_success"
+                return json.loads(socket.recv(timeout=live_servers.PATIENCE))["type"] == "auth_success"
         return False
 
     assert let_in(word)
     assert not let_in(None) and not let_in("") and not let_in(word[:-1])
     with contextlib.suppress(InvalidStatus), connect(url) as socket, pytest.raises(ConnectionClosed):
-        socket.recv(timeout=30)  # an old client, which says nothing of itself
+        socket.recv(timeout=live_servers.PATIENCE)  # an old client, which says nothing of itself
 
 
 ROUTES_OF_PREFECT = """
@@ -138,7 +141,7 @@ def test_every_route_of_both_servers_asks_for_the_password(where: Addresses, hom
     wrong = ({}, {"Authorization": "Basic YWRtaW4yOnBhc3N3b3JkMTIzNA=="}, {"Authorization": "Bearer x"})
     count, let_in = 0, set()
     for server, named in routes.items():
-        with httpx.Client(base_url=server, timeout=30) as client:
+        with httpx.Client(base_url=server, timeout=live_servers.PATIENCE) as client:
             for method, route in ((method, route) for method, route in named if method not in ("HEAD", "OPTIONS")):
                 path = re.sub(r"\{[^}]*\}|<[^>]*>", "0", route)
                 for headers in wrong:

@@ -8,14 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from flows.execution import process
 from schemas.environment import python_path
 from schemas.stage import STAGES, Request
 from tests.conftest import ROOT
-from tests.support.live_servers import ask, up
+from tests.support.live_servers import ask, request, up
 from tests.support.processes import below, left_after
 
 ALIGNFLOW = Path(sys.executable).with_name("alignflow")
@@ -93,7 +92,7 @@ def test_servers_import_nothing_of_it_and_keep_all_to_their_owner(
             experiments = f"{where.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
             assert ask(home, "GET", experiments).status_code == 200
             for health in (f"{where.mlflow}/health", f"{where.prefect}/health"):
-                assert httpx.get(health, timeout=30).status_code == 200
+                assert request("GET", health).status_code == 200
             started = below(process)
             assert len(started) >= 4  # a guard and a process for each
             process.kill()  # the hard way: nobody is told

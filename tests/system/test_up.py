@@ -264,12 +264,14 @@ def whoever_has_no_password_is_refused(home: Path, process: "subprocess.Popen[st
     asks = [("POST", f"{where.prefect}/work_pools/filter"), ("POST", search), ("GET", artifacts)]
     for method, url in asks:
         body = {"max_results": 1} if "search" in url else {} if method == "POST" else None
-        assert httpx.request(method, url, json=body, timeout=30).status_code == 401, url
-        wrong = httpx.request(method, url, json=body, auth=("admin", "password1234"), timeout=30)
+        assert live_servers.request(method, url, json=body).status_code == 401, url
+        wrong = live_servers.request(method, url, json=body, auth=("admin", "password1234"))
         assert wrong.status_code == 401, url
-    assert httpx.post(search, json={"max_results": 1}, auth=("admin", "staple-of-the-stable")).status_code == 200
+    assert live_servers.request(
+        "POST", search, json={"max_results": 1}, auth=("admin", SECRETS["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    ).is_success
     headers = {"Authorization": f"Basic {ADA}"}
-    assert httpx.post(f"{where.prefect}/work_pools/filter", json={}, headers=headers).status_code == 200
+    assert live_servers.request("POST", f"{where.prefect}/work_pools/filter", json={}, headers=headers).is_success
     check = "import json\nfrom flows.servers.address_file import adopt\nadopt()\nfrom flows.servers import checks\n"
     check += "from schemas.errors import StageError\ntry:\n checks.check_servers(); said = ''\n"
     check += "except StageError as error:\n said = str(error)\nprint(json.dumps(said))"
