@@ -20,15 +20,10 @@ from schemas.errors import EXIT_CODES
 from schemas.stage import STAGES, Request
 from stages.commands import validate as checked
 from tests.conftest import PAPERS, ROOT
-from tests.support import commands as in_process
+from tests.support.commands import alignflow
 from tests.support.pictures import PICTURES
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No {i}."} for i in range(20)]
-
-
-def alignflow(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -93,7 +88,7 @@ def test_help_is_quick_and_says_where_to_start() -> None:
     ],
 )
 def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: list[str], message: str) -> None:
-    answer = in_process.here(*arguments)
+    answer = alignflow(*arguments)
     assert answer.returncode == EXIT_CODES["refused"]
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
@@ -101,8 +96,9 @@ def test_a_users_mistake_is_one_message_and_a_code(ready_home: Path, arguments: 
 
 
 def test_in_a_new_home_a_mistake_is_one_line(home: Path) -> None:
-    """MLflow, which makes its database there, says nothing of it."""
-    answer = alignflow("compare")
+    """MLflow, which makes its database there, says nothing of it; nor does what a new process imports."""
+    command = [sys.executable, "-m", "flows.cli", "compare"]
+    answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == EXIT_CODES["refused"] and answer.stdout == ""
     (line,) = answer.stderr.splitlines()
     assert line.startswith("alignflow: there is no finished pipeline run. Fix: ")
@@ -114,16 +110,16 @@ def test_in_a_new_home_a_mistake_is_one_line(home: Path) -> None:
 )
 def test_a_home_that_cannot_be_is_named(tmp_path: Path, command: list[str], place: str) -> None:
     (tmp_path / "file").write_text("")
-    answer = in_process.here(*command, ALIGNFLOW_HOME=str(tmp_path / place))
+    answer = alignflow(*command, ALIGNFLOW_HOME=str(tmp_path / place))
     assert answer.returncode == EXIT_CODES["refused"]
     assert f"ALIGNFLOW_HOME = {tmp_path / place}: cannot be used: " in answer.stderr
     assert "Traceback" not in answer.stderr
 
 
 def test_presets_are_listed_and_printed() -> None:
-    listed = in_process.here("presets")
+    listed = alignflow("presets")
     assert {line.split()[0] for line in listed.stdout.splitlines()} >= {"demo", "smollm2"}
-    assert in_process.here("presets", "demo").stdout == (ROOT / "deploy" / "presets" / "demo.yaml").read_text()
+    assert alignflow("presets", "demo").stdout == (ROOT / "deploy" / "presets" / "demo.yaml").read_text()
 
 
 def test_validate_prints_one_json_object(tmp_path: Path) -> None:
@@ -160,7 +156,7 @@ def test_validate_names_the_option_that_is_wrong(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", list(PAIRS))
-    answer = in_process.here("validate", "rows.jsonl", "--kind", "preference", "--out", "out", *options)
+    answer = alignflow("validate", "rows.jsonl", "--kind", "preference", "--out", "out", *options)
     assert answer.returncode == EXIT_CODES["refused"]
     assert message in answer.stderr and answer.stdout == ""
     assert not (tmp_path / "out").exists()
@@ -187,7 +183,7 @@ def test_generate_and_chat_name_all_options_that_are_wrong(
 ) -> None:
     """Before a model is loaded: the one that is named here has no weights."""
     (tmp_path / "config.json").write_text("{}")
-    answer = in_process.here(command[0], tmp_path, *command[1:])
+    answer = alignflow(command[0], tmp_path, *command[1:])
     assert (answer.returncode, answer.stdout) == (EXIT_CODES["refused"], "")
     assert all(message in answer.stderr for message in messages) and "Traceback" not in answer.stderr
 
@@ -253,7 +249,7 @@ def test_a_dry_run_tells_stages_steps_and_memory_and_makes_nothing(ready_home: P
             }
         )
     )
-    answer = in_process.here("run", config, "--dry-run")
+    answer = alignflow("run", config, "--dry-run")
     assert answer.returncode == 0, answer.stderr
     steps = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line}
     # 20 rows twice in steps of 8; 40 thumbs twice; 5 rounds of 2 passes over 8 answers in steps of 4
@@ -270,7 +266,7 @@ def test_a_taken_port_is_refused_by_name(ready_home: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        answer = in_process.here("ui", "--mlflow-port", taken.getsockname()[1])
+        answer = alignflow("ui", "--mlflow-port", taken.getsockname()[1])
     assert answer.returncode == EXIT_CODES["refused"]
     assert "--mlflow-port" in answer.stderr and "the port is taken" in answer.stderr
 

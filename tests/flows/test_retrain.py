@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Result
 from stages import tracking
 from tests.flows.test_cli import write_rows
-from tests.support import models
+from tests.support import commands, models
 from tests.support.processes import wait_for
 
 
@@ -207,12 +205,10 @@ def test_both_sides_answer_anew_with_the_seed_of_their_look(tmp_path: Path, monk
 @pytest.fixture(scope="module")
 def one_warm() -> Iterator[None]:
     """One warm process for all flows of this file, each of which would import everything in one of its own."""
-    own = warm.Warm()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warm, "warm", contextlib.nullcontext)
-        patch.setattr(warm, "_warm", own)
+        patch.setattr(warm, "_warm", commands.engine())
         yield
-    own.end()
 
 
 def states(prefect: SyncPrefectClient) -> list[tuple[str, str]]:
@@ -364,12 +360,11 @@ def test_a_candidate_waits_for_a_person_and_outlives_the_process_that_waits(
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True}))
-    with (tmp_path / "log").open("wb") as log:
-        killed = subprocess.Popen([sys.executable, "-m", "flows.cli", "retrain", config], stdout=log, stderr=log)
-        asks = lambda: any("approval" in one.tags for one in registry.versions("assistant"))  # noqa: E731
-        wait_for(lambda: killed.poll() is not None or asks(), 300, (tmp_path / "log").read_text)
-        killed.kill()
-        killed.wait()
+    killed = commands.begun("retrain", config, out=tmp_path / "log", err=tmp_path / "log")
+    asks = lambda: any("approval" in one.tags for one in registry.versions("assistant"))  # noqa: E731
+    wait_for(lambda: not killed.is_alive() or asks(), 300, (tmp_path / "log").read_text)
+    killed.kill()
+    killed.join()
     asked = registry.version("assistant", "1")
     assert asked.tags["decision"] == "waiting" and "win_rate_p is" in asked.tags["decision.reasons"]
     assert registry.aliases("assistant") == {}

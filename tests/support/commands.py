@@ -1,54 +1,110 @@
-"""`alignflow` as a user calls it, and what it says: in this process, since one of its own imports for seconds."""
+"""`alignflow` as a user calls it, and what it says: its whole entry point, in a process of its own.
 
+That process, and those of the stages that it runs, are forks of two that have imported what takes seconds.
+"""
+
+import atexit
 import contextlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from typing import IO
-
-import pytest
+import threading
+from collections.abc import Mapping
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import NoReturn
 
 from flows import cli
+from flows.execution import warm
+from schemas.environment import launcher
+from schemas.stage import Request
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN_STAGES = {"run", "sweep", "retrain"}
 
 
-@contextlib.contextmanager
-def caught(descriptor: int) -> Iterator[IO[str]]:
-    """A file that holds what this process, and those that it starts, write to a descriptor."""
-    kept = os.dup(descriptor)
-    with tempfile.TemporaryFile("w+") as file:
-        os.dup2(file.fileno(), descriptor)
-        try:
-            yield file
-        finally:
-            os.dup2(kept, descriptor)
-            os.close(kept)
+def alignflow(*words: object, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """How the command ends, called in a folder or here, with more variables in its environment."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        process = begun(*words, out=out, err=err, folder=folder, **environment)
+        process.join(600)
+        assert process.exitcode is not None, f"it hangs: {out.read_text()}{err.read_text()}"
+        return subprocess.CompletedProcess(["alignflow", *words], process.exitcode, out.read_text(), err.read_text())
 
 
-def here(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command's whole entry point, run in this process, which is left as it was.
+def begun(*words: object, out: Path, err: Path, folder: Path | None = None, **environment: str) -> ForkServerProcess:
+    """The command as it begins. What it says goes behind what the two files hold, which may be one."""
+    asks = None
+    if words and words[0] in RUN_STAGES and "--dry-run" not in words:
+        asks = engine().asks(Request(stage="sft", version=1, params={}), os.environ)
+    with contextlib.nullcontext() if asks is None else socket.socket(fileno=asks) as stages:
+        arguments = ([*map(str, words)], {**os.environ, **environment}, folder or Path.cwd(), out, err, stages)
+        process = _context().Process(target=_run, args=arguments)
+        process.start()
+    return process
 
-    Not for commands that ask a Prefect server: its settings are read once per process.
-    """
-    words, code = ["alignflow", *map(str, arguments)], 0
-    umask, before = os.umask(0o022), dict(os.environ)
-    with caught(1) as out, caught(2) as err, pytest.MonkeyPatch.context() as patch:
-        for name, value in (("argv", words), ("path", [*sys.path]), ("excepthook", sys.excepthook)):
-            patch.setattr(sys, name, value)
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
-        os.environ.update(environment)
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        finally:
-            os.umask(umask)
-            os.environ.clear()
-            os.environ.update(before)
-        said = []
-        for file in (out, err):
-            file.seek(0)
-            said.append(file.read())
-    return subprocess.CompletedProcess(words, code, *said)
+
+@cache
+def engine() -> warm.Warm:
+    """A warm process for all flows of this one, each of which would import everything in one of its own."""
+    own = warm.Warm()
+    atexit.register(own.end)
+    return own
+
+
+@cache
+def _context() -> ForkServerContext:
+    """Whose processes are forks of one that has imported what commands need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.imported"])
+    with contextlib.chdir(ROOT):  # where it finds that
+        forkserver.ensure_running()
+    return context
+
+
+class _Given(warm.Warm):
+    """A warm process that others have started, and end."""
+
+    def __init__(self, asks: socket.socket) -> None:
+        super().__init__()
+        self._given = asks
+
+    def asks(self, request: Request, environment: Mapping[str, str]) -> int | None:
+        return None if request.placement.ranks > 1 or launcher() else os.dup(self._given.fileno())
+
+
+def _run(
+    words: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path, stages: socket.socket | None
+) -> NoReturn:
+    """Become the command, which was started so: nothing of it returns to multiprocessing, whose exits are others."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, file in ((1, out), (2, err)):
+        with file.open("a") as opened:
+            os.dup2(opened.fileno(), descriptor)
+    sys.argv[:] = ["alignflow", *words]
+    if stages is not None:
+        warm.warm, warm._warm = contextlib.nullcontext, _Given(stages)
+    code: object = 1
+    try:
+        refresh_global_settings_context()
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -5,8 +5,6 @@ MLflow and Prefect ask for passwords here; the judge's endpoint throws the key b
 
 import base64
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ import pytest
 import yaml
 
 from flows.servers import mlflow_prefect, supervisor
-from tests.support import models
+from tests.support import commands, models
 
 WORD = "zanzibar"
 """Stands in every prompt and answer, and the model says it."""
@@ -115,7 +113,6 @@ def write(folder: Path) -> Path:
 
 
 def call(config: Path, home: Path, options: list[str], environment: Mapping[str, str]) -> Run:
-    command = [sys.executable, "-m", "flows.cli", "run", str(config), *(f"--set={option}" for option in options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    done = commands.alignflow("run", config, *(f"--set={option}" for option in options), **environment)
     files = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     return Run(done.returncode, done.stdout + done.stderr, files)

@@ -14,9 +14,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tests.flows.test_cli import alignflow, write_rows
+from tests.flows.test_cli import write_rows
 from tests.flows.test_retrain import GATE, config_file, pairs
 from tests.support import homes, models, web
+from tests.support.commands import alignflow
 from tests.support.live_servers import ask, keys, up
 from tests.support.processes import wait_for
 

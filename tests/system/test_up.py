@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,9 @@ from flows.results import announce
 from flows.servers import address_file, checks, mlflow_prefect, pools, supervisor
 from flows.servers.address_file import Addresses
 from schemas.errors import EXIT_CODES, StageError
-from tests.support import commands as in_process
 from tests.support import homes, live_servers
+from tests.support.commands import alignflow
 from tests.support.processes import below, left_after
-
-
-def alignflow(home: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
-    variables = {**os.environ, "ALIGNFLOW_HOME": str(home), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def running(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Addresses]]:
 @pytest.fixture(scope="module")
 def first_deploy(home: Path, running: tuple["subprocess.Popen[str]", Addresses]) -> str:
     """What `alignflow deploy` says the first time."""
-    answer = alignflow(home, "deploy")
+    answer = alignflow("deploy", ALIGNFLOW_HOME=str(home))
     assert answer.returncode == 0, answer.stderr
     return answer.stdout
 
@@ -78,12 +70,12 @@ def test_a_second_one_says_where_the_first_is(
     home: Path, running: tuple["subprocess.Popen[str]", Addresses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, where = running
-    again = in_process.here("up", ALIGNFLOW_HOME=str(home))
+    again = alignflow("up", ALIGNFLOW_HOME=str(home))
     assert again.returncode == 0, again.stderr
     for said in (where.mlflow, where.prefect.removesuffix("/api"), str(process.pid), "cpu, gpu"):
         assert said in again.stdout
     assert process.poll() is None
-    other = in_process.here("up", "--pool", "huge", ALIGNFLOW_HOME=str(home))
+    other = alignflow("up", "--pool", "huge", ALIGNFLOW_HOME=str(home))
     assert other.returncode == EXIT_CODES["refused"] and "--pool = huge" in other.stderr
     monkeypatch.setenv("ALIGNFLOW_HOME", str(home))
     assert address_file.found() == where
@@ -96,7 +88,7 @@ def test_deploying_twice_is_idempotent_and_a_worker_takes_a_run_up(
     _, where = running
     assert "stage/cpu on cpu" in first_deploy
     before = deployed(home, where)
-    second = alignflow(home, "deploy")
+    second = alignflow("deploy", ALIGNFLOW_HOME=str(home))
     assert second.returncode == 0, second.stderr
     assert deployed(home, where) == before and set(before) >= {"deployments pipeline", "automations alignflow zombies"}
     assert "created" not in second.stdout and "updated" not in second.stdout
@@ -161,7 +153,7 @@ def test_what_is_submitted_is_checked_as_a_run_from_here_is(
     _, where = running
     own = f"{where.prefect}/work_pools/cpu"
     live_servers.ask(home, "PATCH", own, json={"is_paused": True}).raise_for_status()
-    refused = alignflow(home, "submit", "demo", "--set", "pools.sft=tpu")
+    refused = alignflow("submit", "demo", "--set", "pools.sft=tpu", ALIGNFLOW_HOME=str(home))
     live_servers.ask(home, "PATCH", own, json={"is_paused": False}).raise_for_status()
     assert refused.returncode == EXIT_CODES["refused"] and "pools = tpu: there is no such work pool" in refused.stderr
     assert "work pool cpu is paused: its runs wait" in refused.stderr, "the pool of the pipeline itself"
@@ -170,7 +162,7 @@ def test_what_is_submitted_is_checked_as_a_run_from_here_is(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", where.mlflow)
     let_in(home, monkeypatch)
     tracking.client().create_experiment("kept-here", artifact_location=str(tmp_path))
-    refused = alignflow(home, "submit", "demo", "--set", "name=kept-here", "--set", "pools.sft=gpu")
+    refused = alignflow("submit", "demo", "--set", "name=kept-here", "--set", "pools.sft=gpu", ALIGNFLOW_HOME=str(home))
     assert refused.returncode == EXIT_CODES["refused"]
     assert "name = kept-here: this experiment keeps its artifacts in" in refused.stderr
     found = live_servers.ask(home, "POST", f"{where.prefect}/flow_runs/filter", json={}).raise_for_status().json()
@@ -186,7 +178,7 @@ def test_a_run_finds_the_server_that_keeps_its_experiment(
         home, "POST", f"{where.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "found-again"}
     )
     answer.raise_for_status()
-    looked = alignflow(home, "run", "demo", "--set", "name=found-again", "--dry-run")
+    looked = alignflow("run", "demo", "--set", "name=found-again", "--dry-run", ALIGNFLOW_HOME=str(home))
     assert looked.returncode == 0 and "16 stages" in looked.stdout, looked.stderr
 
 
@@ -196,7 +188,7 @@ def test_a_mistyped_pool_is_named_before_anything_is_deployed(
 ) -> None:
     file = tmp_path / "prefect.yaml"
     file.write_text("deployments: [{name: gpu, entrypoint: flows.stage.stage, work_pool: {name: gpuu}}]")
-    refused = alignflow(home, "deploy", "--file", file)
+    refused = alignflow("deploy", "--file", file, ALIGNFLOW_HOME=str(home))
     assert refused.returncode == EXIT_CODES["refused"] and not refused.stdout
     assert "deployments[gpu].work_pool.name = gpuu" in refused.stderr and "'gpu'" in refused.stderr
 
@@ -310,7 +302,7 @@ def test_others_are_let_in_with_passwords_alone(
 
 
 def test_an_open_host_is_a_message_and_not_a_server(tmp_path: Path) -> None:
-    answer = in_process.here("up", "--host", "0.0.0.0", ALIGNFLOW_HOME=str(tmp_path))
+    answer = alignflow("up", "--host", "0.0.0.0", ALIGNFLOW_HOME=str(tmp_path))
     assert answer.returncode == EXIT_CODES["refused"]
     assert "--host = 0.0.0.0: MLflow needs a password there." in answer.stderr and not (tmp_path / "logs").exists()
 
@@ -349,10 +341,10 @@ def test_a_database_that_prefect_has_no_driver_for_is_named(no_settings: None, m
 def test_a_server_that_is_set_and_away_is_named_in_seconds(tmp_path: Path) -> None:
     away = f"http://127.0.0.1:{live_servers.free_port()}"
     for variable, value in (("PREFECT_API_URL", f"{away}/api"), ("MLFLOW_TRACKING_URI", away)):
-        answer = alignflow(tmp_path, "up", **{variable: value})
+        answer = alignflow("up", ALIGNFLOW_HOME=str(tmp_path), **{variable: value})
         assert answer.returncode == EXIT_CODES["refused"]
         assert f"{variable} = {value}: there is no answer" in answer.stderr and "alignflow up" in answer.stderr
-    answer = alignflow(tmp_path, "deploy")
+    answer = alignflow("deploy", ALIGNFLOW_HOME=str(tmp_path))
     assert answer.returncode == EXIT_CODES["refused"] and "no Prefect server is set" in answer.stderr
 
 
@@ -406,7 +398,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_up_refuses_what_cannot_start(tmp_path: Path, options: list[str], message: str) -> None:
-    answer = in_process.here("up", *options, ALIGNFLOW_HOME=str(tmp_path / "home"))
+    answer = alignflow("up", *options, ALIGNFLOW_HOME=str(tmp_path / "home"))
     assert answer.returncode in (2, EXIT_CODES["refused"])
     assert message in answer.stderr and "Traceback" not in answer.stderr
     assert not (tmp_path / "home").exists(), "nothing was begun"

@@ -22,7 +22,7 @@ from schemas.errors import StageError, refuse
 from schemas.stage import Artifact
 from stages import tracking
 from tests.flows.results.test_registry import model_of
-from tests.flows.test_cli import alignflow
+from tests.support.commands import alignflow
 from tests.support.processes import wait_for
 
 Made = tuple[Artifact, str]

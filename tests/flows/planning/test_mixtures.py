@@ -20,7 +20,7 @@ from schemas.errors import StageError
 from schemas.stage import STAGES, Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun
-from tests.support import commands as in_process
+from tests.support.commands import alignflow
 
 A, B = [{"prompt": f"a {i}", "response": "one"} for i in range(40)], [{"prompt": "b", "response": "two"}]
 
@@ -271,7 +271,7 @@ def test_the_data_of_a_config_is_checked_as_a_run_would_read_it(folder: Path) ->
     config["data"]["preference"] = {"path": "p.jsonl", "kind": "preference", "eval_fraction": 0.5}
     write(folder / "b.jsonl", [{"prompt": f"b {i}", "response": "two"} for i in range(40)])
     (folder / "my.yaml").write_text(json.dumps(config))
-    answer = in_process.here("validate", "my.yaml", "--kind", "sft", "--out", "out")
+    answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out")
     assert answer.returncode == 0, answer.stderr
     report = json.loads((folder / "out" / "report.json").read_text())
     drawn = {name: source["drawn"]["sft"] for name, source in report["sources"].items()}
@@ -283,10 +283,10 @@ def test_the_data_of_a_config_is_checked_as_a_run_would_read_it(folder: Path) ->
     assert first[1].split() == ["source", "rows", "kept", "quarantined", "train", "drawn", "share", "eval"]
     assert first[2].split()[:4] == ["a", "40", "40", "0"]
     assert "next      alignflow run my.yaml --dry-run" in first
-    again = in_process.here("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
+    again = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
     assert again.returncode == 0 and json.loads(again.stdout)["source"] == "my.yaml: data.sft"
     write(folder / "b.jsonl", [*A, *B])
-    other = in_process.here("validate", "my.yaml", "--kind", "sft", "--out", "out")
+    other = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out")
     assert other.returncode == 65 and "add --force to replace them" in other.stderr
 
 
@@ -294,7 +294,7 @@ def test_a_single_source_of_a_config_is_checked_too(folder: Path) -> None:
     config = raw()
     config["data"]["sft"] = {"path": "a.jsonl", "kind": "sft", "limit": 30}
     (folder / "my.yaml").write_text(json.dumps(config))
-    answer = in_process.here("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
+    answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", "out", "--json")
     assert answer.returncode == 0 and json.loads(answer.stdout)["rows"] == 30
 
 
@@ -308,7 +308,7 @@ def test_the_turns_that_sft_learns_are_those_of_the_config(folder: Path) -> None
     for learn, kept in (("all", 20), ("last", 0)):
         config["sft"] = {"learn": learn}
         (folder / "my.yaml").write_text(json.dumps(config))
-        answer = in_process.here("validate", "my.yaml", "--kind", "sft", "--out", learn)
+        answer = alignflow("validate", "my.yaml", "--kind", "sft", "--out", learn)
         assert answer.returncode == (0 if kept else 65), answer.stderr
         assert json.loads((folder / learn / "report.json").read_text())["kept"] == kept
 
@@ -330,7 +330,7 @@ def test_a_mixture_is_submitted_with_whole_paths(folder: Path) -> None:
 )
 def test_options_that_a_config_says_itself(options: list[str], words: str, folder: Path) -> None:
     (folder / "my.yaml").write_text(json.dumps(raw()))
-    answer = in_process.here("validate", "my.yaml", "--out", "out", *options)
+    answer = alignflow("validate", "my.yaml", "--out", "out", *options)
     assert answer.returncode == 65 and words in answer.stderr and not (folder / "out").exists()
 
 

@@ -14,7 +14,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun
-from tests.flows.test_cli import alignflow
+from tests.support.commands import alignflow
 
 TAGS = {"decision": "promoted", "data.digest": "d1"}
 
