@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,7 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.errors import StageError
 from stages import tracking
-from tests.support import homes
+from tests.support import commands, homes
 from tests.support.journals import losses
 from tests.support.processes import wait_for
 
@@ -46,10 +44,8 @@ class Run:
         """Run the flow, once the server answers."""
         supervisor.until_healthy(self.server, self.process)
         settings = [part for name, value in SHORT.items() for part in ("--set", f"{name}={value}")]
-        environment = {**os.environ, "ALIGNFLOW_HOME": str(self.home), "PREFECT_API_URL": f"{self.server.url}/api"}
-        with self.log.open("w") as log:
-            command = [sys.executable, "-m", "flows.cli", "run", "demo", *settings]
-            self.flow = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        environment = {"ALIGNFLOW_HOME": str(self.home), "PREFECT_API_URL": f"{self.server.url}/api"}
+        self.flow = commands.begun(["run", "demo", *settings], self.log, self.log, environment)
 
     @property
     def log(self) -> Path:
@@ -63,13 +59,14 @@ class Run:
 
     def points(self) -> list[float]:
         """When the losses of SFT were logged, in seconds."""
-        assert self.flow.poll() in (None, 0), self.log.read_text()
+        assert self.flow.exitcode in (None, 0), self.log.read_text()
         return [when for _, when in losses(self.home, "work/*/metrics-*.jsonl")]
 
     def end(self) -> None:
-        for process in (self.flow, self.process):
-            process.terminate()
-            process.wait()
+        self.flow.terminate()
+        self.flow.join()
+        self.process.terminate()
+        self.process.wait()
 
 
 @pytest.fixture
@@ -104,7 +101,8 @@ def test_a_server_that_is_away_for_a_minute(runs: dict[str, Run], capsys: pytest
     runs["killed"].start_server()
     runs["frozen"].signal_server(signal.SIGCONT)
     for how, run in runs.items():
-        assert run.flow.wait(900) == 0, run.log.read_text()
+        run.flow.join(900)
+        assert run.flow.exitcode == 0, run.log.read_text()
         meanwhile = [when for when in trained[how] if when > began]
         longest = max(b - a for a, b in pairwise(trained[how]))
         assert len(meanwhile) >= 5 and longest < 30, "training has waited for Prefect"

@@ -360,7 +360,7 @@ def test_a_candidate_waits_for_a_person_and_outlives_the_process_that_waits(
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True}))
-    killed = commands.begun("retrain", config, out=tmp_path / "log", err=tmp_path / "log")
+    killed = commands.begun(["retrain", config], tmp_path / "log", tmp_path / "log")
     asks = lambda: any("approval" in one.tags for one in registry.versions("assistant"))  # noqa: E731
     wait_for(lambda: not killed.is_alive() or asks(), 300, (tmp_path / "log").read_text)
     killed.kill()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from flows import cli
 from flows.execution import warm
+from flows.servers import address_file
 from schemas.environment import launcher
 from schemas.stage import Request
 
@@ -28,23 +29,23 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_STAGES = {"run", "sweep", "retrain"}
 
 
-def alignflow(*words: object, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """How the command ends, called in a folder or here, with more variables in its environment."""
+def alignflow(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """How the command ends, with more variables in its environment."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        process = begun(*words, out=out, err=err, folder=folder, **environment)
+        process = begun(words, out, err, environment)
         process.join(600)
         assert process.exitcode is not None, f"it hangs: {out.read_text()}{err.read_text()}"
-        return subprocess.CompletedProcess(["alignflow", *words], process.exitcode, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess([*map(str, words)], process.exitcode, out.read_text(), err.read_text())
 
 
-def begun(*words: object, out: Path, err: Path, folder: Path | None = None, **environment: str) -> ForkServerProcess:
+def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[str, str] = {}) -> ForkServerProcess:
     """The command as it begins. What it says goes behind what the two files hold, which may be one."""
     asks = None
     if words and words[0] in RUN_STAGES and "--dry-run" not in words:
         asks = engine().asks(Request(stage="sft", version=1, params={}), os.environ)
     with contextlib.nullcontext() if asks is None else socket.socket(fileno=asks) as stages:
-        arguments = ([*map(str, words)], {**os.environ, **environment}, folder or Path.cwd(), out, err, stages)
+        arguments = ([*map(str, words)], {**os.environ, **environment}, Path.cwd(), out, err, stages)
         process = _context().Process(target=_run, args=arguments)
         process.start()
     return process
@@ -94,6 +95,14 @@ def _run(
     sys.argv[:] = ["alignflow", *words]
     if stages is not None:
         warm.warm, warm._warm = contextlib.nullcontext, _Given(stages)
+    let_in = address_file.let_in
+
+    def let_in_here(addresses: address_file.Addresses | None) -> None:
+        """Prefect, which a command imports after this, is here already."""
+        let_in(addresses)
+        refresh_global_settings_context()
+
+    address_file.let_in = let_in_here
     code: object = 1
     try:
         refresh_global_settings_context()
@@ -101,8 +110,8 @@ def _run(
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support import live_servers
+from tests.support.commands import alignflow
 from tests.support.processes import below, wait_for
 
 pytestmark = pytest.mark.slow
@@ -102,10 +103,8 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         "MLFLOW_S3_ENDPOINT_URL": url,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{postgres}/prefect",
     }
-    deploy = [sys.executable, "-m", "flows.cli", "deploy"]
-    environment = {**os.environ, "ALIGNFLOW_HOME": str(home)}
     with live_servers.up(home, "--pool", "cpu", **settings) as (process, where):
-        answer = subprocess.run(deploy, env=environment, capture_output=True, text=True)
+        answer = alignflow("deploy", ALIGNFLOW_HOME=str(home))
         assert answer.returncode == 0, answer.stderr
         ended = live_servers.run_stage(home)
         assert ended["state"] == "Completed", ended

@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from flows.servers import mlflow_prefect, supervisor
 from stages import tracking
 from stages.engine import demo
 from tests.support import homes
+from tests.support.commands import alignflow
 
 pytestmark = pytest.mark.slow
 
@@ -88,15 +86,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Swe
             patch.setenv("ALIGNFLOW_HOME", str(folder / "worker"))
             patch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
             options = ["--methods", "dpo,kto", "--beta", "0.1", "--seeds", "0"]
-            answer = subprocess.run(
-                [sys.executable, "-m", "flows.cli", "sweep", str(folder / "seen.yaml"), *options],
-                cwd=folder,
-                env={**os.environ, "PREFECT_API_URL": f"{prefect.url}/api", "PYTHONPATH": str(Path.cwd())},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            assert answer.returncode == 0, answer.stdout
+            patch.chdir(folder)
+            answer = alignflow("sweep", "seen.yaml", *options, PREFECT_API_URL=f"{prefect.url}/api")
+            assert answer.returncode == 0, answer.stderr
             yield Sweep(answer.stdout, mlflow.url, prefect.url)
 
 
