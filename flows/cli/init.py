@@ -57,8 +57,12 @@ def init(
     named = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in columns)}
     chosen = kind or _kind_of(data, set(named))
     report = _looked_at(data, chosen, named, Path(model) if (Path(model) / "config.json").is_file() else None)
-    text = _config(out.stem, data, chosen, named, model, revision, judge or _asked(), report)
-    config_file.planned(config_file.parse(text))  # all that a run would refuse before it starts
+    if judge is None:  # what a run would refuse is said before anybody is asked
+        text = _config(out.stem, data, chosen, named, model, revision, "rule", report)
+        config_file.planned(config_file.parse(text))
+        judge = _asked()
+    text = _config(out.stem, data, chosen, named, model, revision, judge, report)
+    config_file.planned(config_file.parse(text))
     out.write_text(text, encoding="utf-8")
     show(f"wrote     {out}: {report['kept']} of {report['rows']} rows of kind {chosen} will be used")
     show(f"next      alignflow run {out} --dry-run")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,12 +39,19 @@ if TYPE_CHECKING:
 _VALUES = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
+def _about(param: Any, ctx: Any = None) -> str | None:
+    """What a parameter is for: said behind its name where it is missing."""
+    about: str | None = getattr(param, "help", None)
+    return about
+
+
 class _Plain:
     """Of a help: values are named in capitals, and a switch has none."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
+            param.get_missing_message = partial(_about, param)
             if param.param_type_name == "argument":
                 param.metavar = param.metavar or param.name.upper()
                 param.display_type_rich = lambda ctx: None  # its name says more than `str`

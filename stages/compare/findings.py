@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from stages.compare import frontier, head_to_head
-from stages.compare.head_to_head import STARTING_POINTS, Duel, percent
+from stages.compare.head_to_head import STARTING_POINTS, Duel
 from stages.compare.table import Comparison, verdict
 
 PAIRS = 6  # lines of pairs under the table of a terminal
@@ -69,7 +69,7 @@ def _ahead(comparison: Comparison, aligned: Sequence[str]) -> list[str]:
 
 
 def _listed(duels: Sequence[Duel]) -> str:
-    *first, last = [f"{duel.other} {percent(duel.win_rate or 0.0, duel.rate)}" for duel in duels]
+    *first, last = [f"{duel.other} {head_to_head.measured(duel)}" for duel in duels]
     return f"{', '.join(first)} and {last}" if first else last
 
 

@@ -215,12 +215,20 @@ def cell(duel: Duel | None) -> str:
     return f"{percent(duel.win_rate, duel.rate)}{'*' if duel.clear else ''}"
 
 
+def measured(duel: Duel) -> str:
+    """A pair's win rate; with the p-value that decides, where the interval alone would say more."""
+    text = percent(duel.win_rate or 0.0, duel.rate)
+    if duel.clear or duel.rate is None or duel.adjusted_p is None or duel.rate.low <= 0.5 <= duel.rate.high:
+        return text
+    return f"{text}, p {duel.adjusted_p:.2f} after Holm's correction"
+
+
 def sentence(duel: Duel) -> str:
     """What a pair says: `dpo beats kto 63 % [58, 69]`."""
     if duel.win_rate is None:
         return f"{duel.model} and {duel.other}: - ({duel.reason})"
     if not duel.clear:
-        return f"cannot tell {duel.model} from {duel.other} apart: {percent(duel.win_rate, duel.rate)}"
+        return f"cannot tell {duel.model} from {duel.other} apart: {measured(duel)}"
     duel = duel if duel.win_rate > 0.5 else duel.turned()
     return f"{duel.model} beats {duel.other} {percent(duel.win_rate or 0.0, duel.rate)}"
 

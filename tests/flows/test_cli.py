@@ -162,6 +162,12 @@ def test_validate_names_the_option_that_is_wrong(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_missing_is_said_with_what_it_is_for() -> None:
+    said = alignflow("validate", "rows.jsonl", "--out", "out").stderr
+    assert "Missing option '--kind'. What a row is: sft, preference, ranking, feedback" in said
+    assert "Missing argument 'PRESET_OR_FILE'. A preset's name, or a YAML file." in alignflow("run").stderr
+
+
 @pytest.mark.parametrize(
     ("command", "messages"),
     [

@@ -76,6 +76,8 @@ def test_what_cannot_be_told_is_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
         init.init(tmp_path / "notes.jsonl", "someone/model", tmp_path / "own.yaml", judge="rule")
     with pytest.raises(StageError, match="--judge = missing: it decides which model is called best"):
         written(tmp_path, rows(150, response="yes"), judge=None)
+    with pytest.raises(StageError, match=r"model\.path = .*nowhere"):  # before anybody is asked
+        written(tmp_path, rows(150, response="yes"), tmp_path / "nowhere", judge=None)
     with pytest.raises(
         StageError, match=r"3 of 3 rows .* are bad.*response: empty \(3\).*`alignflow validate .* keeps every bad row"
     ):

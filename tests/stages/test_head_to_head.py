@@ -105,7 +105,12 @@ def test_many_pairs_make_a_difference_less_clear() -> None:
     assert matrix(close, 1.0)["b", "a"].clear
     level = {f"c{i}": made([1.0 + 0.1 * (-1) ** (j + i) for j in range(N)]) for i in range(2)}
     crowd = matrix({**close, **level}, 1.0)
-    assert not crowd["b", "a"].clear and "cannot tell" in sentence(crowd["b", "a"])
+    duel = crowd["b", "a"]
+    assert not duel.clear and duel.rate is not None and duel.rate.low > 0.5, "the interval is of this pair alone"
+    p = 6 * two_sided(47, 120)
+    assert sentence(duel).startswith("cannot tell b from a apart: 61 % [")
+    assert sentence(duel).endswith(f"], p {p:.2f} after Holm's correction")
+    assert "Holm" not in sentence(matrix(close, 1.0)["b", "a"])
 
 
 def test_equal_models_cannot_be_told_apart() -> None:
