@@ -24,7 +24,8 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint
 from tests.support import models
-from tests.support.killable_training import Case, ended, killed_after, run, start
+from tests.support.forks import ended, killed_after, run, start
+from tests.support.killable_training import Case
 from tests.support.two_ranks import on_ranks, start_ranks
 
 RUNS, DEATHS = 2, 3  # per case: runs, each of them killed up to three times

@@ -21,7 +21,8 @@ from stages.engine.models.loading import load_scorer
 from stages.engine.models.saving import save_scorer
 from stages.engine.training import loop
 from tests.support import homes, models
-from tests.support.killable_training import run, whole_stage
+from tests.support.forks import run
+from tests.support.killable_training import whole_stage
 
 WIDE = Scratch(hidden_size=192, layers=2, heads=4, intermediate_size=768, max_length=64)
 

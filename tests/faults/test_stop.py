@@ -22,7 +22,8 @@ from stages.engine.models.saving import save_scorer
 from stages.engine.training import checkpoint, loop
 from stages.runtime import workspace
 from tests.support import homes, models
-from tests.support.killable_training import ended, run, whole_stage
+from tests.support.forks import ended, run
+from tests.support.killable_training import whole_stage
 from tests.support.two_ranks import start_ranks
 
 AT = 3  # steps that are done when the fault comes

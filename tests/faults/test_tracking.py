@@ -22,8 +22,8 @@ from stages import __main__ as entry
 from stages import tracking
 from stages.engine.training import loop
 from tests.support import homes, models
+from tests.support.forks import ended, start
 from tests.support.journals import losses
-from tests.support.killable_training import ended, start
 from tests.support.processes import wait_for
 
 STEPS = 60

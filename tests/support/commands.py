@@ -5,7 +5,6 @@ That process, and those of the stages that it runs, are forks of two that have i
 
 import atexit
 import contextlib
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -14,8 +13,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,8 +22,8 @@ from flows.execution import warm
 from flows.servers import address_file
 from schemas.environment import launcher
 from schemas.stage import Request
+from tests.support import forks
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN_STAGES = {"run", "sweep", "retrain"}
 
 
@@ -46,9 +44,7 @@ def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[st
         asks = engine().asks(Request(stage="sft", version=1, params={}), os.environ)
     with contextlib.nullcontext() if asks is None else socket.socket(fileno=asks) as stages:
         arguments = ([*map(str, words)], {**os.environ, **environment}, Path.cwd(), out, err, stages)
-        process = _context().Process(target=_run, args=arguments)
-        process.start()
-    return process
+        return forks.start(_run, *arguments)
 
 
 @cache
@@ -57,16 +53,6 @@ def engine() -> warm.Warm:
     own = warm.Warm()
     atexit.register(own.end)
     return own
-
-
-@cache
-def _context() -> ForkServerContext:
-    """Whose processes are forks of one that has imported what commands need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.imported"])
-    with contextlib.chdir(ROOT):  # where it finds that
-        forkserver.ensure_running()
-    return context
 
 
 class _Given(warm.Warm):

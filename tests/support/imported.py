@@ -1,15 +1,19 @@
-"""What takes a command seconds to import, for the process that commands.py forks; told first to be silent, as there."""
+"""What takes seconds to import, for the process that forks.py forks. Prefect and MLflow are told first to be silent, as
+commands tell them.
+"""
 
+import gc
 from importlib import import_module
 
 from flows.execution import settings_files
 from stages.tracking import mlflow_client
+from tests.support import scripted
 
 settings_files.leave_out()
 mlflow_client.set_up_mlflow()
 for name in (
-    *("flows.cli", "flows.pipeline", "flows.retrain", "flows.submit", "flows.servers.deploy"),
-    *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
-    "tests.support.commands",
+    *("tests.support.killable_training", "tests.faults.test_kill", *scripted.HEAVY.split()),
+    *("flows.cli", "flows.pipeline", "flows.retrain", "flows.submit", "flows.servers.deploy", "tests.support.commands"),
 ):
     import_module(name)
+gc.freeze()  # a fork need not look through it, and would copy what it looks at

@@ -1,17 +1,10 @@
-"""Training in a child process that can be killed: what the tests of faults share.
-
-Children are forks of a server that has imported torch and MLflow and done nothing else, so that each of many deaths is
-cheap.
-"""
+"""Training in a child process that can be killed: what the tests of faults share."""
 
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +21,7 @@ from stages.engine.training.checkpoint import load_file
 from stages.engine.training.loop import train
 from stages.reward import Reward
 from stages.sft import SFT
-from tests.support import scripted
 from tests.support.context import MemoryContext
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.support.killable_training", "tests.faults.test_kill", *scripted.HEAVY.split()])
 
 CLASSES: dict[type[Training], Any] = {
     SFTConfig: SFT,
@@ -101,33 +90,6 @@ def state_of(work: Path) -> dict[str, str]:
 
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-
-
-def start(call: Callable[..., None], *arguments: object) -> ForkServerProcess:
-    """Run a function of a module in a new process."""
-    process = CONTEXT.Process(target=call, args=arguments)
-    process.start()
-    return process
-
-
-def ended(process: ForkServerProcess) -> int:
-    """The exit code; negative: the signal that killed it. 1: an exception, whose traceback is on stderr."""
-    process.join(300)
-    assert process.exitcode is not None, "the child hangs"
-    return process.exitcode
-
-
-def run(call: Callable[..., None], *arguments: object) -> int:
-    """Run a function in a process of its own to its end."""
-    return ended(start(call, *arguments))
-
-
-def killed_after(seconds: float, call: Callable[..., None], *arguments: object) -> int:
-    """Run a function in a process of its own and kill it (-9) after so many seconds; its exit code."""
-    process = start(call, *arguments)
-    process.join(seconds)
-    process.kill()
-    return ended(process)
 
 
 def whole_stage(home: Path, request: Path) -> None:

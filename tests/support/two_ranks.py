@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from tests.support.killable_training import start
+from tests.support.forks import start
 
 _stores: list[TCPStore] = []
 """Kept, since ranks look for theirs as long as they run."""

@@ -32,7 +32,8 @@ from stages.engine.training import checkpoint
 from stages.tracking import mlflow_client
 from stages.validate.readers import records
 from tests.support import models
-from tests.support.killable_training import Case, run
+from tests.support.forks import run
+from tests.support.killable_training import Case
 
 
 class Mark:
