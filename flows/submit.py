@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
@@ -100,14 +101,16 @@ def wait(run: FlowRun, page: str) -> None:
                         told = state.name or ""
                         show(f"{run.name}: {told}", sys.stderr)
                     if state is not None and state.is_final() and not automations.starts_again(run):
+                        with contextlib.suppress(httpx.HTTPError):  # its last words are on its page as well
+                            stages.look(last=True)
                         break
                 time.sleep(work_pool.POLL_SECONDS)
     except ObjectNotFound as error:
         raise refuse("run", run.id, "somebody has deleted it on the server.", kind="deploy", status="failed") from error
     except KeyboardInterrupt:
-        message = f"no longer waiting; the run goes on. See or cancel it on its page: {page}"
-        other = f"; or with the server's address and password: prefect flow-run cancel {run.id}"
-        raise StageError(message + other, status="preempted", kind="preempted") from None
+        message = f"no longer waiting; the run goes on: {page}"
+        fix = f"to stop it, cancel it on that page, or call prefect flow-run cancel {run.id}"
+        raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
     if not state.is_completed():
         message = f"{run.name}: {state.message or f'the run ended as {state.name}.'}"
         raise StageError(message, status=work_pool.status_of(state), kind=state.name or "placement")
@@ -129,22 +132,25 @@ class Stages:
         for _, shown in self._lines.values():
             shown.close()
 
-    def look(self) -> FlowRun:
-        """Tell what is new of the stages; the run as it is now. Raises httpx.HTTPError where the server is away."""
+    def look(self, last: bool = False) -> FlowRun:
+        """Tell what is new of the stages; the run as it is now. Their log is read now and then, and at the `last` look.
+
+        Raises httpx.HTTPError where the server is away.
+        """
         run = self.client.read_flow_run(self.run.id)
         mine = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
         newest = self.client.read_task_runs(flow_run_filter=mine, sort=TaskRunSort.EXPECTED_START_TIME_DESC)
         tasks = {task.id: task for task in reversed(newest)}
-        self._read(tasks)
+        self._read(tasks, last)
         for task in tasks.values():
             if task.state is not None and task.state.name != self._told.get(task.id, "Pending"):
                 self._tell(task, task.state)
         return run
 
-    def _read(self, tasks: Mapping[UUID, TaskRun]) -> None:
+    def _read(self, tasks: Mapping[UUID, TaskRun], last: bool) -> None:
         """The stages' new lines: warnings are passed on; how far a stage is goes to its line, or is said."""
         far: dict[UUID, str] = {}
-        for line in self.log.new():
+        for line in self.log.new(last):
             task = tasks.get(line.task_run_id) if line.task_run_id is not None else None
             message = visible(line.message)
             if work_pool.is_grave(line):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,16 +68,28 @@ class Stored(NamedTuple):
 def stored(folder: Path) -> dict[str, Stored]:
     """The tensors of a folder's safetensors files, from the files' headers.
 
-    Each begins with the length of its header (8 bytes, little-endian), then the header as JSON.
+    Each begins with the length of its header (8 bytes, little-endian), then the header as JSON. Raises one of
+    `UNREADABLE` for a file that is cut short, or is none (a pointer of Git LFS, say).
     """
     tensors: dict[str, Stored] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            begin, size = stream.read(8), file.stat().st_size
+            length = int.from_bytes(begin, "little")
+            if len(begin) < 8 or length > size - 8:
+                raise ValueError(f"{file.name} is no safetensors file, or is cut short: it has {size} bytes")
             header = json.loads(stream.read(length))
         every = {name: one for name, one in header.items() if name != "__metadata__"}
-        tensors |= {name: Stored(one["dtype"], tuple(one["shape"])) for name, one in every.items()}
+        tensors |= {name: Stored(str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in every.items()}
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that transformers reads. Raises one of `UNREADABLE`."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    parts = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
+    return sorted({folder / Path(name).name for name in parts.values()} or folder.glob("*.safetensors"))
 
 
 def in_bf16(folder: Path) -> bool:

@@ -157,7 +157,7 @@ def execute(request: Request, told: Told = alone) -> Result:
                 run.metrics({f"compute/{name}": seconds for name, seconds in times.items()})
                 return run.finish(metrics)
             except BaseException as raised:
-                error = meant(raised)
+                error = meant(raised, request.log_text)
                 known = isinstance(error, StageError) or out_of_resource(error) is not None
                 run.fail(problem_of(error, request.log_text), None if known else trace_of(error, request.log_text))
                 if error is raised:
@@ -167,13 +167,18 @@ def execute(request: Request, told: Told = alone) -> Result:
         return stopped(error, run.key, run.run_id or None, request.log_text)
 
 
-def meant(error: E) -> E | StageError:
+def meant(error: E, log_text: bool = True) -> E | StageError:
     """What an error stands for: a stop that a library has wrapped, the death of another rank; else itself."""
     if (stop := stop_in(error)) is not None:
         return stop
-    if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(DEAD_RANK, str(error)):
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    # What torch raises; a server that closes its connection is an OSError.
+    if alone or isinstance(error, StageError) or not isinstance(error, RuntimeError):
         return error
-    message = f"another rank of the stage has died ({one_line(tracking.without_passwords(str(error)), 200)})."
+    if not re.search(DEAD_RANK, str(error)):
+        return error
+    said = f" ({one_line(tracking.without_passwords(str(error)), 200)})" if log_text else ""
+    message = f"another rank of the stage has died{said}."
     fix = "look at its last lines in the log; when memory ran out, lower tokens_per_micro_batch; then start it again"
     return StageError(message, status="failed", kind="killed", fix=fix)  # as where a stage of one process is killed
 
@@ -205,7 +210,7 @@ def trace_of(error: BaseException, log_text: bool) -> str:
 
 def stopped(error: Exception, key: str, run_id: str | None, log_text: bool = True) -> Result:
     """The result of a stage that an error has ended; the traceback of a bug goes to the log."""
-    error = meant(error)
+    error = meant(error, log_text)
     status = error.status if isinstance(error, StageError) else "failed"
     if status == "failed" and out_of_resource(error) is None:
         log.error("%s", trace_of(error, log_text))

@@ -183,7 +183,8 @@ def submit(
         show_text(summary.text)
     else:
         show(
-            f"{name}: done. Its results are in the MLflow of its workers, which MLFLOW_TRACKING_URI does not name here."
+            f"{name}: done. Its results are in the MLflow of its workers. "
+            "Fix: set MLFLOW_TRACKING_URI to that server to see them here."
         )
 
 

@@ -122,17 +122,19 @@ class _Lease:
         """Renew the lease until `done`. One that ran out while the server was away is acquired again; where another
         host was first, the work continues, and says so.
         """
+        said = False
         while not done.wait(ASK_SECONDS if self.away else RENEW_SECONDS):
-            if self.id is not None and self.ask(self._renew) is False:
-                self.id = None
-                if self.try_acquire() is False:
-                    self.log.warning(
-                        "the lease %s ran out while the Prefect server was away, and another host has it now: "
-                        "both make the same result. Nothing is lost; one of the two is not needed",
-                        self.name,
-                    )
-            elif self.id is None:
-                self.try_acquire()
+            if self.id is not None:
+                if self.ask(self._renew) is not False:
+                    continue
+                self.id, said = None, False
+            if self.try_acquire() is False and not said:  # it may be away again before it says so
+                said = True
+                self.log.warning(
+                    "the lease %s ran out while the Prefect server was away, and another host has it now: "
+                    "both make the same result. Nothing is lost; one of the two is not needed",
+                    self.name,
+                )
 
     def _renew(self, client: SyncPrefectClient) -> bool:
         assert self.id is not None

@@ -32,7 +32,7 @@ WORKER_SECONDS = 60.0
 """After so long without a worker, say what to look at."""
 LOOK_SECONDS, LIVELY_SECONDS = 20.0, 2.0
 """Between two looks at what a stage says: for a log, and for a terminal that shows bars."""
-LINES_AT_ONCE = 100
+LINES_AT_ONCE, MOST_LINES = 100, 2000
 STATUSES: dict[str | None, Status] = {"Refused": "refused", "Diverged": "diverged", "Preempted": "preempted"}
 """Names of final states, of a stage's run as of a pipeline's -> what they mean."""
 
@@ -140,15 +140,23 @@ class Told:
             self.log.log(line.level, "%s", visible(line.message))
 
     def new(self, last: bool = False) -> list[LogLine]:
-        """The newest lines since the last look, in their order; none where it is not yet time for another."""
+        """The lines since the last look, in their order; none where it is not yet time for another.
+
+        Of more than MOST_LINES the newest.
+        """
         if time.monotonic() < self._next and not last:
             return []
         self._next = time.monotonic() + (LIVELY_SECONDS if environment.live() else LOOK_SECONDS)
         asked = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.run.id]), timestamp=self._after)
-        lines = self.client.read_logs(asked, limit=LINES_AT_ONCE, sort=LogSort.TIMESTAMP_DESC)
-        new = [line for line in reversed(lines) if line.id not in self._seen]
+        lines: dict[UUID | None, LogLine] = {}
+        for offset in range(0, MOST_LINES, LINES_AT_ONCE):
+            page = self.client.read_logs(asked, LINES_AT_ONCE, offset, LogSort.TIMESTAMP_DESC)
+            lines |= {line.id: line for line in page}  # some twice, where new ones have come meanwhile
+            if len(page) < LINES_AT_ONCE:
+                break
+        new = [line for line in reversed(lines.values()) if line.id not in self._seen]
         if new:
-            self._seen, self._after = {line.id for line in lines}, LogFilterTimestamp(after_=new[-1].timestamp)
+            self._seen, self._after = {*lines}, LogFilterTimestamp(after_=new[-1].timestamp)
         return new
 
 

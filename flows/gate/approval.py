@@ -23,7 +23,7 @@ from prefect.input import RunInput, keyset_from_paused_state, read_flow_run_inpu
 from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Paused, Running, State, Suspended
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.results import announce, history, registry
 from flows.results.registry import Version
@@ -50,6 +50,15 @@ class Answer(RunInput):
     answer: Literal["approve", "reject"] = Field(title="Your answer")  # no switch: one that nobody touched is off
     by: str = Field(title="Your name", description="Kept with the version.", min_length=1, max_length=100)
     note: str = Field(default="", title="Why", description="Kept with the version.", max_length=1000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switch(cls, given: Any) -> Any:
+        """Forms that were open before `answer` was in them had a switch `approve`."""
+        if isinstance(given, dict) and isinstance(given.get("approve"), bool) and "answer" not in given:
+            given = {**given, "answer": "approve" if given["approve"] else "reject"}
+            del given["approve"]
+        return given
 
 
 def ask(
@@ -211,7 +220,7 @@ def question(one: Version, until: str) -> str:
     """What the form says above its fields, Markdown: what is asked, what each answer does, what the gate has seen."""
     before, asked = one.tags["approval.before"], one.tags.get("candidate", "the candidate")
     first = before == "none"
-    place = "the first champion" if first else f"the champion in the place of version {before}"
+    place = "the first champion" if first else f"the champion in place of version {before}"
     stays = "there is none" if first else f"version {before} stays the champion"
     lines = [
         f"**{one}** ({asked}) has passed the gate. Is it to become the champion?\n",

@@ -1,6 +1,7 @@
 """`alignflow run --dry-run`: which stages would be reused, optimizer steps, and memory. Starts nothing."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Outlook:
 def as_json(plan: Plan) -> dict[str, Any]:
     """What a run would do, stage by stage: `reused`, `run`, or `unknown` until its inputs exist; memory in bytes."""
     outlooks, memory = checked(plan), planning_memory.memory(plan.config) or {}
-    return {name: {"would": one.state, "bytes": memory.get(name)} for name, one in outlooks.items()}
+    return {name: {"would": one.state, "bytes": memory.get(alike(name))} for name, one in outlooks.items()}
 
 
 def checked(plan: Plan) -> dict[str, Outlook]:
@@ -100,8 +101,13 @@ def line(one: Outlook, config: PipelineConfig, outlooks: Mapping[str, Outlook], 
     node = one.node
     training = training_of(node, config)
     steps = "" if training is None else steps_of(node, training, outlooks[node.inputs["data"][0]])
-    size = planning_memory.readable(memory[node.name]) if node.name in memory else ""
+    size = planning_memory.readable(memory[alike(node.name)]) if alike(node.name) in memory else ""
     return f"{node.name:20} {STATES[one.state]:8} {steps:>7}  {size}".rstrip()
+
+
+def alike(name: str) -> str:
+    """The stage that takes as much memory: a last test is an evaluation on other prompts."""
+    return re.sub(r"^test ", "eval ", name)
 
 
 def training_of(node: Node, config: PipelineConfig) -> Training | None:

@@ -18,7 +18,7 @@ DPO and KTO read the reference before training, from the policy itself, so they 
 critic of its size that is trained too (unless the trunk is shared), the reference and the reward model. With LoRA the
 reference is the policy itself with its adapters off, and the critic's adapters share weights that are loaded already:
 the reward model's, or the SFT model's when the reward model too was trained with LoRA on it and brings adapters alone
-(in nf4 when both were). A reward model, once trained, is held beside the SFT model, whose answers set its scale.
+(when both had it in one type). A reward model, once trained, is held beside the SFT model, whose answers set its scale.
 
 With `sharding: full` a device holds its share of the weights, gradients and moments, n devices for each of `replicas`:
 1 / n of the above, where PPO's models have weights of their own under LoRA too. Beside the activations a pass gathers
@@ -244,10 +244,18 @@ def _beside_the_policy(sizes: Sizes, training: PPO, reward: Sizes, reward_lora: 
     critic = adapter_bytes(sizes, training) if separate else 0
     if separate and copies:
         critic += base
-    if reward_lora is None or (reward_lora.base == "nf4") != (training.lora.base == "nf4"):
+    if reward_lora is None:
         return critic + judge
-    given = 4 * reward_lora.rank * sizes.linear
-    return critic + (given * 2 if separate else given) + (base if copies else 0)
+    given = reward_lora.base or held_type(None, sizes.parameters, sizes.in_bf16)
+    if _label(sizes, given) != _label(sizes, base_type(sizes, training)):
+        return critic + judge
+    adapter = 4 * reward_lora.rank * sizes.linear
+    return critic + (adapter * 2 if separate else adapter) + (base if copies else 0)
+
+
+def _label(sizes: Sizes, held: Held) -> Held:
+    """What tells whether two adapters have one base, as engine/models/lora.py does."""
+    return held if held == "nf4" or not sizes.in_bf16 else "fp32"
 
 
 def gathered_bytes(sizes: Sizes, training: Training) -> int:
@@ -263,9 +271,10 @@ def reading_bytes(sizes: Sizes, models: int, frozen: Half | None, judge: Sizes |
     """Memory of a stage that trains nothing: so many models at once, later who judges."""
     kind = held_type(frozen, sizes.parameters, sizes.in_bf16)
     held = models * frozen_bytes(sizes, kind)
+    multiplied = frozen or "fp32"  # by default no number changes with the type that is held
     if judge is not None:
         held = max(held, frozen_bytes(judge, held_type(frozen, judge.parameters, judge.in_bf16)))
-    return held + READ_TOKENS * layer_bytes(sizes, kind) + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
+    return held + READ_TOKENS * layer_bytes(sizes, multiplied) + 8 * min(READ_TOKENS * sizes.vocabulary, CHUNK)
 
 
 def scaled(sizes: Sizes, width: float) -> Sizes:
@@ -318,16 +327,27 @@ def memory(config: PipelineConfig, width: float = 1.0) -> dict[str, int] | None:
     own = None if config.reward_model or config.reward is None else config.reward.lora
     trained = {name: training for name, training in stages.items() if training is not None}
     every = {name: training_bytes(sizes, training, reward, own, shares) for name, training in trained.items()}
-    evaluate, judged = config.evaluate, isinstance(config.evaluate.judge, RewardJudge)
-    scorer = reward if judged or config.reward_model or config.reward else None
+    evaluate = config.evaluate
+    scorers = [judge_sizes(evaluate.judge, sizes, width), reward if config.reward_model or config.reward else None]
+    scorer = max(filter(None, scorers), key=lambda one: one.parameters, default=None)  # one after the other
     for name in ("sft", *(() if config.sft is None else ("base",)), *config.trained):
         every[f"eval {name}"] = reading_bytes(sizes, 1 if name == "sft" else 2, evaluate.frozen, scorer)
     if evaluate.baselines is not None:
         every["baselines"] = reading_bytes(sizes, 1, evaluate.frozen, scorer)
     if config.generate is not None:
-        judge = reward if isinstance(config.generate.judge, RewardJudge) else None
+        judge = judge_sizes(config.generate.judge, sizes, width)
         every["generate"] = reading_bytes(sizes, 1, config.generate.frozen, judge)
     return every
+
+
+def judge_sizes(judge: object, gold: Sizes, width: float) -> Sizes | None:
+    """Of a reward model that judges: `gold`, which the pipeline trains, or one in a folder, so many times as wide; None
+    of another judge.
+    """
+    if not isinstance(judge, RewardJudge):
+        return None
+    folder = Path(judge.model).expanduser()
+    return gold if judge.model == "gold" or not folder.is_dir() else scaled(folder_sizes(folder), width)
 
 
 def steps(training: Training, rows: int | None) -> int | None:

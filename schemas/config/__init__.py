@@ -77,8 +77,8 @@ class Reads(Grown):
 
     later: ClassVar[frozenset[str]] = frozenset({"frozen"})
     frozen: Half | None = None
-    """Type in which the model, the reference and judging reward models are held, and in which they multiply. None: bf16
-    from a billion parameters on, else fp32."""
+    """Type in which the model, the reference and judging reward models are held and multiplied. None: from a billion
+    parameters on as bf16 where their files are, else as fp32; multiplied in fp32."""
 
 
 class RuleJudge(Strict):

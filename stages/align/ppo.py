@@ -272,7 +272,7 @@ class PPO:
         self.codec = Codec.load(folder)
         shared = config.value_trunk == "shared"
         policy = load_policy(folder, config, value_head=shared, seed=self.seed)
-        started_from = label(context.request.inputs["model"].sha256, policy.held)
+        started_from = label(context.request.inputs["model"].sha256, policy.held, policy.rounded)
         one_base = config.lora is not None and base_of(reward) == started_from
         self.reward_model = RewardModel(reward, folder, config, on=policy if one_base else None)
         self.critic = None if shared else self.new_critic(folder, reward, policy, one_base)

@@ -1,5 +1,6 @@
 """Reward models are read where plain transformers reads them: those from outside here, and ours there."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.results import export
 from schemas.config.methods import PPO
+from schemas.errors import StageError
+from schemas.model_folder import stored
 from stages.align.ppo import RewardModel
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_judge, load_scorer
@@ -51,6 +54,26 @@ def test_one_from_outside_is_read_as_its_own_code_reads_it(name: str, tmp_path: 
     trees = [in_ppo.tree({}, codec.prompt(c), codec.answer(a)) for c, a in zip(CHATS, ANSWERS, strict=True)]
     assert in_ppo(trees) == pytest.approx(expected, abs=1e-4)
     assert len({round(score, 3) for score in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x40" + bytes(7) + b'{"a'])
+def test_one_whose_file_is_not_whole_is_refused(content: bytes, tmp_path: Path) -> None:
+    """Empty, a pointer of Git LFS, a header of 64 bytes of which 3 are there."""
+    folder = save_reward_model(tmp_path / "reward", FAMILIES["gpt2"])
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(StageError, match=r"its weights cannot be read: model\.safetensors is no safetensors file, or"):
+        load_judge(folder)
+
+
+def test_a_file_that_its_index_leaves_out_is_not_read(tmp_path: Path) -> None:
+    folder = save_reward_model(tmp_path / "reward", FAMILIES["gpt2"])
+    whole = stored(folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(whole, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "old.safetensors").write_bytes(b"of another model")
+    assert stored(folder) == whole and "score.weight" in whole
+    assert load_judge(folder).held == "fp32"
 
 
 def test_one_whose_padding_is_another_token_is_read_at_the_end(tmp_path: Path) -> None:

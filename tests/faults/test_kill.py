@@ -15,7 +15,7 @@ import torch
 
 from schemas.config import RewardConfig, SFTConfig, methods
 from schemas.config.training import LoRA
-from schemas.errors import StageError
+from schemas.errors import StageError, refuse
 from stages import __main__ as entry
 from stages.align import ppo
 from stages.engine.data.codec import Codec
@@ -153,6 +153,20 @@ def wait_for_a_dead_rank(rank: int) -> None:
         meant = entry.meant(error)
         os._exit(0 if isinstance(meant, StageError) and meant.problem.kind == "killed" else 3)
     os._exit(4)
+
+
+def test_what_only_reads_like_a_dead_rank_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that closes its connection, a refusal that quotes it; and what gloo says may quote a row to nobody."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = "[Errno 104] Connection reset by peer"
+    for error in (ConnectionResetError(words), refuse("judge.url", "x", f"{words}.", "start it", kind="judge")):
+        assert entry.meant(error) is error
+    dead = RuntimeError("row 'secret words': Connection closed by peer")
+    told = entry.stopped(dead, "k", None, log_text=False)
+    assert told.error is not None and told.error.kind == "killed"
+    assert told.error.message == "another rank of the stage has died."
+    once = entry.stopped(entry.meant(dead), "k", None)  # type: ignore[arg-type]
+    assert once.error is not None and once.error.message.count("another rank") == 1 and "secret" in once.error.message
 
 
 def test_the_other_ranks_of_one_that_was_killed_say_so() -> None:

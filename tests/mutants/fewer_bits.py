@@ -19,10 +19,11 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
             "published_type(training.publish, parameters, True)",
         ),
         ("held_type(asked, parameters, in_bf16(folder))", "held_type(asked, parameters, True)"),
+        ('model.held == "bf16" and not in_bf16(folder)', "False"),
         ('"bf16" if frozen == "bf16" else', '"bf16" if model.held == "bf16" else'),
     ],
     ("stages/engine/models/saving.py", _HELD): [
-        ("lora.label(base, model.held)", "base"),
+        ("lora.label(base, model.held, model.rounded)", "base"),
         ("cast.setdefault((value.data_ptr(), value.shape),", "cast.setdefault((id(value), value.shape),"),
         ("plain.config.dtype = dtype", "pass"),
     ],
@@ -39,10 +40,13 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ],
     ("stages/align/ppo.py", ("tests/stages/align/test_ppo.py",)): [
         ("self.reward_model.scorer if lora else None", "None"),
-        ('label(context.request.inputs["model"].sha256, policy.held)', 'context.request.inputs["model"].sha256'),
+        (
+            'label(context.request.inputs["model"].sha256, policy.held, policy.rounded)',
+            'context.request.inputs["model"].sha256',
+        ),
     ],
     ("flows/planning/memory.py", ("tests/flows/planning/test_memory.py",)): [
-        ('(reward_lora.base == "nf4") != (training.lora.base == "nf4")', "False"),
+        ("_label(sizes, given) != _label(sizes, base_type(sizes, training))", "False"),
         ('and training.precision == "bf16" and training.gather', "and training.gather"),
     ],
 }

@@ -32,9 +32,8 @@ def alignflow(*words: object, **environment: str) -> subprocess.CompletedProcess
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         process = begun(words, out, err, environment)
-        process.join(600)
-        assert process.exitcode is not None, f"it hangs: {out.read_text()}{err.read_text()}"
-        return subprocess.CompletedProcess([*map(str, words)], process.exitcode, out.read_text(), err.read_text())
+        code = forks.ends(process, 600)
+        return subprocess.CompletedProcess([*map(str, words)], code, out.read_text(), err.read_text())
 
 
 def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[str, str] = {}) -> ForkServerProcess:

@@ -24,9 +24,18 @@ def start(call: Callable[..., None], *arguments: object) -> ForkServerProcess:
 
 def ended(process: ForkServerProcess) -> int:
     """The exit code; negative: the signal that killed it. 1: an exception, whose traceback is on stderr."""
-    process.join(300)
-    assert process.exitcode is not None, "the child hangs"
-    return process.exitcode
+    return ends(process, 300)
+
+
+def ends(process: ForkServerProcess, seconds: float) -> int:
+    """The exit code; one that hangs is killed, so that nothing waits for it. Raises AssertionError then."""
+    process.join(seconds)
+    code = process.exitcode
+    if code is None:
+        process.kill()
+        process.join()
+    assert code is not None, "the child hangs"
+    return code
 
 
 def run(call: Callable[..., None], *arguments: object) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.planning.memory import Sizes, training_bytes
+from schemas.config import RewardConfig
 from schemas.config.methods import DPO, PPO
 from schemas.config.training import Training
 
@@ -58,6 +59,8 @@ def ways(gpus: int) -> dict[str, Training | None]:
         "DPO, 8 bits": DPO.model_validate(shared | least),
         "DPO, LoRA": DPO.model_validate(shared | bf16),
         "DPO, QLoRA": DPO.model_validate(shared | nf4) if gpus == 1 else None,
+        "reward": RewardConfig.model_validate(shared),
+        "reward, LoRA": RewardConfig.model_validate(shared | bf16),
         "PPO, 8 bits": PPO.model_validate(shared | least),
         "PPO, LoRA": PPO.model_validate(shared | bf16),
     }

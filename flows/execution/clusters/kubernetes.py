@@ -9,6 +9,7 @@ own pod, which needs the rights of deploy/README.md. The home (ALIGNFLOW_HOME) m
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -58,7 +59,7 @@ class Api:
     def __init__(self, url: str, namespace: str, client: httpx.Client) -> None:
         self.url, self.namespace, self.client = url, namespace, client
         self.patience = START_SECONDS
-        """How long a question is asked again while the server is away (no answer) or busy (429, 5xx)."""
+        """How long a question is asked again while the server is away (no answer) or busy (`is_busy`)."""
 
     def ask(self, method: str, path: str, timeout: float = 30.0, **given: Any) -> httpx.Response:
         """An answer, whatever it says. The account's token is read each time: it is renewed."""
@@ -68,7 +69,7 @@ class Api:
             late = time.monotonic() + POLL_SECONDS > end
             try:
                 answer = self.client.request(method, f"{self.url}{path}", headers=headers, timeout=timeout, **given)
-                if late or (answer.status_code != 429 and answer.status_code < 500):
+                if late or not is_busy(answer):
                     return answer
             except httpx.TransportError:
                 if late:
@@ -103,6 +104,18 @@ class Api:
         return "jobset" if "jobset.x-k8s.io" in groups else "job"
 
 
+def is_there(answer: httpx.Response) -> bool:
+    """Whether an object was not made since there is one of its name."""
+    with contextlib.suppress(ValueError):
+        return answer.status_code == 409 and answer.json().get("reason") == "AlreadyExists"
+    return False
+
+
+def is_busy(answer: httpx.Response) -> bool:
+    """Whether to ask again: too many questions, a fault of the server, or a quota that others change at this moment."""
+    return (answer.status_code in (409, 429) and not is_there(answer)) or answer.status_code >= 500
+
+
 def connected() -> Api:
     """The API server of the cluster that this process is a pod of."""
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
@@ -125,11 +138,11 @@ class Stage:
     """Whether one of the pods was preempted, evicted or drained: its node or its place was needed otherwise."""
 
     def make(self, manifests: Sequence[Manifest]) -> None:
-        """Make the objects. Raises httpx.HTTPError where the API server takes one not."""
+        """Make the objects. Raises httpx.HTTPError where the API server refuses one."""
         for one in manifests:
             self.made.append(one)  # first: it may be made although no answer comes
             answer = self.api.ask("POST", self.api.place(one), json=one)
-            if answer.status_code != 409:  # it was made although no answer came
+            if not is_there(answer):  # it was made although no answer came
                 answer.raise_for_status()
         self.api.patience = 0.0  # from now on `follow` waits, and `remove` must not
 
@@ -303,7 +316,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--kind", choices=["auto", *MANIFESTS], default="auto", help="what is made; auto: what is there"
     )
     parser.add_argument("--queue", default="", help="Kueue's queue")
-    parser.add_argument("--variables", default="", help="names of variables that the pods get from here, with commas")
+    parser.add_argument(
+        "--variables", default="", help="names of variables that the pods get from here, separated by commas"
+    )
     parser.add_argument("--gpus", choices=["yes", "no"], default="yes", help="whether each rank gets a GPU")
     end = argv.index("--") if "--" in argv else len(argv)
     return parser.parse_args(argv[:end], argparse.Namespace(command=argv[end + 1 :]))

@@ -20,9 +20,9 @@ SAVE_SECONDS, RANKS_SECONDS = 600, 580
 KEPT = ("securityContext", "tolerations", "nodeSelector", "affinity", "imagePullSecrets")
 """What a node's pod has of the one that asks, beside image, volumes and variables."""
 USUAL = {"dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler", "enableServiceLinks": True}
-"""What the API server gives a pod that says nothing of it."""
-ALSO_KEPT = (*USUAL, "runtimeClassName", "priorityClassName", "hostAliases", "dnsConfig", "hostNetwork", "hostIPC")
-ALSO_KEPT += ("hostUsers", "shareProcessNamespace", "topologySpreadConstraints")
+USUAL |= {"hostUsers": True, "hostNetwork": False, "hostPID": False, "hostIPC": False, "shareProcessNamespace": False}
+"""What a pod has that says nothing of it."""
+ALSO_KEPT = (*USUAL, "runtimeClassName", "priorityClassName", "hostAliases", "dnsConfig", "topologySpreadConstraints")
 """The same, where the pod is ours: a TrainJob takes none of these."""
 OF_CONTAINER = ("image", "imagePullPolicy", "envFrom", "securityContext", "workingDir")
 KEPT_SECONDS = 3600
@@ -97,7 +97,8 @@ class Asked:
         own, container = self.pod["spec"], self.pod["spec"]["containers"][0]
         lost = ["initContainers"] if own.get("initContainers") else []
         if kind == "trainjob":
-            lost += [name for name in ALSO_KEPT if own.get(name) and own[name] != USUAL.get(name)]
+            asked = {name: own[name] for name in ALSO_KEPT if own.get(name) not in (None, "", [], {})}
+            lost += [name for name, value in asked.items() if value != USUAL.get(name)]
             lost += [name for name in ("envFrom", "workingDir") if container.get(name)]
         return lost
 

@@ -137,9 +137,11 @@ def save(hf: PeftModel, folder: Path, base: str) -> None:
     save_file({name: value.detach().contiguous() for name, value in state.items()}, place / WEIGHTS)
 
 
-def label(base: str, held: Held) -> str:
-    """What an adapter's base is called, of its digest: what learned on weights in four bits belongs to those alone."""
-    return f"{base} in nf4" if held == "nf4" else base
+def label(base: str, held: Held, rounded: bool) -> str:
+    """What an adapter's base is called, of its digest: what learned on weights in four bits, or `rounded` from those of
+    the files, belongs to those alone.
+    """
+    return f"{base} in {held}" if held == "nf4" or rounded else base
 
 
 def base_of(folder: Path) -> str | None:

@@ -40,6 +40,7 @@ class _Trunk(nn.Module):
         self.dropouts: dict[str, Any] = {}
         """The dropouts of the config as loaded; all are 0 while the model is here."""
         self.held: Held = "fp32"
+        self.rounded = False
         """Type of the weights that never learn."""
         self.publish: Half = "fp32"
         """Type in which it is to be saved."""

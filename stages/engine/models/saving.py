@@ -106,7 +106,7 @@ def _write(
         for name in model.dropouts:
             setattr(plain.config, name, 0.0)
     if base is not None and isinstance(model.hf, PeftModel):
-        lora.save(model.hf, folder, lora.label(base, model.held))
+        lora.save(model.hf, folder, lora.label(base, model.held, model.rounded))
     _let_others_read(folder)
     codec.save(folder)
 

@@ -111,10 +111,13 @@ def test_a_trainjob_leaves_torchrun_to_its_runtime() -> None:
 def test_what_the_pods_would_lack_is_named() -> None:
     own = json.loads(json.dumps(POD))
     own["spec"] |= {"initContainers": [{"name": "first"}], "hostNetwork": False, "schedulerName": "own"}
+    own["spec"] |= {"hostUsers": False, "enableServiceLinks": False, "hostPID": True, "tolerations": []}
     own["spec"]["containers"][0]["envFrom"] = [{"secretRef": {"name": "alignflow"}}]
     asked = manifests.Asked("a", 2, 1, COMMAND, own)
     assert asked.left_out("job") == ["initContainers"] == manifests.Asked("a", 2, 1, COMMAND, own).left_out("jobset")
-    lost = ["initContainers", "schedulerName", "runtimeClassName", "envFrom", "workingDir"]
+    fenced = ["enableServiceLinks", "hostUsers", "hostPID"]
+    lost = ["initContainers", "schedulerName", *fenced, "runtimeClassName", "envFrom", "workingDir"]
+    assert asked.spec("head").items() >= {name: own["spec"][name] for name in fenced}.items()
     assert asked.left_out("trainjob") == lost
 
 
@@ -133,14 +136,17 @@ class Cluster:
         self.status: dict[str, Any] = {}
         self.refuses, self.loses, self.stops_at, self.keeps = " ", " ", 0, False
         self.busy, self.disrupted, self.pod = 0, False, POD
-        self.lost_answer = False
+        self.lost_answer, self.conflicts = False, 0
 
     def answer(self, method: str, path: str, query: str, body: Any) -> tuple[int, Any]:
         if self.busy:
             self.busy -= 1
             return 429 if self.busy % 2 else 503, {"message": "too many"}
+        if method == "POST" and self.conflicts:
+            self.conflicts -= 1
+            return 409, {"reason": "Conflict", "message": "the quota has been modified"}
         if method == "POST" and f"{path}/{body['metadata']['name']}" in self.objects:
-            return 409, {"message": "already exists"}
+            return 409, {"reason": "AlreadyExists", "message": "already exists"}
         if method == "POST":
             if path.endswith(self.refuses):
                 return 403, {"message": "no rights"}
@@ -240,6 +246,13 @@ def test_a_stage_is_followed_and_ends_as_its_first_pod_does(
     assert own.made == ["jobsets"] and own.objects == {}
     lines = [line for line in capfd.readouterr().out.split("\n") if line.startswith("step")]
     assert lines == [f"step {i}\rLoading\u2028more" for i in (0, 1, 2)]  # each once, whatever it holds
+
+
+def test_a_quota_that_others_change_is_asked_again(cluster: tuple[Cluster, kubernetes.Api]) -> None:
+    """It is a 409 too, and nothing was made."""
+    own, api = cluster
+    own.conflicts = 2
+    assert run(api, "job") == 0 and own.made == ["services", "jobs"]
 
 
 def test_another_pod_that_fails_ends_it(cluster: tuple[Cluster, kubernetes.Api]) -> None:

@@ -4,8 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -94,6 +95,27 @@ def test_one_that_another_took_meanwhile_is_said(
         other.release()  # that one is done: the first takes the lease again
         wait_for(lambda: made[0].id not in (None, first))
     assert not held("lost")
+
+
+def test_it_is_said_once_also_where_the_server_is_away_in_between(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost; no answer; another has it; another has it; taken again, lost again, another has it; and no more answers."""
+    one, done = leases._Lease("lost", logging.getLogger("one")), threading.Event()
+    one.id = uuid4()
+    answers = iter((None, False, False, True, False))
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(one, "ask", lambda call: False)
+
+    def acquired() -> bool | None:
+        answer = next(answers)
+        one.id = uuid4() if answer else None
+        return answer
+
+    monkeypatch.setattr(one, "try_acquire", acquired)
+    with pytest.raises(StopIteration):
+        one.keep(done)
+    assert [record.getMessage()[:14] for record in caplog.records if record.name == "one"] == ["the lease lost"] * 2
 
 
 @pytest.mark.slow

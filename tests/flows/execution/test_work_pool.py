@@ -81,7 +81,9 @@ def test_a_stage_on_a_pool_has_its_bar(
     line = view.running["sft"]
     assert (line.done, line.total, line.what) == (62, 94, "loss 0.59") and line.ends is not None
     assert heard() == []  # nothing twice
-    says(run, (logging.INFO, "sft  80/94 steps  loss 0.5"), at=30)
+    says(run, (logging.WARNING, "4 rows were cut"), *[(logging.INFO, "so it goes")] * 150, at=10)
+    assert heard() == ["4 rows were cut"]  # among more than the server gives at once
+    says(run, (logging.INFO, "sft  80/94 steps  loss 0.5"), at=300)
     assert heard() == ["sft  80/94 steps  loss 0.5"] and view.running["sft"].done == 80
 
 
@@ -117,7 +119,7 @@ def test_who_waits_for_a_run_hears_of_its_stages_while_the_server_is_away_now_an
     ]
     look, looks = submit.Stages.look, 0
 
-    def looked(self: submit.Stages) -> Any:
+    def looked(self: submit.Stages, last: bool = False) -> Any:
         nonlocal looks
         looks += 1
         if looks == 2:
@@ -127,7 +129,7 @@ def test_who_waits_for_a_run_hears_of_its_stages_while_the_server_is_away_now_an
         if looks == 4:
             prefect.set_task_run_state(stage.id, Completed(), force=True)
             prefect.set_flow_run_state(run.id, Completed(), force=True)
-        return look(self)
+        return look(self, last)
 
     monkeypatch.setattr(submit.Stages, "look", looked)
     monkeypatch.setattr(work_pool, "LOOK_SECONDS", 0.0)
@@ -137,6 +139,22 @@ def test_who_waits_for_a_run_hears_of_its_stages_while_the_server_is_away_now_an
     assert capsys.readouterr().err.splitlines() == told
     grave = [record.getMessage() for record in caplog.records if record.name == "alignflow"]
     assert grave == ["the Prefect server does not answer (ConnectError); waiting for it", "3 rows were cut"]
+
+
+def test_what_a_run_says_at_its_end_is_heard_between_two_looks_at_its_log(
+    prefect: SyncPrefectClient, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = submitted
+    line = {"name": "prefect.flow_runs", "flow_run_id": str(run.id), "level": 30, "message": "3 rows were cut"}
+
+    def meanwhile(seconds: float) -> None:
+        prefect.request("POST", "/logs/", json=[{**line, "timestamp": datetime.now(UTC).isoformat()}])
+        prefect.set_flow_run_state(run.id, Completed(), force=True)
+
+    monkeypatch.setattr(time, "sleep", meanwhile)
+    assert work_pool.LOOK_SECONDS > 1
+    submit.wait(run, "http://page")
+    assert [one.getMessage() for one in caplog.records if one.name == "alignflow"] == ["3 rows were cut"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +209,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_run(
 
     run, _ = submitted
     monkeypatch.setattr(time, "sleep", interrupted)
-    with pytest.raises(StageError, match=f"the run goes on.* http://page.*prefect flow-run cancel {run.id}") as error:
+    with pytest.raises(StageError, match=f"the run goes on: http://page.*prefect flow-run cancel {run.id}") as error:
         submit.wait(run, "http://page")
     assert error.value.status == "preempted"
     state = prefect.read_flow_run(run.id).state

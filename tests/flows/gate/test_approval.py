@@ -15,6 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.runtime import flow_run
+from pydantic import ValidationError
 
 from flows.gate import approval
 from flows.results import registry
@@ -97,7 +98,7 @@ def test_the_form_says_what_each_answer_does(models: list[Made]) -> None:
     text = approval.question(replace(asked, tags={**asked.tags, **given}), "2026-12-01T15:35:43Z")
     assert text.startswith("**assistant version 2** (dpo) has passed the gate. Is it to become the champion?\n")
     for line in (
-        "Approve, and it is the champion in the place of version 1 at once.",
+        "Approve, and it is the champion in place of version 1 at once.",
         "Reject, and version 1 stays the champion.",
         "Without an answer until 2026-12-01 15:35 UTC it is rejected.",
         "win_rate_p is 0, must be <= 0.1",
@@ -274,6 +275,14 @@ def test_it_is_resumed_by_the_form_on_prefects_page(
     assert told[0].resource.id == "alignflow.model.assistant" and told[0].payload["version"] == "2"
     assert told[0].payload["run"] == str(run.id)
     assert told[0].payload["finding"].startswith("assistant version 2 has passed the gate and waits")
+
+
+def test_a_form_that_was_open_before_an_update_is_read() -> None:
+    given = {"by": "ada", "note": ""}
+    for switch, answer in ((True, "approve"), (False, "reject")):
+        assert approval.Answer(**{**given, "approve": switch}).answer == answer  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="approve"):
+        approval.Answer(**{**given, "approve": True, "answer": "reject"})  # type: ignore[arg-type]
 
 
 def test_it_is_rejected_by_the_form(server: SyncPrefectClient, models: list[Made]) -> None:

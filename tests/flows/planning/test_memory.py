@@ -243,6 +243,26 @@ def test_memory_names_every_stage_that_needs_a_device(tmp_path: Path) -> None:
     assert memory["baselines"] == memory["eval sft"]
 
 
+def test_a_reward_model_in_a_folder_counts_as_it_is(tmp_path: Path) -> None:
+    """Who judges is held after the models are freed: the larger of the two counts, and of two judges the larger one."""
+    shape = {"hidden_size": 512, "layers": 4, "heads": 8, "intermediate_size": 2048}
+    large = planning_memory.scratch_sizes(Scratch.model_validate(shape), 512)
+    header = {"w": {"dtype": "F32", "shape": [large.parameters], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    about = {"hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 2048, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    judge = {"judge": "reward", "model": str(tmp_path)}
+    values = {"name": "a", "model": {"scratch": {}}, "data": {}, "align": {"dpo": {}}}
+    plain = planning_memory.memory(PipelineConfig.model_validate(values))
+    judged = planning_memory.memory(PipelineConfig.model_validate({**values, "evaluate": {"judge": judge}}))
+    sizes = planning_memory.model_sizes(ModelConfig.model_validate({"scratch": {}}))
+    assert plain is not None and judged is not None and sizes is not None
+    assert judged["eval dpo"] - plain["eval dpo"] == 4 * (large.parameters - 2 * sizes.parameters) > 0
+    assert judged["baselines"] - plain["baselines"] == 4 * (large.parameters - sizes.parameters)
+    assert judged["dpo"] == plain["dpo"]
+
+
 def test_steps() -> None:
     assert planning_memory.steps(SFTConfig(batch_size=32, epochs=1.5), 100) == ceil(150 / 32)
     assert planning_memory.steps(SFTConfig(batch_size=32, max_steps=2), 100) == 2

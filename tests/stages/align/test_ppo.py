@@ -712,21 +712,21 @@ def test_on_a_base_in_fewer_bits_all_begin_as_one(
 ) -> None:
     ppo = start(folder=adapted, lora=LoRA(rank=4, base=base), frozen="bf16")
     assert ppo.critic is not None
-    if base == "nf4":  # the adapter learned on whole weights, and lends those of its merged model
-        assert not held(ppo.reward_model.scorer) & held(ppo.policy)
-        assert len(held(ppo.critic) - held(ppo.reward_model.scorer)) == 1 and ppo.critic.held == "bf16"
-        for name in ("model", "data"):
-            (tmp_path / name).symlink_to(adapted / name)
-        scorer = load_scorer(adapted / "model", Config(lora=LoRA(rank=3, base="nf4")), seed=4)
-        models.perturb(scorer)
-        digest = memory(tmp_path, tmp_path / "work").request.inputs["model"].sha256
-        save_scorer(scorer, Codec.load(adapted / "model"), tmp_path / "reward", mean=0.1, std=0.5, base=digest)
-        ppo = start(folder=tmp_path, lora=LoRA(rank=4, base="nf4"))
-        own, rollout = ppo.reward_model.scorer, ppo.collect(0)
-        scores = ppo.score(rollout)
-        ppo.reward_model.scorer = load_judge(tmp_path / "reward")  # the merged model
-        assert ppo.score(rollout) == pytest.approx(scores, abs=1e-4)
-        ppo.reward_model.scorer = own
+    # The adapter learned on whole weights, and lends those of its merged model.
+    assert not held(ppo.reward_model.scorer) & held(ppo.policy)
+    assert len(held(ppo.critic) - held(ppo.reward_model.scorer)) == 1 and ppo.critic.held == "bf16"
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(adapted / name)
+    scorer = load_scorer(adapted / "model", Config(lora=LoRA(rank=3, base=base)), seed=4)
+    models.perturb(scorer)
+    digest = memory(tmp_path, tmp_path / "work").request.inputs["model"].sha256
+    save_scorer(scorer, Codec.load(adapted / "model"), tmp_path / "reward", mean=0.1, std=0.5, base=digest)
+    ppo = start(folder=tmp_path, lora=LoRA(rank=4, base=base))
+    own, rollout = ppo.reward_model.scorer, ppo.collect(0)
+    scores = ppo.score(rollout)
+    ppo.reward_model.scorer = load_judge(tmp_path / "reward")  # the merged model
+    assert ppo.score(rollout) == pytest.approx(scores, abs=1e-4)
+    ppo.reward_model.scorer = own
     assert ppo.critic is not None and ppo.critic.held == ppo.policy.held == base
     assert len(held(ppo.critic, ppo.reward_model.scorer) - held(ppo.policy)) == 2, "the heads"
     logged = run_loop(ppo)
