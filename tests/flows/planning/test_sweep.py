@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.planning import memory, requests, sweep
+from flows.planning import dry_run, memory, requests, sweep
 from flows.planning.plan import Node, last_test, params_of, plan
 from flows.results import announce
 from schemas.config import PipelineConfig, SFTConfig, methods
@@ -172,6 +172,11 @@ def test_a_comparison_is_told_the_spread_of_the_reward_models_scores() -> None:
 # --- the test part ---
 
 TESTED = "data.sft.test_fraction=0.2"
+
+
+def test_the_last_test_takes_the_memory_of_an_evaluation(ready_home: Path) -> None:
+    told = dry_run.as_json(sweep.load("demo", (TESTED,), "dpo", "0.1", "0"))
+    assert told["test sft"]["bytes"] == told["eval sft"]["bytes"] is not None
 
 
 def test_a_sweep_with_a_test_part_evaluates_its_winner_there_and_nothing_else_looks_at_it() -> None:
