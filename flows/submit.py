@@ -109,7 +109,8 @@ def wait(run: FlowRun, page: str) -> None:
         raise refuse("run", run.id, "somebody has deleted it on the server.", kind="deploy", status="failed") from error
     except KeyboardInterrupt:
         message = f"no longer waiting; the run goes on: {page}"
-        fix = f"to stop it, cancel it on that page, or call prefect flow-run cancel {run.id}"
+        other = f"with the server's address and password: prefect flow-run cancel {run.id}"
+        fix = f"to stop it, cancel it on that page, or {other}"
         raise StageError(message, status="preempted", kind="preempted", fix=fix) from None
     if not state.is_completed():
         message = f"{run.name}: {state.message or f'the run ended as {state.name}.'}"

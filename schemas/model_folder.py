@@ -1,4 +1,6 @@
-"""Whether the parts of a model folder fit together, from its JSON files alone: no weight is read, nothing imported."""
+"""Whether the parts of a model folder fit together, from its JSON files and the headers of its weights: no weight is
+read, nothing imported.
+"""
 
 import json
 import re
@@ -51,6 +53,10 @@ def why_unreadable(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] |
     if "quantization_config" in config:
         return "the weights are quantized", "give the plain weights (or a GGUF file)"
     if any(folder.glob("*.safetensors")):
+        try:
+            stored(folder)
+        except UNREADABLE as error:
+            return f"its weights cannot be read: {error}", "give its files whole (those of Git LFS: git lfs pull)"
         return None
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth"})
     what = f"{pickles[0]} is a pickle, which can run code and is never read" if pickles else "there are no weights"
@@ -72,7 +78,7 @@ def stored(folder: Path) -> dict[str, Stored]:
     `UNREADABLE` for a file that is cut short, or is none (a pointer of Git LFS, say).
     """
     tensors: dict[str, Stored] = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder) or sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             begin, size = stream.read(8), file.stat().st_size
             length = int.from_bytes(begin, "little")
@@ -85,11 +91,14 @@ def stored(folder: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that transformers reads. Raises one of `UNREADABLE`."""
+    """The safetensors files of a folder that transformers reads; none where they have other names than it gives them.
+
+    Raises one of `UNREADABLE`.
+    """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     parts = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
-    return sorted({folder / Path(name).name for name in parts.values()} or folder.glob("*.safetensors"))
+    return sorted({folder / Path(name).name for name in parts.values()})
 
 
 def in_bf16(folder: Path) -> bool:

@@ -171,11 +171,8 @@ def meant(error: E, log_text: bool = True) -> E | StageError:
     """What an error stands for: a stop that a library has wrapped, the death of another rank; else itself."""
     if (stop := stop_in(error)) is not None:
         return stop
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    # What torch raises; a server that closes its connection is an OSError.
-    if alone or isinstance(error, StageError) or not isinstance(error, RuntimeError):
-        return error
-    if not re.search(DEAD_RANK, str(error)):
+    ours = isinstance(error, StageError) or not isinstance(error, RuntimeError)  # torch's; a server's is an OSError
+    if ours or os.environ.get("WORLD_SIZE", "1") == "1" or not re.search(DEAD_RANK, str(error)):
         return error
     said = f" ({one_line(tracking.without_passwords(str(error)), 200)})" if log_text else ""
     message = f"another rank of the stage has died{said}."

@@ -57,13 +57,17 @@ def init(
     named = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in columns)}
     chosen = kind or _kind_of(data, set(named))
     report = _looked_at(data, chosen, named, Path(model) if (Path(model) / "config.json").is_file() else None)
-    if judge is None:  # what a run would refuse is said before anybody is asked
-        text = _config(out.stem, data, chosen, named, model, revision, "rule", report)
-        config_file.planned(config_file.parse(text))
+
+    def text(judge: str) -> str:
+        """The config; all that a run would refuse before it starts is refused."""
+        written = _config(out.stem, data, chosen, named, model, revision, judge, report)
+        config_file.planned(config_file.parse(written))
+        return written
+
+    if judge is None:
+        text("rule")  # before anybody is asked
         judge = _asked()
-    text = _config(out.stem, data, chosen, named, model, revision, judge, report)
-    config_file.planned(config_file.parse(text))
-    out.write_text(text, encoding="utf-8")
+    out.write_text(text(judge), encoding="utf-8")
     show(f"wrote     {out}: {report['kept']} of {report['rows']} rows of kind {chosen} will be used")
     show(f"next      alignflow run {out} --dry-run")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from flows.results import export
 from schemas.config.methods import PPO
 from schemas.errors import StageError
-from schemas.model_folder import stored
+from schemas.model_folder import stored, why_unusable
 from stages.align.ppo import RewardModel
 from stages.engine.data.codec import Codec
 from stages.engine.models.loading import load_judge, load_scorer
@@ -58,11 +58,13 @@ def test_one_from_outside_is_read_as_its_own_code_reads_it(name: str, tmp_path: 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x40" + bytes(7) + b'{"a'])
 def test_one_whose_file_is_not_whole_is_refused(content: bytes, tmp_path: Path) -> None:
-    """Empty, a pointer of Git LFS, a header of 64 bytes of which 3 are there."""
+    """Empty, a pointer of Git LFS, a header of 64 bytes of which 3 are there: before a run and where it is loaded."""
     folder = save_reward_model(tmp_path / "reward", FAMILIES["gpt2"])
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(StageError, match=r"its weights cannot be read: model\.safetensors is no safetensors file, or"):
         load_judge(folder)
+    found = why_unusable(folder, scorer=True)
+    assert found is not None and found[0].startswith("its weights cannot be read: model.safetensors is no safetensors")
 
 
 def test_a_file_that_its_index_leaves_out_is_not_read(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ BY_FILE: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {
     ("stages/engine/models/loading.py", _HELD): [
         ("(adapters.base if adapters else None) or held_type(", "held_type("),
         (
-            "published_type(training.publish, parameters, in_bf16(folder))",
+            "published_type(training.publish, parameters, half)",
             "published_type(training.publish, parameters, True)",
         ),
-        ("held_type(asked, parameters, in_bf16(folder))", "held_type(asked, parameters, True)"),
-        ('model.held == "bf16" and not in_bf16(folder)', "False"),
+        ("held_type(asked, parameters, half)", "held_type(asked, parameters, True)"),
+        ('model.held == "bf16" and not half', "False"),
         ('"bf16" if frozen == "bf16" else', '"bf16" if model.held == "bf16" else'),
     ],
     ("stages/engine/models/saving.py", _HELD): [

@@ -32,7 +32,7 @@ def alignflow(*words: object, **environment: str) -> subprocess.CompletedProcess
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         process = begun(words, out, err, environment)
-        code = forks.ends(process, 600)
+        code = forks.ended(process, 600, lambda: out.read_text() + err.read_text())
         return subprocess.CompletedProcess([*map(str, words)], code, out.read_text(), err.read_text())
 
 

@@ -22,19 +22,17 @@ def start(call: Callable[..., None], *arguments: object) -> ForkServerProcess:
     return process
 
 
-def ended(process: ForkServerProcess) -> int:
-    """The exit code; negative: the signal that killed it. 1: an exception, whose traceback is on stderr."""
-    return ends(process, 300)
+def ended(process: ForkServerProcess, seconds: float = 300, story: Callable[[], str] = lambda: "") -> int:
+    """The exit code; negative: the signal that killed it. 1: an exception, whose traceback is on stderr.
 
-
-def ends(process: ForkServerProcess, seconds: float) -> int:
-    """The exit code; one that hangs is killed, so that nothing waits for it. Raises AssertionError then."""
+    One that hangs is killed, so that nothing waits for it. Raises AssertionError then, with what `story` tells.
+    """
     process.join(seconds)
     code = process.exitcode
     if code is None:
         process.kill()
         process.join()
-    assert code is not None, "the child hangs"
+    assert code is not None, f"the child hangs: {story()}"
     return code
 
 

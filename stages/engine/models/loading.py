@@ -32,7 +32,6 @@ from schemas.config.training import Half, Held, Training, held_type, published_t
 from schemas.errors import StageError, refuse
 from schemas.model_folder import (
     UNREADABLE,
-    Stored,
     in_bf16,
     is_reward_model,
     read_json,
@@ -121,20 +120,11 @@ def load_judge(
     return load_scorer(folder, training, trainable=False, on=on, adapter=on is not None, frozen=frozen)
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    """`stored`; what cannot be read is refused."""
-    try:
-        return stored(folder)
-    except UNREADABLE as error:
-        fix = "give its files whole (those of Git LFS: git lfs pull)"
-        raise _unusable(folder, f"its weights cannot be read: {one_line(error, 500)}", fix) from error
-
-
 def check_judge(folder: Path) -> None:
     """Raise StageError for a folder that plainly holds no reward model, before its weights are read."""
     if not is_reward_model(check_folder(folder, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)):
         raise _unusable(folder, "it is a language model without a score", "give a reward model")
-    tensors = _stored(folder)
+    tensors = stored(folder)
     if tensors and "score.weight" not in tensors:
         raise _unusable(folder, "its files hold no score.weight", "give a decoder-only reward model, whole")
 
@@ -274,16 +264,16 @@ def _prepare(
     """
     cpu.get_ready(model)
     adapters = training.lora if trainable and training else None
-    parameters = sum(math.prod(one.shape) for one in _stored(Path(folder)).values())
+    parameters, half = sum(math.prod(one.shape) for one in stored(folder).values()), in_bf16(folder)
     if held is None and (adapters or not trainable):
         asked = training.frozen if training else frozen
-        held = (adapters.base if adapters else None) or held_type(asked, parameters, in_bf16(folder))
+        held = (adapters.base if adapters else None) or held_type(asked, parameters, half)
     model.held = held or "fp32"
-    model.rounded = model.held == "bf16" and not in_bf16(folder)
+    model.rounded = model.held == "bf16" and not half
     # Without training products are in bfloat16 where that is asked for by name: by default no number changes.
     model.precision = training.precision if training else "bf16" if frozen == "bf16" else "fp32"
     if training:
-        model.publish = published_type(training.publish, parameters, in_bf16(folder))
+        model.publish = published_type(training.publish, parameters, half)
     model.dropouts = _dropouts(AutoConfig.from_pretrained(str(model.plain.name_or_path), trust_remote_code=False))
     if not trainable:
         model = model.requires_grad_(False).eval()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from schemas.model_folder import weight_files
 
 _FLOATS = ("F32", "BF16", "F16")
 """Types that float32 holds exactly."""
@@ -91,13 +92,9 @@ def _files(folder: Path) -> dict[str, Path] | None:
     """Name of a tensor -> its file, of those files that transformers would read; None where it has to decide."""
     if (folder / "adapter_config.json").exists():
         return None
-    files = [folder / SAFE_WEIGHTS_NAME]
-    if not files[0].is_file():
-        if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            return None
-        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    places = {}
+    files, places = weight_files(folder), {}
+    if not files:
+        return None
     for file in files:
         with safe_open(file, framework="pt") as content:
             places |= dict.fromkeys(content.keys(), file)

@@ -40,8 +40,9 @@ class _Trunk(nn.Module):
         self.dropouts: dict[str, Any] = {}
         """The dropouts of the config as loaded; all are 0 while the model is here."""
         self.held: Held = "fp32"
-        self.rounded = False
         """Type of the weights that never learn."""
+        self.rounded = False
+        """Whether those are bfloat16 and their files are not."""
         self.publish: Half = "fp32"
         """Type in which it is to be saved."""
         self.empty: tuple[Any, ...] = ()
