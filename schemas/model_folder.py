@@ -16,7 +16,7 @@ MOST_PARTS = 100_000
 """Layers times experts of a model. The largest have some ten thousand."""
 MOST_BYTES = 512 << 20
 """Of a JSON file. Vocabularies have tens of megabytes."""
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError)
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 """What reading such a file may raise: it may be nested deeply, or hold anything anywhere."""
 
 
@@ -74,8 +74,9 @@ class Stored(NamedTuple):
 def stored(folder: Path) -> dict[str, Stored]:
     """The tensors of a folder's safetensors files, from the files' headers.
 
-    Each begins with the length of its header (8 bytes, little-endian), then the header as JSON. Raises one of
-    `UNREADABLE` for a file that is cut short, or is none (a pointer of Git LFS, say).
+    Each begins with the length of its header (8 bytes, little-endian), then the header as JSON, which says for each
+    tensor where its bytes lie behind the header. Raises one of `UNREADABLE` for a file that is cut short, or is none
+    (a pointer of Git LFS, say).
     """
     tensors: dict[str, Stored] = {}
     for file in weight_files(folder) or sorted(folder.glob("*.safetensors")):
@@ -86,6 +87,9 @@ def stored(folder: Path) -> dict[str, Stored]:
                 raise ValueError(f"{file.name} is no safetensors file, or is cut short: it has {size} bytes")
             header = json.loads(stream.read(length))
         every = {name: one for name, one in header.items() if name != "__metadata__"}
+        whole = 8 + length + max((int(one["data_offsets"][1]) for one in every.values()), default=0)
+        if size < whole:
+            raise ValueError(f"{file.name} is cut short: it has {size} of {whole} bytes")
         tensors |= {name: Stored(str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in every.items()}
     return tensors
 

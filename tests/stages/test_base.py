@@ -142,7 +142,11 @@ def test_broken_or_missing_weights_are_refused(model: Path, tmp_path: Path) -> N
     change(model / "config.json", num_hidden_layers=2)
     assert "weights are missing" in str(refusal(tmp_path, path=str(model)))
     change(model / "config.json", num_hidden_layers=1)
-    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:100])
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-1])  # the header is there, a byte of the last tensor is not
+    said = f"model.safetensors is cut short: it has {len(whole) - 1} of {len(whole)} bytes"
+    assert f"its weights cannot be read: {said}" in str(refusal(tmp_path, path=str(model)))
+    (model / "model.safetensors").write_bytes(whole[:100])
     assert "its weights cannot be read: model.safetensors is no safetensors file, or is cut" in str(
         refusal(tmp_path, path=str(model))
     )

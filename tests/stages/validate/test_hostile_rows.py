@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
@@ -214,7 +215,7 @@ def told(tmp_path: Path, **more: Any) -> list[str | None]:
 
 def from_base(folder: Path, tmp_path: Path) -> str:
     for file in folder.glob("*.safetensors"):
-        file.write_bytes(b"no weights")
+        save_file({}, file)
     with pytest.raises(StageError) as refused:
         base.build(BaseParams(path=str(folder)), 0, tmp_path / "built")
     return refused.value.problem.message
