@@ -14,7 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import local_prefect, mlflow_prefect, supervisor
 from schemas.errors import StageError
 from stages import tracking
-from tests.support import commands, forks, homes
+from tests.support import commands, forked_servers, forks, homes
 from tests.support.journals import losses
 from tests.support.processes import wait_for
 
@@ -52,7 +52,8 @@ class Run:
         return self.home / "log"
 
     def start_server(self) -> None:
-        self.process = supervisor.start(self.server)
+        with forked_servers.forked():
+            self.process = supervisor.start(self.server)
 
     def signal_server(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)

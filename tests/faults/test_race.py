@@ -16,7 +16,7 @@ from flows.servers import mlflow_prefect, supervisor
 from schemas.stage import Request, Result
 from stages import tracking
 from stages.tracking.reuse import runs_with
-from tests.support import homes
+from tests.support import forked_servers, homes
 from tests.support.processes import wait_for
 from tests.support.scripted import FAKE
 
@@ -79,7 +79,7 @@ def shared_servers(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Ite
         patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("servers"), ready)))
         mlflow = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         prefect = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"), "--no-ui")
-        stack.enter_context(supervisor.running([mlflow, prefect]))
+        stack.enter_context(forked_servers.running(mlflow, prefect))
         patch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
         patch.setenv("PREFECT_API_URL", f"{prefect.url}/api")
         yield

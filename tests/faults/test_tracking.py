@@ -21,7 +21,7 @@ from schemas.stage import STAGES, Artifact, Request, Result
 from stages import __main__ as entry
 from stages import tracking
 from stages.engine.training import loop
-from tests.support import homes, models
+from tests.support import forked_servers, homes, models
 from tests.support.forks import ended, start
 from tests.support.journals import losses
 from tests.support.processes import wait_for
@@ -77,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[su
         patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("served"), ready)))
         there = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         Between.behind = int(there.url.rsplit(":", 1)[1])
-        with supervisor.running([there]):
+        with forked_servers.running(there):
             yield there
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from flows.servers import mlflow_prefect, supervisor
-from tests.support import commands, models
+from tests.support import commands, forked_servers, models
 
 WORD = "zanzibar"
 """Stands in every prompt and answer, and the model says it."""
@@ -77,7 +77,7 @@ def whole(folder: Path) -> Iterator[Callable[..., Run]]:
             patch.setattr(models, "WORDS", [*models.WORDS[:-1], WORD])
             config = write(folder)
             server = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
-            stack.enter_context(supervisor.running([server]))
+            stack.enter_context(forked_servers.running(server))
         judge = stack.enter_context(ThreadingHTTPServer((supervisor.HOST, 0), Echo))
         threading.Thread(target=judge.serve_forever, daemon=True).start()
         stack.callback(judge.shutdown)

@@ -28,7 +28,7 @@ from flows.stage import stage
 from schemas.config import PipelineConfig
 from schemas.stage import STAGES, Request
 from stages import tracking
-from tests.support import homes
+from tests.support import forked_servers, homes
 from tests.support.processes import alive, below, left_after, wait_for
 
 pytestmark = pytest.mark.slow
@@ -142,7 +142,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Pla
         patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(folder / "server", ready)))
         mlflow = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         prefect = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"))
-        with supervisor.running([mlflow, prefect]), temporary_settings({PREFECT_API_URL: f"{prefect.url}/api"}):
+        with forked_servers.running(mlflow, prefect), temporary_settings({PREFECT_API_URL: f"{prefect.url}/api"}):
             patch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
             shared = {
                 "MLFLOW_TRACKING_URI": mlflow.url,

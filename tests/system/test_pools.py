@@ -26,7 +26,7 @@ from flows.planning import config_file
 from flows.planning.plan_checks import candidate
 from flows.servers import checks, deploy, mlflow_prefect, pools, supervisor
 from tests.conftest import ROOT
-from tests.support import homes
+from tests.support import forked_servers, homes
 from tests.system.test_deployed import wait_for
 
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
@@ -254,7 +254,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[S
         patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("prefect"), ready)))
         server = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"))
         address: dict[Any, Any] = {PREFECT_API_URL: f"{server.url}/api"}
-        with supervisor.running([server]), temporary_settings(address), get_client(sync_client=True) as client:
+        with forked_servers.running(server), temporary_settings(address), get_client(sync_client=True) as client:
             yield client
 
 

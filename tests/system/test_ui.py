@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.servers import mlflow_prefect, supervisor
 from stages import tracking
 from stages.engine import demo
-from tests.support import homes
+from tests.support import forked_servers, homes
 from tests.support.commands import alignflow
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Swe
         patch.setenv("ALIGNFLOW_HOME", str(folder))
         mlflow = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
         prefect = mlflow_prefect.prefect_server(supervisor.port(None, 0, "port"))
-        with supervisor.running([mlflow, prefect]):
+        with forked_servers.running(mlflow, prefect):
             patch.setenv("ALIGNFLOW_HOME", str(folder / "worker"))
             patch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
             options = ["--methods", "dpo,kto", "--beta", "0.1", "--seeds", "0"]

@@ -18,7 +18,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun, mlflow_client
-from tests.support import answered
+from tests.support import answered, forked_servers
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(home))
         server = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
-        with supervisor.running([server]):
+        with forked_servers.running(server):
             yield server.url, home / "artifacts"
 
 

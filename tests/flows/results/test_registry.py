@@ -14,6 +14,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Request
 from stages import tracking
 from stages.tracking import StageRun
+from tests.support import forked_servers
 from tests.support.commands import alignflow
 
 TAGS = {"decision": "promoted", "data.digest": "d1"}
@@ -220,7 +221,7 @@ def test_through_an_mlflow_server_it_is_the_same(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = mlflow_prefect.mlflow_server(supervisor.port(None, 0, "port"))
-    with supervisor.running([server]):
+    with forked_servers.running(server):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         models = [model_of(tmp_path / name, name) for name in ("one", "two")]
         settle(models[0], None)

@@ -1,0 +1,78 @@
+"""Servers of tests as forks of a process that has imported what they need, which takes each of them seconds otherwise.
+
+For tests of what asks a server. Those of servers themselves, and of their guards, start them as the product does.
+"""
+
+import contextlib
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, NoReturn
+
+import pytest
+
+from flows.servers import supervisor
+from stages.runtime.process import die_with_parent
+from tests.support import forks
+
+
+@contextlib.contextmanager
+def forked() -> Iterator[None]:
+    """Whatever server is started within is a fork, and has no guard."""
+    with pytest.MonkeyPatch.context() as patch:
+        same = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
+        patch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=_Server, **same))
+        yield
+
+
+@contextlib.contextmanager
+def running(*servers: supervisor.Server) -> Iterator[None]:
+    """The servers, healthy; ended on the way out."""
+    with forked(), supervisor.running(servers):
+        yield
+
+
+class _Server:
+    """As much of `subprocess.Popen` as `supervisor` asks of a server, and tests."""
+
+    def __init__(
+        self, command: list[str], *, env: Mapping[str, str], cwd: Path | None, stdout: IO[bytes], **_: object
+    ) -> None:
+        module, *options = command[command.index("-m", command.index("-m") + 1) + 1 :]  # behind the guard's
+        self._process = forks.start(_serve, module, options, dict(env), cwd or Path.cwd(), stdout.name)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> int:
+        self._process.join(supervisor.STOP_SECONDS)
+        self._process.kill()
+        return forks.ended(self._process)
+
+
+def _serve(module: str, options: list[str], environment: dict[str, str], folder: Path, log: str) -> NoReturn:
+    """Become `python -m module`, in a session of its own."""
+    from prefect.context import refresh_global_settings_context
+
+    die_with_parent()
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    with open(log, "ab") as opened:
+        for descriptor in (1, 2):
+            os.dup2(opened.fileno(), descriptor)
+    sys.argv[:] = [module, *options]
+    refresh_global_settings_context()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit()
