@@ -10,7 +10,7 @@ SMOLLM2 := .venv/ready-smollm2
 PEERS := .venv-bench/ready
 LABELLER := .venv-label-studio/bin/label-studio
 
-.PHONY: help demo test check format ui up deploy smollm2 pictures two-machines label-studio lock sbom bench bench-pipeline mutants clean
+.PHONY: help demo test check types tests format ui up deploy smollm2 pictures two-machines label-studio lock sbom bench bench-pipeline mutants clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -23,9 +23,14 @@ test: check  ## set up, then format, lint, types, import contracts and tests
 check: $(READY) $(SMOLLM2)  ## the same as test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m compileall -q flows stages schemas tests
+	$(MAKE) --no-print-directory -j 2 types tests
+
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: $(READY) $(SMOLLM2)
 	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 format: $(READY)  ## put the code into shape
