@@ -164,7 +164,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> "Iterator[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNFLOW_HOME", str(homes.furnish(tmp_path_factory.mktemp("prefect"), ready)))
-        with forked_servers.forked(), local_prefect.local_prefect(), get_client(sync_client=True) as client:
+        with forked_servers.begun(local_prefect.local_prefect()), get_client(sync_client=True) as client:
             # for the processes that a test starts
             patch.setenv("PREFECT_API_AUTH_STRING", str(PREFECT_API_AUTH_STRING.value()))
             yield client

@@ -30,10 +30,17 @@ def forked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(*servers: supervisor.Server) -> Iterator[None]:
-    """The servers, healthy; ended on the way out."""
-    with forked(), supervisor.running(servers):
+def begun(servers: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    """What starts servers, which are forks; those that are started later are none."""
+    with contextlib.ExitStack() as stack:
+        with forked():
+            stack.enter_context(servers)
         yield
+
+
+def running(*servers: supervisor.Server) -> contextlib.AbstractContextManager[None]:
+    """The servers, healthy; ended on the way out."""
+    return begun(supervisor.running(servers))
 
 
 class _Server:
