@@ -12,19 +12,22 @@ TAG_LENGTH = 5000
 KEY_LENGTH = 250
 
 
-COST, COST_SHOWN = "compute/", "usage/"
-"""Metrics of cost, as stages and their results call them, and as MLflow has them: its page of charts lists groups by
-name, and people look for quality first. Runs of before this have them as `compute/`."""
+SHOWN = {"baselines/": "sampling/", "budget/": "token_budget/", "compute/": "usage/", "data/": "input/"}
+"""How groups of metrics begin, as stages and their results call them, and as MLflow has them: its page of charts lists
+groups by name, and people look for quality (`eval/`) first. Older runs have some of them by the first name."""
 
 
 def shown_name(name: str) -> str:
     """The name under which MLflow has a metric."""
-    return COST_SHOWN + name.removeprefix(COST) if name.startswith(COST) else name
+    group, slash, rest = name.partition("/")
+    return SHOWN.get(group + slash, group + slash) + rest
 
 
 def own_name(name: str) -> str:
     """The name that stages have for one of MLflow's metrics."""
-    return COST + name.removeprefix(COST_SHOWN) if name.startswith(COST_SHOWN) else name
+    own = {shown: begin for begin, shown in SHOWN.items()}
+    group, slash, rest = name.partition("/")
+    return own.get(group + slash, group + slash) + rest
 
 
 def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, str]:

@@ -116,6 +116,9 @@ def test_runs_with_tags_and_equal_tokens_below_one_for_the_whole(swept: Sweep) -
         # The last step is the one that reaches the limit; it has at most 4 rows of at most 64 tokens a sequence.
         assert limit <= run.data.metrics["usage/train_tokens"] < limit + 4 * 2 * 64
     assert "training tokens of the 2 variants" in swept.said
+    everything = tracking.client().search_runs([aligned[0].info.experiment_id])
+    groups = {name.partition("/")[0] for run in everything for name in run.data.metrics}
+    assert min(groups) == "eval" and {"input", "usage"} <= groups, "MLflow lists charts by their groups' names"
 
 
 def test_the_frontier_is_in_the_comparison(swept: Sweep, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from schemas.stage import Artifact, Request, Result
 from stages import tracking
 from stages.tracking import StageRun, mlflow_client, store
 from stages.tracking.journal import Journal
-from stages.tracking.names import PARAM_LENGTH
+from stages.tracking.names import PARAM_LENGTH, own_name, shown_name
 
 
 def request(**params: object) -> Request:
@@ -43,6 +43,16 @@ def test_digest_is_over_sorted_names_and_contents(tmp_path: Path) -> None:
     assert tracking.digest(folder) != hashlib.sha256(f"a\0{one}\nb\0{two}\n".encode()).hexdigest()
     with pytest.raises(StageError, match="does not exist"):
         tracking.digest(tmp_path / "nothing")
+
+
+def test_charts_begin_with_quality_and_results_keep_the_names_of_stages() -> None:
+    """MLflow lists groups of charts by name; a run of an older version has them by that of the stage."""
+    for name in ("baselines/T0.3/judge_score", "budget/own_dpo", "compute/train_tokens", "data/eval/prompt"):
+        shown = shown_name(name)
+        assert shown > "eval/" and shown.partition("/")[2] == name.partition("/")[2]
+        assert own_name(shown) == own_name(name) == name
+    for name in ("train/loss", "eval/data/rows", "data", "quarantined/empty"):
+        assert shown_name(name) == own_name(name) == name
 
 
 def test_fetch_verifies(tmp_path: Path) -> None:

@@ -735,7 +735,7 @@ def test_stage(home: Path, tmp_path: Path) -> None:
     strict = request.model_copy(update={"params": params | {"max_bad": 0.0}})
     with pytest.raises(StageError), tracking.StageRun(strict) as stage:
         run(stage)
-    assert tracking.client().get_run(stage.run_id).data.metrics["data/quarantined"] == 1
+    assert tracking.client().get_run(stage.run_id).data.metrics["input/quarantined"] == 1
 
 
 def test_a_moving_dataset_is_refused_as_a_stage(home: Path) -> None:
