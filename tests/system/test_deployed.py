@@ -207,7 +207,7 @@ def runs_of(name: str, label: str) -> list[Any]:
 
 
 LONG = {"max_steps": 100_000, "epochs": None, "batch_size": 8, "max_length": 64, "checkpoint_steps": 20}
-TRAINED = {**LONG, "max_steps": 1000}
+TRAINED = {**LONG, "max_steps": 1500}
 
 
 # --- What they show ---------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_hosts_share_nothing_but_the_servers_and_kills_cost_nothing_that_was_don
         assert run.info.status == "FINISHED" and run.data.tags["home"] == str(home), label
         assert run.data.tags["pipeline.run"] == str(flow_run_id)
         assert label not in placed or plant.parts(flow_run_id, label), "started through the pool"
-    assert sorted(points("placed")) == list(range(1, 1001))
+    assert sorted(points("placed")) == list(range(1, 1501))
     # Nobody but the host `cpu` has the file: it went to the other by MLflow.
     assert "source rows.jsonl" in [run.info.run_name for run in runs_of("placed", "source rows.jsonl")]
 
