@@ -27,10 +27,10 @@ check: $(READY) $(SMOLLM2)  ## the same as test
 	$(BIN)/python -m compileall -q flows stages schemas tests
 	$(MAKE) --no-print-directory -j 2 types tests
 
-types: $(READY)
+types: $(READY)  ## the types alone
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-tests: $(READY) $(SMOLLM2)
+tests: $(READY) $(SMOLLM2)  ## the tests alone
 	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 format: $(READY)  ## put the code into shape

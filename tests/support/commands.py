@@ -71,13 +71,7 @@ def _run(
     """Become the command, which was started so: nothing of it returns to multiprocessing, whose exits are others."""
     from prefect.context import refresh_global_settings_context
 
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for descriptor, file in ((1, out), (2, err)):
-        with file.open("a") as opened:
-            os.dup2(opened.fileno(), descriptor)
-    sys.argv[:] = ["alignflow", *words]
+    forks.become(["alignflow", *words], environment, folder, out, err)
     if stages is not None:
         warm.warm, warm._warm = contextlib.nullcontext, _Given(stages)
     let_in = address_file.let_in

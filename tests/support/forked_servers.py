@@ -50,7 +50,7 @@ class _Server:
         self, command: list[str], *, env: Mapping[str, str], cwd: Path | None, stdout: IO[bytes], **_: object
     ) -> None:
         module, *options = command[command.index("-m", command.index("-m") + 1) + 1 :]  # behind the guard's
-        self._process = forks.start(_serve, module, options, dict(env), cwd or Path.cwd(), stdout.name)
+        self._process = forks.start(_serve, module, options, dict(env), cwd or Path.cwd(), Path(str(stdout.name)))
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -67,19 +67,13 @@ class _Server:
         return forks.ended(self._process)
 
 
-def _serve(module: str, options: list[str], environment: dict[str, str], folder: Path, log: str) -> NoReturn:
+def _serve(module: str, options: list[str], environment: dict[str, str], folder: Path, log: Path) -> NoReturn:
     """Become `python -m module`, in a session of its own."""
     from prefect.context import refresh_global_settings_context
 
     die_with_parent()
     os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    with open(log, "ab") as opened:
-        for descriptor in (1, 2):
-            os.dup2(opened.fileno(), descriptor)
-    sys.argv[:] = [module, *options]
+    forks.become([module, *options], environment, folder, log, log)
     refresh_global_settings_context()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit()

@@ -6,7 +6,9 @@ commands.
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -47,6 +49,17 @@ def killed_after(seconds: float, call: Callable[..., None], *arguments: object) 
     process.join(seconds)
     process.kill()
     return ended(process)
+
+
+def become(words: Sequence[str], environment: Mapping[str, str], folder: Path, out: Path, err: Path) -> None:
+    """Let this fork be as a process that was started so; what it says goes behind what the two files hold."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, file in ((1, out), (2, err)):
+        with file.open("a") as opened:
+            os.dup2(opened.fileno(), descriptor)
+    sys.argv[:] = words
 
 
 @cache

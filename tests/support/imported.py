@@ -15,14 +15,8 @@ for name in (
     *("tests.support.killable_training", "tests.faults.test_kill", *scripted.HEAVY.split()),
     *("flows.cli", "flows.pipeline", "flows.retrain", "flows.submit", "flows.servers.deploy", "tests.support.commands"),
     # and of the servers what does not look at the environment while it is imported
-    *(
-        "prefect.server.api.server",
-        "prefect.cli.server",
-        "mlflow.store.tracking.sqlalchemy_store",
-        "alembic",
-        "flask_wtf",
-    ),
-    *("fastapi", "graphene"),
+    *("prefect.server.api.server", "prefect.cli.server", "mlflow.store.tracking.sqlalchemy_store", "alembic"),
+    *("fastapi", "flask_wtf", "graphene"),
 ):
     import_module(name)
 gc.freeze()  # a fork need not look through it, and would copy what it looks at
