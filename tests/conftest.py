@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import homes
+from tests.support import forks, homes
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -58,6 +58,12 @@ LONGEST = (
     *("system/test_private.py", "faults/test_command.py", "system/test_backup.py", "faults/test_kill.py"),
 )
 """Files that take minutes, those that take most first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One process to fork from for all processes of a test run; it imports while they collect."""
+    if config.getoption("numprocesses", None):
+        forks.serve_all()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

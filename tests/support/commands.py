@@ -22,9 +22,13 @@ from flows.execution import warm
 from flows.servers import address_file
 from schemas.environment import launcher
 from schemas.stage import Request
-from tests.support import forks
+from stages import __main__ as entry
+from stages import warm as stages_warm
+from tests.support import forked_servers, forks
 
 RUN_STAGES = {"run", "sweep", "retrain"}
+FORKING = {*RUN_STAGES, "up"}
+"""Commands whose servers are forks too."""
 
 
 def alignflow(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,9 +53,11 @@ def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[st
 @cache
 def engine() -> warm.Warm:
     """A warm process for all flows of this one, each of which would import everything in one of its own."""
-    own = warm.Warm()
-    atexit.register(own.end)
-    return own
+    asks, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        forks.start(_fork_stages, theirs)
+    atexit.register(asks.close)  # before multiprocessing waits for it
+    return _Given(asks)
 
 
 class _Given(warm.Warm):
@@ -63,6 +69,14 @@ class _Given(warm.Warm):
 
     def asks(self, request: Request, environment: Mapping[str, str]) -> int | None:
         return None if request.placement.ranks > 1 or launcher() else os.dup(self._given.fileno())
+
+
+def _fork_stages(asks: socket.socket) -> None:
+    """Be the process that forks; or its fork, which is a stage."""
+    stages_warm.warm_up(asks)
+    argv = stages_warm.serve(asks)
+    if argv is not None:
+        sys.exit(entry.start(argv))
 
 
 def _run(
@@ -85,7 +99,8 @@ def _run(
     code: object = 1
     try:
         refresh_global_settings_context()
-        cli.main()
+        with forked_servers.forked() if {*words[:1]} & FORKING else contextlib.nullcontext():
+            cli.main()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

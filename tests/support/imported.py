@@ -7,8 +7,9 @@ from importlib import import_module
 
 from flows.execution import settings_files
 from stages.tracking import mlflow_client
-from tests.support import scripted
+from tests.support import forks, scripted
 
+forks.use_what_is_there()  # a fork that starts others
 settings_files.leave_out()
 mlflow_client.set_up_mlflow()
 for name in (

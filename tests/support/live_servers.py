@@ -20,6 +20,7 @@ from flows.servers import passwords, supervisor
 from flows.servers.address_file import Addresses
 from schemas.stage import STAGES, Request
 from stages import tracking
+from tests.support import commands, forks
 from tests.support.processes import wait_for
 
 UP = [sys.executable, "-m", "flows.cli", "up"]
@@ -36,9 +37,8 @@ def free_port() -> int:
 @contextlib.contextmanager
 def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], Addresses]]:
     """`alignflow up` for a home, on free ports; ended on the way out."""
-    ports = ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
     process = subprocess.Popen(
-        [*UP, *ports, *options],
+        [*UP, *ports(), *options],
         env={**os.environ, "ALIGNFLOW_HOME": str(home), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -54,14 +54,40 @@ def up(home: Path, *options: str, **environment: str) -> Iterator[tuple[subproce
             lines.append(process.stdout.readline())
             assert lines[-1], "".join(lines)
         patience.cancel()
-        where = Addresses.model_validate_json((home / "up.json").read_text())
-        for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
-            assert any(line.startswith(f"{name:8} {url}") for line in lines), "".join(lines)
-        yield process, where
+        yield process, said(home, lines)
     finally:
         patience.cancel()
         process.terminate()
         process.communicate(timeout=PATIENCE)
+
+
+def said(home: Path, lines: list[str]) -> Addresses:
+    """The addresses of `alignflow up`, which it has said in these lines."""
+    where = Addresses.model_validate_json((home / "up.json").read_text())
+    for name, url in (("MLflow", where.mlflow), ("Prefect", where.prefect.removesuffix("/api"))):
+        assert any(line.startswith(f"{name:8} {url}") for line in lines), "".join(lines)
+    return where
+
+
+@contextlib.contextmanager
+def forked_up(home: Path, *options: str, **environment: str) -> Iterator[Addresses]:
+    """The same where processes do not matter: the command, its servers and its workers are forks, without guards."""
+    out = home.with_name(f"{home.name}-up.log")
+    own = {"ALIGNFLOW_HOME": str(home), **environment}
+    out.touch()
+    process = commands.begun(["up", *ports(), *options], out, out, own)
+    try:
+        wait_for(lambda: not process.is_alive() or "Ctrl-C" in out.read_text(), START_SECONDS)
+        assert process.is_alive(), out.read_text()
+        yield said(home, out.read_text().splitlines())
+    finally:
+        process.terminate()
+        forks.ended(process)
+
+
+def ports() -> list[str]:
+    """Options of `alignflow up`."""
+    return ["--mlflow-port", str(free_port()), "--prefect-port", str(free_port())]
 
 
 def keys(home: Path) -> dict[str, str]:

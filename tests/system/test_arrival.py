@@ -18,7 +18,7 @@ from tests.flows.test_cli import write_rows
 from tests.flows.test_retrain import GATE, config_file, pairs
 from tests.support import homes, models, web
 from tests.support.commands import alignflow
-from tests.support.live_servers import ask, keys, up
+from tests.support.live_servers import ask, forked_up, keys
 from tests.support.processes import wait_for
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_a_file_that_arrives_becomes_a_champion_once_a_person_approves(ready: Pa
     retrain["parameters"] = {"source": str(config), "overrides": [], "force": False}
     (tmp_path / "prefect.yaml").write_text(yaml.safe_dump({"pull": [], "deployments": [retrain]}))
     roots = {"ALIGNFLOW_ROOTS": str(tmp_path), "PREFECT_WORKER_QUERY_SECONDS": "1"}
-    with hook() as (url, calls), up(home, "--pool", "cpu", "--watch", str(incoming), **roots) as (_, where):
+    with hook() as (url, calls), forked_up(home, "--pool", "cpu", "--watch", str(incoming), **roots) as where:
         password = keys(home)["PREFECT_API_AUTH_STRING"]
         settings = {PREFECT_API_URL: where.prefect, PREFECT_API_AUTH_STRING: password}
         with temporary_settings(settings), get_client(sync_client=True) as client:  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def test_a_stage_over_postgres_and_s3_is_there_after_a_restart_and_elsewhere(
         workers = [pid for pid in below(process) if b"flows.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(workers) == 4  # of runs and of stages: a guard, and what it guards
         assert not any(PASSWORD.encode() in Path(f"/proc/{pid}/environ").read_bytes() for pid in workers)
-    with live_servers.up(home, "--pool", "cpu", **settings) as (_, there):
+    with live_servers.forked_up(home, "--pool", "cpu", **settings) as there:
         third = tmp_path / "third"
         assert (
             live_servers.fetch(ended["key"], third, MLFLOW_TRACKING_URI=there.mlflow, **live_servers.keys(home))[

@@ -4,6 +4,7 @@ who are in cannot make a worker do.
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from websockets.sync.client import connect
 
 from flows.servers import passwords
 from flows.servers.address_file import Addresses
-from tests.support import homes, live_servers, web
+from tests.support import forks, homes, live_servers, web
 from tests.system.test_ui import browsing
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def where(home: Path) -> Iterator[Addresses]:
-    with live_servers.up(home, "--pool", "cpu", "--limit", "2") as (_, addresses):
+    with live_servers.forked_up(home, "--pool", "cpu", "--limit", "2") as addresses:
         yield addresses
 
 
@@ -98,27 +99,32 @@ def test_websockets_ask_for_the_password(home: Path, where: Addresses, path: str
         socket.recv(timeout=live_servers.PATIENCE)  # an old client, which says nothing of itself
 
 
-ROUTES_OF_PREFECT = """
-import json
-from prefect.server.api.server import create_app
-def routes(app, before=""):
-    for one in app.routes:
-        if hasattr(one, "methods") and one.methods:
-            yield from ((method, before + one.path) for method in one.methods)
-        elif hasattr(one, "app") and hasattr(one.app, "routes"):
-            yield from routes(one.app, before + one.path)
-print(json.dumps(sorted(set(routes(create_app())))))
-"""
-ROUTES_OF_MLFLOW = """
-import json, os
-os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
-from mlflow.server.auth import create_app
-from mlflow.server import app as flask
-rules = [(method, rule.rule) for rule in flask.url_map.iter_rules() for method in rule.methods]
-native = [(method, one.path) for one in create_app().routes for method in getattr(one, "methods", None) or ()]
-rules = [(method, rule.rule) for rule in flask.url_map.iter_rules() for method in rule.methods]
-print(json.dumps(sorted(set(rules + native))))
-"""
+def routes_of_prefect(file: Path) -> None:
+    """Write down method and path of all that Prefect's server answers."""
+    from prefect.server.api.server import create_app
+
+    def routes(app: Any, before: str = "") -> Iterator[tuple[str, str]]:
+        for one in app.routes:
+            if hasattr(one, "methods") and one.methods:
+                yield from ((method, before + one.path) for method in one.methods)
+            elif hasattr(one, "app") and hasattr(one.app, "routes"):
+                yield from routes(one.app, before + one.path)
+
+    file.write_text(json.dumps(sorted(set(routes(create_app())))))
+
+
+def routes_of_mlflow(file: Path, settings: dict[str, str]) -> None:
+    """The same of MLflow's."""
+    os.environ.update(settings)
+    from mlflow.server import app as flask
+    from mlflow.server.auth import create_app
+
+    app: Any = create_app()
+    native = [(method, one.path) for one in app.routes for method in getattr(one, "methods", None) or ()]
+    rules = [(method, rule.rule) for rule in flask.url_map.iter_rules() for method in rule.methods or ()]
+    file.write_text(json.dumps(sorted({*rules, *native})))
+
+
 OPEN = (
     r"/(api/)?(health|ready|version|docs|redoc|openapi\.json|ui-settings|static/.*|static-files/.*)"
     r"|/(docs/oauth2-redirect|api/docs|api/openapi\.json|alignflow/login)"
@@ -133,11 +139,12 @@ def test_every_route_of_both_servers_asks_for_the_password(where: Addresses, hom
         "MLFLOW_AUTH_CONFIG_PATH": str(home / "mlflow-auth.ini"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "of no use",
         "_MLFLOW_AUTH_ADMIN_BOOTSTRAPPED": "true",
+        "_MLFLOW_SGI_NAME": "uvicorn",
     }
-    routes = {
-        pages(where): live_servers.python(ROUTES_OF_PREFECT, tmp_path),
-        where.mlflow: live_servers.python(ROUTES_OF_MLFLOW, tmp_path, **settings),
-    }
+    assert forks.run(routes_of_prefect, tmp_path / "prefect") == 0
+    assert forks.run(routes_of_mlflow, tmp_path / "mlflow", settings) == 0
+    servers = {pages(where): "prefect", where.mlflow: "mlflow"}
+    routes = {url: json.loads((tmp_path / name).read_text()) for url, name in servers.items()}
     wrong = ({}, {"Authorization": "Basic YWRtaW4yOnBhc3N3b3JkMTIzNA=="}, {"Authorization": "Bearer x"})
     count, let_in = 0, set()
     for server, named in routes.items():
