@@ -14,7 +14,7 @@ from tests.support import scripted
 def fake(ready_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the stage `fake` (scripted_stage.py) beside the real ones, through the real entry point."""
     monkeypatch.setattr(process, "COMMAND", scripted.FAKE)
-    monkeypatch.setattr(warm, "COMMAND", scripted.FAKE)
+    monkeypatch.setattr(warm, "COMMAND", scripted.ALONE)
     monkeypatch.setitem(STAGES, "fake", StageSpec(1, needs_device=True))
     return ready_home
 

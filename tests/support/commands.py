@@ -1,6 +1,6 @@
 """`alignflow` as a user calls it, and what it says: its whole entry point, in a process of its own.
 
-That process, and those of the stages that it runs, are forks of two that have imported what takes seconds.
+That process, its servers, and those of the stages that it runs are forks of one that has imported what takes seconds.
 """
 
 import atexit
@@ -10,12 +10,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import NoReturn
 
 from flows import cli
 from flows.execution import warm
@@ -25,6 +23,7 @@ from schemas.stage import Request
 from stages import __main__ as entry
 from stages import warm as stages_warm
 from tests.support import forked_servers, forks
+from tests.support.forks import ROOT
 
 RUN_STAGES = {"run", "sweep", "retrain"}
 FORKING = {*RUN_STAGES, "up"}
@@ -42,12 +41,10 @@ def alignflow(*words: object, **environment: str) -> subprocess.CompletedProcess
 
 def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[str, str] = {}) -> ForkServerProcess:
     """The command as it begins. What it says goes behind what the two files hold, which may be one."""
-    asks = None
-    if words and words[0] in RUN_STAGES and "--dry-run" not in words:
-        asks = engine().asks(Request(stage="sft", version=1, params={}), os.environ)
-    with contextlib.nullcontext() if asks is None else socket.socket(fileno=asks) as stages:
-        arguments = ([*map(str, words)], {**os.environ, **environment}, Path.cwd(), out, err, stages)
-        return forks.start(_run, *arguments)
+    with open(os.devnull) as nothing, out.open("a") as said, err.open("a") as told:
+        streams = [one.fileno() for one in (nothing, said, told)]
+        everything = {**os.environ, **environment}
+        return forks.start_as((__name__, "be"), ["alignflow", *map(str, words)], everything, Path.cwd(), streams)
 
 
 @cache
@@ -72,22 +69,19 @@ class _Given(warm.Warm):
 
 
 def _fork_stages(asks: socket.socket) -> None:
-    """Be the process that forks; or its fork, which is a stage."""
-    stages_warm.warm_up(asks)
+    """Be the process that forks, which has imported all; or its fork, which is a stage."""
     argv = stages_warm.serve(asks)
     if argv is not None:
         sys.exit(entry.start(argv))
 
 
-def _run(
-    words: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path, stages: socket.socket | None
-) -> NoReturn:
-    """Become the command, which was started so: nothing of it returns to multiprocessing, whose exits are others."""
+def be(words: list[str]) -> None:
+    """Be the command."""
     from prefect.context import refresh_global_settings_context
 
-    forks.become(["alignflow", *words], environment, folder, out, err)
-    if stages is not None:
-        warm.warm, warm._warm = contextlib.nullcontext, _Given(stages)
+    command = {*words[:1]}
+    if command & RUN_STAGES:
+        warm.warm, warm._warm = contextlib.nullcontext, engine()
     let_in = address_file.let_in
 
     def let_in_here(addresses: address_file.Addresses | None) -> None:
@@ -96,18 +90,14 @@ def _run(
         refresh_global_settings_context()
 
     address_file.let_in = let_in_here
-    code: object = 1
-    try:
-        refresh_global_settings_context()
-        with forked_servers.forked() if {*words[:1]} & FORKING else contextlib.nullcontext():
-            cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    with forked_servers.forked() if command & FORKING else contextlib.nullcontext():
+        cli.main()
+
+
+def folder_with(folder: Path) -> Path:
+    """The folder, with the program `alignflow` in it, for PATH."""
+    folder.mkdir(parents=True)
+    program = folder / "alignflow"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/support/stand_in.py alignflow "$@"\n')
+    program.chmod(0o755)
+    return folder

@@ -11,12 +11,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, NoReturn
+from typing import IO
 
 import pytest
 
 from flows.servers import supervisor
-from stages.runtime.process import die_with_parent
 from tests.support import forks
 
 
@@ -49,8 +48,9 @@ class _Server:
     def __init__(
         self, command: list[str], *, env: Mapping[str, str], cwd: Path | None, stdout: IO[bytes], **_: object
     ) -> None:
-        module, *options = command[command.index("-m", command.index("-m") + 1) + 1 :]  # behind the guard's
-        self._process = forks.start(_serve, module, options, dict(env), cwd or Path.cwd(), Path(str(stdout.name)))
+        words = command[command.index("-m", command.index("-m") + 1) + 1 :]  # behind the guard's
+        streams = (0, stdout.fileno(), stdout.fileno())
+        self._process = forks.start_as((__name__, "_serve"), ["server", *words], env, cwd or Path.cwd(), streams)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -67,13 +67,8 @@ class _Server:
         return forks.ended(self._process)
 
 
-def _serve(module: str, options: list[str], environment: dict[str, str], folder: Path, log: Path) -> NoReturn:
-    """Become `python -m module`, in a session of its own."""
-    from prefect.context import refresh_global_settings_context
-
-    die_with_parent()
+def _serve(words: list[str]) -> None:
+    """Be `python -m` with these words, in a session of its own."""
     os.setsid()
-    forks.become([module, *options], environment, folder, log, log)
-    refresh_global_settings_context()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    sys.exit()
+    sys.argv[:] = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -4,6 +4,7 @@ There is one such server for all processes of a test run, since its imports take
 that is killed, for ranks, for commands and for servers.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -12,11 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "ALIGNFLOW_TESTS_FORK_SERVER"
@@ -60,18 +63,51 @@ def killed_after(seconds: float, call: Callable[..., None], *arguments: object) 
     return ended(process)
 
 
-def become(words: Sequence[str], environment: Mapping[str, str], folder: Path, out: Path, err: Path) -> None:
-    """Let this fork be as a process that was started so; what it says goes behind what the two files hold. It ends with
-    the process that has asked for it.
+def start_as(
+    be: tuple[str, str],
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    streams: Sequence[int] = (0, 1, 2),
+) -> ForkServerProcess:
+    """Start a module's function as a program: with these words behind its name, variables, folder, and the descriptors
+    that become its stdin, stdout and stderr. It ends when this process ends, however that is.
     """
+    with contextlib.ExitStack() as stack:
+        given = [stack.enter_context(Connection(os.dup(stream))) for stream in streams]
+        return start(_be, be, [*words], dict(environment), folder, given)
+
+
+def _be(
+    be: tuple[str, str], words: list[str], environment: dict[str, str], folder: Path, streams: list[Connection]
+) -> NoReturn:
+    """What `start_as` starts; it leaves as Python does: nothing returns to multiprocessing, whose exits are others."""
+    from prefect.context import refresh_global_settings_context
+
     _end_with_the_starter()
     os.environ.clear()
     os.environ.update(environment)
+    if os.environ.get("ALIGNFLOW_PARENT"):  # who waits for the process that asks for this one
+        os.environ["ALIGNFLOW_PARENT"] = str(os.getppid())
     os.chdir(folder)
-    for descriptor, file in ((1, out), (2, err)):
-        with file.open("a") as opened:
-            os.dup2(opened.fileno(), descriptor)
+    for target, stream in enumerate(streams):
+        os.dup2(stream.fileno(), target)
+        stream.close()
     sys.argv[:] = words
+    refresh_global_settings_context()
+    code: object = 1
+    try:
+        module, name = be
+        code = getattr(import_module(module), name)(words[1:])
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _end_with_the_starter() -> None:

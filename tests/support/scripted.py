@@ -14,7 +14,9 @@ from schemas.stage import Request
 HEAVY = "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store"
 """What every run of the stage needs, for FAKE_HEAVY: its forks share it."""
 
-FAKE = [sys.executable, str(Path(__file__).with_name("scripted_stage.py"))]
+ALONE = [sys.executable, str(Path(__file__).with_name("scripted_stage.py"))]
+"""Imports everything anew."""
+FAKE = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
 
 
 def fake_request(**params: object) -> Request:
@@ -26,7 +28,7 @@ def warmed() -> Iterator[warm.Warm]:
     """A warm process that forks the stage, and has imported what all of its runs need."""
     own = warm.Warm()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm, "COMMAND", FAKE)
+        patch.setattr(warm, "COMMAND", ALONE)
         asks = own.asks(Request(stage="sft", version=1, params={}), {**os.environ, "FAKE_HEAVY": HEAVY})
     if asks is not None:  # None where a stage is never a fork
         os.close(asks)

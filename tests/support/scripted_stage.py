@@ -19,7 +19,7 @@ from stages import warm
 from stages.tracking import StageRun
 
 STAGES["fake"] = StageSpec(1, needs_device=True)
-entry.MODULES["fake"] = "scripted_stage"
+entry.MODULES["fake"] = "scripted_stage" if __name__ == "__main__" else __name__
 
 
 def run(run: StageRun) -> dict[str, float]:
@@ -68,6 +68,11 @@ def write(folder: Path, text: str) -> Path:
     (folder / "inner").mkdir(parents=True, exist_ok=True)
     (folder / "inner" / "text.txt").write_text(text)
     return folder
+
+
+def be(words: list[str]) -> int:
+    """Be the stage, in a fork."""
+    return entry.start(["fake", *words])
 
 
 if __name__ == "__main__":

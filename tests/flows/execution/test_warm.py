@@ -22,7 +22,7 @@ from stages.runtime import workspace
 from tests.support import homes
 from tests.support.models import PAIRS, data_folder, model_folder, rows
 from tests.support.processes import alive, wait_for
-from tests.support.scripted import FAKE, fake_request
+from tests.support.scripted import ALONE, fake_request
 
 
 def state_of(file: Path, asked: Request) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def state_of(file: Path, asked: Request) -> dict[str, Any]:
 
 def test_a_fork_is_as_a_process_of_its_own(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same folder, variables, arguments, permissions and threads, also where those of the warm process differ."""
+    monkeypatch.setattr(process, "COMMAND", ALONE)
     monkeypatch.setenv("FAKE_HEAVY", "torch")
     (tmp_path / "other").mkdir()
     with contextlib.ExitStack() as around:
@@ -120,7 +121,7 @@ def test_all_die_with_the_flow(fake: Path, tmp_path: Path, monkeypatch: pytest.M
             "asked = Request.model_validate_json(Path(sys.argv[1]).read_text())\n"
             "with warm.warm(): process.run_stage(asked)"
         )
-        command = [sys.executable, "-c", code, str(tmp_path / "request.json"), *FAKE]
+        command = [sys.executable, "-c", code, str(tmp_path / "request.json"), *ALONE]
         variables = {**process.environment(asked), "FAKE_HEAVY": heavy}
         flow = psutil.Popen(command, env=variables, stderr=subprocess.DEVNULL)
         wait_for((workspace.work_folder(asked.key()) / until).exists)
@@ -135,7 +136,7 @@ def test_all_die_with_the_flow(fake: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_without_the_warm_process_a_stage_starts_by_itself(fake: Path, tmp_path: Path) -> None:
     asked = fake_request(steps=1)
     (tmp_path / "request.json").write_text(asked.model_dump_json())
-    command = [*FAKE, "fake", str(tmp_path / "request.json")]
+    command = [*ALONE, "fake", str(tmp_path / "request.json")]
     assert subprocess.run(command, env={**process.environment(asked), WARM: "9"}).returncode == 0
     assert Result.model_validate_json((tmp_path / "result.json").read_text()).status == "done"
     stand_in = [sys.executable, "-c", "from stages import warm; warm.hand_over(['fake']); print('by itself')"]

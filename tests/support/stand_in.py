@@ -1,0 +1,48 @@
+"""A process of its own for which a fork of the tests' server does the work: `python stand_in.py alignflow WORDS`.
+
+It is what has been started: signals go on to the fork, it ends as the fork ends, and each dies with the other. Where
+no such server runs it becomes what it stands in for.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from tests.support import forks  # noqa: E402 - it imports nothing but Python's own
+
+WHAT = {"alignflow": ("tests.support.commands", "be"), "fake": ("tests.support.scripted_stage", "be")}
+"""The command, or the stage of that name."""
+ALONE = {"alignflow": ["-P", "-m", "flows.cli"], "fake": [str(Path(__file__).with_name("scripted_stage.py")), "fake"]}
+FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def main(what: str, *words: str) -> None:
+    if forks.SERVER not in os.environ:
+        os.execv(sys.executable, [sys.executable, *ALONE[what], *words])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a fork that they can go to
+    fork = forks.start_as(WHAT[what], [what, *words], os.environ, Path.cwd())
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        os.kill(fork.pid or 0, signum)
+
+    for one in FORWARDED:
+        signal.signal(one, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    fork.join()
+    code = 1 if fork.exitcode is None else fork.exitcode
+    if code < 0:
+        if -code != signal.SIGKILL:  # which has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
