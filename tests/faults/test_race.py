@@ -6,7 +6,6 @@ On one host the kernel's lock sees to it. Two hosts are two homes that share an 
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from schemas.stage import Request, Result
 from stages import tracking
 from stages.tracking.reuse import runs_with
 from tests.support import forked_servers, homes
+from tests.support.forks import PYTHON
 from tests.support.processes import wait_for
 from tests.support.scripted import FAKE
 
@@ -24,7 +24,7 @@ HOST = """
 import logging, sys
 from flows.execution import process
 from schemas.stage import STAGES, Request, StageSpec
-logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
 STAGES["fake"], process.COMMAND[:] = StageSpec(1), [sys.executable, sys.argv[1]]
 request = Request.model_validate_json(sys.argv[2])
 shared = None
@@ -46,7 +46,7 @@ class Host:
         home.mkdir(exist_ok=True)
         self.log = home / f"host-{len(list(home.glob('host-*')))}.log"
         with self.log.open("w") as log:
-            command = [sys.executable, "-c", HOST, FAKE[1], request.model_dump_json(), how]
+            command = [*PYTHON, "-c", HOST, FAKE[1], request.model_dump_json(), how]
             environment = {**os.environ, "ALIGNFLOW_HOME": str(home)} | ({"FAKE_HOLD": str(hold)} if hold else {})
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         self.work = home / "work" / request.key()

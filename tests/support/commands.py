@@ -44,7 +44,7 @@ def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[st
     with open(os.devnull) as nothing, out.open("a") as said, err.open("a") as told:
         streams = [one.fileno() for one in (nothing, said, told)]
         everything = {**os.environ, **environment}
-        return forks.start_as((__name__, "be"), ["alignflow", *map(str, words)], everything, Path.cwd(), streams)
+        return forks.start_as((__name__, "be"), ["", "alignflow", *map(str, words)], everything, Path.cwd(), streams)
 
 
 @cache
@@ -76,10 +76,10 @@ def _fork_stages(asks: socket.socket) -> None:
 
 
 def be(words: list[str]) -> None:
-    """Be the command."""
+    """Be the command, which is the first of the words."""
     from prefect.context import refresh_global_settings_context
 
-    command = {*words[:1]}
+    sys.argv[:], command = words, {*words[1:2]}
     if command & RUN_STAGES:
         warm.warm, warm._warm = contextlib.nullcontext, engine()
     let_in = address_file.let_in

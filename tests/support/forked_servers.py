@@ -5,9 +5,7 @@ For tests of what asks a server. Those of servers themselves, and of their guard
 
 import contextlib
 import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,9 +46,9 @@ class _Server:
     def __init__(
         self, command: list[str], *, env: Mapping[str, str], cwd: Path | None, stdout: IO[bytes], **_: object
     ) -> None:
-        words = command[command.index("-m", command.index("-m") + 1) + 1 :]  # behind the guard's
+        words = command[command.index("-m", command.index("-m") + 1) :]  # behind the guard's
         streams = (0, stdout.fileno(), stdout.fileno())
-        self._process = forks.start_as((__name__, "_serve"), ["server", *words], env, cwd or Path.cwd(), streams)
+        self._process = forks.start_as((__name__, "_serve"), ["", *words], env, cwd or Path.cwd(), streams)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -68,7 +66,6 @@ class _Server:
 
 
 def _serve(words: list[str]) -> None:
-    """Be `python -m` with these words, in a session of its own."""
+    """Be Python with these words, in a session of its own."""
     os.setsid()
-    sys.argv[:] = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    forks.be_python(words)

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -24,16 +25,27 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "ALIGNFLOW_TESTS_FORK_SERVER"
 """The variable with the address of a server that has been started for this process."""
+PYTHON = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
+"""A Python that has imported everything: see stand_in.py."""
+BE_PYTHON = ("tests.support.forks", "be_python")
 
 
 _server: Any = forkserver._forkserver
 
 
 def start(call: Callable[..., None], *arguments: object) -> ForkServerProcess:
-    """Run a function that a module has by its name in a new process."""
-    process = _context().Process(target=call, args=arguments)
-    process.start()
+    """Run a function that a module has by its name in a new process, which says what it says where this one does."""
+    with Connection(os.dup(1)) as out, Connection(os.dup(2)) as err:
+        process = _context().Process(target=_call, args=(call, arguments, out, err))
+        process.start()
     return process
+
+
+def _call(call: Callable[..., None], arguments: Sequence[object], out: Connection, err: Connection) -> None:
+    for target, stream in ((1, out), (2, err)):
+        os.dup2(stream.fileno(), target)
+        stream.close()
+    call(*arguments)
 
 
 def ended(process: ForkServerProcess, seconds: float = 300, story: Callable[[], str] = lambda: "") -> int:
@@ -108,6 +120,16 @@ def _be(
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def be_python(words: list[str]) -> None:
+    """Be Python, with these words."""
+    how, what, *more = words
+    sys.argv[:] = [what if how == "-m" else how, *more]
+    if how == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 
 
 def _end_with_the_starter() -> None:

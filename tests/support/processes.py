@@ -24,7 +24,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 600, story: Calla
             return
         now = time.monotonic()
         assert now < end, f"it does not come: {story()}"
-        time.sleep(min(5.0, max(0.05, 9 * (now - asked))))
+        time.sleep(min(5.0, max(0.05, 19 * (now - asked))))
 
 
 def alive(pids: list[int]) -> list[int]:

@@ -10,13 +10,14 @@ import pytest
 
 from flows.execution import warm
 from schemas.stage import Request
+from tests.support import forks
 
 HEAVY = "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqlalchemy_store"
 """What every run of the stage needs, for FAKE_HEAVY: its forks share it."""
 
 ALONE = [sys.executable, str(Path(__file__).with_name("scripted_stage.py"))]
 """Imports everything anew."""
-FAKE = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
+FAKE = forks.PYTHON
 
 
 def fake_request(**params: object) -> Request:

@@ -1,7 +1,7 @@
-"""A process of its own for which a fork of the tests' server does the work: `python stand_in.py alignflow WORDS`.
+"""A Python that has imported everything: `python stand_in.py -c CODE`, or `-m MODULE`, and words for it.
 
-It is what has been started: signals go on to the fork, it ends as the fork ends, and each dies with the other. Where
-no such server runs it becomes what it stands in for.
+A fork of the tests' server does the work. This process is what has been started: signals go on to the fork, it ends as
+the fork ends, and each dies with the other. Where no such server runs it becomes what it stands in for.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ sys.path[0] = str(ROOT)
 
 from tests.support import forks  # noqa: E402 - it imports nothing but Python's own
 
-WHAT = {"alignflow": ("tests.support.commands", "be"), "fake": ("tests.support.scripted_stage", "be")}
-"""The command, or the stage of that name."""
+BE = {"alignflow": ("tests.support.commands", "be"), "fake": ("tests.support.scripted_stage", "be")}
+"""The command, and the stage of that name."""
 ALONE = {"alignflow": ["-P", "-m", "flows.cli"], "fake": [str(Path(__file__).with_name("scripted_stage.py")), "fake"]}
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def main(what: str, *words: str) -> None:
     if forks.SERVER not in os.environ:
-        os.execv(sys.executable, [sys.executable, *ALONE[what], *words])
+        os.execv(sys.executable, [sys.executable, *ALONE.get(what, [what]), *words])
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a fork that they can go to
-    fork = forks.start_as(WHAT[what], [what, *words], os.environ, Path.cwd())
+    fork = forks.start_as(BE.get(what, forks.BE_PYTHON), ["", what, *words], os.environ, Path.cwd())
 
     def forward(signum: int, frame: FrameType | None) -> None:
         os.kill(fork.pid or 0, signum)

@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.support import models
+from tests.support import commands, models
 
 ROWS = [f'{{"prompt": "red {a}", "response": "yes {a} {b}"}}' for a in "abcdefgh" for b in "abcd"]
 
@@ -29,7 +28,7 @@ def test_a_home_that_was_destroyed_and_restored_reuses_everything(
 ) -> None:
     for name in ("ALIGNFLOW_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{commands.folder_with(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     rows, sizes = tmp_path / "rows.jsonl", {"max_steps": 1, "batch_size": 8, "max_length": 48}
     rows.write_text("\n".join(ROWS) + "\n")
@@ -44,8 +43,8 @@ def test_a_home_that_was_destroyed_and_restored_reuses_everything(
     }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
 
-    def shell(commands: str) -> str:
-        done = subprocess.run(["bash", "-euc", commands], capture_output=True, text=True, timeout=300)
+    def shell(lines: str) -> str:
+        done = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stages.tracking import mlflow_server
+from tests.support.forks import PYTHON
 
 
 class Store:
@@ -91,7 +92,7 @@ def test_in_mlflows_own_store(tmp_path: Path) -> None:
             "ALIGNFLOW_LOGIN": "alignflow:a password of ours",
         }
         answer = subprocess.run(
-            [sys.executable, "-c", ASK], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300
+            [*PYTHON, "-c", ASK], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300
         )
         assert answer.returncode == 0, answer.stderr
         said.append(json.loads(answer.stdout.splitlines()[-1]))

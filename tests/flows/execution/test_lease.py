@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 import threading
 from itertools import pairwise
 from uuid import UUID, uuid4
@@ -15,6 +14,7 @@ from flows.execution import lease as leases
 from flows.execution import process as execution_process
 from flows.execution.lease import STAGE_NAMES, lease, stage_lease
 from schemas.errors import StageError
+from tests.support.forks import PYTHON
 from tests.support.processes import wait_for
 
 
@@ -30,8 +30,7 @@ def test_one_holder_at_a_time(server: str) -> None:
     code = "import sys, time; from flows.execution.lease import lease\nfor _ in range(3):\n with lease('turns'): "
     code += "print(time.time(), flush=True); time.sleep(0.3); print(time.time(), flush=True)"
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen([*PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     stays = []
     for process in processes:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from stages import tracking
 from stages.tracking import StageRun
 from tests.support import forked_servers
 from tests.support.commands import alignflow
+from tests.support.forks import PYTHON
 
 TAGS = {"decision": "promoted", "data.digest": "d1"}
 
@@ -274,7 +274,7 @@ def race(models: list[tuple[Artifact, str]], folder: Path, *environments: dict[s
         arguments = [str(folder / f"ready{number}"), str(start), artifact.uri, artifact.sha256, run_id]
         racers.append(
             subprocess.Popen(
-                [sys.executable, "-c", RACER, *arguments],
+                [*PYTHON, "-c", RACER, *arguments],
                 env={**os.environ, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
