@@ -63,7 +63,7 @@ LONGEST = (
 def pytest_configure(config: pytest.Config) -> None:
     """One process to fork from for all processes of a test run; it imports while they collect."""
     if config.getoption("numprocesses", None):
-        forks.serve_all()
+        forks.serve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,5 @@
 """Retraining: what counts as a change, and one life of a champion from end to end, on a tiny model."""
 
-import contextlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from schemas.errors import StageError
 from schemas.stage import Artifact, Result
 from stages import tracking
 from tests.flows.test_cli import write_rows
-from tests.support import commands, models
+from tests.support import commands, forked_stages, models
 from tests.support.processes import wait_for
 
 
@@ -203,11 +202,10 @@ def test_both_sides_answer_anew_with_the_seed_of_their_look(tmp_path: Path, monk
 
 
 @pytest.fixture(scope="module")
-def one_warm() -> Iterator[None]:
-    """One warm process for all flows of this file, each of which would import everything in one of its own."""
+def forked() -> Iterator[None]:
+    """Stages of flows in this process are forks of one that need not import everything first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warm, "warm", contextlib.nullcontext)
-        patch.setattr(warm, "_warm", commands.engine())
+        patch.setattr(warm, "Warm", forked_stages.Warm)
         yield
 
 
@@ -225,7 +223,7 @@ def runs_of(stage: str) -> int:
 
 @pytest.mark.slow
 def test_the_life_of_a_champion(
-    prefect: SyncPrefectClient, one_warm: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: SyncPrefectClient, forked: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path))
@@ -356,7 +354,7 @@ def walk(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_candidate_waits_for_a_person_and_outlives_the_process_that_waits(
-    prefect: SyncPrefectClient, one_warm: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: SyncPrefectClient, forked: None, ready_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.model_folder(tmp_path / "model")
     config = str(config_file(tmp_path, promote={"model": "assistant", "gate": GATE, "approval": True}))

@@ -21,8 +21,7 @@ from tests.support import forks
 def forked() -> Iterator[None]:
     """Whatever server is started within is a fork, and has no guard."""
     with pytest.MonkeyPatch.context() as patch:
-        same = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT")}
-        patch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=_Server, **same))
+        patch.setattr(supervisor, "subprocess", SUBPROCESS)
         yield
 
 
@@ -69,3 +68,7 @@ def _serve(words: list[str]) -> None:
     """Be Python with these words, in a session of its own."""
     os.setsid()
     forks.be_python(words)
+
+
+SUBPROCESS = SimpleNamespace(Popen=_Server, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+"""What `supervisor` starts servers by."""

@@ -1,7 +1,7 @@
 """Processes of tests that are forks of one that has imported what takes seconds, and has done nothing else.
 
 There is one such server for all processes of a test run, since its imports take ten seconds of a core: for training
-that is killed, for ranks, for commands and for servers.
+that is killed, for ranks, for commands and for servers. What a fork starts is a fork again (imported.py).
 """
 
 import atexit
@@ -9,8 +9,11 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -24,7 +27,9 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "ALIGNFLOW_TESTS_FORK_SERVER"
-"""The variable with the address of a server that has been started for this process."""
+"""The variable with the address of the server."""
+PROGRAM = "ALIGNFLOW_TESTS_PYTHON"
+"""The variable with the program that is PYTHON, for what wants its name alone."""
 PYTHON = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
 """A Python that has imported everything: see stand_in.py."""
 BE_PYTHON = ("tests.support.forks", "be_python")
@@ -36,7 +41,7 @@ _server: Any = forkserver._forkserver
 def start(call: Callable[..., None], *arguments: object) -> ForkServerProcess:
     """Run a function that a module has by its name in a new process, which says what it says where this one does."""
     with Connection(os.dup(1)) as out, Connection(os.dup(2)) as err:
-        process = _context().Process(target=_call, args=(call, arguments, out, err))
+        process = serve().Process(target=_call, args=(call, arguments, out, err))
         process.start()
     return process
 
@@ -143,25 +148,33 @@ def _end_with_the_starter() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve_all() -> None:
-    """Start the server, also for processes that this one starts."""
-    _context()
-    os.environ[SERVER] = _server._forkserver_address
-
-
 def use_what_is_there() -> None:
     """Never start a server: one that others have started is known."""
     _server.ensure_running = resource_tracker.ensure_running
 
 
+def program(file: Path, *words: str) -> Path:
+    """Write a program that is PYTHON with these words before its own."""
+    line = shlex.join([*PYTHON, *words])
+    file.write_text(f'#!/bin/sh\nexec {line} "$@"\n')
+    file.chmod(0o755)
+    return file
+
+
 @cache
-def _context() -> ForkServerContext:
+def serve() -> ForkServerContext:
+    """The server, which is started unless it runs: for this process and for all that it starts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.imported"])
     if address := os.environ.get(SERVER):
         use_what_is_there()
         _server._forkserver_address = address
         _server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # it lives as long as its starter
-    with contextlib.chdir(ROOT):  # where it finds that
+        return context
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[PROGRAM] = str(program(Path(folder, "python")))
+    with contextlib.chdir(ROOT):  # where it finds what it imports
         _server.ensure_running()
+    os.environ[SERVER] = _server._forkserver_address
     return context

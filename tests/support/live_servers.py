@@ -152,9 +152,9 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 def python(code: str, home: Path, **environment: str) -> Any:
-    """What a process of its own prints as JSON: Prefect's settings are read once per process."""
+    """What a fresh process prints as JSON: Prefect's settings are read once per process."""
     answer = subprocess.run(
-        [*forks.PYTHON, "-c", code],
+        [sys.executable, "-c", code],
         env={**os.environ, "ALIGNFLOW_HOME": str(home), **environment},
         capture_output=True,
         text=True,

@@ -6,8 +6,10 @@ the fork ends, and each dies with the other. Where no such server runs it become
 
 import ctypes
 import os
+import re
 import signal
 import sys
+from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 
@@ -19,12 +21,17 @@ from tests.support import forks  # noqa: E402 - it imports nothing but Python's 
 BE = {"alignflow": ("tests.support.commands", "be"), "fake": ("tests.support.scripted_stage", "be")}
 """The command, and the stage of that name."""
 ALONE = {"alignflow": ["-P", "-m", "flows.cli"], "fake": [str(Path(__file__).with_name("scripted_stage.py")), "fake"]}
+OTHERS = {"stages.warm", "stages.engine.torchrun", "torch.distributed.run"}
+"""Modules that import little, and start others themselves."""
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
-def main(what: str, *words: str) -> None:
-    if forks.SERVER not in os.environ:
-        os.execv(sys.executable, [sys.executable, *ALONE.get(what, [what]), *words])
+def main(given: list[str]) -> None:
+    what, *words = dropwhile({"-P", "-u"}.__contains__, given)
+    if forks.SERVER not in os.environ or what not in {"-c", "-m", *BE} or OTHERS & {*words[:1]}:
+        os.execv(sys.executable, [sys.executable, *(given if what not in ALONE else [*ALONE[what], *words])])
+    # what is open here is not open in the fork
+    words = [re.sub("^/dev/fd/", f"/proc/{os.getpid()}/fd/", word) for word in words]
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until there is a fork that they can go to
     fork = forks.start_as(BE.get(what, forks.BE_PYTHON), ["", what, *words], os.environ, Path.cwd())
@@ -45,4 +52,4 @@ def main(what: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])
