@@ -101,6 +101,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process starts by `sys.executable` is a fork of one that has imported everything."""
+    forks.serve()
+    monkeypatch.setattr(sys, "executable", os.environ[forks.PROGRAM])
+
+
 @pytest.fixture(scope="session")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the databases of MLflow and Prefect, without runs: one for all processes of a test run."""

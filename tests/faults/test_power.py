@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,5 +73,5 @@ def test_a_finished_stage_outlives_it(disk: Disk, database: Path, monkeypatch: p
     stage = [*FAKE, "fake", str(disk.place.parent / "request.json")]
     assert subprocess.run(stage, env=environment, timeout=120).returncode == 0
     disk.cut_the_power()
-    find = [sys.executable, "-P", "-c", FIND, request.key()]
+    find = [*FAKE, "-c", FIND, request.key()]
     assert subprocess.run(find, env=environment, timeout=120).returncode == 0, "the stage was done, and is lost"

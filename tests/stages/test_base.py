@@ -226,7 +226,7 @@ def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path: Path) -> No
     assert "this one has 3" in str(refusal(tmp_path, path=str(reward_model(tmp_path / "rm", labels=3))))
 
 
-def test_the_stage_publishes_the_model(ready_home: Path, tmp_path: Path) -> None:
+def test_the_stage_publishes_the_model(ready_home: Path, forking: None, tmp_path: Path) -> None:
     params = BaseParams.model_validate({"scratch": SMALL}).model_dump(mode="json")
     request = Request(stage="base", version=STAGES["base"].version, params=params, seed=1)
     (tmp_path / "request.json").write_text(request.model_dump_json())

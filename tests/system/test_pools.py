@@ -260,7 +260,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[S
 
 @pytest.mark.slow
 def test_what_prefect_yaml_declares_is_deployed_and_its_schedule_makes_runs(
-    prefect: SyncPrefectClient, tmp_path: Path
+    prefect: SyncPrefectClient, forking: None, tmp_path: Path
 ) -> None:
     declared = checks.deployments(PREFECT_FILE)
     for one in declared:

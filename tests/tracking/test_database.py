@@ -21,6 +21,8 @@ from stages.tracking.database import MLFLOW
 from tests.conftest import ROOT
 from tests.support.database_kills import OLD, ROW, old_database
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:

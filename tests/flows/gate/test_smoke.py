@@ -16,6 +16,7 @@ from stages import tracking
 from stages.commands.smoke import answer
 from tests.support import models
 from tests.support.finished import finish
+from tests.support.forks import PYTHON
 from tests.support.processes import left_after, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -37,7 +38,10 @@ def published(folder: Path) -> Artifact:
 PASSED = Decision(promote=True, against="sft", checks=[])
 
 
-def test_a_model_that_answers_and_ends_passes_and_the_run_is_told(data: Path, tmp_path: Path) -> None:
+def test_a_model_that_answers_and_ends_passes_and_the_run_is_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "COMMAND", [*PYTHON, *smoke.COMMAND[1:]])
     model = published(models.taught(tmp_path / "model", PROMPTS, "yes"))
     held_out = Artifact(uri=str(data), sha256=tracking.digest(data))
     run_id = finish({}, stage="promote", params={}).run_id

@@ -34,6 +34,7 @@ from stages.validate.checks.token_checks import prompt_tokens_differ
 from stages.validate.context import Context, note
 from stages.validate.quarantine import Report
 from stages.validate.readers import records
+from tests.support.forks import PYTHON
 from tests.support.models import given
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
@@ -70,7 +71,7 @@ def start(folder: Path, environment: dict[str, str] | None = None, **request: An
     """The command's process, as `alignflow validate` starts it."""
     file = folder / "request.json"
     file.write_text(ValidateCommand(**request).model_dump_json())
-    command = [sys.executable, "-m", "stages.commands.validate", file]
+    command = [*PYTHON, "-m", "stages.commands.validate", file]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
