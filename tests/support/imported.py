@@ -26,6 +26,7 @@ for name in (
     # and of the servers what does not look at the environment while it is imported
     *("prefect.server.api.server", "prefect.cli.server", "mlflow.store.tracking.sqlalchemy_store", "alembic"),
     *("fastapi", "flask_wtf", "graphene"),
+    *("torch.distributed.fsdp", "torch._dynamo", "tests.stages.align.test_four_ranks"),  # what shards weights
 ):
     import_module(name)
 warm.Warm = sys.modules["tests.support.forked_stages"].Warm

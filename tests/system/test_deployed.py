@@ -147,7 +147,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory, ready: Path) -> Iterator[Pla
             shared = {
                 "MLFLOW_TRACKING_URI": mlflow.url,
                 "PREFECT_API_URL": f"{prefect.url}/api",
-                "PREFECT_WORKER_QUERY_SECONDS": "1",
+                "PREFECT_WORKER_QUERY_SECONDS": "2",
                 "ALIGNFLOW_ROOTS": str(folder),
                 "ALIGNFLOW_DEVICE_SLOTS": "1",  # what a machine with one GPU has
                 "ALIGNFLOW_DEVICE_LOCKS": str(folder / "devices"),
