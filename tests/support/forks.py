@@ -166,6 +166,8 @@ def serve() -> ForkServerContext:
     """The server, which is started unless it runs: for this process and for all that it starts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.imported"])
+    if multiprocessing.parent_process() is not None:
+        return context  # a fork knows the one that it comes from
     if address := os.environ.get(SERVER):
         use_what_is_there()
         _server._forkserver_address = address

@@ -20,7 +20,7 @@ from stages import tracking
 from stages.runtime import workspace
 from tests.conftest import ROOT
 from tests.support.processes import alive, wait_for
-from tests.support.scripted import FAKE, fake_request
+from tests.support.scripted import ALONE, FAKE, fake_request
 
 
 def losses(run_id: str | None) -> list[tuple[int, float]]:
@@ -180,7 +180,7 @@ def test_a_stage_dies_with_its_parent(fake: Path, tmp_path: Path) -> None:
         name: value for name, value in execution_process.environment(asked).items() if name != "ALIGNFLOW_PARENT"
     }
     parent = subprocess.Popen(
-        [sys.executable, "-c", code, *FAKE, "fake", str(path)],
+        [sys.executable, "-c", code, *ALONE, "fake", str(path)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     with parent:
