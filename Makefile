@@ -79,7 +79,7 @@ clean:  ## remove the environment and caches; results in .alignflow stay
 
 # torch comes first and alone: which of its builds is right (CPU or CUDA) depends on the machine, so that it
 # is not locked. What alignflow requires besides is installed from files whose digests are in deploy/locks: for Python
-# 3.11 on Linux. pip would compile it all on one core, a minute of two; what stays out is compiled where it is imported.
+# 3.11 on Linux. pip would compile all of it on one core, a minute or more; the rest is compiled when it is imported.
 $(READY): pyproject.toml deploy/locks/run.txt deploy/locks/check.txt
 	@echo "Setting up .venv: a few minutes, in which pip says nothing."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -103,7 +103,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process starts by `sys.executable` is a fork of one that has imported everything."""
+    """What this process starts by `sys.executable` is a fork that has imported everything (stand_in.py)."""
     forks.serve()
     monkeypatch.setattr(sys, "executable", os.environ[forks.PROGRAM])
 

@@ -10,6 +10,7 @@ import pytest
 
 from flows.execution import process as execution_process
 from schemas.stage import STAGES, Request, StageSpec
+from tests.support.forks import PYTHON
 from tests.support.scripted import FAKE
 
 FIND = "import sys; from stages import tracking; sys.exit(tracking.find(sys.argv[1]) is None)"
@@ -73,5 +74,5 @@ def test_a_finished_stage_outlives_it(disk: Disk, database: Path, monkeypatch: p
     stage = [*FAKE, "fake", str(disk.place.parent / "request.json")]
     assert subprocess.run(stage, env=environment, timeout=120).returncode == 0
     disk.cut_the_power()
-    find = [*FAKE, "-c", FIND, request.key()]
+    find = [*PYTHON, "-c", FIND, request.key()]
     assert subprocess.run(find, env=environment, timeout=120).returncode == 0, "the stage was done, and is lost"

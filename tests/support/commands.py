@@ -30,7 +30,7 @@ def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[st
     with open(os.devnull) as nothing, out.open("a") as said, err.open("a") as told:
         streams = [one.fileno() for one in (nothing, said, told)]
         everything = {**os.environ, **environment}
-        return forks.start_as((__name__, "be"), ["", "alignflow", *map(str, words)], everything, Path.cwd(), streams)
+        return forks.start_as((__name__, "be"), ["alignflow", *map(str, words)], everything, Path.cwd(), streams)
 
 
 def be(words: list[str]) -> None:

@@ -47,7 +47,7 @@ class _Server:
     ) -> None:
         words = command[command.index("-m", command.index("-m") + 1) :]  # behind the guard's
         streams = (0, stdout.fileno(), stdout.fileno())
-        self._process = forks.start_as((__name__, "_serve"), ["", *words], env, cwd or Path.cwd(), streams)
+        self._process = forks.start_as((__name__, "_serve"), words, env, cwd or Path.cwd(), streams)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:

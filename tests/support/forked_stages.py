@@ -14,7 +14,7 @@ from tests.support import forks
 
 
 class Warm(warm.Warm):
-    """A flow's warm process; for those that are forks, and for flows of the tests' own process."""
+    """A flow's warm process: for flows in forks, and for those in pytest's own process."""
 
     def asks(self, request: Request, environment: Mapping[str, str]) -> int | None:
         if request.placement.ranks > 1 or launcher():

@@ -87,8 +87,8 @@ def start_as(
     folder: Path,
     streams: Sequence[int] = (0, 1, 2),
 ) -> ForkServerProcess:
-    """Start a module's function as a program: with these words behind its name, variables, folder, and the descriptors
-    that become its stdin, stdout and stderr. It ends when this process ends, however that is.
+    """Start a module's function as a program: with these words, variables, folder, and the descriptors that become its
+    stdin, stdout and stderr. It ends when this process ends, however that is, unless it becomes another program.
     """
     with contextlib.ExitStack() as stack:
         given = [stack.enter_context(Connection(os.dup(stream))) for stream in streams]
@@ -104,20 +104,24 @@ def _be(
     _end_with_the_starter()
     os.environ.clear()
     os.environ.update(environment)
-    if os.environ.get("ALIGNFLOW_PARENT"):  # who waits for the process that asks for this one
+    starter = multiprocessing.parent_process()
+    if starter is not None and os.environ.get("ALIGNFLOW_PARENT") == str(starter.pid):
         os.environ["ALIGNFLOW_PARENT"] = str(os.getppid())
     os.chdir(folder)
     for target, stream in enumerate(streams):
         os.dup2(stream.fileno(), target)
         stream.close()
-    sys.argv[:] = words
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as this process lives
+    sys.argv[:] = ["", *words]
     refresh_global_settings_context()
     code: object = 1
     try:
         module, name = be
-        code = getattr(import_module(module), name)(words[1:])
+        code = getattr(import_module(module), name)(words)
     except SystemExit as ended:
         code = ended.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     threading._shutdown()  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
 """What takes seconds to import, for the process that forks.py forks. Prefect and MLflow are told first to be silent, as
-commands tell them. All that is started from here is a fork too: servers, stages, and each start of Python.
+commands tell them. What a fork starts is a fork too: servers, stages, and Python as far as stand_in.py goes.
 """
 
 import gc
@@ -28,7 +28,10 @@ for name in (
     *("fastapi", "flask_wtf", "graphene"),
     *("torch.distributed.fsdp", "torch._dynamo", "tests.stages.align.test_four_ranks"),  # what shards weights
 ):
-    import_module(name)
+    try:
+        import_module(name)
+    except ImportError as error:  # which multiprocessing would pass over in silence
+        raise RuntimeError(f"{name} cannot be imported") from error
 warm.Warm = sys.modules["tests.support.forked_stages"].Warm
 supervisor.subprocess = sys.modules["tests.support.forked_servers"].SUBPROCESS
 gc.freeze()  # a fork need not look through it, and would copy what it looks at

@@ -18,6 +18,7 @@ HEAVY = "mlflow.store.tracking.sqlalchemy_store mlflow.store.model_registry.sqla
 ALONE = [sys.executable, str(Path(__file__).with_name("scripted_stage.py"))]
 """Imports everything anew."""
 FAKE = forks.PYTHON
+"""The same in a fork; the stage's name and its request follow."""
 
 
 def fake_request(**params: object) -> Request:

@@ -41,7 +41,6 @@ PASSED = Decision(promote=True, against="sft", checks=[])
 def test_a_model_that_answers_and_ends_passes_and_the_run_is_told(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoke, "COMMAND", [*PYTHON, *smoke.COMMAND[1:]])
     model = published(models.taught(tmp_path / "model", PROMPTS, "yes"))
     held_out = Artifact(uri=str(data), sha256=tracking.digest(data))
     run_id = finish({}, stage="promote", params={}).run_id
@@ -50,6 +49,7 @@ def test_a_model_that_answers_and_ends_passes_and_the_run_is_told(
     assert decision.promote and [check.metric for check in decision.checks] == ["smoke"]
     told = tracking.client().get_run(run_id or "").data.tags["smoke"]
     assert "smoke is 1, must be >= 1 (as MLflow serves it: 3 answers, 0 empty, 3 ended by themselves)" in told
+    monkeypatch.setattr(smoke, "COMMAND", [*PYTHON, *smoke.COMMAND[1:]])
     late = smoke.checked(PASSED, config.model_copy(update={"smoke_minutes": 1e-4}), model, held_out, 6, run_id)
     assert not late.promote and "no answers within 0.0001 minutes" in str(late.reasons[0])
     unread = smoke.checked(PASSED, config, model.model_copy(update={"uri": "models:/m-none"}), held_out, 6, run_id)

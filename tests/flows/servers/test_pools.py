@@ -37,9 +37,7 @@ def test_runs_at_once(cores: int, gib: int, gpus: int, runs: int, monkeypatch: p
     assert pools.runs_at_once() == runs
 
 
-def test_prefects_own_command_deploys_from_the_root_as_the_readme_says(
-    prefect: SyncPrefectClient, forking: None
-) -> None:
+def test_prefects_own_command_deploys_from_the_root_as_the_readme_says(prefect: SyncPrefectClient) -> None:
     (line,) = [line for line in shell_lines() if line.startswith("prefect ") and " deploy " in line]
     for pool in pools.templates():
         pools.apply(prefect, pool)
