@@ -18,17 +18,17 @@ from stages.tracking.reuse import runs_with
 from tests.support import forked_servers, homes
 from tests.support.forks import PYTHON
 from tests.support.processes import wait_for
-from tests.support.scripted import FAKE
 
 HOST = """
 import logging, sys
 from flows.execution import process
 from schemas.stage import STAGES, Request, StageSpec
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-STAGES["fake"], process.COMMAND[:] = StageSpec(1), [sys.executable, sys.argv[1]]
-request = Request.model_validate_json(sys.argv[2])
+from tests.support.scripted import FAKE
+STAGES["fake"], process.COMMAND[:] = StageSpec(1), FAKE
+request = Request.model_validate_json(sys.argv[1])
 shared = None
-if sys.argv[3] == "shared":
+if sys.argv[2] == "shared":
     from flows.execution.lease import stage_lease  # with Prefect, which takes seconds
     shared = stage_lease(request.key())
 print(process.run_stage(request, None, shared).model_dump_json())
@@ -46,7 +46,7 @@ class Host:
         home.mkdir(exist_ok=True)
         self.log = home / f"host-{len(list(home.glob('host-*')))}.log"
         with self.log.open("w") as log:
-            command = [*PYTHON, "-c", HOST, FAKE[1], request.model_dump_json(), how]
+            command = [*PYTHON, "-c", HOST, request.model_dump_json(), how]
             environment = {**os.environ, "ALIGNFLOW_HOME": str(home)} | ({"FAKE_HOLD": str(hold)} if hold else {})
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         self.work = home / "work" / request.key()

@@ -34,7 +34,7 @@ def begun(words: Sequence[object], out: Path, err: Path, environment: Mapping[st
 
 
 def be(words: list[str]) -> None:
-    """Be the command, which is the first of the words."""
+    """Run as the command; the first of the words is its name."""
     from prefect.context import refresh_global_settings_context
 
     sys.argv[:] = words

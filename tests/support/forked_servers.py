@@ -65,7 +65,7 @@ class _Server:
 
 
 def _serve(words: list[str]) -> None:
-    """Be Python with these words, in a session of its own."""
+    """Run as Python does with these arguments, in a session of its own."""
     os.setsid()
     forks.be_python(words)
 

@@ -1,4 +1,4 @@
-"""Stages of tests as forks of a process that is a fork itself, and need not import what stages/warm.py imports."""
+"""Stages as forks of a process that is itself a fork, and so has already imported what stages/warm.py imports."""
 
 import os
 import socket
@@ -21,9 +21,10 @@ class Warm(warm.Warm):
             return None
         with self._guard:
             if self._asks is None:
-                self._asks, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                asks, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
                     self._forked = forks.start(_fork_stages, theirs)
+                self._asks = asks
             return os.dup(self._asks.fileno())
 
     def end(self) -> None:
@@ -34,7 +35,7 @@ class Warm(warm.Warm):
 
 
 def _fork_stages(asks: socket.socket) -> None:
-    """Be the process that forks, which has imported all; or its fork, which is a stage."""
+    """Run as the process that forks; in its forks, run as the stage."""
     argv = stages_warm.serve(asks)
     if argv is not None:
         sys.exit(entry.start(argv))

@@ -101,12 +101,14 @@ def _be(
     """What `start_as` starts; it leaves as Python does: nothing returns to multiprocessing, whose exits are others."""
     from prefect.context import refresh_global_settings_context
 
+    from schemas.environment import PARENT
+
     _end_with_the_starter()
     os.environ.clear()
     os.environ.update(environment)
     starter = multiprocessing.parent_process()
-    if starter is not None and os.environ.get("ALIGNFLOW_PARENT") == str(starter.pid):
-        os.environ["ALIGNFLOW_PARENT"] = str(os.getppid())
+    if starter is not None and os.environ.get(PARENT) == str(starter.pid):
+        os.environ[PARENT] = str(os.getppid())
     os.chdir(folder)
     for target, stream in enumerate(streams):
         os.dup2(stream.fileno(), target)
@@ -132,7 +134,7 @@ def _be(
 
 
 def be_python(words: list[str]) -> None:
-    """Be Python, with these words."""
+    """Run as Python does with these arguments."""
     how, what, *more = words
     sys.argv[:] = [what if how == "-m" else how, *more]
     if how == "-m":

@@ -71,7 +71,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def be(words: list[str]) -> int:
-    """Be the stage, in a fork."""
+    """Run as the stage, in a fork."""
     return entry.start(words)
 
 

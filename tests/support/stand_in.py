@@ -26,7 +26,7 @@ BE = {"alignflow": ("tests.support.commands", "be"), "fake": ("tests.support.scr
 ALONE = {"alignflow": ["-P", "-m", "flows.cli"], "fake": [str(Path(__file__).with_name("scripted_stage.py")), "fake"]}
 OTHERS = {"stages.warm", "stages.engine.torchrun", "torch.distributed.run"}
 """Modules that inherit a descriptor by its number, or start ranks as their own children."""
-PARENT = "ALIGNFLOW_PARENT"
+PARENT = "ALIGNFLOW_PARENT"  # as in schemas/environment.py, whose imports would take longer than all of this
 FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
